@@ -1,0 +1,29 @@
+"""Instruction-guided visual token pruning for LLaVA, native to Hugging Face transformers."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers.models.auto.modeling_auto import AutoModelForMultimodalLM
+
+from .configuration_ivtp import IVTPLlavaConfig, IVTPPruningConfig
+from .modeling_ivtp import IVTPLlavaForConditionalGeneration, IVTPLlavaModel
+from .processing_ivtp import IVTPLlavaProcessor
+from .pruning_trace import PruningTrace
+
+
+__version__ = "0.1.0"
+
+# Importing the package is enough for the Auto classes to know its checkpoints, without trust_remote_code.
+AutoConfig.register(IVTPLlavaConfig.model_type, IVTPLlavaConfig, exist_ok=True)
+AutoModel.register(IVTPLlavaConfig, IVTPLlavaModel, exist_ok=True)
+AutoModelForImageTextToText.register(IVTPLlavaConfig, IVTPLlavaForConditionalGeneration, exist_ok=True)
+AutoModelForMultimodalLM.register(IVTPLlavaConfig, IVTPLlavaForConditionalGeneration, exist_ok=True)
+AutoProcessor.register(IVTPLlavaConfig, IVTPLlavaProcessor, exist_ok=True)
+
+__all__ = [
+    "IVTPLlavaConfig",
+    "IVTPLlavaForConditionalGeneration",
+    "IVTPLlavaModel",
+    "IVTPLlavaProcessor",
+    "IVTPPruningConfig",
+    "PruningTrace",
+    "__version__",
+]

@@ -1,0 +1,213 @@
+"""Attention rollout within a group of layers, and the importance of visual tokens (IVTP Sec. 3.2, Eq. 2 to 4).
+
+Rollout multiplies the attention maps of a group (Eq. 3), yet importance needs one row of the product only: that of the
+reference token, CLS in the vision tower and the pseudo CLS in the language model. So the row is carried down the group
+from the last layer to the first, vector times matrix, and a map is never multiplied with a map nor kept after its use.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+# A head's attention map is built, used and dropped; this bounds how many float32 values of maps exist at a time.
+MAP_VALUES_CPU = 2**20
+MAP_VALUES_DEVICE = 2**26
+
+
+@dataclass
+class AttentionRecord:
+    """What one attention layer leaves behind for the rollout of its group.
+
+    The *tracked* tokens of an image are its reference token, at index 0, and its visual tokens behind it.
+
+    Attributes
+    ----------
+    reference_only : bool
+        True where the reference token's row suffices: then only its query is recorded.
+    query : Tensor (B, H, M, Q, dh)
+        Queries of the tracked tokens of each image; Q is 1 if `reference_only`, else 1 + k.
+    key : Tensor (B, H_kv, K, dh)
+        Keys of everything that the tracked tokens attend to.
+    visible : bool Tensor (B, M, Q, K) or None
+        Which keys each query sees; None: all.
+    columns : int64 Tensor (B, M, 1 + k) or None
+        Where the tracked tokens stand among the keys; None: in order, K = 1 + k.
+    value_norm : Tensor (B, M, k)
+        L2 norm of the visual tokens' value vectors, all heads together.
+    scale : float
+        What the products of queries and keys are multiplied with, 1 / sqrt(dh).
+    """
+
+    reference_only: bool
+    query: torch.Tensor | None = None
+    key: torch.Tensor | None = None
+    visible: torch.Tensor | None = None
+    columns: torch.Tensor | None = None
+    value_norm: torch.Tensor | None = None
+    scale: float = 1.0
+    # Gradient checkpointing runs a layer again in the backward pass, long after its group was scored.
+    sealed: bool = field(default=False)
+
+    def fill(self, **tensors: torch.Tensor | float | None) -> None:
+        """Store what the attention layer saw; a sealed record ignores it."""
+        if not self.sealed:
+            for name, value in tensors.items():
+                setattr(self, name, value.detach() if isinstance(value, torch.Tensor) else value)
+
+    def seal(self) -> None:
+        """Let go of the tensors and accept no more."""
+        self.query = self.key = self.visible = self.columns = self.value_norm = None
+        self.sealed = True
+
+
+def weighted_attention(
+    weights: torch.Tensor, query: torch.Tensor, key: torch.Tensor, scale: float, visible: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Row vectors times the head-averaged attention map of Eq. 2, `weights @ mean_h softmax(q_h k_h^T * scale)`.
+
+    Parameters
+    ----------
+    weights : float32 Tensor (B, M, Q)
+        One row vector per image.
+    query : Tensor (B, H, M, Q, dh)
+    key : Tensor (B, H_kv, K, dh)
+        H is a multiple of H_kv (grouped-query attention).
+    scale : float
+    visible : bool Tensor (B, M, Q, K), optional
+
+    Returns
+    -------
+    float32 Tensor (B, M, K)
+    """
+    batch, heads, images, queries, _ = query.shape
+    keys, repeats = key.shape[2], heads // key.shape[1]
+    limit = MAP_VALUES_CPU if query.device.type == "cpu" else MAP_VALUES_DEVICE
+    chunk = max(1, min(heads, limit // max(1, batch * images * queries * keys)))
+    result = weights.new_zeros(batch, images, keys)
+    for start in range(0, heads, chunk):
+        part = query[:, start : start + chunk].flatten(2, 3)
+        kv_heads = torch.arange(start, start + part.shape[1], device=key.device) // repeats
+        logits = (part @ key[:, kv_heads].transpose(2, 3)).float() * scale
+        logits = logits.unflatten(2, (images, queries))
+        if visible is not None:
+            logits = logits.masked_fill(~visible[:, None], float("-inf"))
+        attention = logits.softmax(-1)
+        result += (weights[:, None, :, None] @ attention).squeeze(3).sum(1)
+    return result / heads
+
+
+def _on_tracked(row: torch.Tensor, columns: torch.Tensor | None) -> torch.Tensor:
+    return row if columns is None else row.gather(2, columns)
+
+
+def reference_row(record: AttentionRecord) -> torch.Tensor:
+    """The reference token's row of a layer's attention map, over the tracked tokens: float32 (B, M, 1 + k)."""
+    assert record.query is not None and record.key is not None
+    weights = record.query.new_ones(*record.query.shape[:1], record.query.shape[2], 1, dtype=torch.float32)
+    visible = None if record.visible is None else record.visible[:, :, :1]
+    row = weighted_attention(weights, record.query[:, :, :, :1], record.key, record.scale, visible)
+    return _on_tracked(row, record.columns)
+
+
+def roll_down(row: torch.Tensor, record: AttentionRecord, *, residual: bool) -> torch.Tensor:
+    """Multiply the rolled-out row with the map of the next lower layer (Eq. 3).
+
+    Parameters
+    ----------
+    row : float32 Tensor (B, M, 1 + k)
+        The reference token's row of the product of all layers above.
+    record : AttentionRecord
+        The lower layer, with the queries of all tracked tokens.
+    residual : bool
+        True adds the identity for the residual connection and halves, so that rows keep summing to one (the
+        re-normalisation that Eq. 3 leaves out); the first layer of a group enters without.
+
+    Returns
+    -------
+    float32 Tensor (B, M, 1 + k)
+        Weight that flows to tokens before the image can never come back to its patches under a causal mask, so the
+        columns of tracked tokens are all that is needed.
+    """
+    assert record.query is not None and record.key is not None
+    product = weighted_attention(row, record.query, record.key, record.scale, record.visible)
+    product = _on_tracked(product, record.columns)
+    return (product + row) / 2 if residual else product
+
+
+def rollout(records: list[AttentionRecord]) -> torch.Tensor:
+    """The reference token's row of a group's rolled-out attention (Eq. 3), lowest layer first in `records`.
+
+    Returns
+    -------
+    float32 Tensor (B, M, 1 + k)
+    """
+    row = reference_row(records[-1])
+    if len(records) > 1:
+        identity = torch.zeros_like(row)
+        identity[..., 0] = 1
+        row = (row + identity) / 2
+    for depth in range(len(records) - 2, -1, -1):
+        row = roll_down(row.to(records[depth].key.device), records[depth], residual=depth > 0)  # type: ignore[union-attr]
+    return row
+
+
+def aggregate(records: list[AttentionRecord], how: str) -> torch.Tensor:
+    """One row for the whole group: rollout, or one of the alternatives of Tables 4 and 5.
+
+    Parameters
+    ----------
+    records : list of AttentionRecord
+        The group's layers, lowest first.
+    how : {"rollout", "mean", "max", "multiply", "last"}
+
+    Returns
+    -------
+    float32 Tensor (B, M, 1 + k)
+    """
+    if how == "rollout":
+        return rollout(records)
+    if how == "last":
+        return reference_row(records[-1])
+    device = records[-1].key.device  # type: ignore[union-attr]
+    rows = torch.stack([reference_row(record).to(device) for record in records])
+    if how == "mean":
+        return rows.mean(0)
+    if how == "max":
+        return rows.amax(0)
+    # A product of many small numbers underflows; Eq. 4 normalises the scale away again.
+    return (rows / rows.amax(-1, keepdim=True)).prod(0)
+
+
+def importance(row: torch.Tensor, value_norm: torch.Tensor) -> torch.Tensor:
+    """Importance of each visual token: attention times the norm of its value vector, normalised (Eq. 4).
+
+    Parameters
+    ----------
+    row : float32 Tensor (..., 1 + k)
+        The reference token's row; its own entry, at index 0, is left out.
+    value_norm : Tensor (..., k)
+
+    Returns
+    -------
+    float32 Tensor (..., k)
+        Sums to one over each image.
+    """
+    weighted = row[..., 1:] * value_norm.float().to(row.device)
+    return weighted / weighted.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def keep_most_important(scores: torch.Tensor, keep: int) -> torch.Tensor:
+    """Indices of the `keep` highest scores in ascending order, so that patches stay in their spatial order.
+
+    Parameters
+    ----------
+    scores : Tensor (..., k)
+        Of equal scores the earlier token stays.
+    keep : int
+
+    Returns
+    -------
+    int64 Tensor (..., keep)
+    """
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :keep].sort(dim=-1).values

@@ -1,0 +1,588 @@
+"""Stage 2: a decoder of LLaMA's layout that drops visual tokens under the eyes of a pseudo CLS (IVTP Sec. 3.3).
+
+The pseudo CLS is an *observer*: one more token per image that runs through the pruned layers behind the others. It
+attends to what stands before the end of its image and to itself; nothing attends to it, and it enters neither cache nor
+output. Only its own attention is computed apart, so the other tokens keep their fast causal kernels.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaModel,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+    repeat_kv,
+)
+from transformers.models.mistral.modeling_mistral import MistralAttention, MistralModel
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2Model
+
+from .group_rollout import AttentionRecord, aggregate, importance, keep_most_important
+from .pruned_cache import is_pruned, layer_segments, padding_mask, padding_mask_with, past_valid, prepare_layers
+from .token_budget import Group
+from .vision_ivtp import GroupScores
+from .visual_sequence import VisualSequence
+
+
+@dataclass
+class VisualPrompt:
+    """The visual tokens of a prompt and how the decoder is to prune them.
+
+    Attributes
+    ----------
+    sequence : VisualSequence
+        The prompt as it comes from the vision tower; after the forward pass, what was left in the end.
+    reference : Tensor (B, M, d)
+        The pseudo CLS of each image, an input embedding (Eq. 8).
+    end_positions : int64 Tensor (B, M)
+        RoPE position of the first token after each image.
+    key_tokens : bool Tensor (B, M, S) or None
+        For pooling anew at each layer: the logical columns to pool. None: the pseudo CLS propagates.
+    groups : tuple of Group
+    aggregation : str
+        See `group_rollout.aggregate`.
+    compact : bool
+        Renumber positions without gaps.
+    scores : list of GroupScores or None
+        Each group's decision is appended.
+    """
+
+    sequence: VisualSequence
+    reference: torch.Tensor
+    end_positions: torch.Tensor
+    key_tokens: torch.Tensor | None
+    groups: tuple[Group, ...]
+    aggregation: str = "rollout"
+    compact: bool = False
+    scores: list[GroupScores] | None = None
+
+
+@dataclass
+class Observation:
+    """What the attention of one layer needs for the observers, and where it leaves what rollout needs.
+
+    The observers see, and are counted among, the first `reach` keys followed by the observers themselves.
+
+    Attributes
+    ----------
+    reach : int
+        Keys of the cache and the sequence up to the end of the last image.
+    past : int
+        How many of them were in the cache before.
+    columns : int64 Tensor (B, M, k)
+        The visual tokens' columns in the sequence.
+    visible : bool Tensor (B, M, 1 + k, reach + M)
+        What the observer, first, and the visual tokens of each image see.
+    record : AttentionRecord or None
+        None where the group drops nothing.
+    """
+
+    reach: int
+    past: int
+    columns: torch.Tensor
+    visible: torch.Tensor
+    record: AttentionRecord | None
+
+    @property
+    def count(self) -> int:
+        """Observers of a row, M."""
+        return self.columns.shape[1]
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        observer: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        new_value: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        """The observers' attention output (B, M, H, dh); fills the record on the way.
+
+        Parameters
+        ----------
+        query : Tensor (B, H, n, dh)
+            Of the sequence.
+        key, value : Tensor (B, H_kv, at least reach, dh)
+            Of cache and sequence.
+        observer : tuple of Tensor (B, H, M, dh), (B, H_kv, M, dh), (B, H_kv, M, dh)
+            The observers' own query, key and value.
+        new_value : Tensor (B, H_kv, n, dh)
+            Values of the sequence alone.
+        scale : float
+        """
+        own_query, own_key, own_value = observer
+        keys = torch.cat([key[:, :, : self.reach], own_key], 2)
+        values = torch.cat([value[:, :, : self.reach], own_value], 2)
+        visible = self.visible.to(query.device)
+        repeats = own_query.shape[1] // keys.shape[1]
+        output = nn.functional.scaled_dot_product_attention(
+            own_query,
+            repeat_kv(keys, repeats),
+            repeat_kv(values, repeats),
+            attn_mask=visible[:, None, :, 0],
+            scale=scale,
+        )
+        if self.record is not None:
+            with torch.no_grad():
+                self._fill(query, keys, own_query, new_value, visible, scale)
+        return output.transpose(1, 2)
+
+    def _fill(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        own_query: torch.Tensor,
+        new_value: torch.Tensor,
+        visible: torch.Tensor,
+        scale: float,
+    ) -> None:
+        assert self.record is not None
+        columns = self.columns.to(query.device)
+        there = columns.clamp_max(query.shape[2] - 1)  # an image that a row does not have stands behind the end
+        observers = self.reach + torch.arange(self.count, device=columns.device)
+        tracked = own_query[:, :, :, None]
+        if not self.record.reference_only:
+            index = there.flatten(1)[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+            visual = query.gather(2, index).unflatten(2, columns.shape[1:])
+            tracked = torch.cat([tracked, visual], 3)
+        norms = new_value.float().square().sum((1, 3)).sqrt()
+        self.record.fill(
+            query=tracked,
+            key=keys,
+            visible=visible[:, :, : tracked.shape[3]],
+            columns=torch.cat([observers[None, :, None].expand(*columns.shape[:2], 1), self.past + there], 2),
+            value_norm=norms.gather(1, there.flatten(1)).view_as(there),
+            scale=scale,
+        )
+
+
+class ObservedAttention:
+    """Mixin for attention of LLaMA's layout: runs observers when an `Observation` is passed, else the stock code."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: Any = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        observation: Observation | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        attention: Any = self
+        if observation is None:
+            return super().forward(  # type: ignore[misc]
+                hidden_states=hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        shape = (*hidden_states.shape[:-1], -1, attention.head_dim)
+        query = attention.q_proj(hidden_states).view(shape).transpose(1, 2)
+        key = attention.k_proj(hidden_states).view(shape).transpose(1, 2)
+        value = attention.v_proj(hidden_states).view(shape).transpose(1, 2)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        tokens = query.shape[2] - observation.count
+        observer = (query[:, :, tokens:], key[:, :, tokens:], value[:, :, tokens:])
+        query, key, new_value = query[:, :, :tokens], key[:, :, :tokens], value[:, :, :tokens]
+        value = new_value
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, attention.layer_idx)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            attention.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=attention.attention_dropout if attention.training else 0.0,
+            scaling=attention.scaling,
+            **kwargs,
+        )
+        observed = observation.attend(query, key, value, observer, new_value, attention.scaling)
+        output = torch.cat([output, observed], 1).reshape(*hidden_states.shape[:-1], -1)
+        return attention.o_proj(output), weights
+
+
+class GroupedDecoder:
+    """Mixin for decoder models of LLaMA's layout that drops visual tokens at the top of each group of layers.
+
+    Modules and weights are those of the stock class. Without a `visual` prompt and with an unpruned cache, the stock
+    forward runs.
+    """
+
+    attention_class: type
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        # The class is changed in place: building the attention anew would allocate every weight a second time.
+        for layer in self.layers:  # type: ignore[attr-defined]
+            layer.self_attn.__class__ = self.attention_class
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        visual: VisualPrompt | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the decoder, dropping visual tokens if a `visual` prompt is given.
+
+        Parameters
+        ----------
+        input_ids, inputs_embeds, position_ids, past_key_values, use_cache
+            As in transformers. With `visual`, `inputs_embeds` (B, n, d) holds the tokens that `visual.sequence` left,
+            while `position_ids` (B or 1, S) and the mask still speak of the whole prompt.
+        attention_mask : Tensor (B, past + S), dict or None
+            With a pruned cache also the masks that `masks_for_pruned_cache` made.
+        visual : VisualPrompt, optional
+
+        Returns
+        -------
+        BaseModelOutputWithPast
+            `last_hidden_state` (B, S, d): zero where a token was dropped.
+
+        Raises
+        ------
+        ValueError
+            For what pruning cannot serve: a 4D mask, `output_attentions`, a cache of another kind, a sliding window
+            shorter than the sequence.
+        """
+        if visual is None and not is_pruned(past_key_values):
+            return super().forward(  # type: ignore[misc]
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        model: Any = self
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = model.embed_tokens(input_ids)
+        assert inputs_embeds is not None
+        self._refuse(attention_mask, kwargs)
+        wanted = kwargs.pop("output_hidden_states", None)
+        wanted = getattr(model.config, "output_hidden_states", False) if wanted is None else wanted
+        use_cache = model.config.use_cache if use_cache is None else use_cache
+        if model.training and getattr(model, "gradient_checkpointing", False):
+            use_cache, past_key_values = False, None  # as transformers does: the backward pass would write it again
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=model.config)
+        logical = inputs_embeds.shape[1] if visual is None else visual.sequence.length
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        self._check_window(past, logical)
+        if position_ids is None:
+            position_ids = (torch.arange(logical, device=inputs_embeds.device) + past)[None]
+        states: list[torch.Tensor] | None = [] if wanted else None
+        if visual is None:
+            hidden = self._continue(inputs_embeds, attention_mask, position_ids, past_key_values, states, kwargs)
+        else:
+            hidden = self._prune(inputs_embeds, attention_mask, position_ids, past_key_values, visual, states, kwargs)
+        hidden = model.norm(hidden)
+        if visual is not None:
+            hidden = visual.sequence.restore(hidden)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=past_key_values,
+            hidden_states=None if states is None else (*states, hidden),
+        )
+
+    def masks_for_pruned_cache(
+        self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache
+    ) -> dict[int, Any]:
+        """The 4D masks of a decoding step, keyed by the first layer of each run of layers that share one.
+
+        Parameters
+        ----------
+        inputs_embeds : Tensor (B, q, any)
+            For its shape, dtype and device.
+        attention_mask : Tensor (B, logical length) or None
+        cache : Cache
+            A pruned one.
+        """
+        return {
+            first: self._causal_mask(
+                inputs_embeds, padding_mask(cache.layers[first], attention_mask, inputs_embeds.shape[1]), cache, first
+            )
+            for first, _ in layer_segments(cache)
+        }
+
+    def _continue(
+        self,
+        hidden: torch.Tensor,
+        attention_mask: Any,
+        position_ids: torch.Tensor,
+        cache: Any,
+        states: list[torch.Tensor] | None,
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor:
+        """Tokens behind a pruned prompt: nothing is dropped, but masks and positions differ between layers."""
+        masks = attention_mask
+        if not isinstance(masks, dict):
+            masks = self.masks_for_pruned_cache(hidden, attention_mask, cache)
+        rotary: dict[int, Any] = {}
+        for first, last in layer_segments(cache):
+            shift = cache.layers[first].layout.position_shift
+            if id(shift) not in rotary:
+                positions = position_ids if shift is None else position_ids - shift.to(position_ids.device)
+                rotary[id(shift)] = self.rotary_emb(hidden, position_ids=positions)  # type: ignore[attr-defined]
+            for index in range(first, last + 1):
+                if states is not None:
+                    states.append(hidden)
+                hidden = self._layer(index, hidden, masks[first], rotary[id(shift)], cache, kwargs)
+        return hidden
+
+    def _prune(
+        self,
+        tokens: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        cache: Cache | None,
+        visual: VisualPrompt,
+        states: list[torch.Tensor] | None,
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor:
+        """The prompt: group after group, each on what the one before left."""
+        model: Any = self
+        if cache is not None:
+            past = int(cache.get_seq_length())
+            known = None if attention_mask is None or past == 0 else attention_mask[:, :past].bool()
+            prepare_layers(cache, len(model.layers), known)
+        position_ids = position_ids.expand(tokens.shape[0], -1)
+        valid = None if attention_mask is None else attention_mask[:, -visual.sequence.length :]
+        observers = visual.reference.to(tokens.dtype)
+        pruned = visual.groups[-1].last + 1 if visual.groups else 0
+        spans: list[tuple[int, int, Group | None]] = [(group.first, group.last, group) for group in visual.groups]
+        spans.append((pruned, len(model.layers) - 1, None))
+        for first, last, group in spans:
+            sequence = visual.sequence
+            drops = group is not None and group.keep < sequence.patches.shape[2]
+            records: list[AttentionRecord] = []
+            for start, stop in _segments(cache, first, last):
+                layout = None if cache is None else cache.layers[start].layout
+                layer: Any = None if cache is None else cache.layers[start]
+                entries = 0 if layer is None else layer.entries
+                before = None if layer is None else past_valid(layer, attention_mask)
+                positions, ends, fewer = _positions(visual, position_ids, valid, layout)
+                padding = sequence.valid
+                if layer is not None:
+                    padding = padding_mask_with(layer, before, sequence.valid, sequence.size)
+                mask = self._causal_mask(tokens, padding, cache, start)
+                seen = None
+                if group is not None:
+                    positions = torch.cat([positions, ends], 1)
+                    seen = _visibility(sequence, entries, before)
+                rotary = model.rotary_emb(tokens, position_ids=positions)
+                for index in range(start, stop + 1):
+                    if cache is not None and hasattr(cache.layers[index], "leave_out"):
+                        cache.layers[index].leave_out(sequence.length - sequence.size)
+                    if states is not None:
+                        states.append(sequence.restore(tokens))
+                    if group is None:
+                        tokens = self._layer(index, tokens, mask, rotary, cache, kwargs)
+                        continue
+                    if visual.key_tokens is not None:
+                        observers = _pooled(tokens, observers, visual.key_tokens, sequence)
+                    record = None
+                    if drops:
+                        top = index == last or visual.aggregation != "rollout"
+                        record = AttentionRecord(reference_only=top)
+                        records.append(record)
+                    observation = Observation(entries + sequence.reach, entries, sequence.columns, seen, record)  # type: ignore[arg-type]
+                    observers = observers.to(tokens.device)
+                    both = torch.cat([tokens, observers], 1)
+                    both = self._layer(index, both, mask, rotary, cache, kwargs | {"observation": observation})
+                    tokens, observers = both.split([tokens.shape[1], observers.shape[1]], 1)
+                if cache is not None:
+                    grown = layout.extended(  # type: ignore[union-attr]
+                        entries, before, sequence.length, sequence.valid, sequence.tail, sequence.size, fewer
+                    )
+                    for index in range(start, stop + 1):
+                        cache.layers[index].layout = grown
+            if drops:
+                assert group is not None
+                tokens = _drop(tokens, visual, group, records)
+        return tokens
+
+    def _layer(
+        self, index: int, hidden: torch.Tensor, mask: Any, rotary: Any, cache: Cache | None, kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        # No position_ids: gaps in them would be read as packed sequences by flash attention.
+        return self.layers[index](  # type: ignore[attr-defined]
+            hidden,
+            attention_mask=mask,
+            position_embeddings=rotary,
+            position_ids=None,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            **kwargs,
+        )
+
+    def _causal_mask(self, hidden: torch.Tensor, padding: torch.Tensor | None, cache: Cache | None, layer: int) -> Any:
+        return create_causal_mask(
+            config=self.config,  # type: ignore[attr-defined]
+            inputs_embeds=hidden,
+            attention_mask=padding,
+            past_key_values=cache,
+            position_ids=None,
+            layer_idx=layer,
+        )
+
+    def _refuse(self, attention_mask: Any, kwargs: dict[str, Any]) -> None:
+        config: Any = self.config  # type: ignore[attr-defined]
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() != 2:
+            raise ValueError(
+                f"Pruning changes which keys a layer has, so attention_mask must be 2D (batch, length), not "
+                f"{attention_mask.dim()}D; pass the 2D mask, or switch pruning off for a custom mask."
+            )
+        asked = kwargs.get("output_attentions")
+        if config.output_attentions if asked is None else asked:
+            raise ValueError(
+                "output_attentions=True: under pruning each layer's attention map has another size. Use "
+                "model.explain(...) to see what was kept and why, or switch pruning off: model.pruning(enabled=False)."
+            )
+        if getattr(config, "_attn_implementation", None) == "flex_attention":
+            raise ValueError('attn_implementation="flex_attention" is not supported under pruning; use "sdpa".')
+
+    def _check_window(self, past: Any, new: int) -> None:
+        window = getattr(self.config, "sliding_window", None)  # type: ignore[attr-defined]
+        if window is not None and isinstance(past, int) and past + new > window:
+            raise ValueError(
+                f"The sequence has {past + new} tokens and the decoder's sliding window {window}: pruning supports "
+                "sequences up to the window. Shorten the prompt, or switch pruning off: model.pruning(enabled=False)."
+            )
+
+
+def _segments(cache: Cache | None, first: int, last: int) -> Iterator[tuple[int, int]]:
+    """Layers `first` to `last`, cut where the cache's layout changes (an earlier turn may have been pruned otherwise)."""
+    if cache is None:
+        yield from [(first, last)] if first <= last else []
+        return
+    start = first
+    for index in range(first, last + 1):
+        if index == last or cache.layers[index + 1].layout is not cache.layers[start].layout:
+            yield start, index
+            start = index + 1
+
+
+def _positions(
+    visual: VisualPrompt, position_ids: torch.Tensor, valid: torch.Tensor | None, layout: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """RoPE positions of the sequence (B, n) and the observers (B, M), and how many tokens each row lost (B, 1)."""
+    sequence = visual.sequence
+    positions = sequence.at_slots(position_ids)
+    if not visual.compact:
+        return positions, visual.end_positions, None
+    there = torch.ones_like(position_ids) if valid is None else valid.long().expand_as(position_ids)
+    given = there.cumsum(1) - 1
+    now = torch.arange(sequence.size, device=positions.device).expand_as(positions)
+    if sequence.valid is not None:
+        now = sequence.valid.long().cumsum(1) - 1
+    positions = positions - (sequence.at_slots(given) - now)
+    if layout is not None and layout.position_shift is not None:
+        positions = positions - layout.position_shift.to(positions.device)
+    positions = positions.clamp_min(0)
+    last_patch = sequence.columns[..., -1].clamp_max(sequence.size - 1)
+    return positions, positions.gather(1, last_patch) + 1, given[:, -1:] - now[:, -1:]
+
+
+def _visibility(sequence: VisualSequence, past: int, past_mask: torch.Tensor | None) -> torch.Tensor:
+    """What observers and visual tokens see: bool (B, M, 1 + k, past + reach + M)."""
+    columns = sequence.columns
+    last_seen = past + torch.cat([columns[..., -1:], columns], 2)
+    visible = torch.arange(past + sequence.reach, device=columns.device) <= last_seen[..., None]
+    if past_mask is not None or sequence.valid is not None:
+        known = torch.ones(columns.shape[0], past + sequence.reach, dtype=torch.bool, device=columns.device)
+        if past_mask is not None:
+            known[:, :past] = past_mask
+        if sequence.valid is not None:
+            known[:, past:] = sequence.valid[:, : sequence.reach]
+        visible = visible & known[:, None, None]
+    observers = columns.shape[1]
+    itself = torch.zeros(observers, columns.shape[2] + 1, observers, dtype=torch.bool, device=columns.device)
+    itself[:, 0] = torch.eye(observers, dtype=torch.bool, device=columns.device)
+    return torch.cat([visible, itself.expand(columns.shape[0], -1, -1, -1)], 3)
+
+
+def _pooled(
+    tokens: torch.Tensor, observers: torch.Tensor, key_tokens: torch.Tensor, sequence: VisualSequence
+) -> torch.Tensor:
+    """The mean of the key tokens' hidden states, (B, M, d); an image without key tokens keeps its observer."""
+    chosen = sequence.at_slots(key_tokens)
+    if sequence.valid is not None:
+        chosen = chosen & sequence.valid[:, None]
+    chosen = chosen.to(tokens.device)
+    weight = chosen.float() / chosen.sum(-1, keepdim=True).clamp_min(1)
+    pooled = (weight @ tokens.float()).to(tokens.dtype)
+    return torch.where(chosen.any(-1, keepdim=True), pooled, observers.to(tokens.device))
+
+
+def _drop(tokens: torch.Tensor, visual: VisualPrompt, group: Group, records: list[AttentionRecord]) -> torch.Tensor:
+    """Score a group, and leave the tokens (B, n', d) that stay; `visual.sequence` moves along."""
+    sequence = visual.sequence
+    with torch.no_grad():
+        weights = importance(aggregate(records, visual.aggregation), records[-1].value_norm)  # type: ignore[arg-type]
+        kept = keep_most_important(weights, group.keep).to(sequence.patches.device)
+    if visual.scores is not None:
+        chosen = sequence.patches.gather(2, kept)
+        visual.scores.append(GroupScores("decoder", group, sequence.patches, weights, chosen))
+    for record in records:
+        record.seal()
+    visual.sequence, index = sequence.keep(kept)
+    return tokens.gather(1, index.to(tokens.device)[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+class ObservedLlamaAttention(ObservedAttention, LlamaAttention):
+    """LLaMA's attention with observers."""
+
+
+class GroupedLlamaModel(GroupedDecoder, LlamaModel):
+    """`LlamaModel` with pruning."""
+
+    attention_class = ObservedLlamaAttention
+
+
+class ObservedMistralAttention(ObservedAttention, MistralAttention):
+    """Mistral's attention with observers."""
+
+
+class GroupedMistralModel(GroupedDecoder, MistralModel):
+    """`MistralModel` with pruning."""
+
+    attention_class = ObservedMistralAttention
+
+
+class ObservedQwen2Attention(ObservedAttention, Qwen2Attention):
+    """Qwen2's attention with observers."""
+
+
+class GroupedQwen2Model(GroupedDecoder, Qwen2Model):
+    """`Qwen2Model` with pruning."""
+
+    attention_class = ObservedQwen2Attention
+
+
+DECODERS: dict[str, type] = {
+    "llama": GroupedLlamaModel,
+    "mistral": GroupedMistralModel,
+    "qwen2": GroupedQwen2Model,
+}

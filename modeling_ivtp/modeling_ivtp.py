@@ -1,0 +1,781 @@
+"""LLaVA with instruction-guided visual token pruning: the two stages, wired into transformers' LLaVA."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_masks_for_generate
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.clip.modeling_clip import CLIPTextModelWithProjection
+from transformers.models.llava.modeling_llava import (
+    LlavaCausalLMOutputWithPast,
+    LlavaForConditionalGeneration,
+    LlavaModel,
+    LlavaModelOutputWithPast,
+    LlavaMultiModalProjector,
+    LlavaPreTrainedModel,
+)
+from transformers.utils import logging
+
+from .configuration_ivtp import IVTPLlavaConfig, IVTPPruningConfig
+from .language_ivtp import DECODERS, VisualPrompt
+from .pruned_cache import is_pruned
+from .pruning_trace import PruningTrace
+from .text_relevance import key_tokens, map_relevance, pseudo_cls, text_similarity, token_relevance
+from .token_budget import PruningPlan
+from .trace_recorder import TraceRecorder
+from .vision_ivtp import GroupedCLIPVisionModel
+from .visual_sequence import locate_images, per_row
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class IVTPImageFeatures(BaseModelOutputWithPooling):
+    """Features of images from which patches were dropped.
+
+    Attributes
+    ----------
+    pooler_output : list of Tensor (k, d)
+        Kept patches of each image, projected for the language model.
+    kept_patches : int64 Tensor (I, k)
+        Which patches they are, 0 to N - 1.
+    cls_features : Tensor (I, d)
+        The CLS token, projected the same way.
+    image_embeds : Tensor (I, P) or None
+        CLIP's embedding of the image (Eq. 6).
+    """
+
+    kept_patches: torch.Tensor | None = None
+    cls_features: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+
+
+@dataclass
+class IVTPLlavaModelOutputWithPast(LlavaModelOutputWithPast):
+    """LLaVA's output, and which columns of the prompt went through the whole decoder.
+
+    Attributes
+    ----------
+    kept_tokens : bool Tensor (B, S) or None
+        None: all did.
+    """
+
+    kept_tokens: torch.Tensor | None = None
+
+
+class IVTPLlavaPreTrainedModel(LlavaPreTrainedModel):
+    """Base class: configuration and weight loading."""
+
+    config_class = IVTPLlavaConfig
+    config: IVTPLlavaConfig
+
+
+class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
+    """LLaVA without language model head, pruning its visual tokens in the vision tower and in the decoder.
+
+    Parameters
+    ----------
+    config : IVTPLlavaConfig
+
+    Raises
+    ------
+    ValueError
+        For towers that pruning cannot serve, or pruning options that do not fit the layers.
+    """
+
+    def __init__(self, config: IVTPLlavaConfig) -> None:
+        LlavaPreTrainedModel.__init__(self, config)
+        _check_architecture(config)
+        self.vision_tower = GroupedCLIPVisionModel._from_config(config.vision_config)
+        self.multi_modal_projector = LlavaMultiModalProjector(config)
+        self.language_model = DECODERS[config.text_config.model_type]._from_config(config.text_config)
+        if config.clip_text_config is not None:
+            self.clip_text_model = CLIPTextModelWithProjection._from_config(config.clip_text_config)
+            self.visual_projection = nn.Linear(
+                config.vision_config.hidden_size, config.clip_text_config.projection_dim, bias=False
+            )
+        self.post_init()
+
+    @property
+    def has_text_tower(self) -> bool:
+        """Whether CLIP's text tower is part of this model."""
+        return hasattr(self, "clip_text_model")
+
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        image_sizes: torch.Tensor | None = None,
+        recorder: TraceRecorder | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Features of images in the language model's space, with patches dropped by the vision tower (stage 1).
+
+        Parameters
+        ----------
+        pixel_values : Tensor (I, 3, height, width)
+        vision_feature_layer, vision_feature_select_strategy
+            As in LLaVA; default: the configuration's. Pruning needs the strategy "default".
+        image_sizes
+            Not supported under pruning.
+
+        Returns
+        -------
+        IVTPImageFeatures; LLaVA's own output where pruning is off.
+        """
+        plan = self.config.pruning_plan()
+        if plan is None:
+            options = {"image_sizes": image_sizes} if image_sizes is not None else {}
+            return super().get_image_features(
+                pixel_values=pixel_values,
+                vision_feature_layer=vision_feature_layer,
+                vision_feature_select_strategy=vision_feature_select_strategy,
+                **options,
+                **kwargs,
+            )
+        layers = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
+        strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
+        if strategy != "default" or image_sizes is not None:
+            raise ValueError(
+                f'vision_feature_select_strategy="{strategy}", image_sizes={image_sizes}: pruning supports the strategy '
+                '"default" and images of one size (image_sizes=None). Otherwise switch it off: pruning(enabled=False).'
+            )
+        return_dict = kwargs.pop("return_dict", True)
+        kwargs.pop("output_hidden_states", None)
+        vision = self.vision_tower(
+            pixel_values,
+            groups=plan.tower,
+            feature_layers=[layers] if isinstance(layers, int) else layers,
+            aggregation=self.config.pruning.aggregation,
+            scores=None if recorder is None else recorder.tower,
+            **kwargs,
+        )
+        features = self.multi_modal_projector(vision.features)
+        outputs = IVTPImageFeatures(
+            pooler_output=list(features[:, 1:]),
+            kept_patches=vision.patches,
+            cls_features=features[:, 0],
+            image_embeds=self.visual_projection(vision.pooler_output) if self.has_text_tower else None,
+        )
+        return outputs if return_dict else outputs.to_tuple()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        image_sizes: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
+        clip_input_ids: torch.LongTensor | None = None,
+        clip_spans: torch.LongTensor | None = None,
+        recorder: TraceRecorder | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run LLaVA on a prompt, keeping of each image what its question needs.
+
+        Parameters
+        ----------
+        input_ids, pixel_values, attention_mask, position_ids, past_key_values, inputs_embeds, vision_feature_layer,
+        vision_feature_select_strategy, image_sizes, mm_encoder_outputs
+            As in `LlavaModel`: one image token per patch, whatever is dropped later.
+        clip_input_ids : int64 Tensor (B, W, C), optional
+            The instruction in CLIP's tokens, from `IVTPLlavaProcessor`.
+        clip_spans : int64 Tensor (B, S, 2), optional
+            Which of them overlap each token of the prompt, counted from the end.
+        recorder : TraceRecorder, optional
+            Collects what `explain` shows.
+
+        Returns
+        -------
+        IVTPLlavaModelOutputWithPast
+            `last_hidden_state` (B, S, d), zero at dropped tokens.
+        """
+        encoded = (mm_encoder_outputs or {}).get("image")
+        plan = self.config.pruning_plan()
+        if plan is None or (pixel_values is None and encoded is None):
+            options = {"mm_encoder_outputs": mm_encoder_outputs} if mm_encoder_outputs is not None else {}
+            return super().forward(
+                input_ids=input_ids,
+                pixel_values=pixel_values,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                vision_feature_layer=vision_feature_layer,
+                vision_feature_select_strategy=vision_feature_select_strategy,
+                image_sizes=image_sizes,
+                **options,
+                **kwargs,
+            )
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if pixel_values is not None and encoded is not None:
+            raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
+        return_dict = kwargs.pop("return_dict", None)
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        assert inputs_embeds is not None
+        if encoded is None:
+            encoded = self.get_image_features(
+                pixel_values,  # type: ignore[arg-type]
+                vision_feature_layer=vision_feature_layer,
+                vision_feature_select_strategy=vision_feature_select_strategy,
+                image_sizes=image_sizes,
+                recorder=recorder,
+            )
+        if getattr(encoded, "kept_patches", None) is None:
+            raise ValueError(
+                "mm_encoder_outputs holds image features that were encoded without pruning; encode them with this "
+                "model's get_image_features under the same pruning options."
+            )
+        visual, inputs_embeds = self._visual_prompt(
+            plan, encoded, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, clip_input_ids,
+            clip_spans, recorder,
+        )  # fmt: skip
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            visual=visual,
+            **kwargs,
+        )
+        result = IVTPLlavaModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=None,
+            image_hidden_states=torch.cat(encoded.pooler_output, dim=0),
+            kept_tokens=visual.sequence.kept_tokens(),
+        )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return result if return_dict else result.to_tuple()
+
+    def _visual_prompt(
+        self,
+        plan: PruningPlan,
+        encoded: Any,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor,
+        attention_mask: Any,
+        position_ids: torch.Tensor | None,
+        cache: Cache | None,
+        clip_input_ids: torch.Tensor | None,
+        clip_spans: torch.Tensor | None,
+        recorder: TraceRecorder | None,
+    ) -> tuple[VisualPrompt, torch.Tensor]:
+        """Leave out the placeholders of dropped patches, fill in the features, and make the pseudo CLS."""
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() != 2:
+            raise ValueError(f"Under pruning attention_mask must be 2D (batch, length), not {attention_mask.dim()}D.")
+        length, device = inputs_embeds.shape[1], inputs_embeds.device
+        past = 0 if cache is None else cache.get_seq_length()
+        valid = None
+        if attention_mask is not None:
+            if attention_mask.shape[1] < past + length:
+                raise ValueError(
+                    f"attention_mask has {attention_mask.shape[1]} columns; the cache and the new tokens need "
+                    f"{int(past)} + {length}."
+                )
+            valid = attention_mask[:, -length:].to(device=device, dtype=torch.bool)
+        placeholders = self._placeholders(input_ids, inputs_embeds)
+        images = len(encoded.pooler_output)
+        whole = locate_images(placeholders, valid, images, plan.patches)
+        kept = per_row(encoded.kept_patches.to(device), whole)
+        sequence, index = whole.keep(kept)
+        reference, relevance, keys = self._reference(
+            encoded, whole, inputs_embeds, clip_input_ids, _spans_of(clip_spans, length, past, inputs_embeds)
+        )
+        if recorder is not None:
+            recorder.prompt(input_ids, whole, relevance, keys)
+        compact = inputs_embeds.gather(1, index[..., None].expand(-1, -1, inputs_embeds.shape[-1]))
+        slots = torch.zeros(compact.shape[0], compact.shape[1] + 1, dtype=torch.bool, device=device)
+        slots = slots.scatter(1, sequence.columns.flatten(1), True)[:, :-1]
+        features = torch.cat(list(encoded.pooler_output)).to(device, compact.dtype)
+        compact = compact.masked_scatter(slots[..., None], features)
+        if position_ids is None:
+            position_ids = (torch.arange(length, device=device) + past)[None]
+        last_patch = whole.columns[..., -1].clamp_max(length - 1)
+        ends = position_ids.to(device).expand(last_patch.shape[0], -1).gather(1, last_patch) + 1
+        pool = self.config.pruning.pseudo_cls == "pool" and keys is not None
+        visual = VisualPrompt(
+            sequence=sequence,
+            reference=reference,
+            end_positions=ends,
+            key_tokens=keys if pool else None,
+            groups=plan.decoder,
+            aggregation=self.config.pruning.aggregation,
+            compact=self.config.pruning.positions == "compact",
+            scores=None if recorder is None else recorder.decoder,
+        )
+        return visual, compact
+
+    def _placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+
+    def _reference(
+        self,
+        encoded: Any,
+        whole: Any,
+        inputs_embeds: torch.Tensor,
+        clip_input_ids: torch.Tensor | None,
+        clip_spans: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """The pseudo CLS of every image (Eq. 5 to 8): (B, M, d), relevance (B, M, S) and key tokens (B, M, S)."""
+        pruning: IVTPPruningConfig = self.config.pruning
+        device = inputs_embeds.device
+        fallback = per_row(encoded.cls_features.to(device), whole).to(inputs_embeds.dtype)
+        if pruning.guidance == "visual_cls" or not self._has_guidance(clip_input_ids, clip_spans):
+            return fallback, None, None
+        assert clip_spans is not None
+        with torch.no_grad():
+            words = (clip_spans[..., 0] < clip_spans[..., 1])[:, None].expand(-1, whole.present.shape[1], -1)
+            if pruning.guidance == "mean_text":
+                relevance, keys = None, words
+            elif pruning.guidance == "text_similarity":
+                relevance = text_similarity(inputs_embeds, fallback, clip_spans)
+                keys = key_tokens(relevance, pruning.relevance_threshold)
+            else:
+                assert clip_input_ids is not None
+                text = self.clip_text_model.text_model(input_ids=clip_input_ids.flatten(0, 1)).last_hidden_state
+                text = self.clip_text_model.text_projection(text).unflatten(0, clip_input_ids.shape[:2]).flatten(1, 2)
+                embeds = per_row(encoded.image_embeds, whole).to(device)
+                relevance = map_relevance(token_relevance(text.to(device), embeds), clip_spans)
+                keys = key_tokens(relevance, pruning.relevance_threshold)
+            if whole.valid is not None:
+                keys = keys & whole.valid[:, None]
+            return pseudo_cls(inputs_embeds, keys, fallback), relevance, keys
+
+    def _has_guidance(self, clip_input_ids: torch.Tensor | None, clip_spans: torch.Tensor | None) -> bool:
+        guidance = self.config.pruning.guidance
+        missing = []
+        if clip_spans is None:
+            missing.append("clip_spans")
+        if guidance == "clip":
+            if clip_input_ids is None:
+                missing.append("clip_input_ids")
+            if not self.has_text_tower:
+                missing.append("CLIP's text tower (from_llava(..., clip=...) joins it)")
+        if not missing:
+            return True
+        message = (
+            f'guidance="{guidance}" needs {" and ".join(missing)}, so the question cannot guide the pruning. Prepare '
+            "inputs with IVTPLlavaProcessor and a CLIP tokenizer."
+        )
+        if self.config.pruning.strict:
+            raise ValueError(message)
+        logger.warning_once(message + " The image's own CLS token is the reference instead (Eq. 8).")
+        return False
+
+
+class IVTPLlavaForConditionalGeneration(IVTPLlavaPreTrainedModel, LlavaForConditionalGeneration, GenerationMixin):
+    """LLaVA that answers from a fraction of its visual tokens.
+
+    Takes what `LlavaForConditionalGeneration` takes and returns what it returns.
+
+    Examples
+    --------
+    >>> model = IVTPLlavaForConditionalGeneration.from_llava(
+    ...     "llava-hf/llava-1.5-7b-hf", clip="openai/clip-vit-large-patch14-336"
+    ... )  # doctest: +SKIP
+    >>> model.generate(**inputs, max_new_tokens=64)  # doctest: +SKIP
+    """
+
+    def __init__(self, config: IVTPLlavaConfig) -> None:
+        LlavaPreTrainedModel.__init__(self, config)
+        self.model = IVTPLlavaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        image_sizes: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
+        clip_input_ids: torch.LongTensor | None = None,
+        clip_spans: torch.LongTensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Logits, and the loss if `labels` are given.
+
+        Parameters
+        ----------
+        labels : int64 Tensor (B, S), optional
+            As in LLaVA. A token that was dropped predicts nothing, so the label right behind it is left out.
+        clip_input_ids : int64 Tensor (B, W, C), optional
+        clip_spans : int64 Tensor (B, S, 2), optional
+            The instruction, from `IVTPLlavaProcessor`.
+        **kwargs
+            Everything else as in `LlavaForConditionalGeneration`.
+
+        Returns
+        -------
+        LlavaCausalLMOutputWithPast
+            `logits` (B, S, vocabulary) line up with `input_ids`; those of dropped tokens mean nothing.
+        """
+        return_dict = kwargs.pop("return_dict", None)
+        if mm_encoder_outputs is not None:
+            kwargs["mm_encoder_outputs"] = mm_encoder_outputs
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            image_sizes=image_sizes,
+            clip_input_ids=clip_input_ids,
+            clip_spans=clip_spans,
+            return_dict=True,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden_states[:, rows, :])
+        loss = None
+        if labels is not None:
+            kept = getattr(outputs, "kept_tokens", None)
+            if kept is not None:
+                predicted = nn.functional.pad(kept[:, :-1], (1, 0), value=True)
+                labels = labels.masked_fill(~predicted.to(labels.device), -100)
+            for name in ("mm_encoder_outputs", "recorder"):
+                kwargs.pop(name, None)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        result = LlavaCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return result if return_dict else result.to_tuple()
+
+    @property
+    def pruning_config(self) -> IVTPPruningConfig:
+        """The options in force."""
+        return self.config.pruning
+
+    def set_pruning(self, **options: Any) -> None:
+        """Change pruning options for good; `save_pretrained` keeps them.
+
+        Raises
+        ------
+        ValueError
+            For an option that is unknown, out of range, or does not fit this model. Nothing changes then.
+        """
+        before = self.config.pruning
+        self._use_pruning(before.changed(**options))
+
+    @contextmanager
+    def pruning(self, **options: Any) -> Iterator[None]:
+        """Change pruning options for a while; nests, and is undone when left by an exception, too.
+
+        Examples
+        --------
+        >>> with model.pruning(enabled=False):  # doctest: +SKIP
+        ...     stock = model.generate(**inputs)
+        """
+        before = self.config.pruning
+        self._use_pruning(before.changed(**options))
+        try:
+            yield
+        finally:
+            self._use_pruning(before)
+
+    def _use_pruning(self, pruning: IVTPPruningConfig) -> None:
+        before = self.config.pruning
+        self.config.pruning = pruning
+        try:
+            self.config.pruning_plan()
+        except ValueError:
+            self.config.pruning = before
+            raise
+
+    @torch.no_grad()
+    def explain(self, processor: Any = None, **inputs: Any) -> PruningTrace:
+        """Show what is kept of each image for a prompt, and why.
+
+        Parameters
+        ----------
+        processor : processor or tokenizer, optional
+            Puts the instruction's tokens into words. Default: the one saved next to this checkpoint, if it is on disk.
+        **inputs
+            What `generate` takes: `input_ids`, `pixel_values`, …
+
+        Returns
+        -------
+        PruningTrace
+
+        Raises
+        ------
+        ValueError
+            If there is no image, or pruning is off.
+        """
+        if self.config.pruning_plan() is None:
+            raise ValueError(
+                f"Nothing to explain: nothing is dropped with {self.config.pruning}. Set enabled=True and visual_tokens "
+                f"below {self.config.num_patches}."
+            )
+        if inputs.get("pixel_values") is None:
+            raise ValueError("Nothing to explain: the inputs hold no image (pixel_values).")
+        recorder = TraceRecorder(processor)
+        with self.pruning():
+            outputs = self(**inputs | {"use_cache": True, "logits_to_keep": 1}, recorder=recorder)
+        return recorder.trace(self, outputs.past_key_values)
+
+    def create_masks_for_generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Masks that `generate` prepares for a static cache; a prompt that is pruned makes its own, layer by layer."""
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        if not is_pruned(cache):
+            if kwargs.get("is_first_iteration") and self.config.pruning_plan() is not None:
+                return mask
+            return create_masks_for_generate(*args, **kwargs)
+        if kwargs.get("is_first_iteration"):
+            return mask
+        return self.model.language_model.masks_for_pruned_cache(kwargs["inputs_embeds"], mask, cache)
+
+    def _prefill(self, input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kw: Any) -> Any:
+        images = model_kwargs.get("pixel_values") is not None or bool((model_kwargs.get("mm_encoder_outputs") or {}))
+        if generation_config.prefill_chunk_size is not None and images and self.config.pruning_plan() is not None:
+            raise ValueError(
+                f"prefill_chunk_size={generation_config.prefill_chunk_size}: pruning looks at the whole prompt, so it "
+                "cannot be prefilled in chunks. Use prefill_chunk_size=None, or model.pruning(enabled=False)."
+            )
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kw)
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.LongTensor | None = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Repeat rows for beams; the images of a row stay together and in order."""
+        images: dict[str, Any] = {}
+        if expand_size > 1:
+            images = {
+                name: model_kwargs.pop(name)
+                for name in ("pixel_values", "mm_encoder_outputs")
+                if model_kwargs.get(name) is not None
+            }
+        order = self._image_order(expand_size, input_ids, images, model_kwargs) if images else None
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        for name, value in images.items():
+            if name == "pixel_values":
+                value = value[torch.tensor(order, device=value.device)]
+            else:
+                value = {kind: _take_images(output, order) for kind, output in value.items()}
+            model_kwargs[name] = value
+        return input_ids, model_kwargs
+
+    def _image_order(
+        self, repeats: int, input_ids: torch.Tensor | None, images: dict[str, Any], model_kwargs: dict[str, Any]
+    ) -> list[int]:
+        """Which image stands where once every row is repeated."""
+        embeds = model_kwargs.get("inputs_embeds")
+        ids = None if embeds is not None else input_ids
+        marks = self.model._placeholders(ids, embeds) if embeds is not None else ids == self.config.image_token_id
+        cache = model_kwargs.get("past_key_values")
+        past = 0 if cache is None else int(cache.get_seq_length())
+        mask = model_kwargs.get("attention_mask")
+        total = marks.shape[1] if mask is None else mask.shape[1]
+        if past and total == marks.shape[1]:
+            marks = marks[:, past:]
+        first, order = 0, []
+        for count in (marks.sum(1) // self.config.num_patches).tolist():
+            order += list(range(first, first + count)) * repeats
+            first += count
+        return order
+
+    @classmethod
+    def from_llava(
+        cls,
+        llava: Any,
+        clip: Any = None,
+        *,
+        pruning: Any = None,
+        clip_options: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> "IVTPLlavaForConditionalGeneration":
+        """Join a LLaVA checkpoint with CLIP's text tower and projections.
+
+        Parameters
+        ----------
+        llava : str or path
+            A LLaVA folder or Hub id in transformers' format, or one of ours.
+        clip : str or path, optional
+            Where CLIP's text half comes from: a transformers CLIP folder or Hub id, an open_clip name such as
+            "open_clip:ViT-L-14-336/openai", or an open_clip weights file (safetensors). None: no text tower, and the
+            image's CLS token guides the language model.
+        pruning : IVTPPruningConfig or dict, optional
+        clip_options : dict, optional
+            Passed to `hub.clip_checkpoint.load_clip_text`.
+        **kwargs
+            For `from_pretrained`: dtype, device_map, attn_implementation, quantization_config, …
+
+        Raises
+        ------
+        ValueError
+            If tower and CLIP do not fit, or the LLaVA checkpoint has missing or unexpected weights.
+        """
+        from importlib import import_module
+
+        config = kwargs.pop("config", None)
+        if config is None:
+            hub = {name: kwargs[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in kwargs}
+            config = IVTPLlavaConfig.from_pretrained(llava, **hub)
+        if pruning is not None:
+            config.pruning = pruning
+        config.pruning_plan()
+        kwargs.pop("output_loading_info", None)
+        model, info = cls.from_pretrained(llava, config=config, output_loading_info=True, **kwargs)
+        wrong = {name: sorted(info[name]) for name in ("missing_keys", "unexpected_keys") if info.get(name)}
+        if wrong:
+            raise ValueError(f"{llava} is not a complete LLaVA checkpoint: {wrong}.")
+        if clip is not None:
+            try:
+                load_clip_text = import_module("modeling_ivtp.hub.clip_checkpoint").load_clip_text
+            except ImportError as error:
+                raise ImportError("Joining CLIP needs the installed package: pip install ivtp-llava") from error
+            model.join_clip(load_clip_text(clip, **(clip_options or {})))
+        return model
+
+    def join_clip(self, clip: Any) -> None:
+        """Add CLIP's text tower and projections to this model, on the vision tower's device and in its dtype.
+
+        Parameters
+        ----------
+        clip : hub.clip_checkpoint.ClipText
+
+        Raises
+        ------
+        ValueError
+            If CLIP's vision tower is not as wide as LLaVA's.
+        """
+        width = self.config.vision_config.hidden_size
+        if clip.vision_width != width:
+            raise ValueError(
+                f"CLIP's projection takes {clip.vision_width} features, LLaVA's vision tower has {width}: they are not "
+                "the same CLIP."
+            )
+        body = self.model
+        weight = body.vision_tower.post_layernorm.weight
+        place = {"dtype": self.dtype if weight.device.type == "meta" else weight.dtype}
+        place["device"] = torch.device("cpu") if weight.device.type == "meta" else weight.device
+        with torch.device("meta"):
+            text = CLIPTextModelWithProjection._from_config(clip.text_config)
+            projection = nn.Linear(width, clip.text_config.projection_dim, bias=False)
+        state = dict(clip.tensors())
+        text_state = {
+            name.removeprefix("clip_text_model."): tensor.to(**place)
+            for name, tensor in state.items()
+            if name.startswith("clip_text_model.")
+        }
+        text.load_state_dict(text_state, strict=True, assign=True)
+        projection.load_state_dict({"weight": state["visual_projection.weight"].to(**place)}, strict=True, assign=True)
+        positions = text.text_model.embeddings
+        positions.position_ids = torch.arange(clip.text_config.max_position_embeddings, device=place["device"])[None]
+        self.config.clip_text_config = text.config
+        body.clip_text_model = text.eval().requires_grad_(False)
+        body.visual_projection = projection.requires_grad_(False)
+        if hasattr(self, "hf_device_map") and "" not in self.hf_device_map:
+            for name in ("clip_text_model", "visual_projection"):
+                self.hf_device_map[f"model.{name}"] = place["device"]
+
+
+def _take_images(output: Any, order: list[int] | None) -> Any:
+    """The same encoder output for images in another order."""
+    if output is None or order is None or getattr(output, "pooler_output", None) is None:
+        return output
+    output.pooler_output = [output.pooler_output[image] for image in order]
+    for name in ("kept_patches", "cls_features", "image_embeds"):
+        if (value := getattr(output, name, None)) is not None:
+            setattr(output, name, value[torch.tensor(order, device=value.device)])
+    return output
+
+
+def _spans_of(spans: torch.Tensor | None, length: int, past: Any, like: torch.Tensor) -> torch.Tensor | None:
+    """The part of `clip_spans` that speaks of the new tokens: (B, length, 2).
+
+    Spans may cover the conversation from its start or the new tokens alone; candidate tokens of assisted decoding stand
+    behind both and have none.
+    """
+    if spans is None:
+        return None
+    if spans.dim() != 3 or spans.shape[0] != like.shape[0] or spans.shape[2] != 2:
+        raise ValueError(f"clip_spans has shape {tuple(spans.shape)}; expected ({like.shape[0]}, tokens, 2).")
+    spans = spans.to(like.device)
+    if spans.shape[1] > length:
+        past = int(past)
+        if spans.shape[1] > past + length:
+            raise ValueError(f"clip_spans speaks of {spans.shape[1]} tokens; there are {past + length}.")
+        spans = spans[:, past:]
+    return nn.functional.pad(spans, (0, 0, 0, length - spans.shape[1]))
+
+
+def _check_architecture(config: Any) -> None:
+    """Refuse towers that pruning cannot serve, before anything is built."""
+    vision, text, clip = config.vision_config, config.text_config, config.clip_text_config
+    if vision.model_type != "clip_vision_model":
+        raise ValueError(
+            f"vision_config.model_type={vision.model_type!r}: pruning needs a vision tower with a CLS token; allowed: "
+            "'clip_vision_model'."
+        )
+    if text.model_type not in DECODERS:
+        raise ValueError(f"text_config.model_type={text.model_type!r}; allowed: {', '.join(sorted(DECODERS))}.")
+    if clip is not None and clip.model_type != "clip_text_model":
+        raise ValueError(f"clip_text_config.model_type={clip.model_type!r}; allowed: 'clip_text_model'.")
+    config.pruning_plan()
+
+
+def _register_weight_names() -> None:
+    """Load official LLaVA weights under our class names: transformers looks its renamings up by class."""
+    for stock, ours in (
+        ("llava", "ivtp_llava"),
+        ("LlavaModel", "IVTPLlavaModel"),
+        ("llava", "IVTPLlavaForConditionalGeneration"),
+    ):
+        mapping = get_checkpoint_conversion_mapping(stock)
+        if mapping is not None:
+            register_checkpoint_conversion_mapping(ours, mapping, overwrite=True)
+
+
+_register_weight_names()
+IVTPLlavaModel.register_for_auto_class("AutoModel")
+IVTPLlavaForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")

@@ -1,0 +1,389 @@
+"""A KV cache whose layers differ in length, because later layers never saw the tokens that were dropped.
+
+transformers counts positions with `get_seq_length()` and sizes masks with `get_mask_sizes()`. A pruned layer answers the
+first *logically*, as if nothing had been dropped, and the second *physically*, with the entries it stores, offset by the
+difference; so generation, masks and RoPE positions go on as for an unpruned cache.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+
+
+@dataclass(eq=False)
+class KeyLayout:
+    """Which logical tokens the entries of a cache layer stand for. Layers that saw the same tokens share one object.
+
+    Attributes
+    ----------
+    stored : int
+        Entries that `key_mask` speaks of; every later entry is one logical token.
+    dropped : int
+        Logical tokens without an entry, before the end of `stored`.
+    tail : int
+        Last entries of `stored` that are one logical token each: what `crop` may take away.
+    key_mask : bool Tensor (B, stored) or None
+        False where a shorter row is filled up on the left. None: every entry is a token of its row.
+    position_shift : int64 Tensor (B, 1) or None
+        How far positions were renumbered down (`positions="compact"`). None: they were not.
+    """
+
+    stored: int = 0
+    dropped: int = 0
+    tail: int = 0
+    key_mask: torch.Tensor | None = None
+    position_shift: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self._latest: tuple[Any, KeyLayout] | None = None
+
+    def _for_all_layers(self, key: Any, change: Any) -> "KeyLayout":
+        """Apply `change` to the row-wise tensors once for all layers that share this layout."""
+        if self._latest is None or self._latest[0] is not key:
+            mask = None if self.key_mask is None else change(self.key_mask)
+            shift = None if self.position_shift is None else change(self.position_shift)
+            self._latest = (key, replace(self, key_mask=mask, position_shift=shift))
+        return self._latest[1]
+
+    def select_rows(self, rows: torch.Tensor) -> "KeyLayout":
+        """The layout of the batch `rows` (int64 Tensor), for beams that are reordered."""
+        if self.key_mask is None and self.position_shift is None:
+            return self
+        return self._for_all_layers(rows, lambda tensor: tensor[rows.to(tensor.device)])
+
+    def repeat_rows(self, repeats: int) -> "KeyLayout":
+        """The layout with every row repeated."""
+        if self.key_mask is None and self.position_shift is None:
+            return self
+        return self._for_all_layers(("repeat", repeats), lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def cropped(self, entries: int) -> "KeyLayout":
+        """The layout when only the first `entries` entries are left.
+
+        Raises
+        ------
+        ValueError
+            If that cuts into the part of the prompt where tokens were dropped.
+        """
+        if entries >= self.stored:
+            return self
+        removed = self.stored - entries
+        if removed > self.tail:
+            raise ValueError(
+                f"The cache cannot be cropped by {removed} of its prompt's tokens: visual tokens were dropped there. "
+                f"Allowed: at most {self.tail}. Run the shortened prompt anew instead."
+            )
+        mask = None if self.key_mask is None else self.key_mask[:, :entries]
+        return replace(self, stored=entries, tail=self.tail - removed, key_mask=mask)
+
+    def extended(
+        self,
+        past_entries: int,
+        past_mask: torch.Tensor | None,
+        length: int,
+        valid: torch.Tensor | None,
+        tail: int,
+        new_entries: int,
+        dropped_per_row: torch.Tensor | None,
+    ) -> "KeyLayout":
+        """The layout after a forward pass that added `new_entries` entries for `length` logical tokens.
+
+        Parameters
+        ----------
+        past_entries : int
+            Entries before the pass.
+        past_mask : bool Tensor (B, past_entries) or None
+        length, new_entries : int
+        valid : bool Tensor (B, new_entries) or None
+        tail : int
+            How many of the last new entries are one logical token each.
+        dropped_per_row : int64 Tensor (B, 1) or None
+            Tokens of each row that were dropped in this pass, where positions are renumbered.
+        """
+        if past_mask is None and valid is not None:
+            past_mask = valid.new_ones(valid.shape[0], past_entries)
+        if valid is None and past_mask is not None:
+            valid = past_mask.new_ones(past_mask.shape[0], new_entries)
+        shift = self.position_shift
+        if dropped_per_row is not None:
+            shift = dropped_per_row if shift is None else shift + dropped_per_row.to(shift.device)
+        return KeyLayout(
+            stored=past_entries + new_entries,
+            dropped=self.dropped + length - new_entries,
+            tail=tail,
+            key_mask=None if valid is None or past_mask is None else torch.cat([past_mask.to(valid.device), valid], 1),
+            position_shift=shift,
+        )
+
+
+class PrunedDynamicLayer(DynamicLayer):
+    """`DynamicLayer` that stores fewer entries than the sequence has tokens."""
+
+    is_pruned = True
+
+    def __init__(self, layout: KeyLayout | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.layout = layout or KeyLayout()
+
+    @property
+    def entries(self) -> int:
+        """Entries that are stored now."""
+        return super().get_seq_length()
+
+    def get_seq_length(self) -> int:
+        """Logical length: what the sequence would have without pruning."""
+        return self.entries + self.layout.dropped
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Entries with the new ones, and how far they lie behind the logical count."""
+        return self.entries + query_length, self.layout.dropped
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens; see `KeyLayout.cropped` for how far that goes."""
+        if self.is_initialized and tokens_to_remove:
+            self.layout = self.layout.cropped(self.entries - abs(tokens_to_remove))
+        super().crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.layout = KeyLayout()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorder the rows for beam search."""
+        super().reorder_cache(beam_idx)
+        self.layout = self.layout.select_rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        super().batch_repeat_interleave(repeats)
+        self.layout = self.layout.repeat_rows(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep only some rows."""
+        super().batch_select_indices(indices)
+        self.layout = self.layout.select_rows(indices)
+
+
+class PrunedStaticLayer(StaticLayer):
+    """`StaticLayer` sized for the entries that are kept instead of for all tokens.
+
+    Parameters
+    ----------
+    max_cache_len : int
+        Entries that it can hold.
+    logical_len : int
+        Tokens that the stock layer it stands for was made for; `reset` goes back to that size.
+    """
+
+    is_pruned = True
+
+    def __init__(self, max_cache_len: int, logical_len: int, layout: KeyLayout | None = None, **kwargs: Any) -> None:
+        super().__init__(max_cache_len, **kwargs)
+        self.logical_len = logical_len
+        self.layout = layout or KeyLayout()
+
+    @property
+    def entries(self) -> int:
+        """Entries that are stored now. Reads a tensor: not for compiled code."""
+        return int(self.cumulative_length) if self.is_initialized else 0
+
+    def leave_out(self, tokens: int) -> None:
+        """Make room for `tokens` fewer, as long as nothing is allocated."""
+        if not self.is_initialized:
+            self.max_cache_len -= tokens
+
+    def get_seq_length(self) -> Any:
+        """Logical length: what the sequence would have without pruning."""
+        return super().get_seq_length() + self.layout.dropped
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """All entries, and how far they lie behind the logical count."""
+        return self.max_cache_len, self.layout.dropped
+
+    def get_max_length(self) -> int:
+        """Tokens, counted logically, for which there is room."""
+        return self.max_cache_len + self.layout.dropped
+
+    def reset(self) -> None:
+        """Forget everything and take the stock size again: the next prompt may drop less."""
+        if self.is_initialized:
+            self.cumulative_length.zero_()
+        self.keys = self.values = None
+        self.is_initialized = False
+        self.max_cache_len = self.logical_len
+        self.layout = KeyLayout()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorder the rows for beam search."""
+        super().reorder_cache(beam_idx)
+        self.layout = self.layout.select_rows(beam_idx)
+
+
+PrunedLayer = PrunedDynamicLayer | PrunedStaticLayer
+
+
+def is_pruned(cache: Cache | None) -> bool:
+    """Whether a cache has layers that store fewer entries than tokens.
+
+    The last layer tells: what a lower layer never saw, it never sees either.
+    """
+    return cache is not None and len(getattr(cache, "layers", ())) > 0 and getattr(cache.layers[-1], "is_pruned", False)
+
+
+def layer_segments(cache: Cache) -> list[tuple[int, int]]:
+    """Runs of cache layers that share a layout, and with it a mask: (first, last) layer, both inside."""
+    segments: list[tuple[int, int]] = []
+    for index, layer in enumerate(cache.layers):
+        if segments and layer.layout is cache.layers[index - 1].layout:
+            segments[-1] = (segments[-1][0], index)
+        else:
+            segments.append((index, index))
+    return segments
+
+
+def prepare_layers(cache: Cache, num_layers: int, past_mask: torch.Tensor | None) -> None:
+    """Swap the layers of a cache for pruned ones that hold the same entries, so that lengths may differ from now on.
+
+    Parameters
+    ----------
+    cache : Cache
+        Dynamic or static, empty or not; changed in place.
+    num_layers : int
+        Layers of the decoder; a `DynamicCache()` made without config grows lazily and is filled up to it.
+    past_mask : bool Tensor (B, past) or None
+        The 2D attention mask of the tokens that are in the cache already.
+
+    Raises
+    ------
+    ValueError
+        For a kind of cache whose layers cannot differ in length.
+    """
+    if not isinstance(getattr(cache, "layers", None), list):
+        raise ValueError(_unsupported(type(cache).__name__))
+    while len(cache.layers) < num_layers:
+        make = cache.layer_class_to_replicate
+        if make is not DynamicLayer:
+            raise ValueError(_unsupported(getattr(make, "__name__", type(cache).__name__)))
+        cache.layers.append(DynamicLayer())
+    swapped = KeyLayout()
+    for index, layer in enumerate(cache.layers):
+        if getattr(layer, "is_pruned", False):
+            continue
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer):
+            raise ValueError(_unsupported(type(layer).__name__))
+        past = int(layer.get_seq_length())
+        if past and swapped.stored != past:
+            swapped = KeyLayout(stored=past, tail=past, key_mask=past_mask)
+        cache.layers[index] = _adopt(layer, swapped)
+
+
+def _adopt(layer: CacheLayerMixin, layout: KeyLayout) -> PrunedLayer:
+    pruned: PrunedLayer
+    if isinstance(layer, StaticLayer):
+        pruned = PrunedStaticLayer(layer.max_cache_len, layer.max_cache_len, layout)
+        carried = ("keys", "values", "dtype", "device", "batch_size", "num_heads", "k_head_dim", "v_head_dim")
+        pruned.cumulative_length = layer.cumulative_length
+    else:
+        pruned = PrunedDynamicLayer(layout)
+        carried = ("keys", "values", "dtype", "device")
+    if layer.is_initialized:
+        for name in carried:
+            setattr(pruned, name, getattr(layer, name))
+        pruned.is_initialized = True
+    return pruned
+
+
+def _unsupported(name: str) -> str:
+    return (
+        f"Pruning needs cache layers that may differ in length, and {name} cannot. Use a DynamicCache or StaticCache "
+        '(cache_implementation="dynamic", "static" or "offloaded"), or switch pruning off: model.set_pruning(enabled=False).'
+    )
+
+
+def past_valid(layer: PrunedLayer, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Which entries of a layer are tokens of their row: bool Tensor (B, entries), or None if all are.
+
+    Parameters
+    ----------
+    layer : PrunedDynamicLayer or PrunedStaticLayer
+    attention_mask : Tensor (B, logical length) or None
+        The 2D mask of the whole sequence; it speaks for entries behind `layout.stored`.
+    """
+    layout, later = layer.layout, layer.entries - layer.layout.stored
+    if layout.key_mask is None and (attention_mask is None or later == 0):
+        return None
+    start = layout.stored + layout.dropped
+    newer = None if attention_mask is None else attention_mask[:, start : start + later].bool()
+    stored = layout.key_mask
+    if stored is None:
+        stored = newer.new_ones(newer.shape[0], layout.stored)  # type: ignore[union-attr]
+    if newer is None:
+        newer = stored.new_ones(stored.shape[0], later)
+    return torch.cat([stored.to(newer.device), newer], dim=1)
+
+
+def padding_mask_with(layer: PrunedLayer, past: torch.Tensor | None, valid: torch.Tensor | None, new: int) -> Any:
+    """The padding mask of a pruned layer for a pass that drops tokens, in the form `create_causal_mask` takes.
+
+    Parameters
+    ----------
+    layer : PrunedDynamicLayer or PrunedStaticLayer
+    past : bool Tensor (B, entries) or None
+    valid : bool Tensor (B, new) or None
+    new : int
+        New entries.
+
+    Returns
+    -------
+    bool Tensor (B, layout.dropped + entries + new) or None
+        Columns count logically, so the first `layout.dropped` ones are never read. None: nothing is masked.
+    """
+    template = past if past is not None else valid
+    if template is None:
+        return None
+    past = template.new_ones(template.shape[0], layer.entries) if past is None else past
+    valid = template.new_ones(template.shape[0], new) if valid is None else valid
+    return torch.cat([template.new_ones(template.shape[0], layer.layout.dropped), past, valid], dim=1)
+
+
+def padding_mask(layer: PrunedLayer, attention_mask: torch.Tensor | None, new: int) -> torch.Tensor | None:
+    """The padding mask of a pruned layer for a pass that drops nothing, in the form `create_causal_mask` takes.
+
+    Works on shapes alone, so that a decoding step with a static cache compiles.
+
+    Parameters
+    ----------
+    layer : PrunedDynamicLayer or PrunedStaticLayer
+    attention_mask : Tensor (B, logical length) or None
+        The 2D mask of the whole sequence, new tokens included.
+    new : int
+        New tokens.
+    """
+    layout = layer.layout
+    template = layout.key_mask if layout.key_mask is not None else attention_mask
+    if template is None:
+        return None
+    rows, device = template.shape[0], template.device
+
+    def ones(columns: int) -> torch.Tensor:
+        return torch.ones(rows, columns, dtype=torch.bool, device=device)
+
+    if attention_mask is not None:
+        later = attention_mask[:, layout.stored + layout.dropped :].to(device=device, dtype=torch.bool)
+    elif isinstance(layer, StaticLayer):
+        # Entries that are not filled yet lie in the future of every query: the causal pattern hides them.
+        later = ones(layer.max_cache_len - layout.stored)
+    else:
+        later = ones(layer.entries - layout.stored + new)
+    stored = ones(layout.stored) if layout.key_mask is None else layout.key_mask
+    return torch.cat([ones(layout.dropped), stored, later], dim=1)

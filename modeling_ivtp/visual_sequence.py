@@ -1,0 +1,216 @@
+"""Where the visual tokens of each image stand in a sequence from which tokens were dropped.
+
+Rows of a batch may be padded, and have no, one or several images; once visual tokens go, rows are aligned on the right
+and filled up on the left. *Logical* columns count the prompt as it was given, *physical* ones what is left.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """What the host knows of one row, read once per prompt so that no later step waits for the device.
+
+    Attributes
+    ----------
+    tokens : int
+        Tokens of the row, padding left out.
+    images : int
+        Images of the row.
+    behind : int
+        Tokens behind the last image.
+    tail : int
+        Last columns of the prompt that are tokens behind the last image, without a gap.
+    """
+
+    tokens: int
+    images: int
+    behind: int
+    tail: int
+
+
+@dataclass(frozen=True)
+class VisualSequence:
+    """The tokens that are left of a prompt.
+
+    Attributes
+    ----------
+    length : int
+        Logical columns, S.
+    rows : tuple of RowCounts
+        `tokens` counts what is left.
+    slots : int64 Tensor (B, n)
+        Logical column of each physical one; S for filler.
+    valid : bool Tensor (B, n) or None
+        False for filler. None: there is none.
+    columns : int64 Tensor (B, M, k)
+        Physical columns of each image's visual tokens, in order; n for an image that a row does not have.
+    patches : int64 Tensor (B, M, k)
+        The patches of the original grid that they are.
+    present : bool Tensor (B, M)
+        Which images exist.
+    """
+
+    length: int
+    rows: tuple[RowCounts, ...]
+    slots: torch.Tensor
+    valid: torch.Tensor | None
+    columns: torch.Tensor
+    patches: torch.Tensor
+    present: torch.Tensor
+
+    @property
+    def size(self) -> int:
+        """Physical columns, n."""
+        return self.slots.shape[1]
+
+    @property
+    def tail(self) -> int:
+        """Last columns that are one logical token each, in every row."""
+        return min(row.tail for row in self.rows)
+
+    @property
+    def reach(self) -> int:
+        """Physical columns up to the end of the last image of any row."""
+        return self.size - min((row.behind for row in self.rows if row.images), default=self.size)
+
+    def keep(self, kept: torch.Tensor) -> tuple["VisualSequence", torch.Tensor]:
+        """Drop all but some visual tokens of every image.
+
+        Parameters
+        ----------
+        kept : int64 Tensor (B, M, k')
+            Indices into the k visual tokens of each image, ascending.
+
+        Returns
+        -------
+        VisualSequence
+        index : int64 Tensor (B, n')
+            The physical columns to gather; filler repeats column 0.
+        """
+        kept = kept.to(self.columns.device)
+        stay = torch.ones(self.slots.shape[0], self.size + 1, dtype=torch.bool, device=self.slots.device)
+        if self.valid is not None:
+            stay[:, :-1] = self.valid
+        chosen = self.columns.gather(2, kept)
+        stay.scatter_(1, self.columns.flatten(1), False)
+        stay.scatter_(1, chosen.flatten(1), True)
+        stay = stay[:, :-1]
+        fewer = self.columns.shape[2] - kept.shape[2]
+        rows = tuple(replace(row, tokens=row.tokens - row.images * fewer) for row in self.rows)
+        index, target, valid = _align_right(stay, rows)
+        slots = self.slots.gather(1, index)
+        if valid is not None:
+            slots = slots.masked_fill(~valid, self.length)
+        # Column n, the place of images that are not there, moves along to the new end.
+        moved = torch.cat([target, target.new_full((target.shape[0], 1), index.shape[1])], 1)
+        columns = moved.gather(1, chosen.flatten(1)).view_as(chosen)
+        sequence = replace(
+            self, rows=rows, slots=slots, valid=valid, columns=columns, patches=self.patches.gather(2, kept)
+        )
+        return sequence, index
+
+    def restore(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Put hidden states (B, n, d) back to their logical columns: (B, S, d), zero where a token was dropped."""
+        full = hidden.new_zeros(hidden.shape[0], self.length + 1, hidden.shape[2])
+        index = self.slots.to(hidden.device)[..., None].expand_as(hidden)
+        return full.scatter(1, index, hidden)[:, :-1]
+
+    def kept_tokens(self) -> torch.Tensor:
+        """Which logical columns are left: bool Tensor (B, S)."""
+        full = torch.zeros(self.slots.shape[0], self.length + 1, dtype=torch.bool, device=self.slots.device)
+        return full.scatter(1, self.slots, True)[:, :-1]
+
+    def at_slots(self, values: torch.Tensor) -> torch.Tensor:
+        """Pick values given per logical column (B, ..., S) at the physical columns: (B, ..., n); filler gets any."""
+        index = self.slots.clamp_max(self.length - 1).to(values.device)
+        while index.dim() < values.dim():
+            index = index.unsqueeze(1)
+        return values.gather(-1, index.expand(*values.shape[:-1], -1))
+
+
+def _align_right(
+    stay: torch.Tensor, rows: tuple[RowCounts, ...]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Columns to gather (B, n'), where each old column goes (B, n), and the validity of the new ones."""
+    size = max(row.tokens for row in rows)
+    rank = stay.long().cumsum(1)
+    target = torch.where(stay, rank - 1 + (size - rank[:, -1:]), size)
+    source = torch.arange(stay.shape[1], device=stay.device).expand_as(target)
+    index = torch.zeros(stay.shape[0], size + 1, dtype=torch.int64, device=stay.device).scatter(1, target, source)
+    valid = None
+    if any(row.tokens != size for row in rows):
+        valid = torch.arange(size, device=stay.device) >= size - rank[:, -1:]
+    return index[:, :-1], target, valid
+
+
+def locate_images(placeholders: torch.Tensor, valid: torch.Tensor | None, images: int, patches: int) -> VisualSequence:
+    """Find the visual tokens of a prompt.
+
+    Parameters
+    ----------
+    placeholders : bool Tensor (B, S)
+        Where an image token stands.
+    valid : bool Tensor (B, S) or None
+        The 2D attention mask; None: no padding.
+    images : int
+        Images that came with the prompt, over all rows.
+    patches : int
+        Patches of an image, N: each image needs as many placeholders.
+
+    Returns
+    -------
+    VisualSequence
+        With nothing dropped yet.
+
+    Raises
+    ------
+    ValueError
+        If placeholders and images do not match.
+    """
+    length = placeholders.shape[1]
+    if valid is not None:
+        placeholders = placeholders & valid
+    place = torch.arange(1, length + 1, device=placeholders.device)
+    there = torch.ones_like(placeholders) if valid is None else valid
+    last_image = (placeholders * place).amax(1, keepdim=True)
+    last_gap = torch.maximum(last_image, (~there * place).amax(1, keepdim=True))
+    behind = (there & (place > last_image)).sum(1)
+    counts = torch.stack([there.sum(1), placeholders.sum(1), behind, length - last_gap[:, 0]], 1).tolist()
+    total = sum(count[1] for count in counts)
+    if total != images * patches or any(count[1] % patches for count in counts):
+        raise ValueError(
+            f"Image features and image tokens do not match: {images} image(s) need {images * patches} image tokens, "
+            f"{patches} each, and the rows of the prompt have {[count[1] for count in counts]}."
+        )
+    rows = tuple(RowCounts(count[0], count[1] // patches, count[2], count[3]) for count in counts)
+    most = max(row.images for row in rows)
+    order = torch.where(placeholders, placeholders.long().cumsum(1) - 1, most * patches)
+    columns = torch.full((placeholders.shape[0], most * patches + 1), length, device=placeholders.device)
+    columns = columns.scatter(1, order, (place - 1).expand_as(order))[:, :-1].unflatten(1, (most, patches))
+    return VisualSequence(
+        length=length,
+        rows=rows,
+        slots=(place - 1).expand_as(order),
+        valid=valid,
+        columns=columns,
+        patches=torch.arange(patches, device=placeholders.device).expand_as(columns),
+        present=columns[..., 0] < length,
+    )
+
+
+def per_row(values: torch.Tensor, sequence: VisualSequence) -> torch.Tensor:
+    """Arrange what is given per image, in the order of the prompt, by row: (I, ...) to (B, M, ...).
+
+    An image that a row does not have gets the values of some other image; `VisualSequence.present` tells.
+    """
+    batch, most = sequence.present.shape
+    if values.shape[0] == batch * most:
+        return values.unflatten(0, (batch, most))
+    first, index = 0, []
+    for row in sequence.rows:
+        index.append([min(first + image, values.shape[0] - 1) for image in range(most)])
+        first += row.images
+    return values[torch.tensor(index, device=values.device)]
