@@ -8,7 +8,6 @@ from .modeling_ivtp import IVTPLlavaForConditionalGeneration, IVTPLlavaModel
 from .processing_ivtp import IVTPLlavaProcessor
 from .pruning_trace import PruningTrace
 
-
 __version__ = "0.1.0"
 
 # Importing the package is enough for the Auto classes to know its checkpoints, without trust_remote_code.

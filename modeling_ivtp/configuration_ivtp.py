@@ -1,6 +1,5 @@
 """Configuration of IVTP-LLaVA: LLaVA's own, CLIP's text tower, and what to prune."""
 
-import copy
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from typing import Any
@@ -9,7 +8,6 @@ from transformers import LlavaConfig
 from transformers.models.clip.configuration_clip import CLIPTextConfig
 
 from .token_budget import PruningPlan, plan_pruning
-
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "aggregation": ("rollout", "mean", "max", "multiply", "last"),
@@ -25,7 +23,7 @@ def _is_int(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class IVTPPruningConfig:
-    """What IVTP drops, where, and guided by what. Immutable: change it with `dataclasses.replace` or `model.set_pruning`.
+    """What IVTP drops, where, and guided by what. Immutable: change it with `changed` or `model.set_pruning`.
 
     Attributes
     ----------

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-
 # A head's attention map is built, used and dropped; this bounds how many float32 values of maps exist at a time.
 MAP_VALUES_CPU = 2**20
 MAP_VALUES_DEVICE = 2**26
@@ -40,14 +39,14 @@ class AttentionRecord:
     """
 
     reference_only: bool
-    query: torch.Tensor | None = None
-    key: torch.Tensor | None = None
-    visible: torch.Tensor | None = None
-    columns: torch.Tensor | None = None
-    value_norm: torch.Tensor | None = None
-    scale: float = 1.0
+    query: torch.Tensor = field(init=False, repr=False)
+    key: torch.Tensor = field(init=False, repr=False)
+    value_norm: torch.Tensor = field(init=False, repr=False)
+    scale: float = field(init=False)
+    visible: torch.Tensor | None = field(init=False, repr=False, default=None)
+    columns: torch.Tensor | None = field(init=False, repr=False, default=None)
     # Gradient checkpointing runs a layer again in the backward pass, long after its group was scored.
-    sealed: bool = field(default=False)
+    sealed: bool = field(init=False, default=False)
 
     def fill(self, **tensors: torch.Tensor | float | None) -> None:
         """Store what the attention layer saw; a sealed record ignores it."""
@@ -57,7 +56,8 @@ class AttentionRecord:
 
     def seal(self) -> None:
         """Let go of the tensors and accept no more."""
-        self.query = self.key = self.visible = self.columns = self.value_norm = None
+        for name in ("query", "key", "value_norm", "visible", "columns"):
+            self.__dict__.pop(name, None)
         self.sealed = True
 
 
@@ -103,7 +103,6 @@ def _on_tracked(row: torch.Tensor, columns: torch.Tensor | None) -> torch.Tensor
 
 def reference_row(record: AttentionRecord) -> torch.Tensor:
     """The reference token's row of a layer's attention map, over the tracked tokens: float32 (B, M, 1 + k)."""
-    assert record.query is not None and record.key is not None
     weights = record.query.new_ones(*record.query.shape[:1], record.query.shape[2], 1, dtype=torch.float32)
     visible = None if record.visible is None else record.visible[:, :, :1]
     row = weighted_attention(weights, record.query[:, :, :, :1], record.key, record.scale, visible)
@@ -129,7 +128,6 @@ def roll_down(row: torch.Tensor, record: AttentionRecord, *, residual: bool) -> 
         Weight that flows to tokens before the image can never come back to its patches under a causal mask, so the
         columns of tracked tokens are all that is needed.
     """
-    assert record.query is not None and record.key is not None
     product = weighted_attention(row, record.query, record.key, record.scale, record.visible)
     product = _on_tracked(product, record.columns)
     return (product + row) / 2 if residual else product
@@ -148,7 +146,7 @@ def rollout(records: list[AttentionRecord]) -> torch.Tensor:
         identity[..., 0] = 1
         row = (row + identity) / 2
     for depth in range(len(records) - 2, -1, -1):
-        row = roll_down(row.to(records[depth].key.device), records[depth], residual=depth > 0)  # type: ignore[union-attr]
+        row = roll_down(row.to(records[depth].key.device), records[depth], residual=depth > 0)
     return row
 
 
@@ -169,7 +167,7 @@ def aggregate(records: list[AttentionRecord], how: str) -> torch.Tensor:
         return rollout(records)
     if how == "last":
         return reference_row(records[-1])
-    device = records[-1].key.device  # type: ignore[union-attr]
+    device = records[-1].key.device
     rows = torch.stack([reference_row(record).to(device) for record in records])
     if how == "mean":
         return rows.mean(0)

@@ -155,11 +155,12 @@ class Observation:
             visual = query.gather(2, index).unflatten(2, columns.shape[1:])
             tracked = torch.cat([tracked, visual], 3)
         norms = new_value.float().square().sum((1, 3)).sqrt()
+        places = torch.cat([observers[None, :, None].expand(*columns.shape[:2], 1), self.past + there], 2)
         self.record.fill(
             query=tracked,
             key=keys,
             visible=visible[:, :, : tracked.shape[3]],
-            columns=torch.cat([observers[None, :, None].expand(*columns.shape[:2], 1), self.past + there], 2),
+            columns=places.clamp_max(keys.shape[2] - 1),
             value_norm=norms.gather(1, there.flatten(1)).view_as(there),
             scale=scale,
         )
@@ -382,6 +383,8 @@ class GroupedDecoder:
                 layer: Any = None if cache is None else cache.layers[start]
                 entries = 0 if layer is None else layer.entries
                 before = None if layer is None else past_valid(layer, attention_mask)
+                for index in range(start, stop + 1) if cache is not None else ():
+                    cache.layers[index].leave_out(sequence.length - sequence.size)  # type: ignore[union-attr]
                 positions, ends, fewer = _positions(visual, position_ids, valid, layout)
                 padding = sequence.valid
                 if layer is not None:
@@ -393,8 +396,6 @@ class GroupedDecoder:
                     seen = _visibility(sequence, entries, before)
                 rotary = model.rotary_emb(tokens, position_ids=positions)
                 for index in range(start, stop + 1):
-                    if cache is not None and hasattr(cache.layers[index], "leave_out"):
-                        cache.layers[index].leave_out(sequence.length - sequence.size)
                     if states is not None:
                         states.append(sequence.restore(tokens))
                     if group is None:
@@ -473,7 +474,7 @@ class GroupedDecoder:
 
 
 def _segments(cache: Cache | None, first: int, last: int) -> Iterator[tuple[int, int]]:
-    """Layers `first` to `last`, cut where the cache's layout changes (an earlier turn may have been pruned otherwise)."""
+    """Layers `first` to `last`, cut where the layout changes: an earlier turn may have been pruned otherwise."""
     if cache is None:
         yield from [(first, last)] if first <= last else []
         return
@@ -540,7 +541,7 @@ def _drop(tokens: torch.Tensor, visual: VisualPrompt, group: Group, records: lis
     """Score a group, and leave the tokens (B, n', d) that stay; `visual.sequence` moves along."""
     sequence = visual.sequence
     with torch.no_grad():
-        weights = importance(aggregate(records, visual.aggregation), records[-1].value_norm)  # type: ignore[arg-type]
+        weights = importance(aggregate(records, visual.aggregation), records[-1].value_norm)
         kept = keep_most_important(weights, group.keep).to(sequence.patches.device)
     if visual.scores is not None:
         chosen = sequence.patches.gather(2, kept)
@@ -581,7 +582,7 @@ class GroupedQwen2Model(GroupedDecoder, Qwen2Model):
     attention_class = ObservedQwen2Attention
 
 
-DECODERS: dict[str, type] = {
+DECODERS: dict[str, Any] = {
     "llama": GroupedLlamaModel,
     "mistral": GroupedMistralModel,
     "qwen2": GroupedQwen2Model,

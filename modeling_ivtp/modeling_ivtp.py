@@ -8,12 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
-from transformers.conversion_mapping import (
-    get_checkpoint_conversion_mapping,
-    register_checkpoint_conversion_mapping,
-)
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPTextModelWithProjection
 from transformers.models.llava.modeling_llava import (
@@ -26,16 +21,16 @@ from transformers.models.llava.modeling_llava import (
 )
 from transformers.utils import logging
 
+from .checkpoint_ivtp import LlavaCheckpoint, register_weight_names
 from .configuration_ivtp import IVTPLlavaConfig, IVTPPruningConfig
+from .generation_ivtp import PrunedGeneration
 from .language_ivtp import DECODERS, VisualPrompt
-from .pruned_cache import is_pruned
 from .pruning_trace import PruningTrace
 from .text_relevance import key_tokens, map_relevance, pseudo_cls, text_similarity, token_relevance
 from .token_budget import PruningPlan
 from .trace_recorder import TraceRecorder
 from .vision_ivtp import GroupedCLIPVisionModel
 from .visual_sequence import locate_images, per_row
-
 
 logger = logging.get_logger(__name__)
 
@@ -78,7 +73,7 @@ class IVTPLlavaPreTrainedModel(LlavaPreTrainedModel):
     """Base class: configuration and weight loading."""
 
     config_class = IVTPLlavaConfig
-    config: IVTPLlavaConfig
+    config: Any
 
 
 class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
@@ -94,7 +89,7 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
         For towers that pruning cannot serve, or pruning options that do not fit the layers.
     """
 
-    def __init__(self, config: IVTPLlavaConfig) -> None:
+    def __init__(self, config: Any) -> None:
         LlavaPreTrainedModel.__init__(self, config)
         _check_architecture(config)
         self.vision_tower = GroupedCLIPVisionModel._from_config(config.vision_config)
@@ -149,8 +144,8 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
         strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
         if strategy != "default" or image_sizes is not None:
             raise ValueError(
-                f'vision_feature_select_strategy="{strategy}", image_sizes={image_sizes}: pruning supports the strategy '
-                '"default" and images of one size (image_sizes=None). Otherwise switch it off: pruning(enabled=False).'
+                f'vision_feature_select_strategy="{strategy}", image_sizes={image_sizes}: pruning takes "default" and '
+                "images of one size (image_sizes=None). Otherwise switch it off: model.pruning(enabled=False)."
             )
         return_dict = kwargs.pop("return_dict", True)
         kwargs.pop("output_hidden_states", None)
@@ -208,8 +203,9 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
             `last_hidden_state` (B, S, d), zero at dropped tokens.
         """
         encoded = (mm_encoder_outputs or {}).get("image")
-        plan = self.config.pruning_plan()
-        if plan is None or (pixel_values is None and encoded is None):
+        # Without an image there is nothing to plan: a decoding step costs no more than this look.
+        plan = None if pixel_values is None and encoded is None else self.config.pruning_plan()
+        if plan is None:
             options = {"mm_encoder_outputs": mm_encoder_outputs} if mm_encoder_outputs is not None else {}
             return super().forward(
                 input_ids=input_ids,
@@ -294,7 +290,7 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
                     f"{int(past)} + {length}."
                 )
             valid = attention_mask[:, -length:].to(device=device, dtype=torch.bool)
-        placeholders = self._placeholders(input_ids, inputs_embeds)
+        placeholders = self.placeholders(input_ids, inputs_embeds)
         images = len(encoded.pooler_output)
         whole = locate_images(placeholders, valid, images, plan.patches)
         kept = per_row(encoded.kept_patches.to(device), whole)
@@ -326,9 +322,11 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
         )
         return visual, compact
 
-    def _placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor) -> torch.Tensor:
+    def placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        """Where an image token stands, as a number or as its embedding: bool Tensor (B, S)."""
         if input_ids is not None:
             return input_ids == self.config.image_token_id
+        assert inputs_embeds is not None
         token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
@@ -387,7 +385,9 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
         return False
 
 
-class IVTPLlavaForConditionalGeneration(IVTPLlavaPreTrainedModel, LlavaForConditionalGeneration, GenerationMixin):
+class IVTPLlavaForConditionalGeneration(
+    LlavaCheckpoint, PrunedGeneration, IVTPLlavaPreTrainedModel, LlavaForConditionalGeneration, GenerationMixin
+):
     """LLaVA that answers from a fraction of its visual tokens.
 
     Takes what `LlavaForConditionalGeneration` takes and returns what it returns.
@@ -400,7 +400,7 @@ class IVTPLlavaForConditionalGeneration(IVTPLlavaPreTrainedModel, LlavaForCondit
     >>> model.generate(**inputs, max_new_tokens=64)  # doctest: +SKIP
     """
 
-    def __init__(self, config: IVTPLlavaConfig) -> None:
+    def __init__(self, config: Any) -> None:
         LlavaPreTrainedModel.__init__(self, config)
         self.model = IVTPLlavaModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
@@ -467,7 +467,7 @@ class IVTPLlavaForConditionalGeneration(IVTPLlavaPreTrainedModel, LlavaForCondit
             kept = getattr(outputs, "kept_tokens", None)
             if kept is not None:
                 predicted = nn.functional.pad(kept[:, :-1], (1, 0), value=True)
-                labels = labels.masked_fill(~predicted.to(labels.device), -100)
+                labels = labels.masked_fill(~predicted.to(labels.device), -100)  # type: ignore[assignment]
             for name in ("mm_encoder_outputs", "recorder"):
                 kwargs.pop(name, None)
             loss = self.loss_function(
@@ -547,8 +547,8 @@ class IVTPLlavaForConditionalGeneration(IVTPLlavaPreTrainedModel, LlavaForCondit
         """
         if self.config.pruning_plan() is None:
             raise ValueError(
-                f"Nothing to explain: nothing is dropped with {self.config.pruning}. Set enabled=True and visual_tokens "
-                f"below {self.config.num_patches}."
+                f"Nothing to explain: {self.config.pruning} drops nothing. Set enabled=True and visual_tokens below "
+                f"{self.config.num_patches}."
             )
         if inputs.get("pixel_values") is None:
             raise ValueError("Nothing to explain: the inputs hold no image (pixel_values).")
@@ -556,178 +556,6 @@ class IVTPLlavaForConditionalGeneration(IVTPLlavaPreTrainedModel, LlavaForCondit
         with self.pruning():
             outputs = self(**inputs | {"use_cache": True, "logits_to_keep": 1}, recorder=recorder)
         return recorder.trace(self, outputs.past_key_values)
-
-    def create_masks_for_generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Masks that `generate` prepares for a static cache; a prompt that is pruned makes its own, layer by layer."""
-        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-        if not is_pruned(cache):
-            if kwargs.get("is_first_iteration") and self.config.pruning_plan() is not None:
-                return mask
-            return create_masks_for_generate(*args, **kwargs)
-        if kwargs.get("is_first_iteration"):
-            return mask
-        return self.model.language_model.masks_for_pruned_cache(kwargs["inputs_embeds"], mask, cache)
-
-    def _prefill(self, input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kw: Any) -> Any:
-        images = model_kwargs.get("pixel_values") is not None or bool((model_kwargs.get("mm_encoder_outputs") or {}))
-        if generation_config.prefill_chunk_size is not None and images and self.config.pruning_plan() is not None:
-            raise ValueError(
-                f"prefill_chunk_size={generation_config.prefill_chunk_size}: pruning looks at the whole prompt, so it "
-                "cannot be prefilled in chunks. Use prefill_chunk_size=None, or model.pruning(enabled=False)."
-            )
-        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kw)
-
-    def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: torch.LongTensor | None = None,
-        **model_kwargs: Any,
-    ) -> Any:
-        """Repeat rows for beams; the images of a row stay together and in order."""
-        images: dict[str, Any] = {}
-        if expand_size > 1:
-            images = {
-                name: model_kwargs.pop(name)
-                for name in ("pixel_values", "mm_encoder_outputs")
-                if model_kwargs.get(name) is not None
-            }
-        order = self._image_order(expand_size, input_ids, images, model_kwargs) if images else None
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-        )
-        for name, value in images.items():
-            if name == "pixel_values":
-                value = value[torch.tensor(order, device=value.device)]
-            else:
-                value = {kind: _take_images(output, order) for kind, output in value.items()}
-            model_kwargs[name] = value
-        return input_ids, model_kwargs
-
-    def _image_order(
-        self, repeats: int, input_ids: torch.Tensor | None, images: dict[str, Any], model_kwargs: dict[str, Any]
-    ) -> list[int]:
-        """Which image stands where once every row is repeated."""
-        embeds = model_kwargs.get("inputs_embeds")
-        ids = None if embeds is not None else input_ids
-        marks = self.model._placeholders(ids, embeds) if embeds is not None else ids == self.config.image_token_id
-        cache = model_kwargs.get("past_key_values")
-        past = 0 if cache is None else int(cache.get_seq_length())
-        mask = model_kwargs.get("attention_mask")
-        total = marks.shape[1] if mask is None else mask.shape[1]
-        if past and total == marks.shape[1]:
-            marks = marks[:, past:]
-        first, order = 0, []
-        for count in (marks.sum(1) // self.config.num_patches).tolist():
-            order += list(range(first, first + count)) * repeats
-            first += count
-        return order
-
-    @classmethod
-    def from_llava(
-        cls,
-        llava: Any,
-        clip: Any = None,
-        *,
-        pruning: Any = None,
-        clip_options: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> "IVTPLlavaForConditionalGeneration":
-        """Join a LLaVA checkpoint with CLIP's text tower and projections.
-
-        Parameters
-        ----------
-        llava : str or path
-            A LLaVA folder or Hub id in transformers' format, or one of ours.
-        clip : str or path, optional
-            Where CLIP's text half comes from: a transformers CLIP folder or Hub id, an open_clip name such as
-            "open_clip:ViT-L-14-336/openai", or an open_clip weights file (safetensors). None: no text tower, and the
-            image's CLS token guides the language model.
-        pruning : IVTPPruningConfig or dict, optional
-        clip_options : dict, optional
-            Passed to `hub.clip_checkpoint.load_clip_text`.
-        **kwargs
-            For `from_pretrained`: dtype, device_map, attn_implementation, quantization_config, …
-
-        Raises
-        ------
-        ValueError
-            If tower and CLIP do not fit, or the LLaVA checkpoint has missing or unexpected weights.
-        """
-        from importlib import import_module
-
-        config = kwargs.pop("config", None)
-        if config is None:
-            hub = {name: kwargs[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in kwargs}
-            config = IVTPLlavaConfig.from_pretrained(llava, **hub)
-        if pruning is not None:
-            config.pruning = pruning
-        config.pruning_plan()
-        kwargs.pop("output_loading_info", None)
-        model, info = cls.from_pretrained(llava, config=config, output_loading_info=True, **kwargs)
-        wrong = {name: sorted(info[name]) for name in ("missing_keys", "unexpected_keys") if info.get(name)}
-        if wrong:
-            raise ValueError(f"{llava} is not a complete LLaVA checkpoint: {wrong}.")
-        if clip is not None:
-            try:
-                load_clip_text = import_module("modeling_ivtp.hub.clip_checkpoint").load_clip_text
-            except ImportError as error:
-                raise ImportError("Joining CLIP needs the installed package: pip install ivtp-llava") from error
-            model.join_clip(load_clip_text(clip, **(clip_options or {})))
-        return model
-
-    def join_clip(self, clip: Any) -> None:
-        """Add CLIP's text tower and projections to this model, on the vision tower's device and in its dtype.
-
-        Parameters
-        ----------
-        clip : hub.clip_checkpoint.ClipText
-
-        Raises
-        ------
-        ValueError
-            If CLIP's vision tower is not as wide as LLaVA's.
-        """
-        width = self.config.vision_config.hidden_size
-        if clip.vision_width != width:
-            raise ValueError(
-                f"CLIP's projection takes {clip.vision_width} features, LLaVA's vision tower has {width}: they are not "
-                "the same CLIP."
-            )
-        body = self.model
-        weight = body.vision_tower.post_layernorm.weight
-        place = {"dtype": self.dtype if weight.device.type == "meta" else weight.dtype}
-        place["device"] = torch.device("cpu") if weight.device.type == "meta" else weight.device
-        with torch.device("meta"):
-            text = CLIPTextModelWithProjection._from_config(clip.text_config)
-            projection = nn.Linear(width, clip.text_config.projection_dim, bias=False)
-        state = dict(clip.tensors())
-        text_state = {
-            name.removeprefix("clip_text_model."): tensor.to(**place)
-            for name, tensor in state.items()
-            if name.startswith("clip_text_model.")
-        }
-        text.load_state_dict(text_state, strict=True, assign=True)
-        projection.load_state_dict({"weight": state["visual_projection.weight"].to(**place)}, strict=True, assign=True)
-        positions = text.text_model.embeddings
-        positions.position_ids = torch.arange(clip.text_config.max_position_embeddings, device=place["device"])[None]
-        self.config.clip_text_config = text.config
-        body.clip_text_model = text.eval().requires_grad_(False)
-        body.visual_projection = projection.requires_grad_(False)
-        if hasattr(self, "hf_device_map") and "" not in self.hf_device_map:
-            for name in ("clip_text_model", "visual_projection"):
-                self.hf_device_map[f"model.{name}"] = place["device"]
-
-
-def _take_images(output: Any, order: list[int] | None) -> Any:
-    """The same encoder output for images in another order."""
-    if output is None or order is None or getattr(output, "pooler_output", None) is None:
-        return output
-    output.pooler_output = [output.pooler_output[image] for image in order]
-    for name in ("kept_patches", "cls_features", "image_embeds"):
-        if (value := getattr(output, name, None)) is not None:
-            setattr(output, name, value[torch.tensor(order, device=value.device)])
-    return output
 
 
 def _spans_of(spans: torch.Tensor | None, length: int, past: Any, like: torch.Tensor) -> torch.Tensor | None:
@@ -764,18 +592,6 @@ def _check_architecture(config: Any) -> None:
     config.pruning_plan()
 
 
-def _register_weight_names() -> None:
-    """Load official LLaVA weights under our class names: transformers looks its renamings up by class."""
-    for stock, ours in (
-        ("llava", "ivtp_llava"),
-        ("LlavaModel", "IVTPLlavaModel"),
-        ("llava", "IVTPLlavaForConditionalGeneration"),
-    ):
-        mapping = get_checkpoint_conversion_mapping(stock)
-        if mapping is not None:
-            register_checkpoint_conversion_mapping(ours, mapping, overwrite=True)
-
-
-_register_weight_names()
+register_weight_names()
 IVTPLlavaModel.register_for_auto_class("AutoModel")
 IVTPLlavaForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")

@@ -1,16 +1,16 @@
 """The processor: stock LLaVA's, which also hands the model the instruction as CLIP's text tower reads it.
 
-Two inputs come on top of `LlavaProcessor`'s. `clip_input_ids` (B, W, C) int64: the instruction in windows of CLIP's context
-length C. `clip_spans` (B, S, 2) int64: for each prompt token the CLIP tokens that share a character with it (paper, Eq. 7),
-as a half-open range over the row's W * C places counted from the end, (0, 0) for none. What is missing is zeros on the left
-in both, which is also what left-padding an unknown input gives.
+Two inputs come on top of `LlavaProcessor`'s. `clip_input_ids` (B, W, C) int64: the instruction in windows of CLIP's
+context length C. `clip_spans` (B, S, 2) int64: for each prompt token the CLIP tokens that share a character with it
+(paper, Eq. 7), as a half-open range over the row's W * C places counted from the end, (0, 0) for none. What is missing
+is zeros on the left in both, which is also what left-padding an unknown input gives.
 """
 
 import os
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ class _PresentComponents:
     """
 
     def __get__(self, processor: ProcessorMixin | None, owner: type[ProcessorMixin]) -> Callable[[], list[str]]:
-        names = ProcessorMixin.get_attributes.__func__(owner)
+        names = vars(ProcessorMixin)["get_attributes"].__get__(None, owner)()
         if processor is not None and getattr(processor, "clip_tokenizer", None) is None:
             names.remove("clip_tokenizer")
         return lambda: list(names)
@@ -60,19 +60,19 @@ class IVTPLlavaProcessor(LlavaProcessor):
 num_additional_image_tokens
         As in `LlavaProcessor`.
     clip_tokenizer : fast tokenizer, optional
-        Tokenizer of CLIP's text tower, kept in its own folder `clip_tokenizer/` of a checkpoint. Without it the processor is
-        a stock `LlavaProcessor`.
+        Tokenizer of CLIP's text tower, kept in its own folder `clip_tokenizer/` of a checkpoint. Without it the
+        processor is a stock `LlavaProcessor`.
     instruction_pattern : str, optional
-        Regular expression (`.` matches newlines too) for what in a prompt is the instruction: its first group, or the whole
-        match if it has none; every match counts. By default the user turns are found by the role markers of the chat
-        template, else by those of the known LLaVA formats; a prompt without role markers is all instruction. Special tokens
-        and image placeholders never are.
+        Regular expression (`.` matches newlines too) for what in a prompt is the instruction: its first group, or the
+        whole match if it has none; every match counts. By default the user turns are found by the role markers of the
+        chat template, else by those of the known LLaVA formats; a prompt without role markers is all instruction.
+        Special tokens and image placeholders never are.
 
     Raises
     ------
     ValueError
-        If the CLIP tokenizer, or with it the language model's, cannot tell character offsets; if the CLIP tokenizer lacks a
-        start or end token or room between them; if `instruction_pattern` is not a regular expression.
+        If the CLIP tokenizer, or with it the language model's, cannot tell character offsets; if the CLIP tokenizer
+        lacks a start or end token or room between them; if `instruction_pattern` is not a regular expression.
     """
 
     get_attributes = _PresentComponents()
@@ -128,7 +128,7 @@ num_additional_image_tokens
         instruction_pattern : str, optional
             As for the class.
         **kwargs
-            Passed on to `LlavaProcessor.from_pretrained`; access to the Hub (`token`, `cache_dir`, ...) holds for CLIP too.
+            Passed on to `LlavaProcessor.from_pretrained`; access to the Hub (`token`, ...) holds for CLIP too.
 
         Returns
         -------
@@ -152,7 +152,11 @@ num_additional_image_tokens
 
     @classmethod
     def _load_tokenizer_from_pretrained(
-        cls, sub_processor_type: str, pretrained_model_name_or_path: str | os.PathLike, subfolder: str = "", **kwargs: Any
+        cls,
+        sub_processor_type: str,
+        pretrained_model_name_or_path: str | os.PathLike,
+        subfolder: str = "",
+        **kwargs: Any,
     ) -> Any:
         if sub_processor_type != "clip_tokenizer":
             return super()._load_tokenizer_from_pretrained(
@@ -170,8 +174,8 @@ num_additional_image_tokens
         )
         if found is None:
             logger.warning_once(
-                f"{pretrained_model_name_or_path} has no {folder}/: prompts are processed as by LlavaProcessor, so pruning "
-                "is guided by the image alone. IVTPLlavaProcessor.from_llava joins a CLIP tokenizer."
+                f"{pretrained_model_name_or_path} has no {folder}/: prompts are processed as by LlavaProcessor, and "
+                "pruning is guided by the image alone. IVTPLlavaProcessor.from_llava joins a CLIP tokenizer."
             )
             return None
         return AutoTokenizer.from_pretrained(pretrained_model_name_or_path, subfolder=folder, **kwargs)
@@ -213,8 +217,8 @@ num_additional_image_tokens
                 raise ValueError(f"{name} is not possible together with a CLIP tokenizer, got {value!r}")
         if kwargs.get("sanitize_control_tokens") or text_kwargs.get("sanitize_control_tokens"):
             logger.warning_once(
-                "sanitize_control_tokens=True leaves no character offsets, so the instruction cannot be matched with CLIP's "
-                "tokens: pruning is guided by the image alone."
+                "sanitize_control_tokens=True leaves no character offsets, so the instruction cannot be matched with "
+                "CLIP's tokens: pruning is guided by the image alone."
             )
             return super().__call__(
                 images=images, text=text, videos=videos, audio=audio, text_kwargs=text_kwargs, **kwargs
@@ -260,22 +264,23 @@ num_additional_image_tokens
         Returns
         -------
         list of (int, int)
-            Half-open character ranges, ascending and disjoint, without white space at their ends: the user turns, cut where
-            a special token, an image placeholder or a system prompt stands in them.
+            Half-open character ranges, ascending and disjoint, without white space at their ends: the user turns, cut
+            where a special token, an image placeholder or a system prompt stands in them.
         """
         if self.instruction_pattern is not None:
             matches = re.finditer(self.instruction_pattern, text, re.DOTALL)
             turns = [match.span(min(match.re.groups, 1)) for match in matches]
             if not turns:
-                logger.warning_once(f"instruction_pattern {self.instruction_pattern!r} matches nothing in {text!r}")
+                logger.warning_once(f"instruction_pattern {self.instruction_pattern!r} matches nothing in a prompt.")
         else:
             turns = _user_turns(text, [*self._template_formats(), *_KNOWN_FORMATS])
         foreign = re.compile(f"{self._special_tokens()}|{_SYSTEM_INSIDE_TURN}", re.DOTALL)
         ranges = []
         for start, end in turns:
-            # A group that took no part in the match has the span (-1, -1).
-            cuts = [(start, start), *(cut.span() for cut in foreign.finditer(text, max(start, 0), max(end, 0))), (end, end)]
-            for (_, first), (last, _) in zip(cuts, cuts[1:], strict=False):
+            if start < 0:  # the pattern's group took no part in the match
+                continue
+            cuts = [(start, start), *(cut.span() for cut in foreign.finditer(text, start, end)), (end, end)]
+            for (_, first), (last, _) in pairwise(cuts):
                 words = text[first:last]
                 first, last = last - len(words.lstrip()), first + len(words.rstrip())
                 if first < last:
@@ -367,7 +372,7 @@ num_additional_image_tokens
         words = ["probequestion", "probeanswer", "probefollowup"]
         roles = ["user", "assistant", "user"]
         for content in (lambda word: [{"type": "text", "text": word}], lambda word: word):
-            chat = [{"role": role, "content": content(word)} for role, word in zip(roles, words, strict=True)]
+            chat: Any = [{"role": role, "content": content(word)} for role, word in zip(roles, words, strict=True)]
             try:
                 whole = self.apply_chat_template(chat, chat_template=template, add_generation_prompt=True)
                 answered = self.apply_chat_template(chat[:2], chat_template=template)
@@ -410,18 +415,18 @@ def _context_length(clip_tokenizer: Any) -> int:
 
 
 def _user_turns(text: str, formats: Sequence[tuple[str, str]]) -> list[Range]:
-    """Find the user turns of a prompt by the first format whose markers stand in it; without any, all of it is one turn."""
-    for marker in (0, 1):  # a prompt that only closes a turn opens with one
-        for opening, closing in formats:
-            if re.search((opening, closing)[marker], text):
-                start = None if marker == 0 else 0
-                turns = []
-                for match in re.finditer(f"(?P<opening>{opening})|{closing}", text):
-                    if start is not None:
-                        turns.append((start, match.start()))
-                    start = match.end() if match["opening"] else None
-                return turns if start is None else [*turns, (start, len(text))]
-    return [(0, len(text))]
+    """Find the user turns of a prompt by the first format whose markers stand in it; without any, it is one turn."""
+    opened = next((markers for markers in formats if re.search(markers[0], text)), None)
+    # A prompt that only closes a turn begins inside of it.
+    markers = opened or next((markers for markers in formats if re.search(markers[1], text)), None)
+    if markers is None:
+        return [(0, len(text))]
+    turns, start = [], None if opened else 0
+    for match in re.finditer(f"(?P<opening>{markers[0]})|{markers[1]}", text):
+        if start is not None:
+            turns.append((start, match.start()))
+        start = match.end() if match["opening"] else None
+    return turns if start is None else [*turns, (start, len(text))]
 
 
 def _marker(text: str) -> str:
@@ -440,8 +445,8 @@ def _common_start(one: list[str], other: list[str]) -> list[str]:
 def _with_composed(text: str, offsets: Iterable[Range]) -> list[Range]:
     """Extend CLIP's character ranges over the combining characters that its Unicode normalization left out.
 
-    "e" and a combining accent become one letter, whose range is then that of the "e". CLIP's tokens leave nothing but white
-    space uncovered, so whatever else is uncovered belongs to the token before it.
+    "e" and a combining accent become one letter, whose range is then that of the "e". CLIP's tokens leave nothing but
+    white space uncovered, so whatever else is uncovered belongs to the token before it.
     """
     offsets = list(offsets)
     covered = bytearray(len(text))

@@ -1,8 +1,8 @@
 """A KV cache whose layers differ in length, because later layers never saw the tokens that were dropped.
 
-transformers counts positions with `get_seq_length()` and sizes masks with `get_mask_sizes()`. A pruned layer answers the
-first *logically*, as if nothing had been dropped, and the second *physically*, with the entries it stores, offset by the
-difference; so generation, masks and RoPE positions go on as for an unpruned cache.
+transformers counts positions with `get_seq_length()` and sizes masks with `get_mask_sizes()`. A pruned layer answers
+the first *logically*, as if nothing had been dropped, and the second *physically*, with the entries it stores, offset
+by the difference; so generation, masks and RoPE positions go on as for an unpruned cache.
 """
 
 from dataclasses import dataclass, replace
@@ -139,6 +139,9 @@ class PrunedDynamicLayer(DynamicLayer):
         """Entries that are stored now."""
         return super().get_seq_length()
 
+    def leave_out(self, tokens: int) -> None:
+        """Nothing to do: a dynamic layer allocates as it grows."""
+
     def get_seq_length(self) -> int:
         """Logical length: what the sequence would have without pruning."""
         return self.entries + self.layout.dropped
@@ -186,6 +189,7 @@ class PrunedStaticLayer(StaticLayer):
     """
 
     is_pruned = True
+    is_initialized: bool
 
     def __init__(self, max_cache_len: int, logical_len: int, layout: KeyLayout | None = None, **kwargs: Any) -> None:
         super().__init__(max_cache_len, **kwargs)
@@ -289,13 +293,13 @@ def prepare_layers(cache: Cache, num_layers: int, past_mask: torch.Tensor | None
 
 def _adopt(layer: CacheLayerMixin, layout: KeyLayout) -> PrunedLayer:
     pruned: PrunedLayer
+    carried = ["keys", "values", "dtype", "device"]
     if isinstance(layer, StaticLayer):
         pruned = PrunedStaticLayer(layer.max_cache_len, layer.max_cache_len, layout)
-        carried = ("keys", "values", "dtype", "device", "batch_size", "num_heads", "k_head_dim", "v_head_dim")
+        carried += ["batch_size", "num_heads", "k_head_dim", "v_head_dim"]
         pruned.cumulative_length = layer.cumulative_length
     else:
         pruned = PrunedDynamicLayer(layout)
-        carried = ("keys", "values", "dtype", "device")
     if layer.is_initialized:
         for name in carried:
             setattr(pruned, name, getattr(layer, name))
@@ -306,7 +310,8 @@ def _adopt(layer: CacheLayerMixin, layout: KeyLayout) -> PrunedLayer:
 def _unsupported(name: str) -> str:
     return (
         f"Pruning needs cache layers that may differ in length, and {name} cannot. Use a DynamicCache or StaticCache "
-        '(cache_implementation="dynamic", "static" or "offloaded"), or switch pruning off: model.set_pruning(enabled=False).'
+        '(cache_implementation="dynamic", "static" or "offloaded"), or switch pruning off: '
+        "model.set_pruning(enabled=False)."
     )
 
 

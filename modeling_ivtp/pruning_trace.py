@@ -296,13 +296,15 @@ class PruningTrace:
             facts.append(f"KV cache {_size(self.kv_bytes)} of {_size(self.kv_bytes_unpruned)}")
         if image.reference == "visual_cls" and any(group.stage == "decoder" for group in image.groups):
             scored = any(math.isfinite(token.relevance) for token in image.tokens)
-            why = " (no key words)" if scored else "" if image.tokens else " (no instruction)"
-            facts.append(f"decoder guided by the visual CLS{why}")
+            facts.append(f"decoder guided by the visual CLS{' (no key words)' if scored else ''}")
         return facts
 
 
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 """Scripts written without spaces, as the inside of a regular expression's brackets: Thai to Khmer, kana, Han."""
+
+_BREAKABLE = re.compile(rf"\s+|[{_UNSPACED}]|[^\s{_UNSPACED}]{{1,32}}(?![^\s{_UNSPACED}])|[^\s{_UNSPACED}]{{1,8}}")
+"""White space, or what a line may end after: such a character, a word, a piece of what is too long for a word."""
 
 
 def _finite(value: float) -> float | None:
@@ -464,7 +466,7 @@ def _square(image: Any, grid: tuple[int, int]) -> Any:
 # Lengths are in inches; at 144 dots each, a panel of 24 x 24 patches has 16 whole dots to a patch.
 _DPI = 144
 _PANEL, _GAP, _MARGIN, _FOOT = 384 / _DPI, 24 / _DPI, 40 / _DPI, 66 / _DPI
-_COLUMNS, _LINES = 5, 4
+_COLUMNS, _LINES, _LEADING = 5, 4, 1.62  # panels in a row, lines of an instruction, line height in em
 _INK, _MUTED, _FAINT, _ACCENT = "#1c2128", "#656d76", "#e7e9ec", "#f59e0b"
 _TINTS = (1.0, 0.937, 0.776), (1.0, 0.729, 0.169)
 _ASIAN_FONTS = (
@@ -530,7 +532,7 @@ class _Type:
         letters = [(spelt, tint) for letter, tint in zip(text, strengths, strict=True) if (spelt := self.spell(letter))]
         text, strengths = "".join(letter for letter, _ in letters), [tint for _, tint in letters]
         made, x, gap = _Paragraph([], []), 0.0, 0.0
-        for word in re.finditer(rf"\s+|[{_UNSPACED}]|[^\s{_UNSPACED}]{{1,32}}", text):
+        for word in _BREAKABLE.finditer(text):
             if word[0].isspace():
                 gap = self.width(" ") if x else 0.0
                 continue
@@ -548,7 +550,7 @@ class _Type:
                 x, gap, start = x + gap + self.width(text[start:end]), 0.0, end
         return made
 
-    def lines(self, facts: Sequence[str], width: float) -> list[str]:
+    def pack(self, facts: Sequence[str], width: float) -> list[str]:
         """Lines of `width` that hold as many whole facts as fit; a fact is broken only where it alone is too long."""
         lines: list[str] = []
         for fact in facts:
@@ -610,6 +612,63 @@ def _label(group: GroupTrace, groups: Sequence[GroupTrace]) -> str:
     return f"after {_plural(group.layers[1] + 1, f'{group.stage} layer')}"
 
 
+class _Page:
+    """A figure of `width` by `height` inches, in which all else is told, drawn `size` inches wide."""
+
+    def __init__(self, width: float, height: float, size: float | None) -> None:
+        self.width, self.height, self.scale = width, height, (size or width) / width
+        measures = (width * self.scale, height * self.scale)
+        self.figure = _module("matplotlib.figure").Figure(measures, dpi=_DPI, facecolor="white", layout="none")
+        self._inches = _module("matplotlib.transforms").Affine2D().scale(self.scale) + self.figure.dpi_scale_trans
+        self._box = _module("matplotlib.patches").FancyBboxPatch
+
+    def write(self, font: _Type, x: float, y: float, words: str, color: str, align: str = "left") -> None:
+        properties = font.properties.copy()
+        properties.set_size(font.em * 72 * self.scale)
+        style = {"color": color, "ha": align, "va": "baseline", "parse_math": False, "usetex": False}
+        self.figure.text(x, y, words, fontproperties=properties, transform=self._inches, **style)
+
+    def fill(self, x: float, y: float, width: float, height: float, color: Any, corner: float = 0.0) -> None:
+        box = self._box((x, y), width, height, f"round,pad=0,rounding_size={corner}")
+        box.set(facecolor=color, edgecolor="none", transform=self._inches, zorder=0)
+        self.figure.add_artist(box)
+
+    def paragraph(self, font: _Type, paragraph: _Paragraph, top: float) -> None:
+        """Lines of text downwards from `top`, over the tint of what is marked in them."""
+        for line, left, right, strength in paragraph.tints:
+            pad, y = 0.06 * font.em, top - font.em * (1.27 + _LEADING * line)
+            self.fill(_MARGIN + left - pad, y, right - left + 2 * pad, 1.24 * font.em, _tint(strength), 0.2 * font.em)
+        for line, x, words in paragraph.words:
+            self.write(font, _MARGIN + x, top - font.em * (1 + _LEADING * line), words, _INK)
+
+    def panel(self, left: float, bottom: float, shown: Any, mask: Tensor) -> None:
+        """The picture, the kept regions of `mask` (rows, columns) outlined, and the kept share as a bar below."""
+        rows, columns = mask.shape
+        height = _PANEL * rows / columns
+        place = (left / self.width, bottom / self.height, _PANEL / self.width, height / self.height)
+        axes = self.figure.add_axes(place)
+        axes.set_axis_off()
+        axes.imshow(shown, extent=(0, columns, rows, 0), aspect="auto", interpolation="antialiased")
+        if not mask.all():
+            lines = _module("matplotlib.collections").LineCollection(_outline(mask.tolist()), snap=True, clip_on=False)
+            lines.set(color="white", linewidth=0.9 * self.scale, capstyle="projecting")
+            axes.add_collection(lines, autolim=False)
+        self.fill(left, bottom - 0.1, _PANEL, 0.045, _FAINT)
+        self.fill(left, bottom - 0.1, _PANEL * float(mask.float().mean()), 0.045, _ACCENT)
+
+    def legend(self, font: _Type, right: float, bottom: float, ends: tuple[str, str]) -> None:
+        """From the palest to the deepest tint, with what these stand for at the two ends."""
+        self.write(font, right, bottom, ends[1], _MUTED, "right")
+        right -= font.width(ends[1]) + 0.08
+        for step in range(5):
+            self.fill(right - 0.13 * (5 - step), bottom - 0.02, 0.13, 0.14, _tint(step / 4))
+        self.write(font, right - 5 * 0.13 - 0.08, bottom, ends[0], _MUTED, "right")
+
+
+def _tint(strength: float) -> list[float]:
+    return [pale + (deep - pale) * strength for pale, deep in zip(*_TINTS, strict=True)]
+
+
 def _draw(
     trace: ImageTrace,
     groups: Sequence[GroupTrace],
@@ -618,91 +677,47 @@ def _draw(
     title: str | None,
     size: float | None,
 ) -> Figure:
-    """Lay out title, instruction, panels and caption from the top down, then draw all of it in the width asked for."""
-    patches, transforms = _module("matplotlib.patches"), _module("matplotlib.transforms")
-    columns = min(1 + len(groups), _COLUMNS)
-    rows = math.ceil((1 + len(groups)) / columns)
+    """Set title, instruction and caption, which tells how tall the page is, then draw from the top down."""
+    panels = 1 + len(groups)
+    rows = math.ceil(panels / _COLUMNS)
+    columns = math.ceil(panels / rows)
     block = columns * _PANEL + (columns - 1) * _GAP
     tall = _PANEL * trace.grid[0] / trace.grid[1]
 
     text, owners = _characters(trace.tokens)
     low, high = _relevance_range(trace.tokens)
-    scale_ends = [f"relevance {low:.2f}", f"{high:.2f}"] if high > low else []
+    ends = (f"relevance {low:.2f}", f"{high:.2f}")
     bold, plain = _Type(17, title or "", "bold"), _Type(17, text)
-    small, number = _Type(10.5, "".join([*caption, *scale_ends, "·"])), _Type(15, "0123456789", "bold")
+    small, number = _Type(10.5, "".join([*caption, *ends, "·"])), _Type(15, "0123456789", "bold")
     heading = bold.set(title or "", [None] * len(title or ""), block, 2)
     question = plain.set(text, _strengths(trace.tokens, owners), block, _LINES)
-    leading = 1.62 * plain.em
-    head = leading * (heading.lines + question.lines) + (0.16 if heading.lines + question.lines else 0.0)
-    footer = small.lines(caption, block)
-    legend = sum(map(small.width, scale_ends)) + 0.81
-    if scale_ends and small.width(footer[-1]) + 0.3 + legend > block:
+    footer = small.pack(caption, block)
+    if high > low and small.width(footer[-1] + "".join(ends)) + 1.1 > block:
         footer.append("")
-    width = block + 2 * _MARGIN
-    height = 2 * _MARGIN + head + rows * (tall + _FOOT) + 0.06 + 1.6 * small.em * len(footer)
+    leading = _LEADING * plain.em
+    head = leading * (heading.lines + question.lines) + (0.16 if heading.lines + question.lines else 0.0)
+    height = 2 * _MARGIN + head + rows * (tall + _FOOT) + 0.06 + _LEADING * small.em * len(footer)
 
-    scale = (size or width) / width
-    figure = _module("matplotlib.figure").Figure(
-        (width * scale, height * scale), dpi=_DPI, facecolor="white", layout="none"
-    )
-    inches = transforms.Affine2D().scale(scale) + figure.dpi_scale_trans
-
-    def write(font: _Type, x: float, y: float, words: str, color: str, align: str = "left") -> None:
-        properties = font.properties.copy()
-        properties.set_size(font.em * 72 * scale)
-        style = {"color": color, "ha": align, "va": "baseline", "parse_math": False, "usetex": False}
-        figure.text(x, y, words, fontproperties=properties, transform=inches, **style)
-
-    def fill(x: float, y: float, wide: float, high: float, color: Any, corner: float = 0.0) -> None:
-        shape = patches.FancyBboxPatch((x, y), wide, high, f"round,pad=0,rounding_size={corner}")
-        shape.set(facecolor=color, edgecolor="none", transform=inches, zorder=0)
-        figure.add_artist(shape)
-
-    def tint(strength: float) -> list[float]:
-        return [pale + (deep - pale) * strength for pale, deep in zip(*_TINTS, strict=True)]
-
-    for font, paragraph, before in ((bold, heading, 0), (plain, question, heading.lines)):
-        first = height - _MARGIN - font.em - leading * before
-        for line, left, right, strength in paragraph.tints:
-            pad, base = 0.06 * font.em, first - leading * line - 0.27 * font.em
-            fill(_MARGIN + left - pad, base, right - left + 2 * pad, 1.24 * font.em, tint(strength), 0.2 * font.em)
-        for line, x, word in paragraph.words:
-            write(font, _MARGIN + x, first - leading * line, word, _INK)
-
-    for place in range(1 + len(groups)):
+    page = _Page(block + 2 * _MARGIN, height, size)
+    page.paragraph(bold, heading, height - _MARGIN)
+    page.paragraph(plain, question, height - _MARGIN - leading * heading.lines)
+    for place in range(panels):
         left = _MARGIN + place % columns * (_PANEL + _GAP)
         bottom = height - _MARGIN - head - place // columns * (tall + _FOOT) - tall
-        axes = figure.add_axes((left / width, bottom / height, _PANEL / width, tall / height))
-        axes.set_axis_off()
-        kept, label, shown = trace.patches, "as the model sees it", picture
+        mask, label = torch.ones(trace.grid, dtype=torch.bool), "as the model sees it"
         if place:
-            group = groups[place - 1]
-            kept, label = len(group.kept), _label(group, trace.groups)
-            mask = torch.zeros(trace.patches, dtype=torch.bool)
-            mask[group.kept.cpu()] = True
-            mask = mask.view(trace.grid)
-            shown = _dim(picture, mask)
-            lines = _module("matplotlib.collections").LineCollection(_outline(mask.tolist()), snap=True, clip_on=False)
-            lines.set(color="white", linewidth=0.9 * scale, capstyle="projecting")
-            axes.add_collection(lines, autolim=False)
-        axes.imshow(shown, extent=(0, trace.grid[1], trace.grid[0], 0), aspect="auto", interpolation="antialiased")
-        fill(left, bottom - 0.1, _PANEL, 0.045, _FAINT)
-        fill(left, bottom - 0.1, _PANEL * kept / trace.patches, 0.045, _ACCENT)
-        write(number, left, bottom - 0.32, str(kept), _INK)
-        write(small, left + _PANEL, bottom - 0.32, label, _MUTED, "right")
-
+            mask.fill_(False).view(-1)[groups[place - 1].kept.cpu()] = True
+            label = _label(groups[place - 1], trace.groups)
+        page.panel(left, bottom, _dim(picture, mask), mask)
+        page.write(number, left, bottom - 0.32, str(int(mask.sum())), _INK)
+        page.write(small, left + _PANEL, bottom - 0.32, label, _MUTED, "right")
     for line, words in enumerate(reversed(footer)):
-        write(small, _MARGIN, _MARGIN + 1.6 * small.em * line, words, _MUTED)
-    if scale_ends:
-        right = _MARGIN + block
-        write(small, right, _MARGIN, scale_ends[1], _MUTED, "right")
-        right -= small.width(scale_ends[1]) + 0.08
-        for step in range(5):
-            fill(right - 0.13 * (5 - step), _MARGIN - 0.02, 0.13, 0.14, tint(step / 4))
-        write(small, right - 5 * 0.13 - 0.08, _MARGIN, scale_ends[0], _MUTED, "right")
+        page.write(small, _MARGIN, _MARGIN + _LEADING * small.em * line, words, _MUTED)
+    if high > low:
+        page.legend(small, _MARGIN + block, _MARGIN, ends)
     # IPython knows figures only once pyplot is imported, which a plot should not need
-    figure._repr_png_ = partial(_png, figure)
-    return figure
+    page.figure._repr_png_ = partial(_png, page.figure)
+    return page.figure
 
 
 def _dim(picture: Any, mask: Tensor) -> Any:

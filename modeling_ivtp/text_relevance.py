@@ -1,8 +1,8 @@
 """Which words of the instruction speak of the image: Eq. 5 to 8 of the paper (Sec. 3.3) as pure functions on tensors.
 
-CLIP's text tower scores its own BPE tokens against the image (Eq. 6), the scores are carried over to the language model's
-tokens by the characters that both cover (Eq. 7), and the embeddings of those that pass a threshold are averaged into the
-pseudo CLS token (Eq. 8). Eq. 5, CLIP's text tower itself, is the model's business.
+CLIP's text tower scores its own BPE tokens against the image (Eq. 6), the scores are carried over to the language
+model's tokens by the characters that both cover (Eq. 7), and the embeddings of those that pass a threshold are averaged
+into the pseudo CLS token (Eq. 8). Eq. 5, CLIP's text tower itself, is the model's business.
 
 Shapes: B rows, M images of a row, T CLIP tokens of a row (all windows, flattened), S tokens of the prompt, P CLIP's
 projection width, d the language model's width.
@@ -37,8 +37,8 @@ def overlapping_spans(
     Returns
     -------
     list of (int, int)
-        Half-open range of CLIP tokens that share at least one character with each LLM token, (0, 0) where there is none.
-        Takes n log n time.
+        Half-open range of CLIP tokens that share a character with each LLM token, (0, 0) where there is none. Takes
+        n log n time.
     """
     starts = [start for start, _ in clip_offsets]
     ends = [end for _, end in clip_offsets]
@@ -74,16 +74,17 @@ def token_relevance(text_features: Tensor, image_features: Tensor) -> Tensor:
 def map_relevance(relevance: Tensor, spans: Tensor) -> Tensor:
     """Carry the relevance from CLIP's tokens to the language model's: C of Eq. 7, the mean over each span.
 
-    The sums are taken in fixed point: integer addition is exact, so a row's result cannot depend on how many windows the
-    batch around it has, and unlike a float cumsum it is allowed under deterministic algorithms and runs on every device.
+    The sums are taken in fixed point: integer addition is exact, so a row's result cannot depend on how many windows
+    the batch around it has, and it runs on every device and under deterministic algorithms, which a float64 cumsum does
+    not.
 
     Parameters
     ----------
     relevance : Tensor (B, M, T), float32
         Cosines of CLIP's tokens with each image (Eq. 6).
     spans : Tensor (B, S, 2), int64
-        CLIP tokens of each prompt token as a half-open range counted from the end of T (-T <= first < last <= 0); (0, 0)
-        where there is none.
+        CLIP tokens of each prompt token as a half-open range counted from the end of T (-T <= first < last <= 0);
+        (0, 0) where there is none.
 
     Returns
     -------
@@ -175,8 +176,7 @@ def pseudo_cls(embeddings: Tensor, key_tokens: Tensor, fallback: Tensor) -> Tens
     accumulate = torch.promote_types(embeddings.dtype, torch.float32)
     # One image at a time: a (B, M, S, d) tensor of long prompts with many images would not fit.
     means = [
-        embeddings.masked_fill(~keys.unsqueeze(-1), 0).sum(1, dtype=accumulate)
-        / keys.sum(1, keepdim=True).clamp(min=1)
+        embeddings.masked_fill(~keys.unsqueeze(-1), 0).sum(1, dtype=accumulate) / keys.sum(1, keepdim=True).clamp(min=1)
         for keys in key_tokens.unbind(1)
     ]
     if not means:

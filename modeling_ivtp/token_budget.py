@@ -1,7 +1,7 @@
 """How many visual tokens stay after which layer (IVTP Sec. 3.4 and 4.1).
 
-The paper prints the two ends of each stage (576 to 64 with the hand-over in between) and prunes every three layers, but
-not the counts in between. A constant keep ratio per group reproduces its FLOPs (Tables 3 and 9), so that is the schedule.
+The paper prunes every three layers from 576 to 64 tokens but does not print the counts in between. A constant keep
+ratio per group, with a hand-over of 120 between the stages, reproduces its FLOPs (Tables 3 and 9).
 """
 
 from dataclasses import dataclass
@@ -87,7 +87,7 @@ def grouped(num_layers: int, layers_per_group: int | None, start: int, end: int,
     if num_layers % size:
         divisors = [d for d in range(1, num_layers + 1) if num_layers % d == 0]
         raise ValueError(
-            f"layers_per_group={size} does not divide {name}={num_layers}; allowed here: {divisors} or None (one group)."
+            f"layers_per_group={size} does not divide {name}={num_layers}; allowed: {divisors} or None (one group)."
         )
     counts = geometric_schedule(start, end, num_layers // size)
     return tuple(Group(g * size, (g + 1) * size - 1, keep) for g, keep in enumerate(counts))
@@ -128,14 +128,20 @@ def plan_pruning(pruning: Any, patches: int, tower_layers: int, decoder_layers: 
     ):
         if wanted > there:
             raise ValueError(f"{name}={wanted}, but the model has only {there} such layers (allowed: 0 to {there}).")
-    if in_tower == 0:
-        handed_over = patches
-    if pruning.decoder_layers == 0:
-        handed_over = final
-        if in_tower == 0 and final < patches:
+    # A stage without layers drops nothing, so the other one has to lead to the budget.
+    needed = {patches} if in_tower == 0 else set()
+    needed |= {final} if pruning.decoder_layers == 0 else set()
+    if len(needed) > 1:
+        raise ValueError(f"visual_tokens={final} cannot be reached with tower_layers=0 and decoder_layers=0.")
+    if needed:
+        (required,) = needed
+        if pruning.tower_tokens is not None and handed_over != required:
             raise ValueError(
-                f"visual_tokens={final} cannot be reached with tower_layers=0 and decoder_layers=0: no layer prunes."
+                f"tower_tokens={pruning.tower_tokens} contradicts tower_layers={in_tower}, decoder_layers="
+                f"{pruning.decoder_layers}, visual_tokens={final}: a stage of 0 layers drops nothing; allowed: "
+                f"{required} or None."
             )
+        handed_over = required
     plan = PruningPlan(
         patches,
         tower=grouped(in_tower, pruning.layers_per_group, patches, handed_over, name="tower_layers"),

@@ -154,7 +154,7 @@ class GroupedCLIPVisionModel(CLIPVisionModel):
             if index not in tops:
                 continue
             with torch.no_grad():
-                weights = importance(aggregate(records, aggregation), records[-1].value_norm)[:, 0]  # type: ignore[arg-type]
+                weights = importance(aggregate(records, aggregation), records[-1].value_norm)[:, 0]
                 kept = keep_most_important(weights, tops[index].keep)
             if scores is not None:
                 scores.append(GroupScores("tower", tops[index], patches, weights, patches.gather(1, kept)))

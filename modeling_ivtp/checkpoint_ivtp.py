@@ -1,0 +1,133 @@
+"""Loading: official LLaVA weights under our class names, and CLIP's text half joined to them."""
+
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.models.clip.modeling_clip import CLIPTextModelWithProjection
+
+from .configuration_ivtp import IVTPLlavaConfig
+
+
+class LlavaCheckpoint:
+    """Mixin for the class that users load."""
+
+    config: Any
+    model: Any
+    dtype: torch.dtype
+    from_pretrained: Any
+
+    @classmethod
+    def from_llava(
+        cls,
+        llava: Any,
+        clip: Any = None,
+        *,
+        pruning: Any = None,
+        clip_options: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Join a LLaVA checkpoint with CLIP's text tower and projections.
+
+        Parameters
+        ----------
+        llava : str or path
+            A LLaVA folder or Hub id in transformers' format, or one of ours.
+        clip : str or path, optional
+            Where CLIP's text half comes from: a transformers CLIP folder or Hub id, an open_clip name such as
+            "open_clip:ViT-L-14-336/openai", or an open_clip weights file (safetensors). None: no text tower, and the
+            image's CLS token guides the language model.
+        pruning : IVTPPruningConfig or dict, optional
+        clip_options : dict, optional
+            Passed to `hub.clip_checkpoint.load_clip_text`.
+        **kwargs
+            For `from_pretrained`: dtype, device_map, attn_implementation, quantization_config, …
+
+        Raises
+        ------
+        ValueError
+            If tower and CLIP do not fit, or the LLaVA checkpoint has missing or unexpected weights.
+        """
+        config = kwargs.pop("config", None)
+        if config is None:
+            hub = {
+                name: kwargs[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in kwargs
+            }
+            config = IVTPLlavaConfig.from_pretrained(llava, **hub)
+        if pruning is not None:
+            config.pruning = pruning
+        config.pruning_plan()
+        kwargs.pop("output_loading_info", None)
+        model, info = cls.from_pretrained(llava, config=config, output_loading_info=True, **kwargs)
+        wrong = {name: sorted(info[name]) for name in ("missing_keys", "unexpected_keys") if info.get(name)}
+        if wrong:
+            raise ValueError(f"{llava} is not a complete LLaVA checkpoint: {wrong}.")
+        if clip is not None:
+            try:
+                load_clip_text = import_module("modeling_ivtp.hub.clip_checkpoint").load_clip_text
+            except ImportError as error:
+                raise ImportError("Joining CLIP needs the installed package: pip install ivtp-llava") from error
+            model.join_clip(load_clip_text(clip, **(clip_options or {})))
+        return model
+
+    def join_clip(self, clip: Any) -> None:
+        """Add CLIP's text tower and projections to this model, on the vision tower's device and in its dtype.
+
+        Parameters
+        ----------
+        clip : hub.clip_checkpoint.ClipText
+
+        Raises
+        ------
+        ValueError
+            If CLIP's vision tower is not as wide as LLaVA's.
+        """
+        width = self.config.vision_config.hidden_size
+        if clip.vision_width != width:
+            raise ValueError(
+                f"CLIP's projection takes {clip.vision_width} features, LLaVA's vision tower has {width}: they are not "
+                "the same CLIP."
+            )
+        body = self.model
+        weight = body.vision_tower.post_layernorm.weight
+        offloaded = weight.device.type == "meta"
+        device = torch.device("cpu") if offloaded else weight.device
+        dtype = self.dtype if offloaded else weight.dtype
+        with torch.device("meta"):
+            text = CLIPTextModelWithProjection._from_config(clip.text_config)
+            projection = nn.Linear(width, clip.text_config.projection_dim, bias=False)
+        state = dict(clip.tensors())
+        text_state = {
+            name.removeprefix("clip_text_model."): tensor.to(device, dtype)
+            for name, tensor in state.items()
+            if name.startswith("clip_text_model.")
+        }
+        text.load_state_dict(text_state, strict=True, assign=True)
+        projection.load_state_dict(
+            {"weight": state["visual_projection.weight"].to(device, dtype)}, strict=True, assign=True
+        )
+        positions = text.text_model.embeddings
+        positions.position_ids = torch.arange(clip.text_config.max_position_embeddings, device=device)[None]
+        self.config.clip_text_config = text.config
+        body.clip_text_model = text.eval().requires_grad_(False)
+        body.visual_projection = projection.requires_grad_(False)
+        if hasattr(self, "hf_device_map") and "" not in self.hf_device_map:
+            for name in ("clip_text_model", "visual_projection"):
+                self.hf_device_map[f"model.{name}"] = device
+
+
+def register_weight_names() -> None:
+    """Load official LLaVA weights under our class names: transformers looks its renamings up by class."""
+    for stock, ours in (
+        ("llava", "ivtp_llava"),
+        ("LlavaModel", "IVTPLlavaModel"),
+        ("llava", "IVTPLlavaForConditionalGeneration"),
+    ):
+        mapping = get_checkpoint_conversion_mapping(stock)
+        if mapping is not None:
+            register_checkpoint_conversion_mapping(ours, mapping, overwrite=True)

@@ -1,0 +1,134 @@
+"""CLIP's text half: the text tower and both projections, read from any of the places where CLIP is published.
+
+LLaVA's checkpoints hold CLIP's vision tower without the projection behind it and nothing of the text tower. Eq. 5 and 6
+of IVTP need the rest. Only those tensors are read; the vision tower beside them stays on the disk.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from . import open_clip_checkpoint
+from .clip_text import (
+    TEXT,
+    TEXT_PROJECTION,
+    VISUAL_PROJECTION,
+    ClipText,
+    Recipe,
+    check_shapes,
+    clip_tokenizer,
+    stored,
+    tower_shapes,
+)
+from .sources import HubOptions, local_folder, open_checkpoint
+
+__all__ = ["ClipText", "load_clip_text"]
+
+_SMALL_FILES = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+def load_clip_text(
+    clip: str | os.PathLike[str],
+    *,
+    activation: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    headers_only: bool = False,
+) -> ClipText:
+    """Find and check CLIP's text tower, its projection and the vision tower's projection.
+
+    Parameters
+    ----------
+    clip : str or path
+        One of
+
+        - a folder or Hub repository that transformers' `CLIPModel` loads, e.g. `"openai/clip-vit-large-patch14-336"`;
+        - `"open_clip:MODEL/PRETRAINED"`, a model and a tag or local weights file of open_clip, e.g.
+          `"open_clip:ViT-L-14-336/openai"`; also `"open_clip:hf-hub:OWNER/NAME"` and `"open_clip:local-dir:FOLDER"`;
+        - an open_clip weights file, `….safetensors`. The architecture is read from the shapes, with heads of 64 as in
+          every CLIP.
+    activation : str, optional
+        The towers' activation (`"quick_gelu"`, `"gelu"`) where the source does not name it. Both towers of a CLIP share
+        it, so that of LLaVA's tower is the right one to give. Default `"quick_gelu"`, OpenAI's.
+    revision, token, cache_dir, local_files_only
+        As for `from_pretrained`.
+    headers_only : bool
+        Do not download weights from the Hub, only what says how large they are; `tensors` cannot be called then.
+
+    Returns
+    -------
+    ClipText
+
+    Raises
+    ------
+    ValueError
+        If the source is no CLIP with a text tower of CLIP's layout, or not in safetensors.
+    OSError
+        If files are missing or damaged.
+    """
+    options = HubOptions(revision, token, cache_dir, local_files_only)
+    if isinstance(clip, str) and clip.startswith(open_clip_checkpoint.PREFIX):
+        return open_clip_checkpoint.from_name(clip, activation, options, headers_only)
+    path = Path(clip).expanduser()
+    if path.is_file():
+        return open_clip_checkpoint.from_file(path, activation)
+    if path.suffix == ".safetensors":
+        raise FileNotFoundError(f"{clip} does not exist")
+    folder = local_folder(clip)
+    if folder is not None and not (folder / "config.json").is_file() and (folder / "open_clip_config.json").is_file():
+        return open_clip_checkpoint.from_name(
+            f"{open_clip_checkpoint.PREFIX}local-dir:{folder}", activation, options, headers_only
+        )
+    return _from_transformers(clip, options, headers_only)
+
+
+def _from_transformers(clip: str | os.PathLike[str], options: HubOptions, headers_only: bool) -> ClipText:
+    try:
+        checkpoint, folder = open_checkpoint(clip, options, headers_only=headers_only, extra=_SMALL_FILES)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; OpenAI's CLIP is to be had in safetensors as {open_clip_checkpoint.PREFIX}ViT-L-14-336/openai"
+        ) from error
+    if not (folder / "config.json").is_file():
+        raise OSError(f"{clip} has no config.json")
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if config.model_type != "clip":
+        raise ValueError(
+            f"{clip} is of model_type {config.model_type!r}; CLIP's text tower comes from one of type 'clip'"
+        )
+    text_config = config.text_config
+    text_config.projection_dim = config.projection_dim
+    vision_width = config.vision_config.hidden_size
+    recipe: Recipe = {}
+    for name, shape in tower_shapes(text_config).items():
+        recipe[TEXT + name] = (shape, stored("text_model." + name))
+    projection = config.projection_dim
+    recipe[TEXT_PROJECTION] = (
+        (projection, text_config.hidden_size),
+        stored("text_projection.weight"),
+    )
+    recipe[VISUAL_PROJECTION] = ((projection, vision_width), stored(VISUAL_PROJECTION))
+    expected = {stored.removeprefix("clip_text_model."): shape for stored, (shape, _) in recipe.items()}
+    check_shapes(checkpoint, expected)
+    class_embedding = "vision_model.embeddings.class_embedding"
+    return ClipText(
+        str(clip),
+        text_config,
+        vision_width,
+        clip_tokenizer(folder, text_config, str(clip)),
+        checkpoint,
+        recipe,
+        class_embedding if class_embedding in checkpoint.tensors else None,
+    )

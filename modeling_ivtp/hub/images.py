@@ -1,0 +1,188 @@
+"""Pictures from files, URLs and data URLs, as upright 8-bit RGB."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import http.client
+import io
+import os
+import ssl
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import warnings
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, ImageOps
+
+# Pillow's own limit before it speaks of a decompression bomb: 13,377 x 13,377.
+MAX_PIXELS = 178_956_970
+MAX_DOWNLOAD = 100_000_000
+# Formats that hold pixels and nothing else; Pillow would also open some by running other programs.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "ICO", "PPM", "TGA")
+
+
+def load_image(
+    source: str | os.PathLike[str] | Image.Image, *, timeout: float = 30.0, max_bytes: int = MAX_DOWNLOAD
+) -> Image.Image:
+    """One picture in RGB, ready for the processor.
+
+    EXIF orientation is applied, transparency is laid over white, 16-bit and floating-point values are scaled to 8 bits
+    (floating-point ones from 0…1), of an animation the first frame is taken.
+
+    Parameters
+    ----------
+    source : str, path or PIL image
+        A file, an `http(s)://` address, a `data:` URL, or a picture that is open already.
+    timeout : float
+        Seconds a download may take, all in all.
+    max_bytes : int
+        Largest download.
+
+    Returns
+    -------
+    PIL.Image.Image
+        Mode RGB, at least 1 x 1.
+
+    Raises
+    ------
+    ValueError
+        If there is no readable picture behind `source`, or one of more than `MAX_PIXELS` pixels.
+    OSError
+        If the file cannot be opened or the address does not answer.
+    """
+    if isinstance(source, Image.Image):
+        return _to_rgb(source, "the image")
+    if isinstance(source, str) and source.startswith("data:"):
+        return _decode(io.BytesIO(_data_url(source)), "the data URL")
+    if isinstance(source, str) and "://" in source:
+        return _decode(io.BytesIO(_download(source, timeout, max_bytes)), source)
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"there is no image {str(source)!r}")
+    if not path.is_file():
+        raise ValueError(f"{source} is not a file")
+    with open(path, "rb") as file:
+        return _decode(file, str(source))
+
+
+def _decode(file: BinaryIO, label: str) -> Image.Image:
+    if not file.read(1):
+        raise ValueError(f"{label} is empty")
+    file.seek(0)
+    Image.init()
+    formats = [name for name in FORMATS if name in Image.OPEN]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(file, formats=formats)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{label} is too large: at most {MAX_PIXELS:,} pixels are read") from error
+    except Image.UnidentifiedImageError as error:
+        raise ValueError(f"{label} is not an image in a known format ({', '.join(formats)})") from error
+    except Exception as error:
+        raise ValueError(f"{label} is not a readable image: {error}") from error
+    with image:
+        return _to_rgb(image, label)
+
+
+def _to_rgb(image: Image.Image, label: str) -> Image.Image:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ValueError(
+            f"{label} is {width:,} x {height:,} pixels; the largest picture that is read has {MAX_PIXELS:,}"
+        )
+    if width < 1 or height < 1:
+        raise ValueError(f"{label} is {width} x {height} pixels")
+    try:
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):
+            return _from_values(np.asarray(image).astype(np.float64) / 257)
+        if image.mode == "I":
+            # A picture of 16 bits in a 32-bit mode; one that stays below 256 has 8.
+            values = np.asarray(image).astype(np.float64)
+            return _from_values(values / 257 if values.max() > 255 else values)
+        if image.mode == "F":
+            values = np.nan_to_num(np.asarray(image).astype(np.float64))
+            return _from_values(values * 255 if values.max() <= 1 else values)
+        if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+            layered = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            return Image.alpha_composite(white, layered).convert("RGB")
+        return image.convert("RGB")
+    except Exception as error:
+        # Decoders raise whatever the damage makes them stumble over: OSError, SyntaxError, struct.error, EOFError...
+        raise ValueError(f"{label} is not a readable image: {error}") from error
+
+
+def _from_values(values: np.ndarray) -> Image.Image:
+    return Image.fromarray(values.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+
+
+def _data_url(url: str) -> bytes:
+    header, comma, payload = url.partition(",")
+    if not comma:
+        raise ValueError("the data URL has no comma before its data")
+    if not header.endswith(";base64"):
+        return urllib.parse.unquote_to_bytes(payload)
+    try:
+        return base64.b64decode(urllib.parse.unquote_to_bytes(payload), validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"the data URL is not valid base64: {error}") from error
+
+
+def _download(url: str, timeout: float, max_bytes: int) -> bytes:
+    scheme = url.split("://", 1)[0].lower()
+    if scheme not in ("http", "https"):
+        raise ValueError(f"{url} is not supported; images come from files and from http, https and data URLs")
+    deadline = time.monotonic() + timeout
+    request = urllib.request.Request(url, headers={"User-Agent": "ivtp-llava", "Accept": "image/*"})
+    try:
+        with _opener().open(request, timeout=timeout) as answer:
+            announced = answer.headers.get("Content-Length", "")
+            content = io.BytesIO()
+            if announced.isdigit() and int(announced) > max_bytes:
+                raise ValueError(f"{url} is {int(announced):,} bytes; at most {max_bytes:,} are downloaded")
+            while piece := answer.read1(1 << 16):
+                content.write(piece)
+                if content.tell() > max_bytes:
+                    raise ValueError(f"{url} is larger than {max_bytes:,} bytes")
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"{url} took longer than {timeout:g} seconds")
+            return content.getvalue()
+    except urllib.error.HTTPError as error:
+        raise OSError(f"{url} answered {error.code} {error.reason}") from error
+    except urllib.error.URLError as error:
+        raise OSError(f"{url} cannot be reached: {error.reason}") from error
+    except http.client.HTTPException as error:
+        raise OSError(f"{url} gave no proper answer: {type(error).__name__} {error}") from error
+    except TimeoutError as error:
+        raise TimeoutError(f"{url} took longer than {timeout:g} seconds") from error
+
+
+def _opener() -> urllib.request.OpenerDirector:
+    """urllib's own without the handlers for files and FTP, to which a server must not be able to redirect."""
+    context = ssl.create_default_context()
+    with suppress(ImportError):
+        import certifi
+
+        # Some installations of Python come without any certificates of their own.
+        context.load_verify_locations(certifi.where())
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler(),
+        urllib.request.HTTPHandler(),
+        urllib.request.HTTPSHandler(context=context),
+        urllib.request.HTTPDefaultErrorHandler(),
+        urllib.request.HTTPRedirectHandler(),
+        urllib.request.HTTPErrorProcessor(),
+        urllib.request.UnknownHandler(),
+    ):
+        opener.add_handler(handler)
+    return opener

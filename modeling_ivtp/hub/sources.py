@@ -1,0 +1,140 @@
+"""Where checkpoints come from: a folder here, or a repository on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_repo_discussions, snapshot_download
+from huggingface_hub.errors import NotASafetensorsRepoError
+
+from .weights import INDEX_FILE, SINGLE_FILE, WEIGHT_PATTERNS, Checkpoint, TensorInfo, dtype_named, no_safetensors
+
+
+@dataclass(frozen=True)
+class HubOptions:
+    """The arguments every download takes; see `huggingface_hub.snapshot_download`."""
+
+    revision: str | None = None
+    token: str | bool | None = None
+    cache_dir: str | os.PathLike[str] | None = None
+    local_files_only: bool = False
+
+    def snapshot(self, repo: str, patterns: Iterable[str], revision: str | None = None) -> Path:
+        """The local folder of a Hub repository with the files that match `patterns`."""
+        return Path(
+            snapshot_download(
+                repo,
+                revision=revision or self.revision,
+                token=self.token,
+                cache_dir=None if self.cache_dir is None else Path(self.cache_dir),
+                local_files_only=self.local_files_only,
+                allow_patterns=list(patterns),
+            )
+        )
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether `source`, which is no local path, can be the name of a Hub repository (`name` or `owner/name`)."""
+    parts = source.split("/")
+    return len(parts) <= 2 and all(part and part[0] not in ".~" and not set(part) & set("\\: ") for part in parts)
+
+
+def local_folder(source: str | os.PathLike[str]) -> Path | None:
+    """`source` as a folder, or None if it names a Hub repository.
+
+    Raises
+    ------
+    OSError
+        If it is neither.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise NotADirectoryError(f"{source} is a file; give the folder that holds config.json and the weights")
+    if isinstance(source, str) and is_hub_id(source):
+        return None
+    raise FileNotFoundError(f"{source} is neither a folder here nor the name of a repository on the Hugging Face Hub")
+
+
+def open_checkpoint(
+    source: str | os.PathLike[str], options: HubOptions, *, headers_only: bool = False, extra: Iterable[str] = ()
+) -> tuple[Checkpoint, Path]:
+    """The weights of a local folder or Hub repository, and the folder that holds its small files.
+
+    Parameters
+    ----------
+    source : str or path
+        A folder, or a repository's name on the Hub.
+    options : HubOptions
+        How to download.
+    headers_only : bool
+        Of a Hub repository fetch the headers of the weights alone; they cannot be read then.
+    extra : iterable of str
+        Patterns of the files wanted beside the weights.
+    """
+    folder = local_folder(source)
+    if folder is not None:
+        return Checkpoint.from_folder(folder, str(source)), folder
+    repo = str(source)
+    if headers_only and not options.local_files_only:
+        return hub_headers(repo, options), options.snapshot(repo, extra)
+    folder = options.snapshot(repo, (*WEIGHT_PATTERNS, *extra))
+    weights = folder
+    if not (folder / SINGLE_FILE).is_file() and not (folder / INDEX_FILE).is_file() and not options.local_files_only:
+        revision = converted_revision(repo, options)
+        if revision is None:
+            names = HfApi(token=options.token).list_repo_files(repo, revision=options.revision)
+            raise ValueError(no_safetensors(repo, names))
+        weights = options.snapshot(repo, WEIGHT_PATTERNS, revision)
+    return Checkpoint.from_folder(weights, repo), folder
+
+
+def converted_revision(repo: str, options: HubOptions) -> str | None:
+    """The pull request in which the Hub's own bot offers a repository's weights as safetensors, as `refs/pr/N`.
+
+    Older repositories, `openai/clip-vit-large-patch14-336` for one, have none on their main branch. transformers takes
+    them from the same place.
+    """
+    if options.revision not in (None, "main"):
+        return None
+    requests = get_repo_discussions(
+        repo,
+        author="SFconvertbot",
+        discussion_type="pull_request",
+        discussion_status="open",
+        token=options.token,
+    )
+    return next((request.git_reference for request in requests), None)
+
+
+def hub_headers(repo: str, options: HubOptions, *, file: str | None = None) -> Checkpoint:
+    """The headers of a Hub repository's weights, or of one of its files, without the weights.
+
+    Raises
+    ------
+    ValueError
+        If the repository has no safetensors weights.
+    """
+    api = HfApi(token=options.token)
+    revision = options.revision
+    if file is not None:
+        files = {file: api.parse_safetensors_file_metadata(repo, file, revision=revision)}
+    else:
+        try:
+            files = api.get_safetensors_metadata(repo, revision=revision).files_metadata
+        except NotASafetensorsRepoError:
+            revision = converted_revision(repo, options)
+            if revision is None:
+                names = api.list_repo_files(repo, revision=options.revision)
+                raise ValueError(no_safetensors(repo, names)) from None
+            files = api.get_safetensors_metadata(repo, revision=revision).files_metadata
+    tensors = {
+        name: TensorInfo(shard, dtype_named(info.dtype, f"{repo}/{shard}"), tuple(info.shape))
+        for shard, header in files.items()
+        for name, info in header.tensors.items()
+    }
+    return Checkpoint(repo, tensors, None)

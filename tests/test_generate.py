@@ -1,0 +1,267 @@
+"""`generate()` prunes without its user noticing: every decoding strategy, batches, turns, caches, compiled or not."""
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache, TextIteratorStreamer
+
+from tests.tiny import IMAGE_TOKEN, prompt, rows_alone, tiny_model
+
+ROWS = [[3, "image", 7], [5], [2, "image", 4, "image", 3], [1, "image", "image", 2]]
+NEW = 8
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+def generate(model, inputs, **options):
+    options = {"max_new_tokens": NEW, "do_sample": False} | options
+    return model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+
+
+STRATEGIES = {
+    "greedy": {},
+    "static cache": {"cache_implementation": "static"},
+    "beam search": {"num_beams": 3},
+    "beam search with several returns": {"num_beams": 4, "num_return_sequences": 3},
+    "beam search with a static cache": {"num_beams": 3, "cache_implementation": "static"},
+    "repetition penalty": {"repetition_penalty": 1.3},
+}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_batch_gives_what_its_rows_give_alone(model, strategy):
+    inputs = prompt(ROWS)
+    together = generate(model, inputs, **STRATEGIES[strategy])
+    alone = torch.cat([generate(model, row, **STRATEGIES[strategy]) for row in rows_alone(inputs, ROWS)])
+    assert torch.equal(together, alone)
+
+
+def test_sampling_sees_the_same_logits_in_a_batch_and_alone(model):
+    inputs = prompt(ROWS)
+    torch.manual_seed(0)
+    sampled = model.generate(
+        **inputs, max_new_tokens=NEW, do_sample=True, return_dict_in_generate=True, output_logits=True
+    )
+    new = sampled.sequences[:, inputs["input_ids"].shape[1] :]
+    for index, row in enumerate(rows_alone(inputs, ROWS)):
+        steps = Replay(new[index])
+        alone = model.generate(
+            **row, max_new_tokens=NEW, do_sample=True, logits_processor=[steps], return_dict_in_generate=True,
+            output_logits=True,
+        )  # fmt: skip
+        for mine, theirs in zip(alone.logits, sampled.logits, strict=True):
+            torch.testing.assert_close(mine[0], theirs[index], atol=1e-5, rtol=0)
+
+
+class Replay:
+    """Makes sampling take given tokens."""
+
+    def __init__(self, tokens):
+        self.tokens, self.step = tokens, 0
+
+    def __call__(self, input_ids, scores):
+        forced = torch.full_like(scores, float("-inf"))
+        forced[:, self.tokens[self.step]] = 0
+        self.step += 1
+        return forced
+
+
+def test_prompt_lookup_gives_the_greedy_answer(model):
+    (row,) = rows_alone(prompt(ROWS[2:3]), ROWS[2:3])
+    assert torch.equal(
+        generate(model, row, prompt_lookup_num_tokens=3, max_new_tokens=20), generate(model, row, max_new_tokens=20)
+    )
+
+
+@pytest.mark.parametrize("assistant", ["pruned", "language model"])
+def test_assisted_decoding_gives_the_greedy_answer(model, assistant):
+    from transformers import LlamaForCausalLM
+
+    helper = tiny_model(seed=1)
+    if assistant == "language model":
+        helper = LlamaForCausalLM(model.config.text_config).eval()
+        helper.generation_config.eos_token_id = None
+    (row,) = rows_alone(prompt(ROWS[:1]), ROWS[:1])
+    assert torch.equal(
+        generate(model, row, assistant_model=helper, max_new_tokens=12), generate(model, row, max_new_tokens=12)
+    )
+
+
+def test_streaming_yields_the_answer_token_by_token(model):
+    class Numbers:
+        def decode(self, tokens, **kwargs):
+            return "".join(f"{int(token)} " for token in tokens)
+
+    (row,) = rows_alone(prompt(ROWS[:1]), ROWS[:1])
+    streamer = TextIteratorStreamer(Numbers(), skip_prompt=True)
+    answer = generate(model, row, streamer=streamer)
+    assert "".join(streamer).split() == [str(token) for token in answer[0].tolist()]
+
+
+def test_embeddings_instead_of_token_numbers_give_the_same_answer(model):
+    inputs = prompt(ROWS)
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    rest = {name: value for name, value in inputs.items() if name != "input_ids"}
+    answer = model.generate(inputs_embeds=embeds, **rest, max_new_tokens=NEW, do_sample=False)
+    assert torch.equal(answer, generate(model, inputs))
+
+
+def test_a_text_only_batch_is_untouched(model):
+    inputs = prompt([[5], [9]])
+    with model.pruning(enabled=False):
+        expected = generate(model, inputs)
+    assert torch.equal(generate(model, inputs), expected)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("second", [[6], [4, "image", 6]], ids=["text", "new image"])
+def test_a_second_turn_goes_on_with_the_first_turns_cache(model, cache, second):
+    rows = [[3, "image", 7]]
+    first = prompt(rows)
+    past = DynamicCache() if cache == "dynamic" else StaticCache(config=model.config.text_config, max_cache_len=100)
+    answered = model.generate(**first, past_key_values=past, max_new_tokens=4, do_sample=False)
+    turn = prompt([second], seed=7)
+    ids = torch.cat([answered, turn["input_ids"]], 1)
+    spans = torch.nn.functional.pad(turn["clip_spans"], (0, 0, answered.shape[1], 0))
+    given = turn | {"input_ids": ids, "attention_mask": torch.ones_like(ids), "clip_spans": spans}
+    answer = model.generate(**given, past_key_values=past, max_new_tokens=NEW, do_sample=False)[:, ids.shape[1] :]
+
+    # The same by hand, one forward pass a token.
+    past = DynamicCache()
+    logits = model(**first, past_key_values=past).logits
+    for token in answered[0, first["input_ids"].shape[1] :]:
+        assert logits[0, -1].argmax() == token
+        last = logits = model(input_ids=token[None, None], past_key_values=past).logits
+    # generate() never feeds its last token, so it belongs to the second turn.
+    past.crop(-1)
+    lead = answered[:, -1:]
+    new = torch.cat([lead, turn["input_ids"]], 1)
+    spans = torch.nn.functional.pad(turn["clip_spans"], (0, 0, 1, 0))
+    extra = {"pixel_values": turn["pixel_values"]} if "pixel_values" in turn else {}
+    logits = model(
+        input_ids=new, clip_input_ids=turn["clip_input_ids"], clip_spans=spans, past_key_values=past, **extra
+    ).logits
+    assert last is not None
+    for token in answer[0]:
+        assert logits[0, -1].argmax() == token
+        logits = model(input_ids=token[None, None], past_key_values=past).logits
+
+
+def test_a_first_turn_without_image_is_followed_by_one_with(model):
+    first, turn = prompt([[6]]), prompt([[2, "image", 6]], seed=7)
+    past = DynamicCache(config=model.config.text_config)
+    answered = model.generate(**first, past_key_values=past, max_new_tokens=4, do_sample=False)
+    ids = torch.cat([answered, turn["input_ids"]], 1)
+    spans = torch.nn.functional.pad(turn["clip_spans"], (0, 0, answered.shape[1], 0))
+    given = turn | {"input_ids": ids, "attention_mask": torch.ones_like(ids), "clip_spans": spans}
+    answer = model.generate(**given, past_key_values=past, max_new_tokens=NEW, do_sample=False)
+    whole = model.generate(**given, max_new_tokens=NEW, do_sample=False)
+    assert torch.equal(answer, whole)
+    assert past.layers[-1].keys.shape[2] == answer.shape[1] - 1 - 12
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_decoding_step_with_a_static_cache_compiles_to_one_graph(attention):
+    model = tiny_model(attention=attention)
+    inputs = prompt(ROWS[:1] + ROWS[3:])
+    expected = generate(model, inputs, cache_implementation="static")
+    torch._dynamo.reset()
+    compiled = torch.compile(model.forward, fullgraph=True, backend="eager")
+    steps = []
+
+    def forward(**kwargs):
+        prefill = kwargs["input_ids"].shape[1] > 1
+        steps.append(prefill)
+        return (type(model).forward.__get__(model) if prefill else compiled)(**kwargs)
+
+    model.forward = Forward(forward, model)
+    answer = generate(model, inputs, cache_implementation="static")
+    assert torch.equal(answer, expected)
+    assert steps == [True] + [False] * (NEW - 1)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+class Forward:
+    """A forward with the signature that `generate` inspects."""
+
+    def __init__(self, call, model):
+        import inspect
+
+        self.call, self.__signature__ = call, inspect.signature(type(model).forward.__get__(model))
+
+    def __call__(self, *args, **kwargs):
+        return self.call(*args, **kwargs)
+
+
+def test_the_cache_holds_what_each_layer_saw(model):
+    (row,) = rows_alone(prompt(ROWS[:1]), ROWS[:1])
+    out = model.generate(**row, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    text = 3 + 7 + 2
+    assert [layer.keys.shape[2] for layer in out.past_key_values.layers] == [text + n for n in (9, 9, 6, 6, 4, 4)]
+    assert out.past_key_values.get_seq_length() == text + 16
+
+
+def test_a_quantized_cache_is_refused_with_the_way_out(model):
+    from transformers.cache_utils import Cache, QuantizedLayer
+
+    class Quantized(QuantizedLayer):
+        def _quantize(self, tensor, axis):
+            return tensor
+
+        def _dequantize(self, tensor):
+            return tensor
+
+    cache = Cache(layers=[Quantized() for _ in range(6)])
+    with pytest.raises(ValueError, match=r"Quantized cannot. Use a DynamicCache or StaticCache"):
+        model(**prompt(ROWS[:1]), past_key_values=cache)
+
+
+def test_chunked_prefill_is_refused_with_the_way_out(model):
+    with pytest.raises(ValueError, match=r"prefill_chunk_size=4.*Use prefill_chunk_size=None"):
+        generate(model, prompt(ROWS[:1]), prefill_chunk_size=4)
+    with model.pruning(enabled=False):
+        text = prompt([[9]])
+        assert torch.equal(generate(model, text, prefill_chunk_size=4), generate(model, text))
+
+
+def test_cropping_into_the_picture_is_refused(model):
+    past = DynamicCache()
+    model(**prompt(ROWS[:1]), past_key_values=past)
+    with pytest.raises(ValueError, match="at most 7"):
+        past.crop(-8)
+    past.crop(-7)
+    assert past.get_seq_length() == 19
+
+
+def test_a_reset_static_cache_serves_a_prompt_that_drops_less(model):
+    cache = StaticCache(config=model.config.text_config, max_cache_len=40)
+    inputs = prompt(ROWS[:1])
+    first = model.generate(**inputs, past_key_values=cache, max_new_tokens=NEW, do_sample=False)
+    cache.reset()
+    text = prompt([[30]])
+    expected = generate(model, text)
+    assert torch.equal(
+        model.generate(**text, past_key_values=cache, max_new_tokens=NEW, do_sample=False)[:, 30:], expected
+    )
+    cache.reset()
+    assert torch.equal(model.generate(**inputs, past_key_values=cache, max_new_tokens=NEW, do_sample=False), first)
+
+
+def test_outputs_keep_the_shapes_users_know(model):
+    inputs = prompt(ROWS)
+    outputs = model(**inputs, output_hidden_states=True)
+    batch, length = inputs["input_ids"].shape
+    assert outputs.logits.shape == (batch, length, 128)
+    assert len(outputs.hidden_states) == 7
+    assert all(state.shape == (batch, length, 32) for state in outputs.hidden_states)
+    assert model(**inputs, logits_to_keep=1).logits.shape == (batch, 1, 128)
+    images = int((inputs["input_ids"] == IMAGE_TOKEN).sum()) // 16
+    assert outputs.image_hidden_states.shape == (images * 9, 32)
+    assert isinstance(model(**inputs, return_dict=False), tuple)
+
+
+def test_output_attentions_is_refused_with_the_way_out(model):
+    with pytest.raises(ValueError, match=r"output_attentions=True.*model\.explain"):
+        model(**prompt(ROWS[:1]), output_attentions=True)
