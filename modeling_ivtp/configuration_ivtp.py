@@ -17,6 +17,15 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
+# Saving adds the class that is saved; a page that is to load through every Auto class needs all of them.
+AUTO_MAP = {
+    "AutoConfig": "configuration_ivtp.IVTPLlavaConfig",
+    "AutoModel": "modeling_ivtp.IVTPLlavaModel",
+    "AutoModelForImageTextToText": "modeling_ivtp.IVTPLlavaForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_ivtp.IVTPLlavaForConditionalGeneration",
+}
+
+
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -164,7 +173,7 @@ class IVTPLlavaConfig(LlavaConfig):
         self.pruning = IVTPPruningConfig.create(self.pruning)
         if isinstance(self.clip_text_config, dict):
             self.clip_text_config = CLIPTextConfig(**self.clip_text_config)
-        super().__post_init__(**kwargs)
+        super().__post_init__(**{"auto_map": dict(AUTO_MAP)} | kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "pruning" and not isinstance(value, IVTPPruningConfig):

@@ -87,7 +87,7 @@ class PrunedGeneration:
         assistant, given = kwargs.get("assistant_model"), kwargs.get("model_kwargs")
         if assistant is not None and given is not None:
             taken = inspect.signature(assistant.forward).parameters
-            ours = {"clip_input_ids", "clip_spans"} - set(taken)
+            ours = {"clip_input_ids", "clip_spans", "pixel_values"} - set(taken)
             kwargs["model_kwargs"] = {name: value for name, value in given.items() if name not in ours}
         return super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]
 

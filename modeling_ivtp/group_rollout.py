@@ -173,8 +173,9 @@ def aggregate(records: list[AttentionRecord], how: str) -> torch.Tensor:
         return rows.mean(0)
     if how == "max":
         return rows.amax(0)
-    # A product of many small numbers underflows; Eq. 4 normalises the scale away again.
-    return (rows / rows.amax(-1, keepdim=True)).prod(0)
+    # A product of many small numbers underflows; in logarithms it does not, and Eq. 4 normalises the scale away.
+    logs = rows.clamp_min(torch.finfo(rows.dtype).tiny).log().sum(0)
+    return (logs - logs.amax(-1, keepdim=True)).exp()
 
 
 def importance(row: torch.Tensor, value_norm: torch.Tensor) -> torch.Tensor:

@@ -340,16 +340,16 @@ class GroupedDecoder:
         masks = attention_mask
         if not isinstance(masks, dict):
             masks = self.masks_for_pruned_cache(hidden, attention_mask, cache)
-        rotary: dict[int, Any] = {}
+        rotary, known_shift = None, None
         for first, last in layer_segments(cache):
             shift = cache.layers[first].layout.position_shift
-            if id(shift) not in rotary:
+            if rotary is None or shift is not known_shift:
                 positions = position_ids if shift is None else position_ids - shift.to(position_ids.device)
-                rotary[id(shift)] = self.rotary_emb(hidden, position_ids=positions)  # type: ignore[attr-defined]
+                rotary, known_shift = self.rotary_emb(hidden, position_ids=positions), shift  # type: ignore[attr-defined]
             for index in range(first, last + 1):
                 if states is not None:
                     states.append(hidden)
-                hidden = self._layer(index, hidden, masks[first], rotary[id(shift)], cache, kwargs)
+                hidden = self._layer(index, hidden, masks[first], rotary, cache, kwargs)
         return hidden
 
     def _prune(

@@ -46,9 +46,8 @@ class _PresentComponents:
 
     def __get__(self, processor: ProcessorMixin | None, owner: type[ProcessorMixin]) -> Callable[[], list[str]]:
         names = vars(ProcessorMixin)["get_attributes"].__get__(None, owner)()
-        if processor is not None and getattr(processor, "clip_tokenizer", None) is None:
-            names.remove("clip_tokenizer")
-        return lambda: list(names)
+        present = processor is None or getattr(processor, "clip_tokenizer", None) is not None
+        return lambda: [name for name in names if present or name != "clip_tokenizer"]
 
 
 class IVTPLlavaProcessor(LlavaProcessor):
@@ -151,6 +150,16 @@ num_additional_image_tokens
         )
 
     @classmethod
+    def _get_arguments_from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, processor_dict: dict | None = None, **kwargs: Any
+    ) -> list:
+        if "clip_tokenizer" in kwargs:  # the mixin would store it in the config of every other component
+            raise ValueError(
+                f"IVTPLlavaProcessor.from_llava joins a CLIP tokenizer, got clip_tokenizer={kwargs['clip_tokenizer']!r}"
+            )
+        return super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
+
+    @classmethod
     def _load_tokenizer_from_pretrained(
         cls,
         sub_processor_type: str,
@@ -224,7 +233,7 @@ num_additional_image_tokens
                 images=images, text=text, videos=videos, audio=audio, text_kwargs=text_kwargs, **kwargs
             )
         wanted = {
-            output: bool(kwargs.pop(option, False) or text_kwargs.pop(option, False))
+            output: any([kwargs.pop(option, False), text_kwargs.pop(option, False)])
             for output, option in (
                 ("offset_mapping", "return_offsets_mapping"),
                 ("text_replacement_offsets", "return_text_replacement_offsets"),
@@ -249,8 +258,8 @@ num_additional_image_tokens
         for output, keep in wanted.items():
             if not keep:
                 del outputs[output]
-        outputs["clip_input_ids"] = _as_type_of(outputs["input_ids"], windows)
-        outputs["clip_spans"] = _as_type_of(outputs["input_ids"], spans)
+        outputs["clip_input_ids"] = _as_type_of(outputs["input_ids"], windows, _context_length(self.clip_tokenizer))
+        outputs["clip_spans"] = _as_type_of(outputs["input_ids"], spans, 2)
         return outputs
 
     def instruction_ranges(self, text: str) -> list[Range]:
@@ -293,7 +302,7 @@ num_additional_image_tokens
         replacements: Sequence[Sequence[dict[str, Any]]],
         input_ids: Sequence[Sequence[int]],
         offsets: Sequence[Sequence[Range]],
-    ) -> tuple[list[list[list[int]]], list[list[Range]]]:
+    ) -> tuple[list[list[list[int]]], list[list[list[int]]]]:
         """Tokenize the instruction of each prompt for CLIP and align it with the prompt's tokens.
 
         Parameters
@@ -308,7 +317,7 @@ num_additional_image_tokens
         Returns
         -------
         windows : list (B, W, C) of int
-        spans : list (B, S) of (int, int)
+        spans : list (B, S, 2) of int
         """
         ranges = [self.instruction_ranges(text) for text in texts]
         # White space between the pieces keeps CLIP's words, and the characters that compose, apart.
@@ -388,6 +397,7 @@ num_additional_image_tokens
         # Special tokens count as one letter: "<s>[INST]" and "</s>[INST]" have "[INST]" in common.
         letters = re.compile(f"{self._special_tokens()}|.", re.DOTALL)
         opening = "".join(reversed(_common_start(letters.findall(before)[::-1], letters.findall(again)[::-1])))
+        after = after.strip() or between  # a template need not know generation prompts
         closing = _common_start(letters.findall(between.lstrip()), letters.findall(after.lstrip()))
         if closing and len(closing[0]) > 1:
             closing = closing[:1]  # a special token closes the turn, whoever speaks next
@@ -501,7 +511,7 @@ def _window_bounds(words: Sequence[int | None], room: int) -> list[Range]:
     return [*bounds, (start, len(words))] if words else []
 
 
-def _places(spans: Sequence[Range], bounds: Sequence[Range], context: int) -> list[Range]:
+def _places(spans: Sequence[Range], bounds: Sequence[Range], context: int) -> list[list[int]]:
     """Turn ranges of CLIP's tokens into places in the row's windows, counted from the end.
 
     A range that crosses into another window is confined to the window that holds most of it, the first of equals.
@@ -510,13 +520,13 @@ def _places(spans: Sequence[Range], bounds: Sequence[Range], context: int) -> li
     places = []
     for first, last in spans:
         if first == last:
-            places.append((0, 0))
+            places.append([0, 0])
             continue
         touched = range(bisect_right(starts, first) - 1, bisect_right(starts, last - 1))
         window = max(touched, key=lambda number: min(last, bounds[number][1]) - max(first, bounds[number][0]))
         start, end = bounds[window]
         shift = (window - len(bounds)) * context + 1 - start
-        places.append((max(first, start) + shift, min(last, end) + shift))
+        places.append([max(first, start) + shift, min(last, end) + shift])
     return places
 
 
@@ -524,11 +534,11 @@ def _as_list(values: Any) -> list:
     return values if isinstance(values, list) else values.tolist()
 
 
-def _as_type_of(example: Any, values: list) -> Any:
-    """Convert (B, W, C) or (B, S, 2) nested lists to what `example` is: a tensor, an array, or lists as they are."""
+def _as_type_of(example: Any, values: list, width: int) -> Any:
+    """Convert nested lists (B, n, width) to what `example` is: a tensor, an array, or lists as they are."""
     if isinstance(example, list):
         return values
-    tensor = torch.tensor(values, dtype=torch.int64).reshape(len(values), len(values[0]), -1)
+    tensor = torch.tensor(values, dtype=torch.int64).reshape(len(values), len(values[0]), width)
     return tensor if isinstance(example, torch.Tensor) else tensor.numpy()
 
 

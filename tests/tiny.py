@@ -11,38 +11,47 @@ PATCHES, SIDE, CONTEXT = 16, 56, 12
 PRUNING: dict[str, Any] = {"visual_tokens": 4, "tower_tokens": 9, "layers_per_group": 2, "decoder_layers": 4}
 
 
-def tiny_config(decoder: str = "llama", clip: bool = True, **pruning: Any) -> IVTPLlavaConfig:
+def tiny_config(
+    decoder: str = "llama",
+    clip: bool = True,
+    width: int = 32,
+    vocabulary: int = VOCABULARY,
+    image_token: int = IMAGE_TOKEN,
+    clip_vocabulary: int = 100,
+    context: int = CONTEXT,
+    **pruning: Any,
+) -> IVTPLlavaConfig:
     """Images of 4x4 patches, six layers in each tower, pruning 16 -> 9 -> 4 unless told otherwise."""
     clip_text = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
         "num_attention_heads": 4,
         "num_hidden_layers": 2,
-        "vocab_size": 100,
-        "projection_dim": 16,
-        "max_position_embeddings": CONTEXT,
-        "bos_token_id": 98,
-        "eos_token_id": 99,
+        "vocab_size": clip_vocabulary,
+        "projection_dim": width // 2,
+        "max_position_embeddings": context,
+        "bos_token_id": clip_vocabulary - 2,
+        "eos_token_id": clip_vocabulary - 1,
     }
     return IVTPLlavaConfig(
         vision_config={
             "model_type": "clip_vision_model",
-            "hidden_size": 32,
-            "intermediate_size": 64,
+            "hidden_size": width,
+            "intermediate_size": 2 * width,
             "num_attention_heads": 4,
             "num_hidden_layers": 6,
             "image_size": SIDE,
             "patch_size": 14,
-            "projection_dim": 16,
+            "projection_dim": width // 2,
         },
         text_config={
             "model_type": decoder,
-            "hidden_size": 32,
-            "intermediate_size": 64,
+            "hidden_size": width,
+            "intermediate_size": 2 * width,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "num_hidden_layers": 6,
-            "vocab_size": VOCABULARY,
+            "vocab_size": vocabulary,
             "pad_token_id": PAD_TOKEN,
             "bos_token_id": 1,
             "eos_token_id": 2,
@@ -50,7 +59,7 @@ def tiny_config(decoder: str = "llama", clip: bool = True, **pruning: Any) -> IV
             **({"sliding_window": None} if decoder == "mistral" else {}),
         },
         clip_text_config=clip_text if clip else None,
-        image_token_index=IMAGE_TOKEN,
+        image_token_index=image_token,
         image_seq_length=PATCHES,
         pruning=PRUNING | pruning,
     )
@@ -62,6 +71,8 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() == 2:
+                noise *= (32 / parameter.shape[1]) ** 0.5
             if "norm" in name and name.endswith("weight"):
                 parameter.copy_(1 + 0.1 * noise)
             elif "q_proj" in name or "k_proj" in name:
@@ -69,20 +80,31 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
             elif "lm_head" in name:
                 parameter.copy_(0.05 * noise)
             else:
-                parameter.copy_(0.15 * noise)
+                parameter.copy_(0.12 * noise)
     return model
 
 
 def tiny_model(
-    decoder: str = "llama", clip: bool = True, attention: str = "sdpa", seed: int = 0, **pruning: Any
+    decoder: str = "llama", clip: bool = True, attention: str = "sdpa", seed: int = 0, **options: Any
 ) -> IVTPLlavaForConditionalGeneration:
-    """A tiny IVTP-LLaVA in evaluation mode."""
+    """A tiny IVTP-LLaVA in evaluation mode; `options` are those of `tiny_config`."""
     model = IVTPLlavaForConditionalGeneration._from_config(
-        tiny_config(decoder, clip, **pruning), attn_implementation=attention
+        tiny_config(decoder, clip, **options), attn_implementation=attention
     )
     model.generation_config.pad_token_id = PAD_TOKEN
     model.generation_config.eos_token_id = None
     return randomize(model, seed).eval()
+
+
+def model_for(processor: Any, **options: Any) -> IVTPLlavaForConditionalGeneration:
+    """A tiny model that reads what a processor with CLIP's real vocabulary writes."""
+    return tiny_model(
+        vocabulary=len(processor.tokenizer),
+        image_token=processor.image_token_id,
+        clip_vocabulary=49408,
+        context=77,
+        **options,
+    )
 
 
 def prompt(rows: list[list[Any]], seed: int = 1, guided: bool = True) -> dict[str, torch.Tensor]:
