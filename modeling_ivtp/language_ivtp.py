@@ -1,31 +1,19 @@
-"""Stage 2: a decoder of LLaMA's layout that drops visual tokens under the eyes of a pseudo CLS (IVTP Sec. 3.3).
+"""Stage 2: a decoder of LLaMA's layout that drops visual tokens under the eyes of a pseudo CLS (IVTP Sec. 3.3)."""
 
-The pseudo CLS is an *observer*: one more token per image that runs through the pruned layers behind the others. It
-attends to what stands before the end of its image and to itself; nothing attends to it, and it enters neither cache nor
-output. Only its own attention is computed apart, so the other tokens keep their fast causal kernels.
-"""
-
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import (
-    LlamaAttention,
-    LlamaModel,
-    apply_rotary_pos_emb,
-    eager_attention_forward,
-    repeat_kv,
-)
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaModel
 from transformers.models.mistral.modeling_mistral import MistralAttention, MistralModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2Model
 
 from .group_rollout import AttentionRecord, aggregate, importance, keep_most_important
+from .observed_attention import Observation, ObservedAttention, visibility
 from .pruned_cache import is_pruned, layer_segments, padding_mask, padding_mask_with, past_valid, prepare_layers
 from .token_budget import Group
 from .vision_ivtp import GroupScores
@@ -63,157 +51,6 @@ class VisualPrompt:
     aggregation: str = "rollout"
     compact: bool = False
     scores: list[GroupScores] | None = None
-
-
-@dataclass
-class Observation:
-    """What the attention of one layer needs for the observers, and where it leaves what rollout needs.
-
-    The observers see, and are counted among, the first `reach` keys followed by the observers themselves.
-
-    Attributes
-    ----------
-    reach : int
-        Keys of the cache and the sequence up to the end of the last image.
-    past : int
-        How many of them were in the cache before.
-    columns : int64 Tensor (B, M, k)
-        The visual tokens' columns in the sequence.
-    visible : bool Tensor (B, M, 1 + k, reach + M)
-        What the observer, first, and the visual tokens of each image see.
-    record : AttentionRecord or None
-        None where the group drops nothing.
-    """
-
-    reach: int
-    past: int
-    columns: torch.Tensor
-    visible: torch.Tensor
-    record: AttentionRecord | None
-
-    @property
-    def count(self) -> int:
-        """Observers of a row, M."""
-        return self.columns.shape[1]
-
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        observer: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        new_value: torch.Tensor,
-        scale: float,
-    ) -> torch.Tensor:
-        """The observers' attention output (B, M, H, dh); fills the record on the way.
-
-        Parameters
-        ----------
-        query : Tensor (B, H, n, dh)
-            Of the sequence.
-        key, value : Tensor (B, H_kv, at least reach, dh)
-            Of cache and sequence.
-        observer : tuple of Tensor (B, H, M, dh), (B, H_kv, M, dh), (B, H_kv, M, dh)
-            The observers' own query, key and value.
-        new_value : Tensor (B, H_kv, n, dh)
-            Values of the sequence alone.
-        scale : float
-        """
-        own_query, own_key, own_value = observer
-        keys = torch.cat([key[:, :, : self.reach], own_key], 2)
-        values = torch.cat([value[:, :, : self.reach], own_value], 2)
-        visible = self.visible.to(query.device)
-        repeats = own_query.shape[1] // keys.shape[1]
-        output = nn.functional.scaled_dot_product_attention(
-            own_query,
-            repeat_kv(keys, repeats),
-            repeat_kv(values, repeats),
-            attn_mask=visible[:, None, :, 0],
-            scale=scale,
-        )
-        if self.record is not None:
-            with torch.no_grad():
-                self._fill(query, keys, own_query, new_value, visible, scale)
-        return output.transpose(1, 2)
-
-    def _fill(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        own_query: torch.Tensor,
-        new_value: torch.Tensor,
-        visible: torch.Tensor,
-        scale: float,
-    ) -> None:
-        assert self.record is not None
-        columns = self.columns.to(query.device)
-        there = columns.clamp_max(query.shape[2] - 1)  # an image that a row does not have stands behind the end
-        observers = self.reach + torch.arange(self.count, device=columns.device)
-        tracked = own_query[:, :, :, None]
-        if not self.record.reference_only:
-            index = there.flatten(1)[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
-            visual = query.gather(2, index).unflatten(2, columns.shape[1:])
-            tracked = torch.cat([tracked, visual], 3)
-        norms = new_value.float().square().sum((1, 3)).sqrt()
-        places = torch.cat([observers[None, :, None].expand(*columns.shape[:2], 1), self.past + there], 2)
-        self.record.fill(
-            query=tracked,
-            key=keys,
-            visible=visible[:, :, : tracked.shape[3]],
-            columns=places.clamp_max(keys.shape[2] - 1),
-            value_norm=norms.gather(1, there.flatten(1)).view_as(there),
-            scale=scale,
-        )
-
-
-class ObservedAttention:
-    """Mixin for attention of LLaMA's layout: runs observers when an `Observation` is passed, else the stock code."""
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: Any = None,
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        observation: Observation | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        attention: Any = self
-        if observation is None:
-            return super().forward(  # type: ignore[misc]
-                hidden_states=hidden_states,
-                position_embeddings=position_embeddings,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                **kwargs,
-            )
-        shape = (*hidden_states.shape[:-1], -1, attention.head_dim)
-        query = attention.q_proj(hidden_states).view(shape).transpose(1, 2)
-        key = attention.k_proj(hidden_states).view(shape).transpose(1, 2)
-        value = attention.v_proj(hidden_states).view(shape).transpose(1, 2)
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        tokens = query.shape[2] - observation.count
-        observer = (query[:, :, tokens:], key[:, :, tokens:], value[:, :, tokens:])
-        query, key, new_value = query[:, :, :tokens], key[:, :, :tokens], value[:, :, :tokens]
-        value = new_value
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, attention.layer_idx)
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            attention.config._attn_implementation, eager_attention_forward
-        )
-        output, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=attention.attention_dropout if attention.training else 0.0,
-            scaling=attention.scaling,
-            **kwargs,
-        )
-        observed = observation.attend(query, key, value, observer, new_value, attention.scaling)
-        output = torch.cat([output, observed], 1).reshape(*hidden_states.shape[:-1], -1)
-        return attention.o_proj(output), weights
 
 
 class GroupedDecoder:
@@ -393,7 +230,7 @@ class GroupedDecoder:
                 seen = None
                 if group is not None:
                     positions = torch.cat([positions, ends], 1)
-                    seen = _visibility(sequence, entries, before)
+                    seen = visibility(sequence, entries, before)
                 rotary = model.rotary_emb(tokens, position_ids=positions)
                 for index in range(start, stop + 1):
                     if states is not None:
@@ -504,24 +341,6 @@ def _positions(
     positions = positions.clamp_min(0)
     last_patch = sequence.columns[..., -1].clamp_max(sequence.size - 1)
     return positions, positions.gather(1, last_patch) + 1, given[:, -1:] - now[:, -1:]
-
-
-def _visibility(sequence: VisualSequence, past: int, past_mask: torch.Tensor | None) -> torch.Tensor:
-    """What observers and visual tokens see: bool (B, M, 1 + k, past + reach + M)."""
-    columns = sequence.columns
-    last_seen = past + torch.cat([columns[..., -1:], columns], 2)
-    visible = torch.arange(past + sequence.reach, device=columns.device) <= last_seen[..., None]
-    if past_mask is not None or sequence.valid is not None:
-        known = torch.ones(columns.shape[0], past + sequence.reach, dtype=torch.bool, device=columns.device)
-        if past_mask is not None:
-            known[:, :past] = past_mask
-        if sequence.valid is not None:
-            known[:, past:] = sequence.valid[:, : sequence.reach]
-        visible = visible & known[:, None, None]
-    observers = columns.shape[1]
-    itself = torch.zeros(observers, columns.shape[2] + 1, observers, dtype=torch.bool, device=columns.device)
-    itself[:, 0] = torch.eye(observers, dtype=torch.bool, device=columns.device)
-    return torch.cat([visible, itself.expand(columns.shape[0], -1, -1, -1)], 3)
 
 
 def _pooled(

@@ -1,7 +1,5 @@
 """LLaVA with instruction-guided visual token pruning: the two stages, wired into transformers' LLaVA."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,20 +17,15 @@ from transformers.models.llava.modeling_llava import (
     LlavaMultiModalProjector,
     LlavaPreTrainedModel,
 )
-from transformers.utils import logging
 
 from .checkpoint_ivtp import LlavaCheckpoint, register_weight_names
-from .configuration_ivtp import IVTPLlavaConfig, IVTPPruningConfig
+from .configuration_ivtp import IVTPLlavaConfig
 from .generation_ivtp import PrunedGeneration
-from .language_ivtp import DECODERS, VisualPrompt
-from .pruning_trace import PruningTrace
-from .text_relevance import key_tokens, map_relevance, pseudo_cls, text_similarity, token_relevance
-from .token_budget import PruningPlan
+from .language_ivtp import DECODERS
+from .prompt_ivtp import PromptPruning
+from .pruning_controls import PruningControls
 from .trace_recorder import TraceRecorder
 from .vision_ivtp import GroupedCLIPVisionModel
-from .visual_sequence import locate_images, per_row
-
-logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -76,7 +69,7 @@ class IVTPLlavaPreTrainedModel(LlavaPreTrainedModel):
     config: Any
 
 
-class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
+class IVTPLlavaModel(PromptPruning, IVTPLlavaPreTrainedModel, LlavaModel):
     """LLaVA without language model head, pruning its visual tokens in the vision tower and in the decoder.
 
     Parameters
@@ -101,11 +94,6 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
                 config.vision_config.hidden_size, config.clip_text_config.projection_dim, bias=False
             )
         self.post_init()
-
-    @property
-    def has_text_tower(self) -> bool:
-        """Whether CLIP's text tower is part of this model."""
-        return hasattr(self, "clip_text_model")
 
     def get_image_features(
         self,
@@ -241,7 +229,7 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
                 "mm_encoder_outputs holds image features that were encoded without pruning; encode them with this "
                 "model's get_image_features under the same pruning options."
             )
-        visual, inputs_embeds = self._visual_prompt(
+        visual, inputs_embeds = self.visual_prompt(
             plan, encoded, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, clip_input_ids,
             clip_spans, recorder,
         )  # fmt: skip
@@ -264,129 +252,14 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return result if return_dict else result.to_tuple()
 
-    def _visual_prompt(
-        self,
-        plan: PruningPlan,
-        encoded: Any,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor,
-        attention_mask: Any,
-        position_ids: torch.Tensor | None,
-        cache: Cache | None,
-        clip_input_ids: torch.Tensor | None,
-        clip_spans: torch.Tensor | None,
-        recorder: TraceRecorder | None,
-    ) -> tuple[VisualPrompt, torch.Tensor]:
-        """Leave out the placeholders of dropped patches, fill in the features, and make the pseudo CLS."""
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() != 2:
-            raise ValueError(f"Under pruning attention_mask must be 2D (batch, length), not {attention_mask.dim()}D.")
-        length, device = inputs_embeds.shape[1], inputs_embeds.device
-        past = 0 if cache is None else cache.get_seq_length()
-        valid = None
-        if attention_mask is not None:
-            if attention_mask.shape[1] < past + length:
-                raise ValueError(
-                    f"attention_mask has {attention_mask.shape[1]} columns; the cache and the new tokens need "
-                    f"{int(past)} + {length}."
-                )
-            valid = attention_mask[:, -length:].to(device=device, dtype=torch.bool)
-        placeholders = self.placeholders(input_ids, inputs_embeds)
-        images = len(encoded.pooler_output)
-        whole = locate_images(placeholders, valid, images, plan.patches)
-        kept = per_row(encoded.kept_patches.to(device), whole)
-        sequence, index = whole.keep(kept)
-        reference, relevance, keys = self._reference(
-            encoded, whole, inputs_embeds, clip_input_ids, _spans_of(clip_spans, length, past, inputs_embeds)
-        )
-        if recorder is not None:
-            recorder.prompt(input_ids, whole, relevance, keys)
-        compact = inputs_embeds.gather(1, index[..., None].expand(-1, -1, inputs_embeds.shape[-1]))
-        slots = torch.zeros(compact.shape[0], compact.shape[1] + 1, dtype=torch.bool, device=device)
-        slots = slots.scatter(1, sequence.columns.flatten(1), True)[:, :-1]
-        features = torch.cat(list(encoded.pooler_output)).to(device, compact.dtype)
-        compact = compact.masked_scatter(slots[..., None], features)
-        if position_ids is None:
-            position_ids = (torch.arange(length, device=device) + past)[None]
-        last_patch = whole.columns[..., -1].clamp_max(length - 1)
-        ends = position_ids.to(device).expand(last_patch.shape[0], -1).gather(1, last_patch) + 1
-        pool = self.config.pruning.pseudo_cls == "pool" and keys is not None
-        visual = VisualPrompt(
-            sequence=sequence,
-            reference=reference,
-            end_positions=ends,
-            key_tokens=keys if pool else None,
-            groups=plan.decoder,
-            aggregation=self.config.pruning.aggregation,
-            compact=self.config.pruning.positions == "compact",
-            scores=None if recorder is None else recorder.decoder,
-        )
-        return visual, compact
-
-    def placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-        """Where an image token stands, as a number or as its embedding: bool Tensor (B, S)."""
-        if input_ids is not None:
-            return input_ids == self.config.image_token_id
-        assert inputs_embeds is not None
-        token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
-
-    def _reference(
-        self,
-        encoded: Any,
-        whole: Any,
-        inputs_embeds: torch.Tensor,
-        clip_input_ids: torch.Tensor | None,
-        clip_spans: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """The pseudo CLS of every image (Eq. 5 to 8): (B, M, d), relevance (B, M, S) and key tokens (B, M, S)."""
-        pruning: IVTPPruningConfig = self.config.pruning
-        device = inputs_embeds.device
-        fallback = per_row(encoded.cls_features.to(device), whole).to(inputs_embeds.dtype)
-        if pruning.guidance == "visual_cls" or not self._has_guidance(clip_input_ids, clip_spans):
-            return fallback, None, None
-        assert clip_spans is not None
-        with torch.no_grad():
-            words = (clip_spans[..., 0] < clip_spans[..., 1])[:, None].expand(-1, whole.present.shape[1], -1)
-            if pruning.guidance == "mean_text":
-                relevance, keys = None, words
-            elif pruning.guidance == "text_similarity":
-                relevance = text_similarity(inputs_embeds, fallback, clip_spans)
-                keys = key_tokens(relevance, pruning.relevance_threshold)
-            else:
-                assert clip_input_ids is not None
-                text = self.clip_text_model.text_model(input_ids=clip_input_ids.flatten(0, 1)).last_hidden_state
-                text = self.clip_text_model.text_projection(text).unflatten(0, clip_input_ids.shape[:2]).flatten(1, 2)
-                embeds = per_row(encoded.image_embeds, whole).to(device)
-                relevance = map_relevance(token_relevance(text.to(device), embeds), clip_spans)
-                keys = key_tokens(relevance, pruning.relevance_threshold)
-            if whole.valid is not None:
-                keys = keys & whole.valid[:, None]
-            return pseudo_cls(inputs_embeds, keys, fallback), relevance, keys
-
-    def _has_guidance(self, clip_input_ids: torch.Tensor | None, clip_spans: torch.Tensor | None) -> bool:
-        guidance = self.config.pruning.guidance
-        missing = []
-        if clip_spans is None:
-            missing.append("clip_spans")
-        if guidance == "clip":
-            if clip_input_ids is None:
-                missing.append("clip_input_ids")
-            if not self.has_text_tower:
-                missing.append("CLIP's text tower (from_llava(..., clip=...) joins it)")
-        if not missing:
-            return True
-        message = (
-            f'guidance="{guidance}" needs {" and ".join(missing)}, so the question cannot guide the pruning. Prepare '
-            "inputs with IVTPLlavaProcessor and a CLIP tokenizer."
-        )
-        if self.config.pruning.strict:
-            raise ValueError(message)
-        logger.warning_once(message + " The image's own CLS token is the reference instead (Eq. 8).")
-        return False
-
 
 class IVTPLlavaForConditionalGeneration(
-    LlavaCheckpoint, PrunedGeneration, IVTPLlavaPreTrainedModel, LlavaForConditionalGeneration, GenerationMixin
+    LlavaCheckpoint,
+    PruningControls,
+    PrunedGeneration,
+    IVTPLlavaPreTrainedModel,
+    LlavaForConditionalGeneration,
+    GenerationMixin,
 ):
     """LLaVA that answers from a fraction of its visual tokens.
 
@@ -483,98 +356,6 @@ class IVTPLlavaForConditionalGeneration(
         )
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return result if return_dict else result.to_tuple()
-
-    @property
-    def pruning_config(self) -> IVTPPruningConfig:
-        """The options in force."""
-        return self.config.pruning
-
-    def set_pruning(self, **options: Any) -> None:
-        """Change pruning options for good; `save_pretrained` keeps them.
-
-        Raises
-        ------
-        ValueError
-            For an option that is unknown, out of range, or does not fit this model. Nothing changes then.
-        """
-        before = self.config.pruning
-        self._use_pruning(before.changed(**options))
-
-    @contextmanager
-    def pruning(self, **options: Any) -> Iterator[None]:
-        """Change pruning options for a while; nests, and is undone when left by an exception, too.
-
-        Examples
-        --------
-        >>> with model.pruning(enabled=False):  # doctest: +SKIP
-        ...     stock = model.generate(**inputs)
-        """
-        before = self.config.pruning
-        self._use_pruning(before.changed(**options))
-        try:
-            yield
-        finally:
-            self._use_pruning(before)
-
-    def _use_pruning(self, pruning: IVTPPruningConfig) -> None:
-        before = self.config.pruning
-        self.config.pruning = pruning
-        try:
-            self.config.pruning_plan()
-        except ValueError:
-            self.config.pruning = before
-            raise
-
-    @torch.no_grad()
-    def explain(self, processor: Any = None, **inputs: Any) -> PruningTrace:
-        """Show what is kept of each image for a prompt, and why.
-
-        Parameters
-        ----------
-        processor : processor or tokenizer, optional
-            Puts the instruction's tokens into words. Default: the one saved next to this checkpoint, if it is on disk.
-        **inputs
-            What `generate` takes: `input_ids`, `pixel_values`, …
-
-        Returns
-        -------
-        PruningTrace
-
-        Raises
-        ------
-        ValueError
-            If there is no image, or pruning is off.
-        """
-        if self.config.pruning_plan() is None:
-            raise ValueError(
-                f"Nothing to explain: {self.config.pruning} drops nothing. Set enabled=True and visual_tokens below "
-                f"{self.config.num_patches}."
-            )
-        if inputs.get("pixel_values") is None:
-            raise ValueError("Nothing to explain: the inputs hold no image (pixel_values).")
-        recorder = TraceRecorder(processor)
-        with self.pruning():
-            outputs = self(**inputs | {"use_cache": True, "logits_to_keep": 1}, recorder=recorder)
-        return recorder.trace(self, outputs.past_key_values)
-
-
-def _spans_of(spans: torch.Tensor | None, length: int, past: Any, like: torch.Tensor) -> torch.Tensor | None:
-    """The part of `clip_spans` that speaks of the new tokens: (B, length, 2).
-
-    Spans may cover the conversation from its start or the new tokens alone; candidate tokens of assisted decoding stand
-    behind both and have none.
-    """
-    if spans is None:
-        return None
-    if spans.dim() != 3 or spans.shape[0] != like.shape[0] or spans.shape[2] != 2:
-        raise ValueError(f"clip_spans has shape {tuple(spans.shape)}; expected ({like.shape[0]}, tokens, 2).")
-    spans = spans.to(like.device)
-    if spans.shape[1] > length:
-        past = int(past)
-        if spans.shape[1] > past + length:
-            raise ValueError(f"clip_spans speaks of {spans.shape[1]} tokens; there are {past + length}.")
-        spans = spans[:, past:]
-    return nn.functional.pad(spans, (0, 0, 0, length - spans.shape[1]))
 
 
 def _check_architecture(config: Any) -> None:

@@ -1,0 +1,90 @@
+"""What a user turns and sees: pruning options of a loaded model, and the explanation of one prompt."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from .configuration_ivtp import IVTPPruningConfig
+from .pruning_trace import PruningTrace
+from .trace_recorder import TraceRecorder
+
+
+class PruningControls:
+    """Mixin for the class that users load."""
+
+    config: Any
+
+    @property
+    def pruning_config(self) -> IVTPPruningConfig:
+        """The options in force."""
+        return self.config.pruning
+
+    def set_pruning(self, **options: Any) -> None:
+        """Change pruning options for good; `save_pretrained` keeps them.
+
+        Raises
+        ------
+        ValueError
+            For an option that is unknown, out of range, or does not fit this model. Nothing changes then.
+        """
+        before = self.config.pruning
+        self._use_pruning(before.changed(**options))
+
+    @contextmanager
+    def pruning(self, **options: Any) -> Iterator[None]:
+        """Change pruning options for a while; nests, and is undone when left by an exception, too.
+
+        Examples
+        --------
+        >>> with model.pruning(enabled=False):  # doctest: +SKIP
+        ...     stock = model.generate(**inputs)
+        """
+        before = self.config.pruning
+        self._use_pruning(before.changed(**options))
+        try:
+            yield
+        finally:
+            self._use_pruning(before)
+
+    def _use_pruning(self, pruning: IVTPPruningConfig) -> None:
+        before = self.config.pruning
+        self.config.pruning = pruning
+        try:
+            self.config.pruning_plan()
+        except ValueError:
+            self.config.pruning = before
+            raise
+
+    @torch.no_grad()
+    def explain(self, processor: Any = None, **inputs: Any) -> PruningTrace:
+        """Show what is kept of each image for a prompt, and why.
+
+        Parameters
+        ----------
+        processor : processor or tokenizer, optional
+            Puts the instruction's tokens into words. Default: the one saved next to this checkpoint, if it is on disk.
+        **inputs
+            What `generate` takes: `input_ids`, `pixel_values`, …
+
+        Returns
+        -------
+        PruningTrace
+
+        Raises
+        ------
+        ValueError
+            If there is no image, or pruning is off.
+        """
+        if self.config.pruning_plan() is None:
+            raise ValueError(
+                f"Nothing to explain: {self.config.pruning} drops nothing. Set enabled=True and visual_tokens below "
+                f"{self.config.num_patches}."
+            )
+        if inputs.get("pixel_values") is None:
+            raise ValueError("Nothing to explain: the inputs hold no image (pixel_values).")
+        model: Any = self
+        recorder = TraceRecorder(processor)
+        outputs = model(**inputs | {"use_cache": True, "logits_to_keep": 1}, recorder=recorder)
+        return recorder.trace(model, outputs.past_key_values)
