@@ -12,6 +12,7 @@ from transformers.conversion_mapping import (
 from transformers.models.clip.modeling_clip import CLIPTextModelWithProjection
 
 from .configuration_ivtp import IVTPLlavaConfig
+from .language_ivtp import DECODERS
 
 
 class LlavaCheckpoint:
@@ -21,6 +22,7 @@ class LlavaCheckpoint:
     model: Any
     dtype: torch.dtype
     from_pretrained: Any
+    name_or_path: str
 
     @classmethod
     def from_llava(
@@ -44,7 +46,7 @@ class LlavaCheckpoint:
             image's CLS token guides the language model.
         pruning : IVTPPruningConfig or dict, optional
         clip_options : dict, optional
-            Passed to `hub.clip_checkpoint.load_clip_text`.
+            For `hub.clip_checkpoint.load_clip_text`: activation (default: the vision tower's), revision, token, …
         **kwargs
             For `from_pretrained`: dtype, device_map, attn_implementation, quantization_config, …
 
@@ -63,16 +65,20 @@ class LlavaCheckpoint:
             config.pruning = pruning
         config.pruning_plan()
         kwargs.pop("output_loading_info", None)
-        model, info = cls.from_pretrained(llava, config=config, output_loading_info=True, **kwargs)
-        wrong = {name: sorted(info[name]) for name in ("missing_keys", "unexpected_keys") if info.get(name)}
-        if wrong:
-            raise ValueError(f"{llava} is not a complete LLaVA checkpoint: {wrong}.")
+        text = None
         if clip is not None:
             try:
                 load_clip_text = import_module("modeling_ivtp.hub.clip_checkpoint").load_clip_text
             except ImportError as error:
                 raise ImportError("Joining CLIP needs the installed package: pip install ivtp-llava") from error
-            model.join_clip(load_clip_text(clip, **(clip_options or {})))
+            text = load_clip_text(clip, **{"activation": config.vision_config.hidden_act} | (clip_options or {}))
+            text.check_width(config.vision_config.hidden_size, llava)
+        model, info = cls.from_pretrained(llava, config=config, output_loading_info=True, **kwargs)
+        wrong = {name: sorted(info[name]) for name in ("missing_keys", "unexpected_keys") if info.get(name)}
+        if wrong:
+            raise ValueError(f"{llava} is not a complete LLaVA checkpoint: {wrong}.")
+        if text is not None:
+            model.join_clip(text)
         return model
 
     def join_clip(self, clip: Any) -> None:
@@ -87,20 +93,17 @@ class LlavaCheckpoint:
         ValueError
             If CLIP's vision tower is not as wide as LLaVA's.
         """
-        width = self.config.vision_config.hidden_size
-        if clip.vision_width != width:
-            raise ValueError(
-                f"CLIP's projection takes {clip.vision_width} features, LLaVA's vision tower has {width}: they are not "
-                "the same CLIP."
-            )
+        clip.check_width(self.config.vision_config.hidden_size, self.name_or_path)
         body = self.model
         weight = body.vision_tower.post_layernorm.weight
         offloaded = weight.device.type == "meta"
         device = torch.device("cpu") if offloaded else weight.device
         dtype = self.dtype if offloaded else weight.dtype
+        if not offloaded:
+            clip.warn_of_another_clip(body.vision_tower.embeddings.class_embedding.detach(), self.name_or_path)
         with torch.device("meta"):
             text = CLIPTextModelWithProjection._from_config(clip.text_config)
-            projection = nn.Linear(width, clip.text_config.projection_dim, bias=False)
+            projection = nn.Linear(clip.vision_width, clip.text_config.projection_dim, bias=False)
         state = dict(clip.tensors())
         text_state = {
             name.removeprefix("clip_text_model."): tensor.to(device, dtype)
@@ -122,12 +125,18 @@ class LlavaCheckpoint:
 
 
 def register_weight_names() -> None:
-    """Load official LLaVA weights under our class names: transformers looks its renamings up by class."""
-    for stock, ours in (
-        ("llava", "ivtp_llava"),
-        ("LlavaModel", "IVTPLlavaModel"),
-        ("llava", "IVTPLlavaForConditionalGeneration"),
-    ):
+    """Load official LLaVA weights under our class names: transformers looks its renamings up by class name.
+
+    Both the model type and the classes are needed, because an official folder says `model_type: llava`.
+    """
+    stock_of = {
+        "ivtp_llava": "llava",
+        "IVTPLlavaForConditionalGeneration": "llava",
+        "IVTPLlavaModel": "LlavaModel",
+        "GroupedCLIPVisionModel": "CLIPVisionModel",
+        **{decoder.__name__: decoder.__name__.removeprefix("Grouped") for decoder in DECODERS.values()},
+    }
+    for ours, stock in stock_of.items():
         mapping = get_checkpoint_conversion_mapping(stock)
         if mapping is not None:
             register_checkpoint_conversion_mapping(ours, mapping, overwrite=True)

@@ -40,14 +40,14 @@ class LiveTensors(TorchDispatchMode):
 
 @pytest.fixture(scope="module")
 def vit_l():
-    """LLaVA-1.5's vision tower in full, ViT-L/14 at 336 pixels, before a small decoder."""
+    """LLaVA-1.5's vision tower in full, ViT-L/14 at 336 pixels, before a decoder of half LLaVA-1.5's width."""
     config = IVTPLlavaConfig(
         text_config={
             "model_type": "llama",
-            "hidden_size": 256,
-            "intermediate_size": 512,
+            "hidden_size": 2048,
+            "intermediate_size": 5504,
             "num_hidden_layers": 6,
-            "num_attention_heads": 8,
+            "num_attention_heads": 16,
             "vocab_size": 200,
             "pad_token_id": 0,
         },
@@ -61,7 +61,7 @@ def vit_l():
         if hasattr(module, "position_ids"):
             module.position_ids = torch.arange(577)[None]
         if hasattr(module, "inv_freq"):
-            module.inv_freq = 1 / 10000 ** (torch.arange(0, 32, 2) / 32)
+            module.inv_freq = 1 / 10000 ** (torch.arange(0, 128, 2) / 128)
     ids = torch.tensor([[5] * 20 + [199] * 576 + [7] * 40])
     inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 336, 336)}
     return randomize(model).eval(), inputs

@@ -1,41 +1,19 @@
-"""Real tokenizers for tests, built offline: CLIP's own BPE, and a BPE of LLaMA's kind trained on the text below.
+"""Real tokenizers for tests, built offline: CLIP's own BPE, and the examples' BPE of LLaMA's kind.
 
 (Not named `tokenizers.py`: the tests' folder is on the import path, and the library of that name must stay importable.)
 """
 
-import json
 from functools import lru_cache
 from typing import Any
 
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import AddedToken, CLIPImageProcessor, CLIPTokenizer, LlamaTokenizer
+from transformers import CLIPImageProcessor, CLIPTokenizer
 
+from examples.untrained import CHAT_TEMPLATE as LLAVA_TEMPLATE
+from examples.untrained import TEXT, llama_tokenizer
 from modeling_ivtp.hub.clip_bpe import clip_tokenizer_from_open_clip
 from modeling_ivtp.processing_ivtp import IVTPLlavaProcessor
 
-TEXT = """
-What is the colour of the bird that sits on the left branch of the tree? Describe the image in detail, please. How many
-people are standing in front of the red building, and which of them is wearing a hat? Is there a dog or a cat in the
-picture? Answer the question using a single word or phrase. The man in the photograph is riding a brown horse along
-the beach. There are two cups, a plate of food and a small bottle of water on the wooden table. Which animal is behind
-the fence? Where was this photo taken: in a kitchen, at a station, or on the street? Read the sign above the door and
-tell me what it says. The assistant gives helpful, detailed and polite answers to the human's questions. Write a short
-story about what you see, then list every object with its position, size and colour. Why does the woman look at the
-clock? What might happen next, and what would you do if you were there? def count(items): return sum(1 for item in x)
-"""
-_ROLES = "USER: ASSISTANT: user assistant system"
-
-LLAVA_TEMPLATE = """\
-{%- for message in messages -%}
-{%- if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif -%}
-{%- for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor -%}
-{%- for part in message['content'] if part['type'] == 'text' -%}
-{%- if message['role'] == 'assistant' %}{% generation %}{{ part['text'] + ' ' }}{% endgeneration %}
-{%- else %}{{ part['text'] + ' ' }}{% endif -%}
-{%- endfor -%}
-{%- endfor -%}
-{%- if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif -%}
-"""
+__all__ = ["CHATML_TEMPLATE", "LLAVA_TEMPLATE", "MISTRAL_TEMPLATE", "TEXT", "clip_tokenizer", "llama_tokenizer"]
 MISTRAL_TEMPLATE = """\
 {{- bos_token }}
 {%- for message in messages -%}
@@ -59,26 +37,6 @@ CHATML_TEMPLATE = """\
 def clip_tokenizer() -> CLIPTokenizer:
     """CLIP's tokenizer; shared between tests, so leave it as it is."""
     return clip_tokenizer_from_open_clip()
-
-
-@lru_cache
-def _llama_bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    tokenizer = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator([*TEXT.split("\n"), _ROLES], trainer)
-    model = json.loads(tokenizer.to_str())["model"]
-    return model["vocab"], [tuple(merge) for merge in model["merges"]]
-
-
-def llama_tokenizer(*special: str, **kwargs: Any) -> LlamaTokenizer:
-    """A tokenizer of LLaVA-1.5's kind: Metaspace, byte fallback, left padding; `special` tokens beside `<image>`."""
-    vocabulary, merges = _llama_bpe()
-    tokenizer = LlamaTokenizer(vocab=dict(vocabulary), merges=list(merges), pad_token="<pad>", **kwargs)
-    names = ["<pad>", "<image>", *special]
-    tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True)
-    return tokenizer
 
 
 def processor(*special: str, size: int = 28, clip: Any = "real", **kwargs: Any) -> IVTPLlavaProcessor:

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 from transformers import AutoConfig
+from transformers.activations import ACT2CLS
 
 from . import open_clip_checkpoint
 from .clip_text import (
@@ -78,6 +79,10 @@ def load_clip_text(
     OSError
         If files are missing or damaged.
     """
+    if activation is not None and activation not in ACT2CLS:
+        raise ValueError(
+            f"activation={activation!r}; allowed: quick_gelu, gelu or another of transformers' activations"
+        )
     options = HubOptions(revision, token, cache_dir, local_files_only)
     if isinstance(clip, str) and clip.startswith(open_clip_checkpoint.PREFIX):
         return open_clip_checkpoint.from_name(clip, activation, options, headers_only)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTokenizer
 
@@ -74,6 +76,25 @@ class ClipText:
         if self._class_embedding is None or self.checkpoint.folder is None:
             return None
         return self.checkpoint.read(self._class_embedding)
+
+    def check_width(self, width: int, llava: object) -> None:
+        """Raise ValueError if LLaVA's vision tower has another `width` than this CLIP's."""
+        if self.vision_width != width:
+            raise ValueError(
+                f"{self.source} projects a vision tower {self.vision_width} wide, that of {llava} is {width} wide: take "
+                "the CLIP whose vision tower this LLaVA has"
+            )
+
+    def warn_of_another_clip(self, class_embedding: Tensor, llava: object) -> None:
+        """Warn if LLaVA's vision tower, known by its class embedding (vision width,), is not the one of this CLIP."""
+        own = self.class_embedding()
+        if own is None or torch.allclose(class_embedding.float().cpu(), own.float(), rtol=0.02, atol=1e-3):
+            return
+        warnings.warn(
+            f"the vision tower of {llava} is not that of {self.source} (their class embeddings differ): unless LLaVA's "
+            "training changed it, the text tower does not fit and relevance will be noise",
+            stacklevel=3,
+        )
 
 
 def tower_shapes(config: CLIPTextConfig) -> dict[str, tuple[int, ...]]:

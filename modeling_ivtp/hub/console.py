@@ -11,16 +11,17 @@ from transformers.utils import logging
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers' reports and bars out of the way; errors are raised here, not printed."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+def quiet(*, bars: bool = False) -> Iterator[None]:
+    """Keep transformers' reports out of the way, and its progress bars unless `bars`; errors still are raised."""
+    verbosity, enabled = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    if not bars:
+        logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
-        if bars:
+        if enabled:
             logging.enable_progress_bar()
 
 

@@ -24,8 +24,8 @@ from ..processing_ivtp import IVTPLlavaProcessor
 from .clip_checkpoint import ClipText, load_clip_text
 from .console import progress_bar, quiet
 from .folder import check_target, new_folder
-from .llava_source import check_loading_info, check_same_clip, empty, meta_model, read_config
-from .sources import HubOptions, open_checkpoint
+from .llava_source import check_loading_info, empty, meta_model, read_config, warn_of_another_clip
+from .sources import HubOptions, local_folder, open_checkpoint
 from .weights import INDEX_FILE, Checkpoint, TensorInfo, write_safetensors
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -135,9 +135,16 @@ def convert(
     options = HubOptions(revision, token, cache_dir, local_files_only)
     wanted = _dtype(dtype)
     _check_not_source(out, llava, clip)
-    checkpoint, folder = open_checkpoint(llava, options, headers_only=dry_run, extra=_SMALL_FILES)
+    check_target(out, overwrite=overwrite)
+    # The small files come first: a wrong model or option is not worth the download of its weights.
+    folder = local_folder(llava) or options.snapshot(str(llava), _SMALL_FILES)
     with quiet():
         config = read_config(folder, str(llava))
+        if pruning:
+            config.pruning = config.pruning.changed(**pruning)
+        config.pruning_plan()
+    if clip is None and config.clip_text_config is None:
+        raise ValueError(f"{llava} has no text tower of CLIP; name a CLIP to take it from")
     text = None
     if clip is not None:
         text = load_clip_text(
@@ -149,13 +156,11 @@ def convert(
             local_files_only=local_files_only,
             headers_only=dry_run,
         )
-        check_same_clip(text, checkpoint, config, str(llava))
+        text.check_width(config.vision_config.hidden_size, llava)
         config.clip_text_config = text.text_config
-    elif config.clip_text_config is None:
-        raise ValueError(f"{llava} has no text tower of CLIP; name a CLIP to take it from")
-    if pruning:
-        config.pruning = config.pruning.changed(**pruning)
-    config.pruning_plan()
+    checkpoint, folder = open_checkpoint(llava, options, headers_only=dry_run, extra=_SMALL_FILES)
+    if text is not None:
+        warn_of_another_clip(text, checkpoint, str(llava))
 
     main_dtype = wanted or checkpoint.main_dtype
     tensors = _tensors(checkpoint, text, wanted, main_dtype)

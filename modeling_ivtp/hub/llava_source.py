@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,28 +57,11 @@ def read_config(folder: Path, llava: str) -> Any:
     return config
 
 
-def check_same_clip(text: ClipText, checkpoint: Checkpoint, config: Any, llava: str) -> None:
-    """Raise ValueError if CLIP's vision tower has another width than LLaVA's; warn if it is another tower.
-
-    The towers are told apart by their class embeddings.
-    """
-    width = config.vision_config.hidden_size
-    if text.vision_width != width:
-        raise ValueError(
-            f"{text.source} projects a vision tower {text.vision_width} wide, that of {llava} is {width} wide: "
-            "take the CLIP whose vision tower this LLaVA has"
-        )
+def warn_of_another_clip(text: ClipText, checkpoint: Checkpoint, llava: str) -> None:
+    """Warn if CLIP's class embedding is not that of LLaVA's vision tower: CLIPs of one size differ in nothing else."""
     names = [name for name in checkpoint.tensors if name.endswith("embeddings.class_embedding")]
-    theirs = text.class_embedding()
-    if len(names) != 1 or theirs is None or checkpoint.folder is None:
-        return
-    ours = checkpoint.read(names[0]).float()
-    if not torch.allclose(ours, theirs.float(), rtol=0.02, atol=1e-3):
-        warnings.warn(
-            f"the vision tower of {llava} is not the one of {text.source} (their class embeddings differ): unless "
-            "LLaVA's training changed it, the text tower does not fit and relevance will be noise",
-            stacklevel=3,
-        )
+    if len(names) == 1 and checkpoint.folder is not None:
+        text.warn_of_another_clip(checkpoint.read(names[0]), llava)
 
 
 def empty(info: TensorInfo) -> Tensor:

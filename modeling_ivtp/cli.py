@@ -1,0 +1,363 @@
+"""The command line, `ivtp`. Whatever goes wrong is one line on standard error and exit status 1."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="ivtp",
+    help="LLaVA that answers from a fraction of its visual tokens: IVTP, instruction-guided visual token pruning.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+# Errors that say what the person can do about them; any other is a mistake of this program and says so.
+_EXPECTED = (ValueError, OSError, ImportError, RuntimeError, NotImplementedError)
+_state = {"debug": False}
+
+
+def _set_debug(value: bool) -> None:
+    _state["debug"] = _state["debug"] or value
+
+
+Debug = Annotated[
+    bool, typer.Option("--debug", callback=_set_debug, is_eager=True, help="Show the traceback of an error.")
+]
+ModelOption = Annotated[
+    str, typer.Option("--model", "-m", help="Folder or Hub id of an IVTP-LLaVA, or of an official LLaVA.")
+]
+ImageOption = Annotated[
+    list[str] | None, typer.Option("--image", "-i", help="File, http(s) address or data URL; may be repeated.")
+]
+PromptOption = Annotated[
+    str,
+    typer.Option("--prompt", "-p", help="The question, or a whole prompt with an <image> for every image."),
+]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="Such as cpu or cuda:1; by default the GPUs if there are any.", show_default=False)
+]
+DtypeOption = Annotated[str, typer.Option(help="float32, float16, bfloat16; auto is the checkpoint's.")]
+VisualTokens = Annotated[
+    int | None, typer.Option("--visual-tokens", help="Visual tokens of one image left in the end.", show_default=False)
+]
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        typer.echo(version("ivtp-llava"))
+        raise typer.Exit
+
+
+@app.callback()
+def _ivtp(
+    debug: Debug = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    return
+
+
+@app.command()
+def convert(
+    llava: Annotated[str, typer.Argument(help="Folder or Hub id of an official-format LLaVA, or of an IVTP-LLaVA.")],
+    out: Annotated[str, typer.Option("--out", "-o", help="The folder to write.")],
+    clip: Annotated[
+        str | None,
+        typer.Option(
+            help="CLIP with LLaVA's vision tower: a transformers folder or Hub id, open_clip:MODEL/PRETRAINED (such as "
+            "open_clip:ViT-L-14-336/openai), or an open_clip .safetensors file. Not needed for an IVTP-LLaVA.",
+            show_default=False,
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16 or bfloat16; by default LLaVA's own.", show_default=False)
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and write nothing.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is there.")] = False,
+    visual_tokens: VisualTokens = None,
+    tower_tokens: Annotated[
+        int | None, typer.Option(help="Visual tokens that the vision tower hands over.", show_default=False)
+    ] = None,
+    layers_per_group: Annotated[
+        int | None, typer.Option(help="Layers that are rolled out together.", show_default=False)
+    ] = None,
+    tower_layers: Annotated[
+        int | None, typer.Option(help="Layers of the vision tower that take part.", show_default=False)
+    ] = None,
+    decoder_layers: Annotated[
+        int | None, typer.Option(help="Layers of the language model that take part.", show_default=False)
+    ] = None,
+    relevance_threshold: Annotated[
+        float | None, typer.Option(help="Cosine from which a word counts as a key word.", show_default=False)
+    ] = None,
+    aggregation: Annotated[
+        str | None, typer.Option(help="rollout, mean, max, multiply or last.", show_default=False)
+    ] = None,
+    guidance: Annotated[
+        str | None, typer.Option(help="clip, mean_text, text_similarity or visual_cls.", show_default=False)
+    ] = None,
+    pseudo_cls: Annotated[str | None, typer.Option(help="propagate or pool.", show_default=False)] = None,
+    positions: Annotated[str | None, typer.Option(help="original or compact.", show_default=False)] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of LLaVA on the Hub.", show_default=False)] = None,
+    clip_revision: Annotated[str | None, typer.Option(help="Revision of CLIP on the Hub.", show_default=False)] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Use what is downloaded already.")] = False,
+    progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
+    debug: Debug = False,
+) -> None:
+    """Join a LLaVA with CLIP's text tower into a folder that loads as an IVTP-LLaVA."""
+    from .hub.convert import convert as join
+    from .hub.folder import human_bytes
+
+    pruning = {
+        "visual_tokens": visual_tokens,
+        "tower_tokens": tower_tokens,
+        "layers_per_group": layers_per_group,
+        "tower_layers": tower_layers,
+        "decoder_layers": decoder_layers,
+        "relevance_threshold": relevance_threshold,
+        "aggregation": aggregation,
+        "guidance": guidance,
+        "pseudo_cls": pseudo_cls,
+        "positions": positions,
+    }
+    result = join(
+        llava,
+        clip,
+        out,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        dry_run=dry_run,
+        overwrite=overwrite,
+        pruning={name: value for name, value in pruning.items() if value is not None},
+        progress=progress,
+        revision=revision,
+        clip_revision=clip_revision,
+        local_files_only=offline,
+    )
+    table = _table("file", "bytes")
+    for file, size in result.weight_files.items():
+        table.add_row(file, human_bytes(size))
+    table.add_row("config, processor and code", "")
+    _print(table)
+    dtype_name = str(result.dtype).removeprefix("torch.")
+    typer.echo(
+        f"{'wrote' if result.written else 'would write'} {human_bytes(result.total_bytes)} to {result.out}: "
+        f"{result.llava_tensors} tensors of LLaVA, {result.clip_tensors} of CLIP, {dtype_name}"
+    )
+
+
+@app.command()
+def generate(
+    model: ModelOption,
+    prompt: PromptOption,
+    image: ImageOption = None,
+    visual_tokens: VisualTokens = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "auto",
+    compare: Annotated[bool, typer.Option("--compare", help="Run without pruning too and show both.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Answer a question about pictures."""
+    pictures = _pictures(image)
+    from .hub import answering
+
+    loaded, processor = answering.load_model(model, device=device, dtype=dtype)
+    if visual_tokens is not None:
+        answering.set_budget(loaded, visual_tokens)
+    text = answering.as_prompt(processor, prompt, len(pictures))
+    inputs = answering.prepare(loaded, processor, pictures, text)
+    if not compare:
+        if as_json:
+            result = answering.answer(loaded, processor, inputs, max_new_tokens=max_new_tokens)
+            typer.echo(_json(result.to_dict()))
+        else:
+            typer.echo(answering.answer_text(loaded, processor, inputs, max_new_tokens=max_new_tokens))
+        return
+    unpruned, pruned = answering.compare(loaded, processor, inputs, max_new_tokens=max_new_tokens)
+    if as_json:
+        typer.echo(_json({"unpruned": unpruned.to_dict(), "pruned": pruned.to_dict()}))
+        return
+    _print(_comparison(unpruned, pruned))
+
+
+@app.command()
+def explain(
+    model: ModelOption,
+    prompt: PromptOption,
+    image: ImageOption = None,
+    visual_tokens: VisualTokens = None,
+    out: Annotated[
+        str | None, typer.Option("--out", "-o", help="Picture to write, such as trace.png.", show_default=False)
+    ] = None,
+    json_file: Annotated[
+        str | None, typer.Option("--json", help="File to write everything to.", show_default=False)
+    ] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "auto",
+    debug: Debug = False,
+) -> None:
+    """Show which patches are kept for a question, and which of its words decide."""
+    pictures = _pictures(image)
+    if not pictures:
+        raise ValueError("explain needs at least one --image")
+    for file in (out, json_file):
+        _check_file(file)
+    if out is not None:
+        _check_picture_type(out)
+    from .hub import answering
+
+    loaded, processor = answering.load_model(model, device=device, dtype=dtype)
+    if visual_tokens is not None:
+        answering.set_budget(loaded, visual_tokens)
+    text = answering.as_prompt(processor, prompt, len(pictures))
+    trace = loaded.explain(processor, **answering.prepare(loaded, processor, pictures, text))
+    typer.echo(trace.summary())
+    for number, traced in enumerate(trace.images):
+        _print(_groups(traced, f"image {number + 1}" if len(trace.images) > 1 else None))
+    if json_file is not None:
+        Path(json_file).write_text(_json(trace.to_dict()) + "\n")
+    if out is not None:
+        for number, picture in enumerate(pictures):
+            path = Path(out)
+            if len(pictures) > 1:
+                path = path.with_stem(f"{path.stem}-{number + 1}")
+            trace.plot(picture, number).savefig(path)
+
+
+def _pictures(sources: list[str] | None) -> list[Any]:
+    from .hub.images import load_image
+
+    return [load_image(source) for source in sources or ()]
+
+
+def _check_file(file: str | None) -> None:
+    """Find out that a file cannot be written before the work, not after it."""
+    if file is None:
+        return
+    if Path(file).is_dir():
+        raise IsADirectoryError(f"{file} is a folder, not a file to write")
+    if not Path(file).absolute().parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {Path(file).parent} to write {Path(file).name} into")
+
+
+def _check_picture_type(file: str) -> None:
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError as error:
+        raise ImportError("a picture needs matplotlib: pip install 'ivtp-llava[plot]'") from error
+    known = FigureCanvasBase.get_supported_filetypes()
+    if Path(file).suffix.lstrip(".").lower() not in known:
+        raise ValueError(f"{file} has no ending of a picture; allowed: {', '.join(sorted(known))}")
+
+
+def _comparison(unpruned: Any, pruned: Any) -> Any:
+    from .hub.folder import human_bytes
+
+    table = _table("", "unpruned", "pruned", "ratio")
+    table.add_row("answer", unpruned.text, pruned.text, "")
+    table.add_row("answer tokens", str(unpruned.tokens), str(pruned.tokens), "")
+    table.add_row(
+        "seconds", f"{unpruned.seconds:.3g}", f"{pruned.seconds:.3g}", _times(unpruned.seconds, pruned.seconds)
+    )
+    for name, of in (
+        ("visual tokens, final", lambda answer: sum(answer.visual_tokens)),
+        ("visual tokens, layer-averaged", lambda answer: answer.layer_averaged_tokens * len(answer.visual_tokens)),
+    ):
+        table.add_row(name, f"{of(unpruned):g}", f"{of(pruned):g}", _times(of(unpruned), of(pruned)))
+    table.add_row(
+        "KV cache",
+        human_bytes(unpruned.kv_bytes),
+        human_bytes(pruned.kv_bytes),
+        _times(unpruned.kv_bytes, pruned.kv_bytes),
+    )
+    return table
+
+
+def _times(unpruned: float, pruned: float) -> str:
+    return f"{unpruned / pruned:.2f}x" if pruned else ""
+
+
+def _groups(traced: Any, title: str | None) -> Any:
+    table = _table("stage", "layers", "patches before", "kept", title=title)
+    for group in traced.groups:
+        first, last = group.layers
+        table.add_row(group.stage, f"{first} to {last}", str(len(group.candidates)), str(len(group.kept)))
+    return table
+
+
+def _table(*columns: str, title: str | None = None) -> Any:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _print(table: Any) -> None:
+    from rich.console import Console
+
+    # What models and people write is text, even where it looks like markup: "[/INST]".
+    Console(markup=False, highlight=False).print(table)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False)
+
+
+def _one_line(error: BaseException) -> str:
+    """What went wrong, without line breaks and error numbers."""
+    text = str(error)
+    if hasattr(error, "format_message"):  # how typer and click word a wrong option
+        text = error.format_message()
+    elif isinstance(error, OSError) and error.strerror:
+        text = error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
+    text = " ".join(text.split()) or type(error).__name__
+    if isinstance(error, _EXPECTED) or hasattr(error, "format_message"):
+        return text
+    return f"{type(error).__name__}: {text} (this should not happen; --debug shows where)"
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    if issubclass(category, UserWarning):
+        print(f"ivtp: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status.
+
+    0: done. 1: an error, told in one line on standard error. 130: stopped by Ctrl-C.
+    """
+    _state["debug"] = False
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            status = app(arguments, prog_name="ivtp", standalone_mode=False)
+    except KeyboardInterrupt:
+        status = 130
+    except Exception as error:
+        if _state["debug"]:
+            traceback.print_exc()
+        else:
+            print(f"ivtp: {_one_line(error)}", file=sys.stderr)
+        return 1
+    return status if isinstance(status, int) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""A folder is written whole or not at all."""
+
+import errno
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from modeling_ivtp.hub import folder as folders
+from modeling_ivtp.hub.folder import human_bytes, new_folder
+
+
+def write(path, text="new"):
+    (path / "sub").mkdir()
+    (path / "sub" / "file").write_text(text)
+    (path / "config.json").write_text(text)
+
+
+def write_and_fail(path, error, **options):
+    with new_folder(path, **options) as temporary:
+        write(temporary)
+        raise error
+
+
+def content(path):
+    return {str(file.relative_to(path)): file.read_text() for file in path.rglob("*") if file.is_file()}
+
+
+@pytest.fixture
+def parent(tmp_path):
+    """A folder in which nothing may remain but what a test expects."""
+    path = tmp_path / "parent"
+    path.mkdir()
+    return path
+
+
+def test_it_appears_at_the_end(parent):
+    with new_folder(parent / "deep" / "out") as temporary:
+        write(temporary)
+        assert not (parent / "deep" / "out").exists()
+    assert content(parent / "deep" / "out") == {"config.json": "new", "sub/file": "new"}
+    assert os.listdir(parent / "deep") == ["out"]
+
+
+def test_others_may_read_it_as_any_new_folder(parent):
+    (parent / "usual").mkdir()
+    with new_folder(parent / "out"):
+        assert os.listdir(parent) != ["usual"]
+    modes = {name: stat.S_IMODE((parent / name).stat().st_mode) for name in ("usual", "out")}
+    assert modes["usual"] == modes["out"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, OSError])
+@pytest.mark.parametrize("there", [False, True], ids=["new", "overwrite"])
+def test_nothing_changes_when_the_block_fails(parent, error, there):
+    out = parent / "above" / "out"
+    if there:
+        out.mkdir(parents=True)
+        (out / "old").write_text("old")
+    with pytest.raises(error):
+        write_and_fail(out, error, overwrite=True)
+    assert content(parent) == ({"above/out/old": "old"} if there else {})
+    assert os.listdir(parent) == (["above"] if there else [])
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["in one step", "in two steps"])
+def test_overwriting_replaces_everything(parent, monkeypatch, exchange):
+    if not exchange:
+        monkeypatch.setattr(folders, "_exchange", lambda first, second: False)
+    out = parent / "out"
+    out.mkdir()
+    (out / "old").write_text("old")
+    with new_folder(out, overwrite=True) as temporary:
+        write(temporary)
+        assert content(out) == {"old": "old"}
+    assert content(out) == {"config.json": "new", "sub/file": "new"}
+    assert os.listdir(parent) == ["out"]
+
+
+def test_the_old_folder_comes_back_when_the_second_step_fails(parent, monkeypatch):
+    monkeypatch.setattr(folders, "_exchange", lambda first, second: False)
+    out = parent / "out"
+    out.mkdir()
+    (out / "old").write_text("old")
+    rename, calls = os.rename, []
+
+    def second_fails(source, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, "broken")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", second_fails)
+    with pytest.raises(OSError, match="broken"), new_folder(out, overwrite=True) as temporary:
+        write(temporary)
+    assert content(parent) == {"out/old": "old"}
+    assert os.listdir(parent) == ["out"]
+
+
+def test_a_link_is_followed(parent):
+    (parent / "real").mkdir()
+    (parent / "link").symlink_to(parent / "real")
+    with new_folder(parent / "link") as temporary:
+        write(temporary)
+    assert (parent / "link").is_symlink()
+    assert (parent / "real" / "config.json").exists()
+
+
+def test_what_is_there_is_left_alone(parent):
+    (parent / "file").write_text("x")
+    (parent / "full").mkdir()
+    (parent / "full" / "x").write_text("x")
+    for name, message in (("full", "exists and is not empty"), ("file", "is a file"), ("file/out", "is a file")):
+        with pytest.raises(OSError, match=message):
+            write_and_fail(parent / name, AssertionError("never entered"))
+    assert content(parent) == {"file": "x", "full/x": "x"}
+
+
+def test_too_little_room_is_noticed_beforehand(parent, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2_000_000))
+    with pytest.raises(OSError, match=r"needs 13\.5 GB, but only 2 MB are free") as caught:
+        write_and_fail(parent / "a" / "out", AssertionError("never entered"), needed_bytes=13_500_000_000)
+    assert caught.value.errno == errno.ENOSPC
+    assert os.listdir(parent) == []
+
+
+def test_a_disk_that_gets_full_leaves_nothing(parent):
+    with pytest.raises(OSError, match=r"no room left on the disk while writing .*out; nothing was kept"):
+        write_and_fail(parent / "out", OSError(errno.ENOSPC, "No space left on device"))
+    assert os.listdir(parent) == []
+
+
+SLOW = """
+import sys, time, importlib.util
+spec = importlib.util.spec_from_file_location("folder", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+with module.new_folder(sys.argv[2]) as temporary:
+    (temporary / "config.json").write_text("{}")
+    print("writing", flush=True)
+    time.sleep(30)
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, -signal.SIGINT)])
+def test_a_signal_leaves_nothing(parent, number, status):
+    source = Path(folders.__file__)
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW, source, parent / "out"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as process:
+        assert process.stdout.readline() == b"writing\n"
+        assert [name.endswith(".partial") for name in os.listdir(parent)] == [True]
+        process.send_signal(number)
+        assert process.wait(10) == status
+    assert os.listdir(parent) == []
+
+
+def test_a_handler_of_somebody_else_stays(parent):
+    seen = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    try:
+        with new_folder(parent / "out"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert seen == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_bytes_in_words():
+    assert [human_bytes(count) for count in (0, 999, 1000, 13_500_000_000, 2 * 10**15)] == [
+        "0 bytes",
+        "999 bytes",
+        "1 KB",
+        "13.5 GB",
+        "2e+03 TB",
+    ]

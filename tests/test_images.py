@@ -1,0 +1,213 @@
+"""Every kind of picture becomes upright 8-bit RGB, and what is no picture is refused in one sentence."""
+
+import base64
+import io
+import threading
+import time
+import zlib
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from modeling_ivtp.hub import images
+from modeling_ivtp.hub.images import load_image
+
+
+def encoded(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def saved(path, image, kind="PNG", **options):
+    path.write_bytes(encoded(image, kind, **options))
+    return path
+
+
+def colour(image):
+    return tuple(np.asarray(image).reshape(-1, 3).mean(0).round().astype(int))
+
+
+RED = Image.new("RGB", (6, 4), (200, 30, 40))
+
+
+@pytest.mark.parametrize(
+    ("image", "kind", "expected"),
+    [
+        (RED, "PNG", (200, 30, 40)),
+        (RED.convert("CMYK"), "JPEG", (200, 30, 40)),
+        (RED.convert("P", palette=Image.Palette.ADAPTIVE), "GIF", (200, 30, 40)),
+        (Image.new("L", (6, 4), 90), "PNG", (90, 90, 90)),
+        (Image.new("1", (6, 4), 1), "PNG", (255, 255, 255)),
+        (Image.fromarray(np.full((4, 6), 128 * 257, np.uint16)), "PNG", (128, 128, 128)),
+        (Image.fromarray(np.full((4, 6), 128 * 257, np.int32)), "TIFF", (128, 128, 128)),
+        (Image.fromarray(np.full((4, 6), 0.5, np.float32)), "TIFF", (128, 128, 128)),
+        (Image.new("RGBA", (6, 4), (200, 30, 40, 0)), "PNG", (255, 255, 255)),
+        (Image.new("RGBA", (6, 4), (200, 30, 40, 255)), "WEBP", (200, 30, 40)),
+        (Image.new("LA", (6, 4), (0, 0)), "PNG", (255, 255, 255)),
+    ],
+    ids=[
+        "rgb",
+        "cmyk",
+        "palette",
+        "grey",
+        "bilevel",
+        "16 bit",
+        "32 bit",
+        "float",
+        "transparent",
+        "opaque",
+        "grey alpha",
+    ],
+)
+def test_modes_become_rgb(tmp_path, image, kind, expected):
+    result = load_image(saved(tmp_path / "image", image, kind, **({"lossless": True} if kind == "WEBP" else {})))
+    assert (result.mode, result.size) == ("RGB", (6, 4))
+    assert np.abs(np.array(colour(result)) - expected).max() <= 3
+
+
+def test_a_transparent_palette_is_laid_over_white(tmp_path):
+    image = Image.new("P", (2, 2), 0)
+    image.putpalette([10, 20, 30])
+    assert colour(load_image(saved(tmp_path / "p.png", image, transparency=0))) == (255, 255, 255)
+
+
+def test_the_first_frame_of_an_animation_is_taken(tmp_path):
+    frames = [Image.new("RGB", (6, 4), shade) for shade in ("red", "lime", "blue")]
+    path = saved(tmp_path / "a.gif", frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert colour(load_image(path)) == (255, 0, 0)
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert load_image(saved(tmp_path / "x.jpg", RED, "JPEG", exif=exif)).size == (4, 6)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 500), (3000, 2)])
+def test_odd_sizes_are_read(tmp_path, size):
+    assert load_image(saved(tmp_path / "x.png", Image.new("RGB", size))).size == size
+
+
+def test_an_open_picture_and_a_data_url_are_read():
+    assert load_image(RED.convert("RGBA")).mode == "RGB"
+    assert colour(load_image("data:image/png;base64," + base64.b64encode(encoded(RED)).decode())) == (200, 30, 40)
+
+
+def png_of(width, height):
+    """A valid header for a picture of that size; nobody has to have the memory for its pixels."""
+
+    def chunk(kind, data):
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x08\x02\x00\x00\x00"
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"hello, world", "not an image in a known format"),
+        (encoded(RED)[:50], "not a readable image"),
+        (encoded(RED.resize((200, 200)), "JPEG")[:400], "not a readable image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not an image in a known format"),
+        (png_of(20_000, 20_000), "too large: at most 178,956,970 pixels"),
+        (png_of(0, 5), "image"),
+    ],
+    ids=["empty", "text", "truncated png", "truncated jpeg", "postscript", "20,000 x 20,000", "no width"],
+)
+def test_what_is_no_picture_is_refused(tmp_path, content, message):
+    path = tmp_path / "picture.png"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_image(path)
+    assert "picture.png" in str(caught.value)
+
+
+def test_the_limit_holds_without_pillows(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    (tmp_path / "x.png").write_bytes(png_of(20_000, 20_000))
+    with pytest.raises(ValueError, match="20,000 x 20,000 pixels"):
+        load_image(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "message"),
+    [
+        ("no/such/file.png", FileNotFoundError, "no image 'no/such/file.png'"),
+        (".", ValueError, "not a file"),
+        ("ftp://host/x.png", ValueError, "http, https and data URLs"),
+        ("file:///etc/hosts", ValueError, "http, https and data URLs"),
+        ("data:image/png;base64", ValueError, "no comma"),
+        ("data:image/png;base64,###", ValueError, "not valid base64"),
+        ("http://127.0.0.1:9/x.png", OSError, "cannot be reached"),
+    ],
+)
+def test_sources_that_lead_nowhere_are_refused(source, error, message):
+    with pytest.raises(error, match=message):
+        load_image(source)
+
+
+@pytest.fixture
+def server():
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            if self.path == "/missing":
+                self.send_error(404)
+                return
+            if self.path in ("/away", "/to-a-file"):
+                self.send_response(302)
+                self.send_header("Location", "/image" if self.path == "/away" else "file:///etc/hosts")
+                self.end_headers()
+                return
+            self.send_response(200)
+            self.end_headers()
+            if self.path == "/slow":
+                time.sleep(1)
+            elif self.path == "/endless":
+                for _ in range(200):
+                    self.wfile.write(bytes(10_000))
+            else:
+                self.wfile.write(encoded(RED))
+
+        def log_message(self, *_):
+            return
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        running.handle_error = lambda *_: None
+        threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+def test_urls_are_read_through_redirects(server):
+    assert colour(load_image(f"{server}/image")) == (200, 30, 40)
+    assert colour(load_image(f"{server}/away")) == (200, 30, 40)
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "message"),
+    [
+        ("/missing", OSError, "answered 404"),
+        ("/to-a-file", OSError, "not allowed|answered 302"),
+        ("/slow", TimeoutError, "longer than 0.2 seconds"),
+        ("/endless", ValueError, "larger than 100,000 bytes"),
+    ],
+)
+def test_urls_that_go_wrong_are_refused(server, path, error, message):
+    with pytest.raises(error, match=message):
+        load_image(server + path, timeout=0.2, max_bytes=100_000)
+
+
+def test_every_format_named_is_one_of_pillows():
+    Image.init()
+    optional = {"AVIF", "WEBP", "JPEG2000"}
+    assert set(images.FORMATS) - optional <= set(Image.OPEN)
