@@ -62,7 +62,7 @@ def test_without_clip_there_is_no_text_tower(made):
 
 def test_another_clip_is_refused_by_its_width(made, tmp_path):
     clip_folder(tmp_path, hidden_size=32)
-    with pytest.raises(ValueError, match="32 wide, that of .* is 64 wide"):
+    with pytest.raises(ValueError, match=r"32 wide, that of .* is 64: take the CLIP"):
         IVTPLlavaForConditionalGeneration.from_llava(made / "llava", clip=tmp_path, pruning=PRUNING)
 
 

@@ -81,7 +81,7 @@ class ClipText:
         """Raise ValueError if LLaVA's vision tower has another `width` than this CLIP's."""
         if self.vision_width != width:
             raise ValueError(
-                f"{self.source} projects a vision tower {self.vision_width} wide, that of {llava} is {width} wide: take "
+                f"{self.source} projects a vision tower {self.vision_width} wide, that of {llava} is {width}: take "
                 "the CLIP whose vision tower this LLaVA has"
             )
 
