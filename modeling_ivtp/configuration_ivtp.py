@@ -175,6 +175,14 @@ class IVTPLlavaConfig(LlavaConfig):
             self.clip_text_config = CLIPTextConfig(**self.clip_text_config)
         super().__post_init__(**{"auto_map": dict(AUTO_MAP)} | kwargs)
 
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in transformers; an official LLaVA folder counts as one of ours, which it is but for defaults."""
+        config, rest = super().get_config_dict(*args, **kwargs)
+        if config.get("model_type") == LlavaConfig.model_type:
+            config["model_type"] = cls.model_type
+        return config, rest
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "pruning" and not isinstance(value, IVTPPruningConfig):
             value = IVTPPruningConfig.create(value)

@@ -163,6 +163,11 @@ class ObservedAttention:
         query = attention.q_proj(hidden_states).view(shape).transpose(1, 2)
         key = attention.k_proj(hidden_states).view(shape).transpose(1, 2)
         value = attention.v_proj(hidden_states).view(shape).transpose(1, 2)
+        if query.shape[1] != attention.config.num_attention_heads:
+            raise ValueError(
+                f"This layer has {query.shape[1]} of {attention.config.num_attention_heads} heads: pruning does not "
+                'support tensor parallelism (tp_plan). Use device_map="auto", or model.pruning(enabled=False).'
+            )
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         tokens = query.shape[2] - observation.count
         observer = (query[:, :, tokens:], key[:, :, tokens:], value[:, :, tokens:])

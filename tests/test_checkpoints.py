@@ -1,6 +1,7 @@
 """Loading official LLaVA folders and ours, sharing them with code, and both ways of loading giving the same tokens."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -56,6 +57,18 @@ def test_an_official_folder_loads_with_nothing_missing_and_nothing_unexpected(of
         expected = original(**inputs).logits
     assert torch.equal(model(**inputs).logits, expected)
     assert not model.model.has_text_tower
+
+
+def test_an_official_folder_loads_without_a_warning_about_its_type(official, caplog):
+    folder, _ = official
+    logger = logging.getLogger("transformers.configuration_utils")
+    logger.addHandler(caplog.handler)
+    try:
+        config = IVTPLlavaConfig.from_pretrained(folder, pruning=PRUNING)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert config.model_type == "ivtp_llava"
+    assert not caplog.records
 
 
 @torch.no_grad()

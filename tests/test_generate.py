@@ -27,6 +27,7 @@ STRATEGIES = {
     "beam search with several returns": {"num_beams": 4, "num_return_sequences": 3},
     "beam search with a static cache": {"num_beams": 3, "cache_implementation": "static"},
     "repetition penalty": {"repetition_penalty": 1.3},
+    "no cache": {"use_cache": False},
 }
 
 
@@ -224,6 +225,27 @@ def test_chunked_prefill_is_refused_with_the_way_out(model):
     with model.pruning(enabled=False):
         text = prompt([[9]])
         assert torch.equal(generate(model, text, prefill_chunk_size=4), generate(model, text))
+
+
+def test_no_cache_gives_the_answer_of_the_cache(model):
+    inputs = prompt(ROWS)
+    assert torch.equal(generate(model, inputs, use_cache=False), generate(model, inputs))
+
+
+def test_ten_thousand_words_are_an_instruction(model):
+    inputs = prompt([[3, "image", 10_000]])
+    outputs = model(**inputs, logits_to_keep=1)
+    assert outputs.past_key_values.get_seq_length() == 10_019
+    assert outputs.past_key_values.layers[-1].keys.shape[2] == 10_003 + 4
+
+
+def test_tensor_parallel_heads_are_refused_with_the_way_out():
+    model = tiny_model()
+    attention = model.model.language_model.layers[0].self_attn
+    for name, heads in (("q_proj", 2), ("k_proj", 1), ("v_proj", 1)):
+        setattr(attention, name, torch.nn.Linear(32, 8 * heads))
+    with pytest.raises(ValueError, match=r"2 of 4 heads.*Use device_map"):
+        model(**prompt(ROWS[:1]))
 
 
 def test_cropping_into_the_picture_is_refused(model):
