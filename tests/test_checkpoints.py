@@ -2,9 +2,6 @@
 
 import json
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +18,7 @@ from transformers import (
 )
 
 from modeling_ivtp import IVTPLlavaConfig, IVTPLlavaForConditionalGeneration, IVTPLlavaModel
+from tests import stranger
 from tests.test_stock import stock_twin, without_clip
 from tests.text_tokenizers import processor as make_processor
 from tests.tiny import model_for, prompt, tiny_model
@@ -148,15 +146,8 @@ def test_the_auto_classes_know_an_installed_package(tmp_path):
 
 
 STRANGER = """
-import json, sys, torch
+import json
 from PIL import Image
-sys.path = [p for p in sys.path if p]
-try:
-    import modeling_ivtp
-except ImportError:
-    pass
-else:
-    sys.exit("the package is importable here, so this would prove nothing")
 from transformers import (AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor,
                           pipeline)
 folder, copy, image = sys.argv[1:]
@@ -201,18 +192,8 @@ def shared(tmp_path_factory):
 
 def test_a_stranger_without_the_package_loads_generates_saves_and_loads_again(shared, tmp_path):
     folder, image = shared
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
-    script = tmp_path / "stranger.py"
-    script.write_text(STRANGER)
-    site = [p for p in sys.path if p.endswith("site-packages")]
-    command = [sys.executable, "-P", "-S", "-c", f"import sys; sys.path += {site!r}; sys.argv = sys.argv[1:]; exec(open(sys.argv[0]).read())"]  # fmt: skip  # noqa: E501
-    done = subprocess.run(
-        [*command, str(script), str(folder), str(tmp_path / "copy"), str(image)],
-        capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads(done.stdout.splitlines()[-1])
+    printed = stranger.run(STRANGER, folder, tmp_path / "copy", image, home=tmp_path)
+    told = json.loads(printed.splitlines()[-1])
     assert told["class"].startswith("transformers_modules")
     from PIL import Image
 

@@ -226,7 +226,7 @@ def copied(source, target, **config):
         ({"vision_config__model_type": "siglip_vision_model"}, "'siglip_vision_model'.* CLS token"),
         ({"text_config__model_type": "gpt2"}, "'gpt2'; supported are llama, mistral, qwen2"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantized"),
-        ({"vision_config__hidden_size": 128}, "64 wide, that of .* is 128 wide"),
+        ({"vision_config__hidden_size": 128}, "64 wide, that of .* is 128"),
         ({"vision_config__num_hidden_layers": 3}, r"16 tensors that the model does not know"),
         (
             {"text_config__num_hidden_layers": 5},

@@ -3,9 +3,6 @@
 import copy
 import pickle
 import re
-import subprocess
-import sys
-import textwrap
 from typing import Any
 
 import numpy as np
@@ -17,7 +14,7 @@ from transformers.pipelines.base import pad_collate_fn
 
 from modeling_ivtp import processing_ivtp
 from modeling_ivtp.processing_ivtp import IVTPLlavaProcessor
-from tests import text_tokenizers
+from tests import stranger, text_tokenizers
 from tests.text_tokenizers import CHATML_TEMPLATE, LLAVA_TEMPLATE, MISTRAL_TEMPLATE, llama_tokenizer
 
 QUESTION = "What is the colour of the bird?"
@@ -434,23 +431,14 @@ def test_remote_code_loads_it_where_the_package_is_not_installed(processor, tmp_
     processor.save_pretrained(folder)
     (folder / "config.json").write_text('{"model_type": "ivtp_llava"}')
     script = f"""
-        import importlib.util
-        from transformers import AutoProcessor
-        assert importlib.util.find_spec("modeling_ivtp") is None
-        processor = AutoProcessor.from_pretrained({str(folder)!r}, trust_remote_code=True)
-        processor.save_pretrained({str(tmp_path / "again")!r})
-        processor = AutoProcessor.from_pretrained({str(tmp_path / "again")!r}, trust_remote_code=True)
-        print(type(processor).__module__, processor(text={BATCH[1]!r})["clip_spans"])
-    """
-    result = subprocess.run(
-        [sys.executable, "-I", "-c", textwrap.dedent(script)],
-        cwd=tmp_path,
-        env={"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    module, spans = result.stdout.splitlines()[-1].split(" ", 1)
+from transformers import AutoProcessor
+processor = AutoProcessor.from_pretrained({str(folder)!r}, trust_remote_code=True)
+processor.save_pretrained({str(tmp_path / "again")!r})
+processor = AutoProcessor.from_pretrained({str(tmp_path / "again")!r}, trust_remote_code=True)
+print(type(processor).__module__, processor(text={BATCH[1]!r})["clip_spans"])
+"""
+    printed = stranger.run(script, home=tmp_path)
+    module, spans = printed.splitlines()[-1].split(" ", 1)
     assert module.startswith("transformers_modules.")
     assert spans == str(processor(text=BATCH[1])["clip_spans"])
 
