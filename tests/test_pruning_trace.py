@@ -3,12 +3,15 @@
 import json
 import math
 import sys
+from pathlib import Path
 
 import pytest
 from traces import image_trace, pruning_trace, spell
-from transformers.dynamic_module_utils import get_imports
+from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
 from modeling_ivtp.pruning_trace import PruningTrace, TokenTrace
+
+PATH = Path(__file__).parent.parent / "modeling_ivtp/pruning_trace.py"
 
 
 @pytest.fixture
@@ -16,10 +19,16 @@ def trace():
     return pruning_trace()
 
 
-def test_the_file_asks_for_nothing_but_torch():
-    path = ROOT / "modeling_ivtp/pruning_trace.py"
-    assert set(get_imports(path)) - set(sys.stdlib_module_names) == {"torch"}
-    assert get_relative_imports(path) == []
+def test_its_files_ask_for_nothing_but_torch():
+    files = {PATH, *map(Path, get_relative_import_files(PATH))}
+    assert {"pruning_trace", "trace_figure", "trace_words"} <= {file.stem for file in files}
+    for file in files:
+        assert set(get_imports(file)) - set(sys.stdlib_module_names) <= {"torch"}
+
+
+def test_none_of_its_files_needs_one_that_needs_it():
+    for file in map(Path, get_relative_import_files(PATH)):
+        assert str(file) not in get_relative_import_files(file)
 
 
 def test_numbers_follow_from_the_groups(trace):

@@ -1,9 +1,12 @@
 """Tokens in every spelling, as the words a reader knows."""
 
+import dataclasses
+import math
+
 import pytest
 from traces import QUESTION, spell
 
-from modeling_ivtp.trace_words import key_words
+from modeling_ivtp.trace_words import key_words, mark
 
 
 @pytest.mark.parametrize(
@@ -35,3 +38,27 @@ def test_key_tokens_join_to_words(texts, key, expected):
 def test_words_do_not_join_across_a_gap_in_the_prompt():
     tokens = (*spell(["▁red"], {0}), *spell(["cup"], {0}, start=900))
     assert key_words(tokens) == ("red", "cup")
+
+
+def test_characters_of_key_tokens_are_marked_by_relevance():
+    marked = mark(spell(["▁a", "▁cat", "▁or", "▁dog", "gy"], {1, 2, 4}))
+    assert marked.text == " a cat or doggy"
+    assert (marked.low, marked.high) == (pytest.approx(0.26), pytest.approx(0.29))
+    third = pytest.approx(1 / 3)
+    assert marked.strengths == (*[None] * 2, *[0] * 4, *[third] * 3, *[None] * 4, *[1] * 2)
+
+
+def test_a_character_of_several_tokens_is_marked_by_the_most_relevant():
+    marked = mark(spell(["▁so", "<0xE9>", "<0x92>", "<0x9F>"], {0, 1, 2}))
+    assert (marked.text, marked.strengths[-1]) == (" so钟", 1)
+
+
+@pytest.mark.parametrize("relevance", [math.nan, 0.3])
+def test_equal_or_unknown_relevance_marks_all_key_tokens_alike(relevance):
+    tokens = [dataclasses.replace(token, relevance=relevance) for token in spell(["▁a", "▁b"], {0, 1})]
+    assert mark(tokens).strengths == (0.5,) * 4
+    assert not mark(tokens).high > mark(tokens).low
+
+
+def test_no_instruction_is_no_text():
+    assert (mark(()).text, mark(()).strengths) == ("", ())
