@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .token_budget import Group
+
 # A head's attention map is built, used and dropped; this bounds how many float32 values of maps exist at a time.
 MAP_VALUES_CPU = 2**20
 MAP_VALUES_DEVICE = 2**26
@@ -59,6 +61,28 @@ class AttentionRecord:
         for name in ("query", "key", "value_norm", "visible", "columns"):
             self.__dict__.pop(name, None)
         self.sealed = True
+
+
+@dataclass
+class GroupScores:
+    """One group's decision for all images, kept when a trace is asked for.
+
+    Attributes
+    ----------
+    stage : {"tower", "decoder"}
+    group : Group
+    candidates : int64 Tensor (..., k)
+        Patches, on the original grid, that stood before.
+    importance : float32 Tensor (..., k)
+    kept : int64 Tensor (..., group.keep)
+        Patches that stay.
+    """
+
+    stage: str
+    group: Group
+    candidates: torch.Tensor
+    importance: torch.Tensor
+    kept: torch.Tensor
 
 
 def weighted_attention(
@@ -210,3 +234,19 @@ def keep_most_important(scores: torch.Tensor, keep: int) -> torch.Tensor:
     int64 Tensor (..., keep)
     """
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :keep].sort(dim=-1).values
+
+
+@torch.no_grad()
+def decide(records: list[AttentionRecord], aggregation: str, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Score the visual tokens of a group and choose; the records are sealed.
+
+    Returns
+    -------
+    importance : float32 Tensor (B, M, k)
+    kept : int64 Tensor (B, M, keep)
+        Indices into the k visual tokens, ascending.
+    """
+    scores = importance(aggregate(records, aggregation), records[-1].value_norm)
+    for record in records:
+        record.seal()
+    return scores, keep_most_important(scores, keep)

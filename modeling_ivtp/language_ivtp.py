@@ -12,11 +12,10 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaModel
 from transformers.models.mistral.modeling_mistral import MistralAttention, MistralModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2Model
 
-from .group_rollout import AttentionRecord, aggregate, importance, keep_most_important
+from .group_rollout import AttentionRecord, GroupScores, decide
 from .observed_attention import Observation, ObservedAttention, visibility
 from .pruned_cache import is_pruned, layer_segments, padding_mask, padding_mask_with, past_valid, prepare_layers
 from .token_budget import Group
-from .vision_ivtp import GroupScores
 from .visual_sequence import VisualSequence
 
 
@@ -359,14 +358,11 @@ def _pooled(
 def _drop(tokens: torch.Tensor, visual: VisualPrompt, group: Group, records: list[AttentionRecord]) -> torch.Tensor:
     """Score a group, and leave the tokens (B, n', d) that stay; `visual.sequence` moves along."""
     sequence = visual.sequence
-    with torch.no_grad():
-        weights = importance(aggregate(records, visual.aggregation), records[-1].value_norm)
-        kept = keep_most_important(weights, group.keep).to(sequence.patches.device)
+    weights, kept = decide(records, visual.aggregation, group.keep)
+    kept = kept.to(sequence.patches.device)
     if visual.scores is not None:
         chosen = sequence.patches.gather(2, kept)
         visual.scores.append(GroupScores("decoder", group, sequence.patches, weights, chosen))
-    for record in records:
-        record.seal()
     visual.sequence, index = sequence.keep(kept)
     return tokens.gather(1, index.to(tokens.device)[..., None].expand(-1, -1, tokens.shape[-1]))
 

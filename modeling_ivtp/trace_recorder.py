@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from .group_rollout import GroupScores
 from .pruning_trace import GroupTrace, ImageTrace, PruningTrace, TokenTrace
-from .vision_ivtp import GroupScores
 from .visual_sequence import VisualSequence
 
 

@@ -9,30 +9,8 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPVisionModel, eager_attention_forward
 
-from .group_rollout import AttentionRecord, aggregate, importance, keep_most_important
+from .group_rollout import AttentionRecord, GroupScores, decide
 from .token_budget import Group
-
-
-@dataclass
-class GroupScores:
-    """One group's decision for all images, kept when a trace is asked for.
-
-    Attributes
-    ----------
-    stage : {"tower", "decoder"}
-    group : Group
-    candidates : int64 Tensor (..., k)
-        Patches, on the original grid, that stood before.
-    importance : float32 Tensor (..., k)
-    kept : int64 Tensor (..., group.keep)
-        Patches that stay.
-    """
-
-    stage: str
-    group: Group
-    candidates: torch.Tensor
-    importance: torch.Tensor
-    kept: torch.Tensor
 
 
 @dataclass
@@ -153,13 +131,9 @@ class GroupedCLIPVisionModel(CLIPVisionModel):
                 features[index + 1] = hidden
             if index not in tops:
                 continue
-            with torch.no_grad():
-                weights = importance(aggregate(records, aggregation), records[-1].value_norm)[:, 0]
-                kept = keep_most_important(weights, tops[index].keep)
+            weights, kept = (decided[:, 0] for decided in decide(records, aggregation, tops[index].keep))
             if scores is not None:
                 scores.append(GroupScores("tower", tops[index], patches, weights, patches.gather(1, kept)))
-            for record in records:
-                record.seal()
             records = []
             patches = patches.gather(1, kept)
             with_cls = nn.functional.pad(kept + 1, (1, 0))
