@@ -5,7 +5,6 @@ the first *logically*, as if nothing had been dropped, and the second *physicall
 by the difference; so generation, masks and RoPE positions go on as for an unpruned cache.
 """
 
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,111 +17,7 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
-
-@dataclass(eq=False)
-class KeyLayout:
-    """Which logical tokens the entries of a cache layer stand for. Layers that saw the same tokens share one object.
-
-    Attributes
-    ----------
-    stored : int
-        Entries that `key_mask` speaks of; every later entry is one logical token.
-    dropped : int
-        Logical tokens without an entry, before the end of `stored`.
-    tail : int
-        Last entries of `stored` that are one logical token each: what `crop` may take away.
-    key_mask : bool Tensor (B, stored) or None
-        False where a shorter row is filled up on the left. None: every entry is a token of its row.
-    position_shift : int64 Tensor (B, 1) or None
-        How far positions were renumbered down (`positions="compact"`). None: they were not.
-    """
-
-    stored: int = 0
-    dropped: int = 0
-    tail: int = 0
-    key_mask: torch.Tensor | None = None
-    position_shift: torch.Tensor | None = None
-
-    def __post_init__(self) -> None:
-        self._latest: tuple[Any, KeyLayout] | None = None
-
-    def _for_all_layers(self, key: Any, change: Any) -> "KeyLayout":
-        """Apply `change` to the row-wise tensors once for all layers that share this layout."""
-        if self._latest is None or self._latest[0] is not key:
-            mask = None if self.key_mask is None else change(self.key_mask)
-            shift = None if self.position_shift is None else change(self.position_shift)
-            self._latest = (key, replace(self, key_mask=mask, position_shift=shift))
-        return self._latest[1]
-
-    def select_rows(self, rows: torch.Tensor) -> "KeyLayout":
-        """The layout of the batch `rows` (int64 Tensor), for beams that are reordered."""
-        if self.key_mask is None and self.position_shift is None:
-            return self
-        return self._for_all_layers(rows, lambda tensor: tensor[rows.to(tensor.device)])
-
-    def repeat_rows(self, repeats: int) -> "KeyLayout":
-        """The layout with every row repeated."""
-        if self.key_mask is None and self.position_shift is None:
-            return self
-        return self._for_all_layers(("repeat", repeats), lambda tensor: tensor.repeat_interleave(repeats, dim=0))
-
-    def cropped(self, entries: int) -> "KeyLayout":
-        """The layout when only the first `entries` entries are left.
-
-        Raises
-        ------
-        ValueError
-            If that cuts into the part of the prompt where tokens were dropped.
-        """
-        if entries >= self.stored:
-            return self
-        removed = self.stored - entries
-        if removed > self.tail:
-            raise ValueError(
-                f"The cache cannot be cropped by {removed} of its prompt's tokens: visual tokens were dropped there. "
-                f"Allowed: at most {self.tail}. Run the shortened prompt anew instead."
-            )
-        mask = None if self.key_mask is None else self.key_mask[:, :entries]
-        return replace(self, stored=entries, tail=self.tail - removed, key_mask=mask)
-
-    def extended(
-        self,
-        past_entries: int,
-        past_mask: torch.Tensor | None,
-        length: int,
-        valid: torch.Tensor | None,
-        tail: int,
-        new_entries: int,
-        dropped_per_row: torch.Tensor | None,
-    ) -> "KeyLayout":
-        """The layout after a forward pass that added `new_entries` entries for `length` logical tokens.
-
-        Parameters
-        ----------
-        past_entries : int
-            Entries before the pass.
-        past_mask : bool Tensor (B, past_entries) or None
-        length, new_entries : int
-        valid : bool Tensor (B, new_entries) or None
-        tail : int
-            How many of the last new entries are one logical token each.
-        dropped_per_row : int64 Tensor (B, 1) or None
-            Tokens of each row that were dropped in this pass, where positions are renumbered.
-        """
-        if past_mask is None and valid is not None:
-            past_mask = valid.new_ones(valid.shape[0], past_entries)
-        if valid is None and past_mask is not None:
-            valid = past_mask.new_ones(past_mask.shape[0], new_entries)
-        shift = self.position_shift
-        if dropped_per_row is not None:
-            shift = dropped_per_row if shift is None else shift + dropped_per_row.to(shift.device)
-        return KeyLayout(
-            stored=past_entries + new_entries,
-            dropped=self.dropped + length - new_entries,
-            tail=tail,
-            key_mask=None if valid is None or past_mask is None else torch.cat([past_mask.to(valid.device), valid], 1),
-            position_shift=shift,
-        )
+from .key_layout import KeyLayout
 
 
 class PrunedDynamicLayer(DynamicLayer):

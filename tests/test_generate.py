@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import CompileConfig, DynamicCache, StaticCache, TextIteratorStreamer
 
+from modeling_ivtp.pruned_cache import layer_segments
 from tests.tiny import IMAGE_TOKEN, prompt, rows_alone, tiny_model
 
 ROWS = [[3, "image", 7], [5], [2, "image", 4, "image", 3], [1, "image", "image", 2]]
@@ -237,6 +238,27 @@ def test_cropping_into_the_picture_is_refused(model):
         past.crop(-8)
     past.crop(-7)
     assert past.get_seq_length() == 19
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda cache: cache.reorder_cache(torch.tensor([3, 2, 1, 0])),
+        lambda cache: cache.batch_repeat_interleave(2),
+        lambda cache: cache.batch_select_indices(torch.tensor([0, 2])),
+        lambda cache: cache.crop(-2),
+    ],
+    ids=["reorder", "repeat", "select", "crop"],
+)
+def test_layers_that_share_a_mask_go_on_sharing_it(model, change):
+    past = DynamicCache()
+    model(**prompt(ROWS), past_key_values=past)
+    before = layer_segments(past)
+    assert before == [(0, 1), (2, 3), (4, 5)]
+    change(past)
+    assert layer_segments(past) == before
+    for layer in past.layers:
+        assert layer.layout.key_mask.shape == (layer.keys.shape[0], layer.keys.shape[2])
 
 
 def test_a_reset_static_cache_serves_a_prompt_that_drops_less(model):

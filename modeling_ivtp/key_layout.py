@@ -1,0 +1,125 @@
+"""Which tokens the entries of a KV cache layer stand for, when some were dropped before they got there."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+
+@dataclass(eq=False)
+class KeyLayout:
+    """Which logical tokens the entries of a cache layer stand for. Layers that saw the same tokens share one object.
+
+    Attributes
+    ----------
+    stored : int
+        Entries that `key_mask` speaks of; every later entry is one logical token.
+    dropped : int
+        Logical tokens without an entry, before the end of `stored`.
+    tail : int
+        Last entries of `stored` that are one logical token each: what `crop` may take away.
+    key_mask : bool Tensor (B, stored) or None
+        False where a shorter row is filled up on the left. None: every entry is a token of its row.
+    position_shift : int64 Tensor (B, 1) or None
+        How far positions were renumbered down (`positions="compact"`). None: they were not.
+    """
+
+    stored: int = 0
+    dropped: int = 0
+    tail: int = 0
+    key_mask: torch.Tensor | None = None
+    position_shift: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self._latest: tuple[Any, KeyLayout] | None = None
+
+    def _once(self, key: Any, change: Callable[[], "KeyLayout"]) -> "KeyLayout":
+        """Make a changed layout once for all layers that share this one, so that they go on sharing."""
+        if self._latest is not None:
+            known = self._latest[0]
+            if known is key or (not isinstance(key, torch.Tensor) and type(known) is type(key) and known == key):
+                return self._latest[1]
+        self._latest = (key, change())
+        return self._latest[1]
+
+    def _of_rows(self, key: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> "KeyLayout":
+        mask, shift = self.key_mask, self.position_shift
+        if mask is None and shift is None:
+            return self
+        return self._once(
+            key,
+            lambda: replace(
+                self,
+                key_mask=None if mask is None else change(mask),
+                position_shift=None if shift is None else change(shift),
+            ),
+        )
+
+    def select_rows(self, rows: torch.Tensor) -> "KeyLayout":
+        """The layout of the batch `rows` (int64 Tensor), for beams that are reordered."""
+        return self._of_rows(rows, lambda tensor: tensor[rows.to(tensor.device)])
+
+    def repeat_rows(self, repeats: int) -> "KeyLayout":
+        """The layout with every row repeated."""
+        return self._of_rows(("repeat", repeats), lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def cropped(self, entries: int) -> "KeyLayout":
+        """The layout when only the first `entries` entries are left.
+
+        Raises
+        ------
+        ValueError
+            If that cuts into the part of the prompt where tokens were dropped.
+        """
+        if entries >= self.stored:
+            return self
+        removed = self.stored - entries
+        if removed > self.tail:
+            raise ValueError(
+                f"The cache cannot be cropped by {removed} of its prompt's tokens: visual tokens were dropped there. "
+                f"Allowed: at most {self.tail}. Run the shortened prompt anew instead."
+            )
+        mask = None if self.key_mask is None else self.key_mask[:, :entries]
+        return self._once(
+            ("crop", entries), lambda: replace(self, stored=entries, tail=self.tail - removed, key_mask=mask)
+        )
+
+    def extended(
+        self,
+        past_entries: int,
+        past_mask: torch.Tensor | None,
+        length: int,
+        valid: torch.Tensor | None,
+        tail: int,
+        new_entries: int,
+        dropped_per_row: torch.Tensor | None,
+    ) -> "KeyLayout":
+        """The layout after a forward pass that added `new_entries` entries for `length` logical tokens.
+
+        Parameters
+        ----------
+        past_entries : int
+            Entries before the pass.
+        past_mask : bool Tensor (B, past_entries) or None
+        length, new_entries : int
+        valid : bool Tensor (B, new_entries) or None
+        tail : int
+            How many of the last new entries are one logical token each.
+        dropped_per_row : int64 Tensor (B, 1) or None
+            Tokens of each row that were dropped in this pass, where positions are renumbered.
+        """
+        if past_mask is None and valid is not None:
+            past_mask = valid.new_ones(valid.shape[0], past_entries)
+        if valid is None and past_mask is not None:
+            valid = past_mask.new_ones(past_mask.shape[0], new_entries)
+        shift = self.position_shift
+        if dropped_per_row is not None:
+            shift = dropped_per_row if shift is None else shift + dropped_per_row.to(shift.device)
+        return KeyLayout(
+            stored=past_entries + new_entries,
+            dropped=self.dropped + length - new_entries,
+            tail=tail,
+            key_mask=None if valid is None or past_mask is None else torch.cat([past_mask.to(valid.device), valid], 1),
+            position_shift=shift,
+        )
