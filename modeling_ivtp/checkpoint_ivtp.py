@@ -117,8 +117,8 @@ class LlavaCheckpoint:
         positions = text.text_model.embeddings
         positions.position_ids = torch.arange(clip.text_config.max_position_embeddings, device=device)[None]
         self.config.clip_text_config = text.config
-        body.clip_text_model = text.eval().requires_grad_(False)
-        body.visual_projection = projection.requires_grad_(False)
+        body.clip_text_model = text.eval()
+        body.visual_projection = projection
         if hasattr(self, "hf_device_map") and "" not in self.hf_device_map:
             for name in ("clip_text_model", "visual_projection"):
                 self.hf_device_map[f"model.{name}"] = device

@@ -1,7 +1,7 @@
 """Configuration of IVTP-LLaVA: LLaVA's own, CLIP's text tower, and what to prune."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any
 
 from transformers import LlavaConfig
@@ -140,7 +140,7 @@ class IVTPPruningConfig:
 
     def changed(self, **changes: Any) -> "IVTPPruningConfig":
         """A copy with `changes`, checked; raises ValueError as the class does."""
-        return replace(type(self).create(self, **changes))
+        return type(self).create(self, **changes)
 
 
 class IVTPLlavaConfig(LlavaConfig):

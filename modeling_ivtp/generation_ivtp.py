@@ -76,6 +76,8 @@ class PrunedGeneration:
         total = marks.shape[1] if mask is None else mask.shape[1]
         if past and total == marks.shape[1]:
             marks = marks[:, past:]
+        if mask is not None:
+            marks = marks & mask[:, total - marks.shape[1] :].bool()
         first, order = 0, []
         for count in (marks.sum(1) // self.config.num_patches).tolist():
             order += list(range(first, first + count)) * repeats
@@ -96,8 +98,8 @@ def _take_images(output: Any, order: list[int] | None) -> Any:
     """The same encoder output for images in another order."""
     if output is None or order is None or getattr(output, "pooler_output", None) is None:
         return output
-    output.pooler_output = [output.pooler_output[image] for image in order]
+    chosen: dict[str, Any] = {"pooler_output": [output.pooler_output[image] for image in order]}
     for name in ("kept_patches", "cls_features", "image_embeds"):
         if (value := getattr(output, name, None)) is not None:
-            setattr(output, name, value[torch.tensor(order, device=value.device)])
-    return output
+            chosen[name] = value[torch.tensor(order, device=value.device)]
+    return type(output)(**chosen)

@@ -112,7 +112,8 @@ def weighted_attention(
     for start in range(0, heads, chunk):
         part = query[:, start : start + chunk].flatten(2, 3)
         kv_heads = torch.arange(start, start + part.shape[1], device=key.device) // repeats
-        logits = (part @ key[:, kv_heads].transpose(2, 3)).float() * scale
+        # Scaled first: in half precision the products themselves may overflow.
+        logits = ((part * scale) @ key[:, kv_heads].transpose(2, 3)).float()
         logits = logits.unflatten(2, (images, queries))
         if visible is not None:
             logits = logits.masked_fill(~visible[:, None], float("-inf"))
@@ -246,7 +247,8 @@ def decide(records: list[AttentionRecord], aggregation: str, keep: int) -> tuple
     kept : int64 Tensor (B, M, keep)
         Indices into the k visual tokens, ascending.
     """
-    scores = importance(aggregate(records, aggregation), records[-1].value_norm)
+    with torch.autocast(records[-1].key.device.type, enabled=False):
+        scores = importance(aggregate(records, aggregation), records[-1].value_norm)
     for record in records:
         record.seal()
     return scores, keep_most_important(scores, keep)

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from .visual_sequence import VisualSequence
+
 
 @dataclass(eq=False)
 class KeyLayout:
@@ -85,41 +87,59 @@ class KeyLayout:
             ("crop", entries), lambda: replace(self, stored=entries, tail=self.tail - removed, key_mask=mask)
         )
 
+    def valid_entries(self, entries: int, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+        """Which of a layer's `entries` are tokens of their row: bool Tensor (B, entries), or None if all are.
+
+        Parameters
+        ----------
+        entries : int
+        attention_mask : Tensor (B, logical length) or None
+            The 2D mask of the whole sequence; it speaks for entries behind `stored`.
+        """
+        later = entries - self.stored
+        if self.key_mask is None and (attention_mask is None or later == 0):
+            return None
+        if attention_mask is None:
+            newer = self.key_mask.new_ones(self.key_mask.shape[0], later)  # type: ignore[union-attr]
+        else:
+            start = self.stored + self.dropped
+            newer = attention_mask[:, start : start + later].bool()
+        stored = newer.new_ones(newer.shape[0], self.stored) if self.key_mask is None else self.key_mask
+        return torch.cat([stored.to(newer.device), newer], dim=1)
+
     def extended(
         self,
         past_entries: int,
-        past_mask: torch.Tensor | None,
-        length: int,
-        valid: torch.Tensor | None,
-        tail: int,
-        new_entries: int,
-        dropped_per_row: torch.Tensor | None,
+        past_valid: torch.Tensor | None,
+        sequence: VisualSequence,
+        renumbered: torch.Tensor | None,
     ) -> "KeyLayout":
-        """The layout after a forward pass that added `new_entries` entries for `length` logical tokens.
+        """The layout after a pass that stored what is left of a prompt.
 
         Parameters
         ----------
         past_entries : int
             Entries before the pass.
-        past_mask : bool Tensor (B, past_entries) or None
-        length, new_entries : int
-        valid : bool Tensor (B, new_entries) or None
-        tail : int
-            How many of the last new entries are one logical token each.
-        dropped_per_row : int64 Tensor (B, 1) or None
-            Tokens of each row that were dropped in this pass, where positions are renumbered.
+        past_valid : bool Tensor (B, past_entries) or None
+        sequence : VisualSequence
+            What the layers saw.
+        renumbered : int64 Tensor (B, 1) or None
+            How far the pass moved positions down.
         """
-        if past_mask is None and valid is not None:
-            past_mask = valid.new_ones(valid.shape[0], past_entries)
-        if valid is None and past_mask is not None:
-            valid = past_mask.new_ones(past_mask.shape[0], new_entries)
+        valid = sequence.valid
+        if past_valid is None and valid is not None:
+            past_valid = valid.new_ones(valid.shape[0], past_entries)
+        if valid is None and past_valid is not None:
+            valid = past_valid.new_ones(past_valid.shape[0], sequence.size)
         shift = self.position_shift
-        if dropped_per_row is not None:
-            shift = dropped_per_row if shift is None else shift + dropped_per_row.to(shift.device)
+        if renumbered is not None:
+            shift = renumbered if shift is None else shift + renumbered.to(shift.device)
         return KeyLayout(
-            stored=past_entries + new_entries,
-            dropped=self.dropped + length - new_entries,
-            tail=tail,
-            key_mask=None if valid is None or past_mask is None else torch.cat([past_mask.to(valid.device), valid], 1),
+            stored=past_entries + sequence.size,
+            dropped=self.dropped + sequence.length - sequence.size,
+            tail=sequence.tail,
+            key_mask=None
+            if valid is None or past_valid is None
+            else torch.cat([past_valid.to(valid.device), valid], 1),
             position_shift=shift,
         )

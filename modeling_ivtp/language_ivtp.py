@@ -1,6 +1,5 @@
 """Stage 2: a decoder of LLaMA's layout that drops visual tokens under the eyes of a pseudo CLS (IVTP Sec. 3.3)."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2Model
 
 from .group_rollout import AttentionRecord, GroupScores, decide
 from .observed_attention import Observation, ObservedAttention, visibility
-from .pruned_cache import is_pruned, layer_segments, padding_mask, padding_mask_with, past_valid, prepare_layers
+from .pruned_cache import is_pruned, layer_runs, layer_segments, padding_mask, prepare_layers
+from .text_relevance import pseudo_cls
 from .token_budget import Group
 from .visual_sequence import VisualSequence
 
@@ -26,7 +26,7 @@ class VisualPrompt:
     Attributes
     ----------
     sequence : VisualSequence
-        The prompt as it comes from the vision tower; after the forward pass, what was left in the end.
+        The prompt as it comes from the vision tower.
     reference : Tensor (B, M, d)
         The pseudo CLS of each image, an input embedding (Eq. 8).
     end_positions : int64 Tensor (B, M)
@@ -50,6 +50,62 @@ class VisualPrompt:
     aggregation: str = "rollout"
     compact: bool = False
     scores: list[GroupScores] | None = None
+
+
+@dataclass
+class PrunedDecoderOutput(BaseModelOutputWithPast):
+    """The decoder's output, and which columns of the prompt went through all of it.
+
+    Attributes
+    ----------
+    kept_tokens : bool Tensor (B, S) or None
+        None: all did.
+    """
+
+    kept_tokens: torch.Tensor | None = None
+
+
+@dataclass
+class Numbering:
+    """RoPE positions of what is left of a prompt.
+
+    Attributes
+    ----------
+    position_ids : int64 Tensor (B, S)
+        Of the whole prompt.
+    valid : Tensor (B, S) or None
+        The 2D mask of the prompt.
+    ends : int64 Tensor (B, M)
+        Position of the first token after each image.
+    compact : bool
+        Renumber without gaps.
+    """
+
+    position_ids: torch.Tensor
+    valid: torch.Tensor | None
+    ends: torch.Tensor
+    compact: bool
+
+    def of(
+        self, sequence: VisualSequence, shift: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Positions of the sequence (B, n) and of its observers (B, M), and how far the row's end moved down (B, 1).
+
+        `shift` (B, 1) is what earlier turns moved it down.
+        """
+        positions, ends = sequence.at_slots(self.position_ids), self.ends
+        if shift is not None:
+            positions, ends = positions - shift.to(positions.device), ends - shift.to(ends.device)
+        if not self.compact:
+            return positions.clamp_min(0), ends, None
+        there = torch.ones_like(self.position_ids) if self.valid is None else self.valid.long()
+        given = there.cumsum(1) - 1
+        now = torch.arange(sequence.size, device=positions.device).expand_as(positions)
+        if sequence.valid is not None:
+            now = sequence.valid.long().cumsum(1) - 1
+        positions = (positions - (sequence.at_slots(given) - now)).clamp_min(0)
+        last_patch = sequence.columns[..., -1].clamp_max(sequence.size - 1)
+        return positions, positions.gather(1, last_patch) + 1, given[:, -1:] - now[:, -1:]
 
 
 class GroupedDecoder:
@@ -121,6 +177,11 @@ class GroupedDecoder:
         wanted = getattr(model.config, "output_hidden_states", False) if wanted is None else wanted
         use_cache = model.config.use_cache if use_cache is None else use_cache
         if model.training and getattr(model, "gradient_checkpointing", False):
+            if visual is None:
+                raise ValueError(
+                    "Gradient checkpointing leaves out the cache, and what this prompt is about is in there: train on "
+                    "whole conversations, or disable it with gradient_checkpointing_disable()."
+                )
             use_cache, past_key_values = False, None  # as transformers does: the backward pass would write it again
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=model.config)
@@ -130,17 +191,18 @@ class GroupedDecoder:
         if position_ids is None:
             position_ids = (torch.arange(logical, device=inputs_embeds.device) + past)[None]
         states: list[torch.Tensor] | None = [] if wanted else None
+        given = (inputs_embeds, attention_mask, position_ids, past_key_values)
+        kept_tokens = None
         if visual is None:
-            hidden = self._continue(inputs_embeds, attention_mask, position_ids, past_key_values, states, kwargs)
+            hidden = model.norm(self._continue(*given, states, kwargs))
         else:
-            hidden = self._prune(inputs_embeds, attention_mask, position_ids, past_key_values, visual, states, kwargs)
-        hidden = model.norm(hidden)
-        if visual is not None:
-            hidden = visual.sequence.restore(hidden)
-        return BaseModelOutputWithPast(
+            hidden, sequence = self._prune(*given, visual, states, kwargs)
+            hidden, kept_tokens = sequence.restore(model.norm(hidden)), sequence.kept_tokens()
+        return PrunedDecoderOutput(
             last_hidden_state=hidden,
             past_key_values=past_key_values,
             hidden_states=None if states is None else (*states, hidden),
+            kept_tokens=kept_tokens,
         )
 
     def masks_for_pruned_cache(
@@ -197,68 +259,78 @@ class GroupedDecoder:
         visual: VisualPrompt,
         states: list[torch.Tensor] | None,
         kwargs: dict[str, Any],
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, VisualSequence]:
         """The prompt: group after group, each on what the one before left."""
         model: Any = self
+        past = 0
         if cache is not None:
             past = int(cache.get_seq_length())
             known = None if attention_mask is None or past == 0 else attention_mask[:, :past].bool()
             prepare_layers(cache, len(model.layers), known)
-        position_ids = position_ids.expand(tokens.shape[0], -1)
-        valid = None if attention_mask is None else attention_mask[:, -visual.sequence.length :]
-        observers = visual.reference.to(tokens.dtype)
+        sequence, observers = visual.sequence, visual.reference.to(tokens.dtype)
+        numbering = Numbering(
+            position_ids.expand(tokens.shape[0], -1),
+            None if attention_mask is None else attention_mask[:, past : past + sequence.length],
+            visual.end_positions,
+            visual.compact,
+        )
         pruned = visual.groups[-1].last + 1 if visual.groups else 0
-        spans: list[tuple[int, int, Group | None]] = [(group.first, group.last, group) for group in visual.groups]
-        spans.append((pruned, len(model.layers) - 1, None))
-        for first, last, group in spans:
-            sequence = visual.sequence
+        stages: list[tuple[int, int, Group | None]] = [(group.first, group.last, group) for group in visual.groups]
+        for first, last, group in [*stages, (pruned, len(model.layers) - 1, None)]:
             drops = group is not None and group.keep < sequence.patches.shape[2]
             records: list[AttentionRecord] = []
-            for start, stop in _segments(cache, first, last):
-                layout = None if cache is None else cache.layers[start].layout
-                layer: Any = None if cache is None else cache.layers[start]
-                entries = 0 if layer is None else layer.entries
-                before = None if layer is None else past_valid(layer, attention_mask)
-                for index in range(start, stop + 1) if cache is not None else ():
-                    cache.layers[index].leave_out(sequence.length - sequence.size)  # type: ignore[union-attr]
-                positions, ends, fewer = _positions(visual, position_ids, valid, layout)
-                padding = sequence.valid
-                if layer is not None:
-                    padding = padding_mask_with(layer, before, sequence.valid, sequence.size)
-                mask = self._causal_mask(tokens, padding, cache, start)
-                seen = None
+            for run in layer_runs(cache, first, last, attention_mask):
+                mask = self._causal_mask(tokens, run.begin(sequence), cache, run.first)
+                positions, ends, renumbered = numbering.of(sequence, run.layout.position_shift)
                 if group is not None:
                     positions = torch.cat([positions, ends], 1)
-                    seen = visibility(sequence, entries, before)
                 rotary = model.rotary_emb(tokens, position_ids=positions)
-                for index in range(start, stop + 1):
+                seen = None if group is None else visibility(sequence, run.entries, run.past_valid)
+                for index in range(run.first, run.last + 1):
                     if states is not None:
                         states.append(sequence.restore(tokens))
-                    if group is None:
+                    if seen is None:
                         tokens = self._layer(index, tokens, mask, rotary, cache, kwargs)
                         continue
-                    if visual.key_tokens is not None:
-                        observers = _pooled(tokens, observers, visual.key_tokens, sequence)
-                    record = None
                     if drops:
                         top = index == last or visual.aggregation != "rollout"
-                        record = AttentionRecord(reference_only=top)
-                        records.append(record)
-                    observation = Observation(entries + sequence.reach, entries, sequence.columns, seen, record)  # type: ignore[arg-type]
-                    observers = observers.to(tokens.device)
+                        records.append(AttentionRecord(reference_only=top))
+                    observation = Observation(
+                        run.entries + sequence.reach,
+                        run.entries,
+                        sequence.columns,
+                        seen,
+                        records[-1] if drops else None,
+                    )
+                    observers = self._observers(observers, tokens, visual.key_tokens, sequence)
                     both = torch.cat([tokens, observers], 1)
                     both = self._layer(index, both, mask, rotary, cache, kwargs | {"observation": observation})
                     tokens, observers = both.split([tokens.shape[1], observers.shape[1]], 1)
-                if cache is not None:
-                    grown = layout.extended(  # type: ignore[union-attr]
-                        entries, before, sequence.length, sequence.valid, sequence.tail, sequence.size, fewer
-                    )
-                    for index in range(start, stop + 1):
-                        cache.layers[index].layout = grown
+                run.end(sequence, renumbered)
             if drops:
                 assert group is not None
-                tokens = _drop(tokens, visual, group, records)
-        return tokens
+                weights, kept = decide(records, visual.aggregation, group.keep)
+                kept = kept.to(sequence.patches.device)
+                if visual.scores is not None:
+                    chosen = sequence.patches.gather(2, kept)
+                    visual.scores.append(GroupScores("decoder", group, sequence.patches, weights, chosen))
+                sequence, index_kept = sequence.keep(kept)
+                index_kept = index_kept.to(tokens.device)[..., None].expand(-1, -1, tokens.shape[-1])
+                tokens = tokens.gather(1, index_kept)
+        return tokens, sequence
+
+    @staticmethod
+    def _observers(
+        observers: torch.Tensor, tokens: torch.Tensor, key_tokens: torch.Tensor | None, sequence: VisualSequence
+    ) -> torch.Tensor:
+        """What the observers enter a layer as: their own last output, or the key tokens pooled anew (B, M, d)."""
+        observers = observers.to(tokens.device)
+        if key_tokens is None:
+            return observers
+        keys = sequence.at_slots(key_tokens)
+        if sequence.valid is not None:
+            keys = keys & sequence.valid[:, None]
+        return pseudo_cls(tokens, keys.to(tokens.device), observers)
 
     def _layer(
         self, index: int, hidden: torch.Tensor, mask: Any, rotary: Any, cache: Cache | None, kwargs: dict[str, Any]
@@ -302,69 +374,14 @@ class GroupedDecoder:
 
     def _check_window(self, past: Any, new: int) -> None:
         window = getattr(self.config, "sliding_window", None)  # type: ignore[attr-defined]
-        if window is not None and isinstance(past, int) and past + new > window:
+        if window is None or torch.compiler.is_compiling():
+            return
+        past = int(past)
+        if past + new > window:
             raise ValueError(
                 f"The sequence has {past + new} tokens and the decoder's sliding window {window}: pruning supports "
                 "sequences up to the window. Shorten the prompt, or switch pruning off: model.pruning(enabled=False)."
             )
-
-
-def _segments(cache: Cache | None, first: int, last: int) -> Iterator[tuple[int, int]]:
-    """Layers `first` to `last`, cut where the layout changes: an earlier turn may have been pruned otherwise."""
-    if cache is None:
-        yield from [(first, last)] if first <= last else []
-        return
-    start = first
-    for index in range(first, last + 1):
-        if index == last or cache.layers[index + 1].layout is not cache.layers[start].layout:
-            yield start, index
-            start = index + 1
-
-
-def _positions(
-    visual: VisualPrompt, position_ids: torch.Tensor, valid: torch.Tensor | None, layout: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """RoPE positions of the sequence (B, n) and the observers (B, M), and how many tokens each row lost (B, 1)."""
-    sequence = visual.sequence
-    positions = sequence.at_slots(position_ids)
-    if not visual.compact:
-        return positions, visual.end_positions, None
-    there = torch.ones_like(position_ids) if valid is None else valid.long().expand_as(position_ids)
-    given = there.cumsum(1) - 1
-    now = torch.arange(sequence.size, device=positions.device).expand_as(positions)
-    if sequence.valid is not None:
-        now = sequence.valid.long().cumsum(1) - 1
-    positions = positions - (sequence.at_slots(given) - now)
-    if layout is not None and layout.position_shift is not None:
-        positions = positions - layout.position_shift.to(positions.device)
-    positions = positions.clamp_min(0)
-    last_patch = sequence.columns[..., -1].clamp_max(sequence.size - 1)
-    return positions, positions.gather(1, last_patch) + 1, given[:, -1:] - now[:, -1:]
-
-
-def _pooled(
-    tokens: torch.Tensor, observers: torch.Tensor, key_tokens: torch.Tensor, sequence: VisualSequence
-) -> torch.Tensor:
-    """The mean of the key tokens' hidden states, (B, M, d); an image without key tokens keeps its observer."""
-    chosen = sequence.at_slots(key_tokens)
-    if sequence.valid is not None:
-        chosen = chosen & sequence.valid[:, None]
-    chosen = chosen.to(tokens.device)
-    weight = chosen.float() / chosen.sum(-1, keepdim=True).clamp_min(1)
-    pooled = (weight @ tokens.float()).to(tokens.dtype)
-    return torch.where(chosen.any(-1, keepdim=True), pooled, observers.to(tokens.device))
-
-
-def _drop(tokens: torch.Tensor, visual: VisualPrompt, group: Group, records: list[AttentionRecord]) -> torch.Tensor:
-    """Score a group, and leave the tokens (B, n', d) that stay; `visual.sequence` moves along."""
-    sequence = visual.sequence
-    weights, kept = decide(records, visual.aggregation, group.keep)
-    kept = kept.to(sequence.patches.device)
-    if visual.scores is not None:
-        chosen = sequence.patches.gather(2, kept)
-        visual.scores.append(GroupScores("decoder", group, sequence.patches, weights, chosen))
-    visual.sequence, index = sequence.keep(kept)
-    return tokens.gather(1, index.to(tokens.device)[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
 class ObservedLlamaAttention(ObservedAttention, LlamaAttention):

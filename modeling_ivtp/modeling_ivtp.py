@@ -89,6 +89,7 @@ class IVTPLlavaModel(PromptPruning, IVTPLlavaPreTrainedModel, LlavaModel):
         self.multi_modal_projector = LlavaMultiModalProjector(config)
         self.language_model = DECODERS[config.text_config.model_type]._from_config(config.text_config)
         if config.clip_text_config is not None:
+            # These choose tokens; no gradient comes through a choice, so training leaves them as they are.
             self.clip_text_model = CLIPTextModelWithProjection._from_config(config.clip_text_config)
             self.visual_projection = nn.Linear(
                 config.vision_config.hidden_size, config.clip_text_config.projection_dim, bias=False
@@ -188,7 +189,7 @@ class IVTPLlavaModel(PromptPruning, IVTPLlavaPreTrainedModel, LlavaModel):
         Returns
         -------
         IVTPLlavaModelOutputWithPast
-            `last_hidden_state` (B, S, d), zero at dropped tokens.
+            `last_hidden_state` (B, S, d), zero at dropped tokens; a row that ends on one ends with the last token left.
         """
         encoded = (mm_encoder_outputs or {}).get("image")
         # Without an image there is nothing to plan: a decoding step costs no more than this look.
@@ -224,15 +225,24 @@ class IVTPLlavaModel(PromptPruning, IVTPLlavaPreTrainedModel, LlavaModel):
                 image_sizes=image_sizes,
                 recorder=recorder,
             )
-        if getattr(encoded, "kept_patches", None) is None:
+        kept = getattr(encoded, "kept_patches", None)
+        if kept is None or kept.shape[1] != plan.tower_tokens:
             raise ValueError(
-                "mm_encoder_outputs holds image features that were encoded without pruning; encode them with this "
-                "model's get_image_features under the same pruning options."
+                f"mm_encoder_outputs holds {'all' if kept is None else kept.shape[1]} patches of an image, the options "
+                f"in force {plan.tower_tokens}: encode it with get_image_features under the same pruning options."
             )
         visual, inputs_embeds = self.visual_prompt(
-            plan, encoded, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, clip_input_ids,
-            clip_spans, recorder,
-        )  # fmt: skip
+            plan=plan,
+            encoded=encoded,
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past=0 if past_key_values is None else int(past_key_values.get_seq_length()),
+            clip_input_ids=clip_input_ids,
+            clip_spans=clip_spans,
+            recorder=recorder,
+        )
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -247,7 +257,7 @@ class IVTPLlavaModel(PromptPruning, IVTPLlavaPreTrainedModel, LlavaModel):
             hidden_states=outputs.hidden_states,
             attentions=None,
             image_hidden_states=torch.cat(encoded.pooler_output, dim=0),
-            kept_tokens=visual.sequence.kept_tokens(),
+            kept_tokens=outputs.kept_tokens,
         )
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return result if return_dict else result.to_tuple()
@@ -312,7 +322,8 @@ class IVTPLlavaForConditionalGeneration(
         Returns
         -------
         LlavaCausalLMOutputWithPast
-            `logits` (B, S, vocabulary) line up with `input_ids`; those of dropped tokens mean nothing.
+            `logits` (B, S, vocabulary) line up with `input_ids`. Those of dropped tokens mean nothing, but for a row's
+            last one, which the last token that is left answers for.
         """
         return_dict = kwargs.pop("return_dict", None)
         if mm_encoder_outputs is not None:

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache
 from transformers.utils import logging
 
 from .configuration_ivtp import IVTPPruningConfig
@@ -31,13 +30,14 @@ class PromptPruning:
 
     def visual_prompt(
         self,
+        *,
         plan: PruningPlan,
         encoded: Any,
         input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor,
         attention_mask: Any,
         position_ids: torch.Tensor | None,
-        cache: Cache | None,
+        past: int,
         clip_input_ids: torch.Tensor | None,
         clip_spans: torch.Tensor | None,
         recorder: TraceRecorder | None,
@@ -46,15 +46,14 @@ class PromptPruning:
         if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() != 2:
             raise ValueError(f"Under pruning attention_mask must be 2D (batch, length), not {attention_mask.dim()}D.")
         length, device = inputs_embeds.shape[1], inputs_embeds.device
-        past = 0 if cache is None else cache.get_seq_length()
         valid = None
         if attention_mask is not None:
             if attention_mask.shape[1] < past + length:
                 raise ValueError(
                     f"attention_mask has {attention_mask.shape[1]} columns; the cache and the new tokens need "
-                    f"{int(past)} + {length}."
+                    f"{past} + {length}."
                 )
-            valid = attention_mask[:, -length:].to(device=device, dtype=torch.bool)
+            valid = attention_mask[:, past : past + length].to(device=device, dtype=torch.bool)
         placeholders = self.placeholders(input_ids, inputs_embeds)
         images = len(encoded.pooler_output)
         whole = locate_images(placeholders, valid, images, plan.patches)
@@ -65,17 +64,17 @@ class PromptPruning:
         )
         if recorder is not None:
             recorder.prompt(input_ids, whole, relevance, keys)
-        compact = inputs_embeds.gather(1, index[..., None].expand(-1, -1, inputs_embeds.shape[-1]))
-        slots = torch.zeros(compact.shape[0], compact.shape[1] + 1, dtype=torch.bool, device=device)
-        slots = slots.scatter(1, sequence.columns.flatten(1), True)[:, :-1]
-        features = torch.cat(list(encoded.pooler_output)).to(device, compact.dtype)
-        compact = compact.masked_scatter(slots[..., None], features)
+        left = inputs_embeds.gather(1, index[..., None].expand(-1, -1, inputs_embeds.shape[-1]))
+        visual = torch.zeros(left.shape[0], left.shape[1] + 1, dtype=torch.bool, device=device)
+        visual = visual.scatter(1, sequence.columns.flatten(1), True)[:, :-1]
+        features = torch.cat(list(encoded.pooler_output)).to(device, left.dtype)
+        left = left.masked_scatter(visual[..., None], features)
         if position_ids is None:
             position_ids = (torch.arange(length, device=device) + past)[None]
         last_patch = whole.columns[..., -1].clamp_max(length - 1)
         ends = position_ids.to(device).expand(last_patch.shape[0], -1).gather(1, last_patch) + 1
         pool = self.config.pruning.pseudo_cls == "pool" and keys is not None
-        visual = VisualPrompt(
+        prompt = VisualPrompt(
             sequence=sequence,
             reference=reference,
             end_positions=ends,
@@ -85,7 +84,7 @@ class PromptPruning:
             compact=self.config.pruning.positions == "compact",
             scores=None if recorder is None else recorder.decoder,
         )
-        return visual, compact
+        return prompt, left
 
     def placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """Where an image token stands, as a number or as its embedding: bool Tensor (B, S)."""
@@ -150,7 +149,7 @@ class PromptPruning:
         return False
 
 
-def _spans_of(spans: torch.Tensor | None, length: int, past: Any, like: torch.Tensor) -> torch.Tensor | None:
+def _spans_of(spans: torch.Tensor | None, length: int, past: int, like: torch.Tensor) -> torch.Tensor | None:
     """The part of `clip_spans` that speaks of the new tokens: (B, length, 2).
 
     Spans may cover the conversation from its start or the new tokens alone; candidate tokens of assisted decoding stand
@@ -162,7 +161,6 @@ def _spans_of(spans: torch.Tensor | None, length: int, past: Any, like: torch.Te
         raise ValueError(f"clip_spans has shape {tuple(spans.shape)}; expected ({like.shape[0]}, tokens, 2).")
     spans = spans.to(like.device)
     if spans.shape[1] > length:
-        past = int(past)
         if spans.shape[1] > past + length:
             raise ValueError(f"clip_spans speaks of {spans.shape[1]} tokens; there are {past + length}.")
         spans = spans[:, past:]

@@ -5,6 +5,8 @@ the first *logically*, as if nothing had been dropped, and the second *physicall
 by the difference; so generation, masks and RoPE positions go on as for an unpruned cache.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from transformers.cache_utils import (
 )
 
 from .key_layout import KeyLayout
+from .visual_sequence import VisualSequence
 
 
 class PrunedDynamicLayer(DynamicLayer):
@@ -47,13 +50,16 @@ class PrunedDynamicLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens; see `KeyLayout.cropped` for how far that goes."""
+        if tokens_to_remove > 0:  # how earlier versions of transformers name the length to keep
+            tokens_to_remove = min(0, tokens_to_remove - self.get_seq_length())
         if self.is_initialized and tokens_to_remove:
             self.layout = self.layout.cropped(self.entries - abs(tokens_to_remove))
         super().crop(tokens_to_remove)
 
     def reset(self) -> None:
         """Forget everything."""
-        super().reset()
+        self.keys = self.values = None
+        self.is_initialized = False
         self.layout = KeyLayout()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -132,11 +138,14 @@ PrunedLayer = PrunedDynamicLayer | PrunedStaticLayer
 
 
 def is_pruned(cache: Cache | None) -> bool:
-    """Whether a cache has layers that store fewer entries than tokens.
+    """Whether a cache holds a prompt whose layers may differ in length.
 
     The last layer tells: what a lower layer never saw, it never sees either.
     """
-    return cache is not None and len(getattr(cache, "layers", ())) > 0 and getattr(cache.layers[-1], "is_pruned", False)
+    if cache is None or not getattr(cache, "layers", ()):
+        return False
+    last = cache.layers[-1]
+    return getattr(last, "is_pruned", False) and last.is_initialized
 
 
 def layer_segments(cache: Cache) -> list[tuple[int, int]]:
@@ -169,28 +178,35 @@ def prepare_layers(cache: Cache, num_layers: int, past_mask: torch.Tensor | None
     """
     if not isinstance(getattr(cache, "layers", None), list):
         raise ValueError(_unsupported(type(cache).__name__))
+    fresh = KeyLayout()
     while len(cache.layers) < num_layers:
         make = cache.layer_class_to_replicate
         if make is not DynamicLayer:
             raise ValueError(_unsupported(getattr(make, "__name__", type(cache).__name__)))
         cache.layers.append(DynamicLayer())
-    swapped = KeyLayout()
+    # Sliding layers hold their window; full ones decide how long the sequence may be, for all of them.
+    capacity = max(getattr(layer, "logical_len", getattr(layer, "max_cache_len", 0)) for layer in cache.layers)
+    held = fresh
     for index, layer in enumerate(cache.layers):
         if getattr(layer, "is_pruned", False):
+            if not layer.is_initialized:
+                layer.layout = fresh
             continue
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer):
             raise ValueError(_unsupported(type(layer).__name__))
         past = int(layer.get_seq_length())
-        if past and swapped.stored != past:
-            swapped = KeyLayout(stored=past, tail=past, key_mask=past_mask)
-        cache.layers[index] = _adopt(layer, swapped)
+        if past and held.stored != past:
+            held = KeyLayout(stored=past, tail=past, key_mask=past_mask)
+        cache.layers[index] = _adopt(layer, held if past else fresh, capacity)
 
 
-def _adopt(layer: CacheLayerMixin, layout: KeyLayout) -> PrunedLayer:
+def _adopt(layer: CacheLayerMixin, layout: KeyLayout, capacity: int) -> PrunedLayer:
     pruned: PrunedLayer
     carried = ["keys", "values", "dtype", "device"]
     if isinstance(layer, StaticLayer):
-        pruned = PrunedStaticLayer(layer.max_cache_len, layer.max_cache_len, layout)
+        if layer.is_initialized:
+            capacity = layer.max_cache_len
+        pruned = PrunedStaticLayer(capacity, capacity, layout)
         carried += ["batch_size", "num_heads", "k_head_dim", "v_head_dim"]
         pruned.cumulative_length = layer.cumulative_length
     else:
@@ -208,52 +224,6 @@ def _unsupported(name: str) -> str:
         '(cache_implementation="dynamic", "static" or "offloaded"), or switch pruning off: '
         "model.set_pruning(enabled=False)."
     )
-
-
-def past_valid(layer: PrunedLayer, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-    """Which entries of a layer are tokens of their row: bool Tensor (B, entries), or None if all are.
-
-    Parameters
-    ----------
-    layer : PrunedDynamicLayer or PrunedStaticLayer
-    attention_mask : Tensor (B, logical length) or None
-        The 2D mask of the whole sequence; it speaks for entries behind `layout.stored`.
-    """
-    layout, later = layer.layout, layer.entries - layer.layout.stored
-    if layout.key_mask is None and (attention_mask is None or later == 0):
-        return None
-    start = layout.stored + layout.dropped
-    newer = None if attention_mask is None else attention_mask[:, start : start + later].bool()
-    stored = layout.key_mask
-    if stored is None:
-        stored = newer.new_ones(newer.shape[0], layout.stored)  # type: ignore[union-attr]
-    if newer is None:
-        newer = stored.new_ones(stored.shape[0], later)
-    return torch.cat([stored.to(newer.device), newer], dim=1)
-
-
-def padding_mask_with(layer: PrunedLayer, past: torch.Tensor | None, valid: torch.Tensor | None, new: int) -> Any:
-    """The padding mask of a pruned layer for a pass that drops tokens, in the form `create_causal_mask` takes.
-
-    Parameters
-    ----------
-    layer : PrunedDynamicLayer or PrunedStaticLayer
-    past : bool Tensor (B, entries) or None
-    valid : bool Tensor (B, new) or None
-    new : int
-        New entries.
-
-    Returns
-    -------
-    bool Tensor (B, layout.dropped + entries + new) or None
-        Columns count logically, so the first `layout.dropped` ones are never read. None: nothing is masked.
-    """
-    template = past if past is not None else valid
-    if template is None:
-        return None
-    past = template.new_ones(template.shape[0], layer.entries) if past is None else past
-    valid = template.new_ones(template.shape[0], new) if valid is None else valid
-    return torch.cat([template.new_ones(template.shape[0], layer.layout.dropped), past, valid], dim=1)
 
 
 def padding_mask(layer: PrunedLayer, attention_mask: torch.Tensor | None, new: int) -> torch.Tensor | None:
@@ -287,3 +257,82 @@ def padding_mask(layer: PrunedLayer, attention_mask: torch.Tensor | None, new: i
         later = ones(layer.entries - layout.stored + new)
     stored = ones(layout.stored) if layout.key_mask is None else layout.key_mask
     return torch.cat([ones(layout.dropped), stored, later], dim=1)
+
+
+@dataclass
+class LayerRun:
+    """Consecutive decoder layers that share a layout, for one pass that drops tokens; without a cache, any layers.
+
+    Attributes
+    ----------
+    first, last : int
+        Both inside.
+    layers : list of PrunedDynamicLayer or PrunedStaticLayer
+        Empty without a cache.
+    entries : int
+        What they store before the pass.
+    past_valid : bool Tensor (B, entries) or None
+        Which entries are tokens of their row. None: all.
+    """
+
+    first: int
+    last: int
+    layers: list[Any] = field(default_factory=list)
+    entries: int = 0
+    past_valid: torch.Tensor | None = None
+
+    @property
+    def layout(self) -> KeyLayout:
+        """What the layers share."""
+        return self.layers[0].layout if self.layers else KeyLayout()
+
+    def begin(self, sequence: VisualSequence) -> torch.Tensor | None:
+        """Make room for a sequence; its padding mask in the form that `create_causal_mask` takes.
+
+        Returns
+        -------
+        bool Tensor (B, layout.dropped + entries + n) or None
+            Columns count logically, so the first `layout.dropped` ones are never read. None: nothing is masked.
+        """
+        for layer in self.layers:
+            layer.leave_out(sequence.length - sequence.size)
+        past, new = self.past_valid, sequence.valid
+        template = past if past is not None else new
+        if template is None or not self.layers:
+            return new
+        rows = template.shape[0]
+        past = template.new_ones(rows, self.entries) if past is None else past
+        new = template.new_ones(rows, sequence.size) if new is None else new
+        return torch.cat([template.new_ones(rows, self.layout.dropped), past, new.to(past.device)], dim=1)
+
+    def end(self, sequence: VisualSequence, renumbered: torch.Tensor | None) -> None:
+        """Note what the layers hold after the pass; `renumbered` (B, 1) is how far positions went down."""
+        if self.layers:
+            grown = self.layout.extended(self.entries, self.past_valid, sequence, renumbered)
+            for layer in self.layers:
+                layer.layout = grown
+
+
+def layer_runs(cache: Cache | None, first: int, last: int, attention_mask: torch.Tensor | None) -> Iterator[LayerRun]:
+    """Layers `first` to `last`, cut where the layout changes: an earlier turn may have been pruned otherwise.
+
+    Parameters
+    ----------
+    cache : Cache or None
+        With layers from `prepare_layers`.
+    first, last : int
+    attention_mask : Tensor (B, logical length) or None
+        The 2D mask of the whole sequence.
+    """
+    if cache is None:
+        if first <= last:
+            yield LayerRun(first, last)
+        return
+    start = first
+    for index in range(first, last + 1):
+        if index == last or cache.layers[index + 1].layout is not cache.layers[start].layout:
+            layer: Any = cache.layers[start]
+            entries = layer.entries
+            valid = layer.layout.valid_entries(entries, attention_mask)
+            yield LayerRun(start, index, list(cache.layers[start : index + 1]), entries, valid)
+            start = index + 1

@@ -36,6 +36,8 @@ class PruningControls:
     def pruning(self, **options: Any) -> Iterator[None]:
         """Change pruning options for a while; nests, and is undone when left by an exception, too.
 
+        The options belong to the model, not to the thread: a model that several threads share needs a lock around this.
+
         Examples
         --------
         >>> with model.pruning(enabled=False):  # doctest: +SKIP
@@ -86,5 +88,11 @@ class PruningControls:
             raise ValueError("Nothing to explain: the inputs hold no image (pixel_values).")
         model: Any = self
         recorder = TraceRecorder(processor)
-        outputs = model(**inputs | {"use_cache": True, "logits_to_keep": 1}, recorder=recorder)
+        training = [module for module in model.modules() if module.training]
+        model.eval()
+        try:
+            outputs = model(**inputs | {"use_cache": True, "logits_to_keep": 1}, recorder=recorder)
+        finally:
+            for module in training:
+                module.training = True
         return recorder.trace(model, outputs.past_key_values)

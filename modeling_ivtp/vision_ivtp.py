@@ -114,6 +114,11 @@ class GroupedCLIPVisionModel(CLIPVisionModel):
         hidden = self.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
         hidden = self.pre_layrnorm(hidden)
         layers = self.encoder.layers
+        for layer in feature_layers:
+            if not -len(layers) <= layer + 1 <= len(layers) + 1:
+                raise ValueError(
+                    f"vision_feature_layer={layer}; the tower has hidden states {-len(layers) - 1} to {len(layers)}."
+                )
         wanted = {layer % (len(layers) + 1) for layer in feature_layers}
         patches = torch.arange(hidden.shape[1] - 1, device=hidden.device).expand(hidden.shape[0], -1)
         features: dict[int, torch.Tensor] = {0: hidden} if 0 in wanted else {}

@@ -51,6 +51,8 @@ class VisualSequence:
         The patches of the original grid that they are.
     present : bool Tensor (B, M)
         Which images exist.
+    ends : int64 Tensor (B, 1)
+        Logical column of each row's last token.
     """
 
     length: int
@@ -60,6 +62,7 @@ class VisualSequence:
     columns: torch.Tensor
     patches: torch.Tensor
     present: torch.Tensor
+    ends: torch.Tensor
 
     @property
     def size(self) -> int:
@@ -113,10 +116,15 @@ class VisualSequence:
         return sequence, index
 
     def restore(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Put hidden states (B, n, d) back to their logical columns: (B, S, d), zero where a token was dropped."""
+        """Put hidden states (B, n, d) back to their logical columns: (B, S, d).
+
+        A dropped token leaves zeros, but for a row's last one: what the row ends with predicts the next token, so the
+        last token that is left stands there, too.
+        """
         full = hidden.new_zeros(hidden.shape[0], self.length + 1, hidden.shape[2])
-        index = self.slots.to(hidden.device)[..., None].expand_as(hidden)
-        return full.scatter(1, index, hidden)[:, :-1]
+        slots, ends = self.slots.to(hidden.device), self.ends.to(hidden.device)
+        full = full.scatter(1, slots[..., None].expand_as(hidden), hidden)
+        return full.scatter(1, ends[..., None].expand(-1, -1, hidden.shape[2]), hidden[:, -1:])[:, :-1]
 
     def kept_tokens(self) -> torch.Tensor:
         """Which logical columns are left: bool Tensor (B, S)."""
@@ -198,6 +206,7 @@ def locate_images(placeholders: torch.Tensor, valid: torch.Tensor | None, images
         columns=columns,
         patches=torch.arange(patches, device=placeholders.device).expand_as(columns),
         present=columns[..., 0] < length,
+        ends=(there * place).amax(1, keepdim=True) - 1,
     )
 
 
