@@ -15,6 +15,13 @@ class PrunedGeneration:
     config: Any
     model: Any
 
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; what only a prompt needs does not follow into the decoding steps."""
+        if not kwargs.get("is_first_iteration") and kwargs.get("use_cache", True):
+            for name in ("mm_encoder_outputs", "clip_input_ids", "clip_spans"):
+                kwargs.pop(name, None)
+        return super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
+
     def create_masks_for_generate(self, *args: Any, **kwargs: Any) -> Any:
         """Masks that `generate` prepares for a static cache; a prompt that is pruned makes its own, layer by layer."""
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
