@@ -30,8 +30,8 @@ def run(*command: str) -> None:
 def main(
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint and the picture.")] = Path("out/demo"),
     model: Annotated[str | None, typer.Option(help="Folder or Hub id; default: a miniature, random weights.")] = None,
-    image: Annotated[str, typer.Option(help="A picture.")] = str(IMAGES / "astronaut.jpg"),
-    question: Annotated[str, typer.Option(help="What to ask it.")] = "What stands behind the astronaut's helmet?",
+    image: Annotated[str, typer.Option(help="A picture.")] = str(IMAGES / "coffee.jpg"),
+    question: Annotated[str, typer.Option(help="What to ask it.")] = "What is on the table?",
     visual_tokens: Annotated[int, typer.Option(help="Visual tokens to keep of 576.")] = 64,
 ) -> None:
     """Run the demonstration."""

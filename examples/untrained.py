@@ -61,7 +61,9 @@ def _bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:
 def llama_tokenizer(*special: str, **options: object) -> LlamaTokenizer:
     """A tokenizer of LLaVA-1.5's kind with 900 words: Metaspace, byte fallback; `special` tokens beside `<image>`."""
     vocabulary, merges = _bpe()
-    tokenizer = LlamaTokenizer(vocab=dict(vocabulary), merges=list(merges), pad_token="<pad>", **options)
+    tokenizer = LlamaTokenizer(
+        vocab=dict(vocabulary), merges=list(merges), pad_token="<pad>", **{"padding_side": "left"} | options
+    )
     names = ["<pad>", "<image>", *special]
     tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True)
     return tokenizer

@@ -1,9 +1,12 @@
 """Loading: official LLaVA weights under our class names, and CLIP's text half joined to them."""
 
+from collections.abc import Iterator
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
@@ -21,8 +24,23 @@ class LlavaCheckpoint:
     config: Any
     model: Any
     dtype: torch.dtype
-    from_pretrained: Any
     name_or_path: str
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; a weights file that is damaged or cut short is named.
+
+        Raises
+        ------
+        OSError
+            If a weights file cannot be read.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
+        except SafetensorError as error:
+            names = [str(file) for file in _unreadable(pretrained_model_name_or_path)]
+            which = ", ".join(names) or f"a weights file of {pretrained_model_name_or_path}"
+            raise OSError(f"{which} is damaged or cut short ({error}); fetch it again.") from error
 
     @classmethod
     def from_llava(
@@ -46,7 +64,8 @@ class LlavaCheckpoint:
             image's CLS token guides the language model.
         pruning : IVTPPruningConfig or dict, optional
         clip_options : dict, optional
-            For `hub.clip_checkpoint.load_clip_text`: activation (default: the vision tower's), revision, token, …
+            For `hub.clip_checkpoint.load_clip_text`: revision, activation (default: the vision tower's), … Access to
+            the Hub (token, cache_dir, local_files_only) is that of `kwargs` unless given here.
         **kwargs
             For `from_pretrained`: dtype, device_map, attn_implementation, quantization_config, …
 
@@ -71,7 +90,9 @@ class LlavaCheckpoint:
                 load_clip_text = import_module("modeling_ivtp.hub.clip_checkpoint").load_clip_text
             except ImportError as error:
                 raise ImportError("Joining CLIP needs the installed package: pip install ivtp-llava") from error
-            text = load_clip_text(clip, **{"activation": config.vision_config.hidden_act} | (clip_options or {}))
+            options: dict[str, Any] = {"activation": config.vision_config.hidden_act}
+            options |= {name: kwargs[name] for name in ("token", "cache_dir", "local_files_only") if name in kwargs}
+            text = load_clip_text(clip, **options | (clip_options or {}))
             text.check_width(config.vision_config.hidden_size, llava)
         model, info = cls.from_pretrained(llava, config=config, output_loading_info=True, **kwargs)
         wrong = {name: sorted(info[name]) for name in ("missing_keys", "unexpected_keys") if info.get(name)}
@@ -122,6 +143,15 @@ class LlavaCheckpoint:
         if hasattr(self, "hf_device_map") and "" not in self.hf_device_map:
             for name in ("clip_text_model", "visual_projection"):
                 self.hf_device_map[f"model.{name}"] = device
+
+
+def _unreadable(folder: Any) -> Iterator[Path]:
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                continue
+        except SafetensorError:
+            yield file
 
 
 def register_weight_names() -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from numbers import Integral
 from typing import Any
 
 from transformers import LlavaConfig
@@ -27,7 +28,7 @@ AUTO_MAP = {
 
 
 def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ class IVTPPruningConfig:
             if not (value is None and optional) and not (_is_int(value) and value >= minimum):
                 allowed = f"an integer of at least {minimum}" + (", or None" if optional else "")
                 raise ValueError(f"pruning.{name}={value!r}; allowed: {allowed}.")
+            object.__setattr__(self, name, None if value is None else int(value))
         if self.tower_tokens is not None and self.tower_tokens < self.visual_tokens:
             raise ValueError(
                 f"pruning.tower_tokens={self.tower_tokens} is below visual_tokens={self.visual_tokens}: the language "
@@ -115,9 +117,7 @@ class IVTPPruningConfig:
         Raises
         ------
         ValueError
-            For an unknown field or a value outside what is allowed.
-        TypeError
-            If `value` is none of these.
+            For an unknown field, a value outside what is allowed, or a `value` that is none of these.
         """
         if value is None:
             options: dict[str, Any] = {}
@@ -126,7 +126,7 @@ class IVTPPruningConfig:
         elif is_dataclass(value) and not isinstance(value, type):
             options = asdict(value)
         else:
-            raise TypeError(f"pruning must be a mapping or an IVTPPruningConfig, not {type(value).__name__}.")
+            raise ValueError(f"pruning={value!r}; allowed: a mapping of options or an IVTPPruningConfig.")
         options |= changes
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(options) - set(known))
@@ -181,11 +181,22 @@ class IVTPLlavaConfig(LlavaConfig):
         config, rest = super().get_config_dict(*args, **kwargs)
         if config.get("model_type") == LlavaConfig.model_type:
             config["model_type"] = cls.model_type
+        if config.get("model_type", cls.model_type) != cls.model_type:
+            where = args[0] if args else "The configuration"
+            raise ValueError(
+                f"{where} is of model_type {config['model_type']!r}; allowed: {LlavaConfig.model_type!r} (LLaVA-1.5 in "
+                f"transformers' format) and {cls.model_type!r}."
+            )
         return config, rest
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "pruning" and not isinstance(value, IVTPPruningConfig):
-            value = IVTPPruningConfig.create(value)
+            # Some options given on top of a checkpoint's change those and leave the others.
+            known = self.__dict__.get("pruning")
+            if isinstance(known, IVTPPruningConfig) and isinstance(value, Mapping):
+                value = known.changed(**value)
+            else:
+                value = IVTPPruningConfig.create(value)
         super().__setattr__(name, value)
 
     def to_dict(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import inspect
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.masking_utils import create_masks_for_generate
 
 from .pruned_cache import is_pruned
@@ -15,12 +16,50 @@ class PrunedGeneration:
     config: Any
     model: Any
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        next_sequence_length: int | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> Any:
         """As in transformers; what only a prompt needs does not follow into the decoding steps."""
-        if not kwargs.get("is_first_iteration") and kwargs.get("use_cache", True):
+        if not is_first_iteration and kwargs.get("use_cache", True):
             for name in ("mm_encoder_outputs", "clip_input_ids", "clip_spans"):
                 kwargs.pop(name, None)
-        return super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
+        elif inputs_embeds is None:
+            if (spans := kwargs.get("clip_spans")) is not None:
+                # Tokens behind the prompt, such as an assistant's candidates, are no words of the person.
+                kwargs["clip_spans"] = nn.functional.pad(spans, (0, 0, 0, input_ids.shape[1] - spans.shape[1]))
+            if next_sequence_length is not None:
+                self._leave_seen_images(input_ids, next_sequence_length, kwargs)
+        return super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+
+    def _leave_seen_images(self, input_ids: torch.Tensor, new: int, kwargs: dict[str, Any]) -> None:
+        """Of a whole conversation's images keep those of the `new` last tokens: the others are in the cache."""
+        marks = input_ids == self.config.image_token_id
+        counts, fresh = self._images_of(marks), self._images_of(marks[:, marks.shape[1] - new :])
+        images = _count_images(kwargs)
+        if images != sum(counts) or images == sum(fresh):
+            return
+        last = 0
+        order: list[int] = []
+        for count, kept in zip(counts, fresh, strict=True):
+            last += count
+            order += range(last - kept, last)
+        for name in ("pixel_values", "mm_encoder_outputs"):
+            if kwargs.get(name) is not None:
+                kwargs[name] = _reordered(kwargs[name], order) if order else None
+
+    def _images_of(self, marks: torch.Tensor) -> list[int]:
+        return (marks.sum(1) // self.config.num_patches).tolist()
 
     def create_masks_for_generate(self, *args: Any, **kwargs: Any) -> Any:
         """Masks that `generate` prepares for a static cache; a prompt that is pruned makes its own, layer by layer."""
@@ -52,41 +91,28 @@ class PrunedGeneration:
         **model_kwargs: Any,
     ) -> Any:
         """Repeat rows for beams; the images of a row stay together and in order."""
-        images: dict[str, Any] = {}
-        if expand_size > 1:
-            images = {
-                name: model_kwargs.pop(name)
-                for name in ("pixel_values", "mm_encoder_outputs")
-                if model_kwargs.get(name) is not None
-            }
-        order = self._image_order(expand_size, input_ids, images, model_kwargs) if images else None
+        embeds = model_kwargs.get("inputs_embeds")
+        marks = self.model.placeholders(None if embeds is not None else input_ids, embeds)
+        if (spans := model_kwargs.get("clip_spans")) is not None and spans.shape[1] < marks.shape[1]:
+            # Spans of the last words alone: what stands before them, say an earlier answer, has none.
+            model_kwargs["clip_spans"] = nn.functional.pad(spans, (0, 0, marks.shape[1] - spans.shape[1], 0))
+        names = ("pixel_values", "mm_encoder_outputs") if expand_size > 1 and _count_images(model_kwargs) else ()
+        given = {name: model_kwargs.pop(name) for name in names if model_kwargs.get(name) is not None}
+        order = self._image_order(expand_size, marks, _count_images(given), model_kwargs) if given else []
         input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
-        for name, value in images.items():
-            if name == "pixel_values":
-                value = value[torch.tensor(order, device=value.device)]
-            else:
-                value = {kind: _take_images(output, order) for kind, output in value.items()}
-            model_kwargs[name] = value
-        return input_ids, model_kwargs
+        return input_ids, model_kwargs | {name: _reordered(value, order) for name, value in given.items()}
 
-    def _image_order(
-        self, repeats: int, input_ids: torch.Tensor | None, images: dict[str, Any], model_kwargs: dict[str, Any]
-    ) -> list[int]:
+    def _image_order(self, repeats: int, marks: torch.Tensor, images: int, model_kwargs: dict[str, Any]) -> list[int]:
         """Which image stands where once every row is repeated."""
-        embeds = model_kwargs.get("inputs_embeds")
-        marks = self.model.placeholders(None if embeds is not None else input_ids, embeds)
-        cache = model_kwargs.get("past_key_values")
-        past = 0 if cache is None else int(cache.get_seq_length())
-        mask = model_kwargs.get("attention_mask")
-        total = marks.shape[1] if mask is None else mask.shape[1]
-        if past and total == marks.shape[1]:
-            marks = marks[:, past:]
-        if mask is not None:
-            marks = marks & mask[:, total - marks.shape[1] :].bool()
+        if (mask := model_kwargs.get("attention_mask")) is not None:
+            marks = marks & mask[:, mask.shape[1] - marks.shape[1] :].bool()
+        counts = self._images_of(marks)
+        if sum(counts) != images and (cache := model_kwargs.get("past_key_values")) is not None:
+            counts = self._images_of(marks[:, int(cache.get_seq_length()) :])
         first, order = 0, []
-        for count in (marks.sum(1) // self.config.num_patches).tolist():
+        for count in counts:
             order += list(range(first, first + count)) * repeats
             first += count
         return order
@@ -101,10 +127,21 @@ class PrunedGeneration:
         return super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]
 
 
-def _take_images(output: Any, order: list[int] | None) -> Any:
-    """The same encoder output for images in another order."""
-    if output is None or order is None or getattr(output, "pooler_output", None) is None:
-        return output
+def _count_images(kwargs: dict[str, Any]) -> int:
+    if (pixels := kwargs.get("pixel_values")) is not None:
+        return pixels.shape[0]
+    encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+    return 0 if encoded is None else len(encoded.pooler_output)
+
+
+def _reordered(images: Any, order: list[int]) -> Any:
+    """Pixels (I, ...) or encoder outputs, for images in another order."""
+    if isinstance(images, torch.Tensor):
+        return images[torch.tensor(order, device=images.device)]
+    return {kind: None if output is None else _reordered_output(output, order) for kind, output in images.items()}
+
+
+def _reordered_output(output: Any, order: list[int]) -> Any:
     chosen: dict[str, Any] = {"pooler_output": [output.pooler_output[image] for image in order]}
     for name in ("kept_patches", "cls_features", "image_embeds"):
         if (value := getattr(output, name, None)) is not None:

@@ -266,7 +266,7 @@ class GroupedDecoder:
         if cache is not None:
             past = int(cache.get_seq_length())
             known = None if attention_mask is None or past == 0 else attention_mask[:, :past].bool()
-            prepare_layers(cache, len(model.layers), known)
+            prepare_layers(cache, len(model.layers), known, visual.sequence.length)
         sequence, observers = visual.sequence, visual.reference.to(tokens.dtype)
         numbering = Numbering(
             position_ids.expand(tokens.shape[0], -1),

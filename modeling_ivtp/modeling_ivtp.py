@@ -23,7 +23,7 @@ from .configuration_ivtp import IVTPLlavaConfig
 from .generation_ivtp import PrunedGeneration
 from .language_ivtp import DECODERS
 from .prompt_ivtp import PromptPruning
-from .pruning_controls import PruningControls
+from .pruning_controls import PruningControls, PruningOptions
 from .trace_recorder import TraceRecorder
 from .vision_ivtp import GroupedCLIPVisionModel
 
@@ -69,7 +69,7 @@ class IVTPLlavaPreTrainedModel(LlavaPreTrainedModel):
     config: Any
 
 
-class IVTPLlavaModel(PromptPruning, IVTPLlavaPreTrainedModel, LlavaModel):
+class IVTPLlavaModel(PromptPruning, PruningOptions, IVTPLlavaPreTrainedModel, LlavaModel):
     """LLaVA without language model head, pruning its visual tokens in the vision tower and in the decoder.
 
     Parameters
@@ -381,6 +381,12 @@ def _check_architecture(config: Any) -> None:
         raise ValueError(f"text_config.model_type={text.model_type!r}; allowed: {', '.join(sorted(DECODERS))}.")
     if clip is not None and clip.model_type != "clip_text_model":
         raise ValueError(f"clip_text_config.model_type={clip.model_type!r}; allowed: 'clip_text_model'.")
+    layers = config.vision_feature_layer
+    for layer in [layers] if isinstance(layers, int) else layers:
+        if not -vision.num_hidden_layers - 1 <= layer <= vision.num_hidden_layers:
+            raise ValueError(
+                f"vision_feature_layer={layer}; allowed: {-vision.num_hidden_layers - 1} to {vision.num_hidden_layers}."
+            )
     config.pruning_plan()
 
 

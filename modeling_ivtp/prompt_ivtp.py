@@ -152,16 +152,13 @@ class PromptPruning:
 def _spans_of(spans: torch.Tensor | None, length: int, past: int, like: torch.Tensor) -> torch.Tensor | None:
     """The part of `clip_spans` that speaks of the new tokens: (B, length, 2).
 
-    Spans may cover the conversation from its start or the new tokens alone; candidate tokens of assisted decoding stand
-    behind both and have none.
+    Spans may cover the conversation from its start, the new tokens, or the last of them; they end where the tokens end.
     """
     if spans is None:
         return None
     if spans.dim() != 3 or spans.shape[0] != like.shape[0] or spans.shape[2] != 2:
         raise ValueError(f"clip_spans has shape {tuple(spans.shape)}; expected ({like.shape[0]}, tokens, 2).")
-    spans = spans.to(like.device)
-    if spans.shape[1] > length:
-        if spans.shape[1] > past + length:
-            raise ValueError(f"clip_spans speaks of {spans.shape[1]} tokens; there are {past + length}.")
-        spans = spans[:, past:]
-    return nn.functional.pad(spans, (0, 0, 0, length - spans.shape[1]))
+    if spans.shape[1] > past + length:
+        raise ValueError(f"clip_spans speaks of {spans.shape[1]} tokens; there are {past + length}.")
+    spans = spans[:, -length:].to(like.device)
+    return nn.functional.pad(spans, (0, 0, length - spans.shape[1], 0))

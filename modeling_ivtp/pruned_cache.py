@@ -159,7 +159,7 @@ def layer_segments(cache: Cache) -> list[tuple[int, int]]:
     return segments
 
 
-def prepare_layers(cache: Cache, num_layers: int, past_mask: torch.Tensor | None) -> None:
+def prepare_layers(cache: Cache, num_layers: int, past_mask: torch.Tensor | None, length: int) -> None:
     """Swap the layers of a cache for pruned ones that hold the same entries, so that lengths may differ from now on.
 
     Parameters
@@ -170,11 +170,13 @@ def prepare_layers(cache: Cache, num_layers: int, past_mask: torch.Tensor | None
         Layers of the decoder; a `DynamicCache()` made without config grows lazily and is filled up to it.
     past_mask : bool Tensor (B, past) or None
         The 2D attention mask of the tokens that are in the cache already.
+    length : int
+        Tokens that are to come, counted logically.
 
     Raises
     ------
     ValueError
-        For a kind of cache whose layers cannot differ in length.
+        For a kind of cache whose layers cannot differ in length, or a static one that is too short.
     """
     if not isinstance(getattr(cache, "layers", None), list):
         raise ValueError(_unsupported(type(cache).__name__))
@@ -186,6 +188,9 @@ def prepare_layers(cache: Cache, num_layers: int, past_mask: torch.Tensor | None
         cache.layers.append(DynamicLayer())
     # Sliding layers hold their window; full ones decide how long the sequence may be, for all of them.
     capacity = max(getattr(layer, "logical_len", getattr(layer, "max_cache_len", 0)) for layer in cache.layers)
+    needed = int(cache.get_seq_length()) + length
+    if any(isinstance(layer, StaticLayer) for layer in cache.layers) and capacity < needed:
+        raise ValueError(f"The static cache has room for {capacity} tokens; the prompt needs {needed}: max_cache_len.")
     held = fresh
     for index, layer in enumerate(cache.layers):
         if getattr(layer, "is_pruned", False):

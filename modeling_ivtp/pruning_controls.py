@@ -1,6 +1,7 @@
 """What a user turns and sees: pruning options of a loaded model, and the explanation of one prompt."""
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,8 +12,8 @@ from .pruning_trace import PruningTrace
 from .trace_recorder import TraceRecorder
 
 
-class PruningControls:
-    """Mixin for the class that users load."""
+class PruningOptions:
+    """Mixin for every model: options that change."""
 
     config: Any
 
@@ -59,6 +60,10 @@ class PruningControls:
             self.config.pruning = before
             raise
 
+
+class PruningControls(PruningOptions):
+    """Mixin for the class that users load: options, and what they do to a prompt."""
+
     @torch.no_grad()
     def explain(self, processor: Any = None, **inputs: Any) -> PruningTrace:
         """Show what is kept of each image for a prompt, and why.
@@ -68,7 +73,7 @@ class PruningControls:
         processor : processor or tokenizer, optional
             Puts the instruction's tokens into words. Default: the one saved next to this checkpoint, if it is on disk.
         **inputs
-            What `generate` takes: `input_ids`, `pixel_values`, …
+            What `generate` takes: `input_ids`, `pixel_values`, … A cache of earlier turns is read and left as it is.
 
         Returns
         -------
@@ -79,6 +84,8 @@ class PruningControls:
         ValueError
             If there is no image, or pruning is off.
         """
+        if isinstance(processor, Mapping):
+            processor, inputs = None, {**processor, **inputs}
         if self.config.pruning_plan() is None:
             raise ValueError(
                 f"Nothing to explain: {self.config.pruning} drops nothing. Set enabled=True and visual_tokens below "
@@ -88,10 +95,13 @@ class PruningControls:
             raise ValueError("Nothing to explain: the inputs hold no image (pixel_values).")
         model: Any = self
         recorder = TraceRecorder(processor)
+        fixed = {"use_cache": True, "return_dict": True, "logits_to_keep": 1}
+        if inputs.get("past_key_values") is not None:
+            fixed["past_key_values"] = copy.deepcopy(inputs["past_key_values"])
         training = [module for module in model.modules() if module.training]
         model.eval()
         try:
-            outputs = model(**inputs | {"use_cache": True, "logits_to_keep": 1}, recorder=recorder)
+            outputs = model(**inputs | fixed, recorder=recorder)
         finally:
             for module in training:
                 module.training = True

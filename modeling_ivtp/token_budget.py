@@ -127,7 +127,10 @@ def plan_pruning(pruning: Any, patches: int, tower_layers: int, decoder_layers: 
         ("decoder_layers", pruning.decoder_layers, decoder_layers),
     ):
         if wanted > there:
-            raise ValueError(f"{name}={wanted}, but the model has only {there} such layers (allowed: 0 to {there}).")
+            raise ValueError(
+                f"{name}={wanted}, but the model has only {there} such layers; allowed: 0 to {there}, as in "
+                f"from_pretrained(..., pruning={{{name!r}: {there}}})."
+            )
     # A stage without layers drops nothing, so the other one has to lead to the budget.
     needed = {patches} if in_tower == 0 else set()
     needed |= {final} if pruning.decoder_layers == 0 else set()

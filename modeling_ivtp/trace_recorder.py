@@ -69,7 +69,7 @@ class TraceRecorder:
         return PruningTrace(
             images=tuple(images),
             kv_bytes=stored,
-            kv_bytes_unpruned=per_entry * layers * self._sequence.length,
+            kv_bytes_unpruned=per_entry * layers * int(cache.get_seq_length()),
             decoder_layer_tokens=model.config.pruning_plan().decoder_layer_tokens(layers),
         )
 

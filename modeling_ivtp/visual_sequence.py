@@ -154,6 +154,10 @@ def _align_right(
     return index[:, :-1], target, valid
 
 
+@torch.compiler.disable(
+    reason="How many images a row has decides shapes. Compile decoding steps, as generate does with a static cache; a "
+    "whole prompt compiles with fullgraph=False."
+)
 def locate_images(placeholders: torch.Tensor, valid: torch.Tensor | None, images: int, patches: int) -> VisualSequence:
     """Find the visual tokens of a prompt.
 

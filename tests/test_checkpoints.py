@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,16 @@ def test_an_official_folder_loads_without_a_warning_about_its_type(official, cap
         logger.removeHandler(caplog.handler)
     assert config.model_type == "ivtp_llava"
     assert not caplog.records
+
+
+def test_a_file_that_is_cut_short_is_named(official, tmp_path):
+    folder, _ = official
+    shutil.copytree(folder, tmp_path / "cut")
+    file = tmp_path / "cut" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    for load in (IVTPLlavaForConditionalGeneration.from_pretrained, IVTPLlavaForConditionalGeneration.from_llava):
+        with pytest.raises(OSError, match=r"cut/model\.safetensors is damaged or cut short"):
+            load(tmp_path / "cut", pruning=PRUNING)
 
 
 @torch.no_grad()

@@ -93,6 +93,12 @@ def test_explaining_leaves_answers_as_they_were(asked):
     assert torch.equal(model.generate(**inputs, max_new_tokens=5, do_sample=False), before)
 
 
+def test_inputs_may_be_given_as_the_processor_returns_them(asked):
+    model, processor, _, inputs = asked
+    assert model.explain(inputs).final_tokens == model.explain(processor, **inputs).final_tokens == (4,)
+    assert model.explain(processor, **inputs, return_dict=False).final_tokens == (4,)
+
+
 def test_there_is_nothing_to_explain_without_pruning_or_image():
     model = tiny_model()
     with pytest.raises(ValueError, match="no image"):

@@ -104,6 +104,55 @@ def test_set_pruning_stays_and_is_saved(tmp_path):
     assert IVTPLlavaForConditionalGeneration.from_pretrained(tmp_path).pruning_config.visual_tokens == 2
 
 
+def test_some_options_given_when_loading_leave_the_others(tmp_path):
+    tiny_config(visual_tokens=3, positions="compact").save_pretrained(tmp_path)
+    pruning = IVTPLlavaConfig.from_pretrained(tmp_path, pruning={"strict": True}).pruning
+    assert (pruning.visual_tokens, pruning.positions, pruning.strict) == (3, "compact", True)
+
+
+def test_integers_of_numpy_are_integers():
+    import numpy as np
+
+    pruning = IVTPPruningConfig(visual_tokens=np.int64(16))
+    assert json.loads(json.dumps(pruning.to_dict()))["visual_tokens"] == 16
+
+
+def test_the_base_model_has_the_options_too():
+    model = tiny_model().model
+    with model.pruning(visual_tokens=2):
+        assert model.pruning_config.visual_tokens == 2
+    model.set_pruning(visual_tokens=3)
+    assert model.config.pruning.visual_tokens == 3
+
+
+@pytest.mark.parametrize("value", [[1, 2], "on", 64])
+def test_pruning_that_is_no_mapping_is_refused(value):
+    with pytest.raises(ValueError, match=r"pruning=.*allowed: a mapping of options"):
+        IVTPLlavaConfig(pruning=value)
+
+
+@pytest.mark.parametrize("kind", ["clip", "llava_next"])
+def test_a_folder_of_another_kind_is_refused(tmp_path, kind):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    for load in (IVTPLlavaConfig.from_pretrained, IVTPLlavaForConditionalGeneration.from_pretrained):
+        with pytest.raises(ValueError, match=f"is of model_type '{kind}'; allowed: 'llava'"):
+            load(tmp_path)
+
+
+def test_a_feature_layer_that_the_tower_lacks_is_refused():
+    config = tiny_config().to_dict() | {"vision_feature_layer": -9}
+    with pytest.raises(ValueError, match="vision_feature_layer=-9; allowed: -7 to 6"):
+        IVTPLlavaForConditionalGeneration(IVTPLlavaConfig(**config))
+
+
+def test_a_static_cache_that_is_too_short_is_told_in_tokens(model):
+    from transformers import StaticCache
+
+    cache = StaticCache(config=model.config.text_config, max_cache_len=20)
+    with pytest.raises(ValueError, match="room for 20 tokens; the prompt needs 26"):
+        model(**prompt([[3, "image", 7]]), past_key_values=cache)
+
+
 def test_the_options_are_immutable():
     with pytest.raises(AttributeError):
         IVTPPruningConfig().visual_tokens = 3

@@ -1,0 +1,199 @@
+"""A training loop that can be stopped at any moment and goes on where it was.
+
+Data is drawn from the step number alone, so nothing but weights, optimizer and step has to be kept. They are written
+once a minute, next to the last state and then over it, in safetensors.
+"""
+
+import json
+import os
+import queue
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+SAVE_SECONDS = 60.0
+
+
+class Stopped(Exception):
+    """Training was asked to stop; its state is on disk."""
+
+
+class TrainingRun:
+    """Weights, optimizers and step of one training stage, on disk and in memory.
+
+    Parameters
+    ----------
+    folder : Path
+        Gets `state.safetensors` and `log.jsonl`.
+    modules : Module
+        Everything with weights to keep, trained or not.
+    optimizers : list of Optimizer
+    settings : dict
+        What the stage depends on; a state that was written with other settings is refused.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        modules: torch.nn.Module,
+        optimizers: list[torch.optim.Optimizer],
+        settings: dict[str, Any],
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.modules, self.optimizers = folder, modules, optimizers
+        self.settings = json.loads(json.dumps(settings))
+        self.step, self.seconds = 0, 0.0
+        if self.state_file.is_file():
+            self._load()
+
+    @property
+    def state_file(self) -> Path:
+        """Where the state is."""
+        return self.folder / "state.safetensors"
+
+    def save(self) -> None:
+        """Write the state; a full disk or a stop leaves the one before."""
+        tensors = {f"weights.{name}": value.contiguous() for name, value in self.modules.state_dict().items()}
+        scalars: dict[str, Any] = {}
+        for number, optimizer in enumerate(self.optimizers):
+            for index, state in optimizer.state_dict()["state"].items():
+                for name, value in state.items():
+                    key = f"optimizer.{number}.{index}.{name}"
+                    if isinstance(value, torch.Tensor):
+                        tensors[key] = value.contiguous()
+                    else:
+                        scalars[key] = value
+        told = {"step": self.step, "seconds": self.seconds, "settings": self.settings, "scalars": scalars}
+        beside = self.state_file.with_suffix(".partial")
+        try:
+            save_file(tensors, beside, {"run": json.dumps(told)})
+            os.replace(beside, self.state_file)
+        finally:
+            beside.unlink(missing_ok=True)
+
+    def _load(self) -> None:
+        with safe_open(self.state_file, framework="pt") as file:
+            told = json.loads(file.metadata()["run"])
+            if told["settings"] != self.settings:
+                changed = [
+                    k for k in {*told["settings"], *self.settings} if told["settings"].get(k) != self.settings.get(k)
+                ]
+                raise ValueError(
+                    f"{self.state_file} was trained with other settings ({', '.join(sorted(changed))}); take another "
+                    "folder, or the settings it was begun with."
+                )
+            names = file.keys()
+            weights = {n.removeprefix("weights."): file.get_tensor(n) for n in names if n.startswith("weights.")}
+            self.modules.load_state_dict(weights)
+            for number, optimizer in enumerate(self.optimizers):
+                state: dict[int, dict[str, Any]] = {}
+                prefix = f"optimizer.{number}."
+                found = {n: file.get_tensor(n) for n in names if n.startswith(prefix)}
+                found |= {n: value for n, value in told["scalars"].items() if n.startswith(prefix)}
+                for key, value in found.items():
+                    index, name = key.removeprefix(prefix).split(".", 1)
+                    state.setdefault(int(index), {})[name] = value
+                optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        self.step, self.seconds = told["step"], told["seconds"]
+
+    def train(
+        self, steps: int, one_step: Callable[[int], dict[str, float]], *, title: str, log_every: int = 20
+    ) -> None:
+        """Run `one_step(step)` until `steps` are done, showing progress, saving every minute.
+
+        Parameters
+        ----------
+        steps : int
+            Where the stage ends.
+        one_step : callable
+            Makes one optimizer step and returns what to log.
+        title : str
+        log_every : int, default 20
+
+        Raises
+        ------
+        Stopped
+            After SIGINT or SIGTERM, once the state is written.
+        """
+        asked: list[int] = []
+        handlers = {
+            s: signal.signal(s, lambda number, _: asked.append(number)) for s in (signal.SIGINT, signal.SIGTERM)
+        }
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TimeRemainingColumn(), TextColumn("{task.fields[told]}"),
+        )  # fmt: skip
+        saved = time.monotonic()
+        try:
+            with Progress(*columns) as progress:
+                task = progress.add_task(title, total=steps, completed=self.step, told="")
+                while self.step < steps:
+                    start = time.monotonic()
+                    told = one_step(self.step)
+                    self.step += 1
+                    self.seconds += time.monotonic() - start
+                    if self.step % log_every == 0 or self.step == steps:
+                        self._log(told)
+                        shown = "  ".join(f"{name} {value:.3g}" for name, value in told.items())
+                        progress.update(task, completed=self.step, told=shown)
+                    if asked or time.monotonic() - saved > SAVE_SECONDS:
+                        self.save()
+                        saved = time.monotonic()
+                    if asked:
+                        raise Stopped(f"{title} stopped at step {self.step} of {steps}; run it again to go on.")
+            self.save()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def _log(self, told: dict[str, float]) -> None:
+        line = {"step": self.step, "seconds": round(self.seconds, 1)} | {k: round(v, 5) for k, v in told.items()}
+        with (self.folder / "log.jsonl").open("a") as log:
+            log.write(json.dumps(line) + "\n")
+
+
+def drawn_ahead(draw: Callable[[int], Any], first: int, ahead: int = 4) -> Iterator[Any]:
+    """Yield `draw(first)`, `draw(first + 1)`, … drawn in a thread while the caller trains.
+
+    Parameters
+    ----------
+    draw : callable
+        Makes the batch of a step.
+    first : int
+    ahead : int, default 4
+        How many batches may wait.
+    """
+    waiting: queue.Queue[Any] = queue.Queue(ahead)
+
+    def work() -> None:
+        step = first
+        while True:
+            try:
+                waiting.put(draw(step))
+            except Exception as error:
+                waiting.put(error)
+                return
+            step += 1
+
+    threading.Thread(target=work, daemon=True).start()
+    while True:
+        batch = waiting.get()
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch
+
+
+def cosine_rate(step: int, steps: int, warm_up: int = 100) -> float:
+    """Factor on the learning rate: linear warm-up, then down to a twentieth along a cosine."""
+    if step < warm_up:
+        return (step + 1) / warm_up
+    done = (step - warm_up) / max(1, steps - warm_up)
+    return 0.05 + 0.95 * 0.5 * (1 + float(torch.cos(torch.tensor(done * torch.pi))))

@@ -1,0 +1,52 @@
+"""Which patches a question needs: what an oracle keeps."""
+
+import numpy as np
+
+from benchmarks.quality.world.questions import Question
+from benchmarks.quality.world.scenes import PATCH, Scene
+
+LEAST = 0.25
+"""Share of a patch that a tile must cover for the patch to be needed."""
+
+
+def needed_objects(scene: Scene, question: Question) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Numbers of the objects to look at: first those asked about and answering, then those that must be ruled out.
+
+    To say that something is not there, or how many there are, one has to look at everything.
+    """
+    asked = question.subjects + question.sources
+    if question.type == "count" or not asked:
+        return asked, tuple(number for number in range(len(scene.objects)) if number not in asked)
+    return asked, ()
+
+
+def needed_patches(scene: Scene, question: Question) -> np.ndarray:
+    """The patches on which a needed object's tile covers at least a quarter, (grid, grid) bool."""
+    asked, others = needed_objects(scene, question)
+    return scene.coverage[list(asked + others)].max(axis=0) >= LEAST * PATCH * PATCH
+
+
+def oracle_order(scene: Scene, question: Question) -> np.ndarray:
+    """All patches in the order in which an oracle would keep them, so that its first k fill any budget, (grid²,) int64.
+
+    First the patches of the objects asked about and answering, the most central of each object first and the objects
+    taking turns; then those of objects to be ruled out, likewise; then those of all other objects; then the ground,
+    from the needed objects outward. Patches are numbered row by row.
+    """
+    asked, others = needed_objects(scene, question)
+    level = np.full(len(scene.objects), 2)
+    level[list(others)] = 1
+    level[list(asked)] = 0
+    middle = np.arange(scene.grid) * PATCH + PATCH // 2
+    x = np.array([thing.x for thing in scene.objects])[:, None, None]
+    y = np.array([thing.y for thing in scene.objects])[:, None, None]
+    distance = ((middle[None, None, :] - x) ** 2 + (middle[None, :, None] - y) ** 2).reshape(len(level), -1)
+    covered = (scene.coverage >= LEAST * PATCH * PATCH).reshape(len(level), -1)
+
+    far = 4 * scene.side**2
+    turn = np.where(covered, distance, far).argsort(axis=1, kind="stable").argsort(axis=1, kind="stable")
+    # Level before turn before distance, as one integer; a patch goes by the first object that claims it.
+    claim = np.where(covered, (level[:, None] * scene.grid**2 + turn) * far + distance, 4 * scene.grid**2 * far)
+    claim = claim.min(axis=0)
+    wanted = level == level.min()
+    return np.lexsort((np.arange(scene.grid**2), distance[wanted].min(axis=0), claim))

@@ -1,0 +1,185 @@
+"""Scenes: objects on coloured tiles, where they stand, how they are drawn, and what every patch shows."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from benchmarks.quality.world.clutter import clutter
+from benchmarks.quality.world.draws import Draws
+from benchmarks.quality.world.grounds import ground
+from benchmarks.quality.world.splits import check_split, pair_is_held_out, scene_seed
+from benchmarks.quality.world.sprites import COLOURS, PAD, kinds, stamp, tile
+
+PATCH = 14
+SIDE = 336
+SIDES = tuple(range(168, SIDE + 1, PATCH))
+MARGIN = 4
+"""Least distance of two tiles in pixels."""
+MOST_ALIKE = 5
+"""Most objects of one kind in a scene."""
+
+_USUAL, _LARGE = tuple(range(28, 51, 2)), (54, 58, 64)
+_LAYOUT, _PIXELS = 0, 1
+
+
+class Object(NamedTuple):
+    """A drawing on its tile. `x` and `y` are the tile's middle, `size` the drawing's side, all in pixels."""
+
+    kind: int
+    colour: int
+    x: int
+    y: int
+    size: int
+    mirrored: bool
+
+    @property
+    def name(self) -> str:
+        """The kind in a word."""
+        return kinds()[self.kind].name
+
+    @property
+    def colour_name(self) -> str:
+        """The tile's colour in a word."""
+        return COLOURS[self.colour]
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """The tile: left, top, right, bottom; the last two are outside."""
+        half = self.size // 2 + PAD
+        return self.x - half, self.y - half, self.x + half, self.y + half
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A scene. Objects are cheap; pixels and patch labels are computed when first asked for and then kept."""
+
+    split: str
+    index: int
+    side: int
+    seed: int
+    objects: tuple[Object, ...]
+
+    @property
+    def grid(self) -> int:
+        """Patches on a side."""
+        return self.side // PATCH
+
+    @cached_property
+    def pixels(self) -> np.ndarray:
+        """The picture, (side, side, 3) uint8."""
+        draws = Draws(self.seed, self.side, _PIXELS)
+        picture = ground(draws, self.side)
+        clutter(picture, draws)
+        for thing in self.objects:
+            _put(picture, thing, gain=draws.between(115, 140))
+        return picture
+
+    @cached_property
+    def coverage(self) -> np.ndarray:
+        """How many of a patch's 196 pixels each tile covers, (objects, grid, grid) int64."""
+        boxes = np.array([thing.box for thing in self.objects])
+        edges = np.arange(self.grid) * PATCH
+        across = np.minimum(boxes[:, 2:3], edges + PATCH) - np.maximum(boxes[:, 0:1], edges)
+        down = np.minimum(boxes[:, 3:4], edges + PATCH) - np.maximum(boxes[:, 1:2], edges)
+        return np.maximum(down, 0)[:, :, None] * np.maximum(across, 0)[:, None, :]
+
+    def patch_objects(self, least: float = 0.5) -> np.ndarray:
+        """The number of the object whose tile covers at least this share of a patch, else -1, (grid, grid) int64."""
+        largest = self.coverage.argmax(axis=0)
+        covered = self.coverage.max(axis=0) >= least * PATCH * PATCH
+        return np.where(covered, largest, -1)
+
+    def patch_kinds(self, least: float = 0.5) -> np.ndarray:
+        """The kind on every patch, -1 where there is none, (grid, grid) int64."""
+        return np.append([thing.kind for thing in self.objects], -1)[self.patch_objects(least)]
+
+    def patch_colours(self, least: float = 0.5) -> np.ndarray:
+        """The tile's colour on every patch, -1 where there is none, (grid, grid) int64."""
+        return np.append([thing.colour for thing in self.objects], -1)[self.patch_objects(least)]
+
+    def counts(self) -> dict[int, int]:
+        """How many objects there are of each kind that is present."""
+        found: dict[int, int] = {}
+        for thing in self.objects:
+            found[thing.kind] = found.get(thing.kind, 0) + 1
+        return found
+
+
+def object_range(side: int) -> tuple[int, int]:
+    """Fewest and most objects of scenes of this side: 6 … 12 at 336 pixels, 2 … 4 at 168."""
+    area = side * side
+    return max(2, 6 * area // SIDE**2), max(4, 12 * area // SIDE**2)
+
+
+def draw_scene(split: str, index: int, side: int = SIDE) -> Scene:
+    """The scene of a split with this index. The same everywhere and always.
+
+    Args:
+        split: `train`, `validation` or `test`.
+        index: 0 … 999,999,999. Scenes of different splits never share a seed.
+        side: height and width in pixels, a multiple of 14 from 168 to 336. Smaller scenes hold fewer objects, of the
+            same sizes. A scene of another side is another scene.
+
+    Raises:
+        ValueError: unknown split, index outside of it, or a side that is not allowed.
+        FileNotFoundError: the sprite sheet is missing.
+    """
+    check_split(split)
+    if side not in SIDES:
+        raise ValueError(f"side={side!r} is not allowed; choose a multiple of {PATCH}: {', '.join(map(str, SIDES))}.")
+    seed = scene_seed(split, index)
+    draws = Draws(seed, side, _LAYOUT)
+    which = _cast(draws, side)
+    objects = []
+    for kind, (size, x, y) in zip(which, _layout(draws, side, len(which)), strict=True):
+        allowed = [c for c in range(len(COLOURS)) if split == "test" or not pair_is_held_out(kind, c)]
+        objects.append(Object(kind, draws.pick(allowed), x, y, size, draws.chance(1, 2)))
+    return Scene(split, index, side, seed, tuple(objects))
+
+
+def _cast(draws: Draws, side: int) -> list[int]:
+    """The kind of every object.
+
+    Half of the scenes show every kind once. In the other half two kinds come in numbers that add up to six (fewer on
+    small canvases), the first number drawn evenly: one and five, two and four, and so on. Asked about either of them,
+    every number is equally likely, and which of the two is meant only the question says.
+    """
+    fewest, most = object_range(side)
+    if draws.chance(1, 2):
+        return draws.sample(range(len(kinds())), draws.between(fewest, most))
+    number = draws.between(max(fewest, min(8, most)), most)
+    crowd = min(MOST_ALIKE + 1, number)
+    one = draws.between(1, crowd - 1)
+    first, second, *rest = draws.sample(range(len(kinds())), 2 + number - crowd)
+    return draws.shuffled([first] * one + [second] * (crowd - one) + rest)
+
+
+def _layout(draws: Draws, side: int, number: int) -> list[tuple[int, int, int]]:
+    """Sizes and places of tiles that keep their distance, in random order."""
+    while True:
+        sizes = sorted((draws.pick(_LARGE if draws.chance(1, 12) else _USUAL) for _ in range(number)), reverse=True)
+        placed: list[tuple[int, int, int]] = []
+        for size in sizes:
+            half = size // 2 + PAD
+            for _ in range(40):
+                x, y = draws.between(half + 2, side - half - 2), draws.between(half + 2, side - half - 2)
+                if all(max(abs(x - u), abs(y - v)) >= half + s // 2 + PAD + MARGIN for s, u, v in placed):
+                    placed.append((size, x, y))
+                    break
+        if len(placed) == number:
+            return draws.shuffled(placed)
+
+
+def _put(picture: np.ndarray, thing: Object, gain: int) -> None:
+    """Puts an object on the picture, somewhat darker or lighter, by `gain` / 128."""
+    left, top, right, bottom = thing.box
+    pixels, shown = tile(thing.size, thing.colour)
+    added, kept = stamp(thing.kind, thing.size)
+    if thing.mirrored:
+        added, kept = added[:, ::-1], kept[:, ::-1]
+    # 255 * 140 < 2**16: sixteen bits are enough, and fast.
+    painted = np.minimum(((pixels * kept >> 8) + added) * np.uint16(gain) >> 7, 255)
+    beneath = picture[top:bottom, left:right]
+    beneath[...] = painted * shown + beneath * (256 - shown) >> 8
