@@ -1,0 +1,39 @@
+"""The miniature LLaVA: real geometry, small widths.
+
+576 patches of 14 pixels and CLS, a CLIP tower that LLaVA reads one layer before the last, CLIP's own BPE for the text
+tower and another BPE of LLaMA's kind for the decoder, two layers of projection. Groups have two layers: eight tower
+layers and the decoder's first eight make four groups each, as LLaVA-1.5's twelve pruned decoder layers do, and four
+decoder layers stay above them to answer from what is left.
+"""
+
+from transformers import CLIPTextConfig, CLIPVisionConfig
+
+WIDTH, TEXT_WIDTH, HEADS, LAYERS, DECODER_LAYERS, PROJECTION = 192, 128, 6, 8, 12, 128
+PRUNING = {"layers_per_group": 2, "decoder_layers": 8}
+
+
+def vision_config() -> CLIPVisionConfig:
+    """ViT of 8 layers at 336 pixels."""
+    return CLIPVisionConfig(
+        hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        image_size=336,
+        patch_size=14,
+        projection_dim=PROJECTION,
+        hidden_act="gelu",
+    )
+
+
+def clip_text_config() -> CLIPTextConfig:
+    """CLIP's text tower over its real vocabulary of 49408."""
+    return CLIPTextConfig(
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=4 * TEXT_WIDTH,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        projection_dim=PROJECTION,
+        max_position_embeddings=77,
+        hidden_act="gelu",
+    )
