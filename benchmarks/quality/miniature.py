@@ -8,7 +8,7 @@ decoder layers stay above them to answer from what is left.
 
 from transformers import CLIPTextConfig, CLIPVisionConfig
 
-WIDTH, TEXT_WIDTH, HEADS, LAYERS, DECODER_LAYERS, PROJECTION = 192, 128, 6, 8, 12, 128
+WIDTH, TEXT_WIDTH, HEADS, LAYERS, DECODER_LAYERS, PROJECTION = 192, 128, 3, 8, 12, 128
 PRUNING = {"layers_per_group": 2, "decoder_layers": 8}
 
 
@@ -32,7 +32,7 @@ def clip_text_config() -> CLIPTextConfig:
         hidden_size=TEXT_WIDTH,
         intermediate_size=4 * TEXT_WIDTH,
         num_hidden_layers=4,
-        num_attention_heads=4,
+        num_attention_heads=2,
         projection_dim=PROJECTION,
         max_position_embeddings=77,
         hidden_act="gelu",

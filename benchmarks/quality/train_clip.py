@@ -1,8 +1,9 @@
 """Stage 1: the CLIP of the miniature, both towers, on scenes and captions.
 
 CLIP's contrastive loss teaches CLS and words to meet. Because the world is drawn, every patch may be told besides what
-it shows (kind and tile colour), and CLS which kinds there are, at the top of every group; those heads are dropped at the
-end. First steps run on small scenes of 168 pixels under random windows of the position table, the rest on whole ones.
+it shows (kind and tile colour), and CLS which kinds there are, at the top of every group; those heads are dropped in
+the end. First steps run on small scenes of 168 pixels under random windows of the position table, the rest on whole
+ones.
 
     python -m benchmarks.quality.train_clip --out out/miniature/clip
 """
