@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +17,7 @@ import typer
 app = typer.Typer(
     name="ivtp",
     help="LLaVA that answers from a fraction of its visual tokens: IVTP, instruction-guided visual token pruning.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -61,12 +64,30 @@ def _show_version(value: bool) -> None:
 
 @app.callback()
 def _ivtp(
+    context: typer.Context,
     debug: Debug = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    return
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def _check_size(size: str) -> str:
+    from .hub.folder import byte_count
+
+    byte_count(size, "--max-shard-size")
+    return size
+
+
+def _group_size(given: str) -> int | None:
+    """The value of `--layers-per-group` as the field of that name; None is one group for a whole stage."""
+    if given == "all":
+        return None
+    if not given.isdecimal() or int(given) < 1:
+        raise ValueError(f"--layers-per-group={given!r}; allowed: a whole number from 1, or all")
+    return int(given)
 
 
 @app.command()
@@ -84,7 +105,9 @@ def convert(
     dtype: Annotated[
         str | None, typer.Option(help="float32, float16 or bfloat16; by default LLaVA's own.", show_default=False)
     ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
+    max_shard_size: Annotated[
+        str, typer.Option(help="Largest weight file, in KB, MB, GB or TB.", callback=_check_size)
+    ] = "5GB",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is there.")] = False,
     visual_tokens: VisualTokens = None,
@@ -92,7 +115,12 @@ def convert(
         int | None, typer.Option(help="Visual tokens that the vision tower hands over.", show_default=False)
     ] = None,
     layers_per_group: Annotated[
-        int | None, typer.Option(help="Layers that are rolled out together.", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="INTEGER|all",
+            help="Layers that are rolled out together; all: each stage is one group.",
+            show_default=False,
+        ),
     ] = None,
     tower_layers: Annotated[
         int | None, typer.Option(help="Layers of the vision tower that take part.", show_default=False)
@@ -118,13 +146,13 @@ def convert(
     debug: Debug = False,
 ) -> None:
     """Join a LLaVA with CLIP's text tower into a folder that loads as an IVTP-LLaVA."""
+    grouping = {} if layers_per_group is None else {"layers_per_group": _group_size(layers_per_group)}
     from .hub.convert import convert as join
     from .hub.folder import human_bytes
 
     pruning = {
         "visual_tokens": visual_tokens,
         "tower_tokens": tower_tokens,
-        "layers_per_group": layers_per_group,
         "tower_layers": tower_layers,
         "decoder_layers": decoder_layers,
         "relevance_threshold": relevance_threshold,
@@ -141,7 +169,7 @@ def convert(
         max_shard_size=max_shard_size,
         dry_run=dry_run,
         overwrite=overwrite,
-        pruning={name: value for name, value in pruning.items() if value is not None},
+        pruning={name: value for name, value in pruning.items() if value is not None} | grouping,
         progress=progress,
         revision=revision,
         clip_revision=clip_revision,
@@ -225,7 +253,7 @@ def explain(
     if visual_tokens is not None:
         answering.set_budget(loaded, visual_tokens)
     text = answering.as_prompt(processor, prompt, len(pictures))
-    trace = loaded.explain(processor, **answering.prepare(loaded, processor, pictures, text))
+    trace = answering.explain(loaded, processor, answering.prepare(loaded, processor, pictures, text))
     typer.echo(trace.summary())
     for number, traced in enumerate(trace.images):
         _print(_groups(traced, f"image {number + 1}" if len(trace.images) > 1 else None))
@@ -333,9 +361,34 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text} (this should not happen; --debug shows where)"
 
 
+def _warn(message: object) -> None:
+    print(f"ivtp: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     if issubclass(category, UserWarning):
-        print(f"ivtp: warning: {' '.join(str(message).split())}", file=sys.stderr)
+        _warn(message)
+
+
+class _LogHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        _warn(record.getMessage())
+
+
+@contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Whatever this package or a library warns of is one line of ours, be it a Python warning or one in the log."""
+    log, handler = logging.getLogger("modeling_ivtp"), _LogHandler(logging.WARNING)
+    propagated = log.propagate
+    log.addHandler(handler)
+    log.propagate = False
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            yield
+    finally:
+        log.removeHandler(handler)
+        log.propagate = propagated
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -345,8 +398,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     _state["debug"] = False
     try:
-        with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
+        with _warnings_as_lines():
             status = app(arguments, prog_name="ivtp", standalone_mode=False)
     except KeyboardInterrupt:
         status = 130

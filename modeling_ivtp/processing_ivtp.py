@@ -111,7 +111,8 @@ num_additional_image_tokens
         llava : str or path
             Folder or Hub id of a LLaVA checkpoint.
         clip_tokenizer : fast tokenizer, str or path, optional
-            CLIP's tokenizer, or the folder or Hub id of a CLIP checkpoint.
+            CLIP's tokenizer, or the folder or Hub id of a CLIP checkpoint. Default: the one of `llava`, if that is a
+            checkpoint of ours; a stock LLaVA has none.
         instruction_pattern : str, optional
             As for the class.
         **kwargs
@@ -125,6 +126,8 @@ num_additional_image_tokens
         if isinstance(clip_tokenizer, (str, os.PathLike)):
             access = {name: kwargs[name] for name in _HUB_ACCESS if name in kwargs}
             clip_tokenizer = AutoTokenizer.from_pretrained(clip_tokenizer, **access)
+        elif clip_tokenizer is None:
+            clip_tokenizer = _stored_clip_tokenizer(llava, **kwargs)
         return cls(
             image_processor=stock.image_processor,
             tokenizer=stock.tokenizer,
@@ -160,22 +163,14 @@ num_additional_image_tokens
                 sub_processor_type, pretrained_model_name_or_path, subfolder=subfolder, **kwargs
             )
         # The mixin would fall back to the language model's own tokenizer, and every relevance would be noise.
-        folder = f"{subfolder}/{sub_processor_type}" if subfolder else sub_processor_type
-        found = cached_file(
-            pretrained_model_name_or_path,
-            "tokenizer_config.json",
-            subfolder=folder,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            **{name: kwargs[name] for name in (*_HUB_ACCESS, "revision") if name in kwargs},
-        )
+        found = _stored_clip_tokenizer(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if found is None:
             logger.warning_once(
-                f"{pretrained_model_name_or_path} has no {folder}/: prompts are processed as by LlavaProcessor, and "
-                "pruning is guided by the image alone. IVTPLlavaProcessor.from_llava joins a CLIP tokenizer."
+                f"{pretrained_model_name_or_path} has no clip_tokenizer/, so the image alone guides the pruning, not "
+                "the question. To join CLIP's tokenizer: IVTPLlavaProcessor.from_llava(llava, clip_tokenizer=clip) in "
+                "Python, `ivtp convert LLAVA --clip CLIP --out FOLDER` on the command line."
             )
-            return None
-        return AutoTokenizer.from_pretrained(pretrained_model_name_or_path, subfolder=folder, **kwargs)
+        return found
 
     @property
     def model_input_names(self) -> list[str]:
@@ -361,6 +356,21 @@ num_additional_image_tokens
         return self.apply_chat_template(chat, chat_template=template, add_generation_prompt=prompted)
 
 
+def _stored_clip_tokenizer(source: str | os.PathLike, *, subfolder: str = "", **kwargs: Any) -> Any:
+    """Load the CLIP tokenizer that a checkpoint of ours holds; None if there is none."""
+    folder = f"{subfolder}/clip_tokenizer" if subfolder else "clip_tokenizer"
+    access = {name: kwargs[name] for name in (*_HUB_ACCESS, "revision") if name in kwargs}
+    found = cached_file(
+        source,
+        "tokenizer_config.json",
+        subfolder=folder,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **access,
+    )
+    return None if found is None else AutoTokenizer.from_pretrained(source, subfolder=folder, **access)
+
+
 def _check_tokenizers(tokenizer: Any, clip_tokenizer: Any) -> None:
     """Raise ValueError for tokenizers that an instruction cannot be aligned with."""
     for name, one in (("clip_tokenizer", clip_tokenizer), ("tokenizer", tokenizer)):
@@ -370,6 +380,8 @@ def _check_tokenizers(tokenizer: Any, clip_tokenizer: Any) -> None:
             )
     if clip_tokenizer.bos_token_id is None or clip_tokenizer.eos_token_id is None:
         raise ValueError(f"clip_tokenizer must have a start and an end token, got {clip_tokenizer!r}")
+    if len(clip_tokenizer) < 300:  # bytes and end marks alone are 512
+        raise ValueError(f"clip_tokenizer knows {len(clip_tokenizer)} words only: is its tokenizer.json missing?")
     if _context_length(clip_tokenizer) < 3:
         raise ValueError(f"clip_tokenizer must take 3 tokens or more, got {clip_tokenizer.model_max_length}")
 

@@ -88,8 +88,9 @@ class PruningControls(PruningOptions):
             processor, inputs = None, {**processor, **inputs}
         if self.config.pruning_plan() is None:
             raise ValueError(
-                f"Nothing to explain: {self.config.pruning} drops nothing. Set enabled=True and visual_tokens below "
-                f"{self.config.num_patches}."
+                f"Nothing to explain: enabled={self.config.pruning.enabled} with visual_tokens="
+                f"{self.config.pruning.visual_tokens} of {self.config.num_patches} drops nothing. Set enabled=True and "
+                "fewer visual tokens."
             )
         if inputs.get("pixel_values") is None:
             raise ValueError("Nothing to explain: the inputs hold no image (pixel_values).")

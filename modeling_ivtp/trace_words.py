@@ -84,17 +84,17 @@ def key_words(tokens: Sequence[Token]) -> tuple[str, ...]:
 def _characters(tokens: Sequence[Token]) -> tuple[str, list[tuple[int, ...]]]:
     """The text the tokens spell and, for each of its characters, the places of the tokens it came from.
 
-    Tokens that are not neighbours in the prompt, and words whose tokenizer text has lost its spaces, are set apart.
+    Tokens that are not neighbours in the prompt are set apart, and so are bare numbers of tokens, `<id>`. Otherwise a
+    space is where a tokenizer put its mark: the first word of a line has none, however many tokens it is cut into.
     """
     pieces = _token_bytes(tokens)
-    spaced = any(re.search(rb"\s", piece) for piece in pieces)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     letters: list[str] = []
     owners: list[tuple[int, ...]] = []
     pending: list[int] = []
     for place, piece in enumerate(pieces):
-        lost = not spaced and re.match(rb"[0-9A-Za-z<]", piece)
-        if place and (lost or tokens[place].position != tokens[place - 1].position + 1):
+        bare = re.fullmatch(r"<-?\d+>", tokens[place].text)
+        if place and (bare or tokens[place].position != tokens[place - 1].position + 1):
             letters.append(" ")
             owners.append(())
         for byte in piece:

@@ -1,7 +1,9 @@
 """The command line does its job, and whatever goes wrong is one line on standard error and exit status 1."""
 
 import json
+import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,8 +23,15 @@ def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("checkpoints")
     clip_folder(root / "clip", llava_folder(root / "llava"))
     convert.convert(root / "llava", root / "clip", root / "ivtp", pruning=PRUNING)
+    convert.convert(root / "ivtp", None, root / "shards", max_shard_size="300KB")
     Image.effect_noise((90, 60), 80).convert("RGB").save(root / "photo.png")
-    return SimpleNamespace(llava=root / "llava", clip=root / "clip", ivtp=root / "ivtp", photo=root / "photo.png")
+    return SimpleNamespace(
+        llava=root / "llava",
+        clip=root / "clip",
+        ivtp=root / "ivtp",
+        shards=root / "shards",
+        photo=root / "photo.png",
+    )
 
 
 def run(capsys, *arguments):
@@ -43,11 +52,30 @@ def fails(capsys, *arguments):
     return err
 
 
+def process(*arguments, **environment):
+    """A command as a process of its own, finished."""
+    return subprocess.run(
+        [sys.executable, "-m", "modeling_ivtp.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=Path(cli.__file__).parents[1],
+        env=os.environ | environment,
+    )
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"], ["generate", "-h"], ["explain", "--help"]])
 def test_help(capsys, arguments):
     status, out, err = run(capsys, *arguments)
     assert (status, err) == (0, "")
     assert "Usage: ivtp" in out
+
+
+def test_without_a_command_the_help_is_shown(capsys):
+    for arguments in ([], ["--debug"]):
+        status, out, err = run(capsys, *arguments)
+        assert (status, err) == (0, "")
+        assert "Usage: ivtp" in out
+        assert "explain" in out
 
 
 @pytest.mark.parametrize(
@@ -59,6 +87,10 @@ def test_help(capsys, arguments):
         (["generate", "--model", "x", "--prompt", "y", "--visual-tokens", "many"], "visual-tokens"),
         (["convert"], "llava"),
         (["convert", "x", "--out"], "out"),
+        (["convert", "x", "--out", "y", "--max-shard-size", "lots"], "--max-shard-size='lots'; allowed: a number"),
+        (["convert", "x", "--out", "y", "--max-shard-size", "0"], "--max-shard-size='0'; allowed: a number"),
+        (["convert", "x", "--out", "y", "--layers-per-group", "0"], "--layers-per-group='0'; allowed: a whole number"),
+        (["convert", "x", "--out", "y", "--layers-per-group", "some"], "from 1, or all"),
     ],
 )
 def test_wrong_usage_is_one_line(capsys, arguments, message):
@@ -80,6 +112,14 @@ def test_convert(capsys, made, tmp_path):
     assert model.config.pruning.visual_tokens == 3
     assert "exists and is not empty" in fails(capsys, "convert", made.llava, "--out", tmp_path / "out", *options)
     assert run(capsys, "convert", made.llava, "--out", tmp_path / "out", *options, "--overwrite")[0] == 0
+
+
+def test_a_stage_can_be_one_group(capsys, made, tmp_path):
+    options = ["--clip", made.clip, "--decoder-layers", 4]
+    assert "layers_per_group=3" in fails(capsys, "convert", made.llava, "--out", tmp_path / "out", *options)
+    options += ["--layers-per-group", "all"]
+    assert run(capsys, "convert", made.llava, "--out", tmp_path / "out", *options)[0] == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["pruning"]["layers_per_group"] is None
 
 
 def test_convert_refuses_in_one_line(capsys, made, tmp_path):
@@ -117,6 +157,52 @@ def test_generate_from_an_official_folder(capsys, made):
     """Its config knows nothing of pruning, so the paper's twelve layers are wanted where there are four."""
     line = fails(capsys, "generate", "-m", made.llava, "-i", made.photo, "-p", "What is this?")
     assert "decoder_layers=12" in line
+
+
+@pytest.fixture(scope="module")
+def unguided(made, tmp_path_factory):
+    """Folders whose question cannot guide the pruning, and what they lack."""
+    root = tmp_path_factory.mktemp("unguided")
+    shutil.copytree(made.llava, root / "official")
+    config = json.loads((root / "official" / "config.json").read_text())
+    (root / "official" / "config.json").write_text(json.dumps(config | {"pruning": PRUNING}))
+    shutil.copytree(made.ivtp, root / "ours")
+    shutil.rmtree(root / "ours" / "clip_tokenizer")
+    return {root / "official": "no text tower of CLIP", root / "ours": "no clip_tokenizer/"}
+
+
+def test_what_the_question_needs_and_lacks_is_one_warning(made, unguided):
+    for command, (folder, missing) in zip(("generate", "explain"), unguided.items(), strict=True):
+        result = process(command, "-m", folder, "-i", made.photo, "-p", "What?")
+        assert result.returncode == 0
+        # Libraries that happen to be installed may say something of their own while they are imported.
+        (line,) = (line for line in result.stderr.splitlines() if "clip" in line or "ivtp" in line)
+        assert line.startswith(f"ivtp: warning: {folder} has {missing}, so the image alone guides the pruning")
+        assert f"`ivtp convert {folder} --clip CLIP --out FOLDER`" in line
+
+
+def test_no_warning_comes_before_an_error_or_without_need(capsys, made, unguided):
+    for folder in unguided:
+        assert "the prompt is empty" in fails(capsys, "generate", "-m", folder, "-i", made.photo, "-p", " ")
+        assert "Nothing to explain" in fails(
+            capsys, "explain", "-m", folder, "-i", made.photo, "-p", "What?", "--visual-tokens", 16
+        )
+        status, _, err = run(capsys, "generate", "-m", folder, "-p", "What?", "--max-new-tokens", 1)
+        assert (status, err) == (0, "")
+
+
+def test_what_the_package_logs_is_one_line_too(capsys, monkeypatch):
+    log = logging.getLogger("modeling_ivtp.hub.convert")
+
+    def noisy(*_, **__):
+        log.warning("first\nsecond %s", "third")
+        raise ValueError("fourth")
+
+    monkeypatch.setattr(convert, "convert", noisy)
+    status, out, err = run(capsys, "convert", "x", "--out", "y")
+    assert (status, out, err) == (1, "", "ivtp: warning: first second third\nivtp: fourth\n")
+    assert not logging.getLogger("modeling_ivtp").handlers
+    assert logging.getLogger("modeling_ivtp").propagate
 
 
 def test_compare(capsys, made):
@@ -172,13 +258,78 @@ def test_generate_refuses_in_one_line(capsys, made, arguments, message):
     assert message in fails(capsys, "generate", *(part for pair in usual.items() for part in pair), *arguments)
 
 
-def test_a_truncated_checkpoint_is_one_line(capsys, made, tmp_path):
-    for file in made.ivtp.iterdir():
-        if file.is_file():
-            (tmp_path / file.name).write_bytes(file.read_bytes())
-    weights = tmp_path / "model.safetensors"
+@pytest.fixture
+def shards(made, tmp_path):
+    """A copy of the checkpoint in shards, for a test to damage."""
+    return Path(shutil.copytree(made.shards, tmp_path / "shards"))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("model-00002-of-*.safetensors", lambda old: old[:-9], "is truncated or not a safetensors file"),
+        ("model-00002-of-*.safetensors", lambda old: b"<html>" + old, "is truncated or not a safetensors file"),
+        ("model-00002-of-*.safetensors", lambda old: b"", "is truncated or not a safetensors file"),
+        ("model-00002-of-*.safetensors", None, "is missing"),
+        ("model.safetensors.index.json", lambda old: old[:99], "is not a readable index"),
+        ("tokenizer.json", lambda old: b"[1]", "is damaged"),
+        ("clip_tokenizer/tokenizer.json", lambda old: old[:99], "is damaged"),
+        ("generation_config.json", lambda old: b"[1]", "is damaged"),
+    ],
+)
+def test_a_damaged_file_is_named(capsys, made, shards, file, content, message):
+    (path,) = shards.glob(file)
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content(path.read_bytes()))
+    for command in ("generate", "explain"):
+        assert f"{path} {message}" in fails(capsys, command, "-m", shards, "-i", made.photo, "-p", "What?")
+
+
+def test_weights_are_looked_at_before_any_is_loaded(capsys, made, shards, monkeypatch):
+    monkeypatch.setattr(answering.IVTPLlavaForConditionalGeneration, "from_pretrained", None)
+    weights = sorted(shards.glob("model-*.safetensors"))[-1]
     weights.write_bytes(weights.read_bytes()[:-9])
-    fails(capsys, "generate", "-m", tmp_path, "-i", made.photo, "-p", "What?")
+    assert str(weights) in fails(capsys, "generate", "-m", shards, "-i", made.photo, "-p", "What?")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, "has no config.json"),
+        ("[1]", "is not a JSON object"),
+        ({"model_type": "bert"}, "is of model_type 'bert'; supported are llava, ivtp_llava"),
+        ({"text_config": 5}, "cannot be read (StrictDataclassFieldValidationError"),
+        ({"dtype": "nope"}, "cannot be read (AttributeError"),
+        ({"clip_text_config": 9}, "cannot be read"),
+        ({"pruning": 3}, "pruning"),
+    ],
+)
+def test_a_wrong_config_is_one_line(capsys, made, shards, config, message):
+    path = shards / "config.json"
+    if config is None:
+        path.unlink()
+    else:
+        path.write_text(json.dumps(json.loads(path.read_text()) | config) if isinstance(config, dict) else config)
+    line = fails(capsys, "generate", "-m", shards, "-i", made.photo, "-p", "What?")
+    assert message in line
+    assert "should not happen" not in line
+
+
+def test_weights_that_do_not_fit_the_config_are_named_with_both_shapes(capsys, made, shards):
+    config = json.loads((shards / "config.json").read_text())
+    stored = (config["text_config"]["vocab_size"], 32)
+    config["text_config"]["vocab_size"] = 2000
+    (shards / "config.json").write_text(json.dumps(config))
+    line = fails(capsys, "generate", "-m", shards, "-i", made.photo, "-p", "What?")
+    assert "2 tensors of other shapes than its config says" in line
+    assert f"lm_head.weight: {stored} in the weights, (2000, 32) by config.json" in line
+
+
+def test_a_damaged_chat_template_is_one_line(capsys, made, shards):
+    (shards / "chat_template.jinja").write_text("{% for x in %}")
+    assert "chat template is damaged" in fails(capsys, "generate", "-m", shards, "-i", made.photo, "-p", "What?")
 
 
 def test_explain(capsys, made, tmp_path):
@@ -198,11 +349,18 @@ def test_explain(capsys, made, tmp_path):
         (["--out", "."], "is a folder"),
         (["--out", "x.docx"], "x.docx has no ending of a picture"),
         (["--json", "no/such/folder/x.json"], "there is no folder"),
-        (["--visual-tokens", "999"], "Nothing to explain"),
+        (["--visual-tokens", "999"], "Nothing to explain: visual_tokens=999 keeps all 16 patches; allowed: 1 to 15\n"),
     ],
 )
 def test_explain_refuses_in_one_line(capsys, made, arguments, message):
     assert message in fails(capsys, "explain", "-m", made.ivtp, "-i", made.photo, "-p", "What?", *arguments)
+
+
+def test_explain_says_that_pruning_is_off(capsys, made, shards):
+    config = json.loads((shards / "config.json").read_text())
+    config["pruning"]["enabled"] = False
+    (shards / "config.json").write_text(json.dumps(config))
+    assert "pruning is off" in fails(capsys, "explain", "-m", shards, "-i", made.photo, "-p", "What?")
 
 
 def test_explain_needs_a_picture(capsys, made):
@@ -239,13 +397,7 @@ def test_ctrl_c_exits_with_130(capsys, monkeypatch):
 
 
 def test_the_process_says_the_same():
-    result = subprocess.run(
-        [sys.executable, "-m", "modeling_ivtp.cli", "convert", "./no/where", "--out", "x", "--clip", "y"],
-        capture_output=True,
-        text=True,
-        cwd=Path(cli.__file__).parents[1],
-        env=os.environ | {"PYTHONWARNINGS": "ignore"},
-    )
+    result = process("convert", "./no/where", "--out", "x", "--clip", "y", PYTHONWARNINGS="ignore")
     assert result.returncode == 1
     assert result.stdout == ""
     # Libraries that happen to be installed may say something of their own while they are imported.

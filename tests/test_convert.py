@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -232,7 +233,12 @@ def copied(source, target, **config):
             {"text_config__num_hidden_layers": 5},
             r"lacks 9 tensors of the model, such as model\.language_model\.layers\.4",
         ),
-        ({"text_config__vocab_size": 2000}, "2 tensors of other shapes"),
+        (
+            {"text_config__vocab_size": 2000},
+            r"2 tensors of other shapes.* lm_head\.weight: \(\d+, 32\) in the weights, \(2000, 32\) by config\.json",
+        ),
+        ({"text_config": 5}, "source cannot be read .*'text_config'"),
+        ({"text_config__hidden_size": "wide"}, "source cannot be read .*'hidden_size'"),
     ],
 )
 def test_a_llava_that_cannot_be_joined_is_refused(parent, tmp_path, made, config, message):
@@ -249,7 +255,8 @@ def test_a_llava_that_cannot_be_joined_is_refused(parent, tmp_path, made, config
         ({"clip": "nobody/../x"}, OSError, "neither a folder here nor"),
         ({"llava": "./nothing"}, OSError, "neither a folder here nor"),
         ({"dtype": "int4"}, ValueError, "dtype='int4'; allowed: float32, float16, bfloat16"),
-        ({"max_shard_size": "5 apples"}, ValueError, "5 apples"),
+        ({"max_shard_size": "5 apples"}, ValueError, "max_shard_size='5 apples'; allowed"),
+        ({"max_shard_size": 0}, ValueError, "max_shard_size=0; allowed"),
         ({"pruning": {"visual_tokens": 0}}, ValueError, "visual_tokens=0"),
         ({"pruning": {"tokens": 3}}, ValueError, "tokens"),
         ({"pruning": {"decoder_layers": 99}}, ValueError, "99"),
@@ -288,6 +295,26 @@ def test_a_truncated_shard_is_named(parent, tmp_path, made):
     with pytest.raises(OSError, match=f"{shard.name} is truncated"):
         convert(tmp_path / "llava", made.clip, parent / "out", pruning=PRUNING)
     assert os.listdir(parent) == []
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "processor_config.json"])
+@pytest.mark.parametrize("content", [b"[1]", b"{", b"\xff\xfe"], ids=["list", "cut short", "no text"])
+def test_a_damaged_small_file_is_named(parent, tmp_path, made, name, content):
+    source = copied(made.llava, tmp_path / "source")
+    (source / name).write_bytes(content)
+    with pytest.raises((ValueError, OSError), match=re.escape(str(source / name))):
+        convert(source, made.clip, parent / "out", pruning=PRUNING)
+    assert os.listdir(parent) == []
+
+
+def test_one_of_ours_without_clips_tokenizer_asks_for_a_clip(parent, tmp_path, made):
+    convert(made.llava, made.clip, tmp_path / "ours", pruning=PRUNING)
+    shutil.rmtree(tmp_path / "ours" / "clip_tokenizer")
+    with pytest.raises(ValueError, match="ours has no clip_tokenizer/; name the CLIP"):
+        convert(tmp_path / "ours", None, parent / "out")
+    assert os.listdir(parent) == []
+    convert(tmp_path / "ours", made.clip, parent / "out")
+    assert (parent / "out" / "clip_tokenizer").is_dir()
 
 
 def test_a_full_disk_is_noticed_beforehand(parent, made, monkeypatch):
@@ -343,7 +370,8 @@ conversion.convert(*sys.argv[1:], pruning={"decoder_layers": 4, "layers_per_grou
 """
 
 
-def test_sigterm_in_the_middle_leaves_nothing(parent, made):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_in_the_middle_leaves_nothing(parent, made, number, status):
     with subprocess.Popen(
         [sys.executable, "-c", SLOW, made.llava, made.clip, parent / "out"],
         stdout=subprocess.PIPE,
@@ -352,8 +380,8 @@ def test_sigterm_in_the_middle_leaves_nothing(parent, made):
     ) as process:
         assert process.stdout.readline() == b"writing\n"
         assert len(os.listdir(parent)) == 1
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 143
+        process.send_signal(number)
+        assert process.wait(20) == status
     assert os.listdir(parent) == []
 
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from modeling_ivtp.hub import folder as folders
-from modeling_ivtp.hub.folder import human_bytes, new_folder
+from modeling_ivtp.hub.folder import byte_count, human_bytes, new_folder
 
 
 def write(path, text="new"):
@@ -112,6 +112,14 @@ def test_a_link_is_followed(parent):
     assert (parent / "real" / "config.json").exists()
 
 
+@pytest.mark.parametrize("below", ["", "deep/out"])
+def test_a_link_to_nowhere_is_not_followed(parent, below):
+    (parent / "link").symlink_to(parent / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"link is a link to .*nowhere, which does not exist"):
+        write_and_fail(parent / "link" / below, AssertionError("never entered"))
+    assert os.listdir(parent) == ["link"]
+
+
 def test_what_is_there_is_left_alone(parent):
     (parent / "file").write_text("x")
     (parent / "full").mkdir()
@@ -148,7 +156,9 @@ with module.new_folder(sys.argv[2]) as temporary:
 """
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, -signal.SIGINT)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, -signal.SIGINT)]
+)
 def test_a_signal_leaves_nothing(parent, number, status):
     source = Path(folders.__file__)
     with subprocess.Popen(
@@ -161,15 +171,27 @@ def test_a_signal_leaves_nothing(parent, number, status):
     assert os.listdir(parent) == []
 
 
-def test_a_handler_of_somebody_else_stays(parent):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_handler_of_somebody_else_stays(parent, number):
     seen = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    before = signal.signal(number, lambda number, frame: seen.append(number))
     try:
         with new_folder(parent / "out"):
-            os.kill(os.getpid(), signal.SIGTERM)
-        assert seen == [signal.SIGTERM]
+            os.kill(os.getpid(), number)
+        assert seen == [number]
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(number, before)
+
+
+def test_a_hangup_that_is_ignored_stays_ignored(parent):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with new_folder(parent / "out"):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert (parent / "out").is_dir()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_bytes_in_words():
@@ -180,3 +202,19 @@ def test_bytes_in_words():
         "13.5 GB",
         "2e+03 TB",
     ]
+
+
+def test_words_in_bytes():
+    assert [byte_count(size, "size") for size in ("5GB", "1.5 kb", " 300MB ", "2TB", 7)] == [
+        5 * 10**9,
+        1500,
+        3 * 10**8,
+        2 * 10**12,
+        7,
+    ]
+
+
+@pytest.mark.parametrize("size", ["lots", "", "0", "0GB", "0.0001KB", "-1GB", "5", "5GiB", "1e3MB", 0, -1])
+def test_what_is_no_size_is_refused_by_name(size):
+    with pytest.raises(ValueError, match=r"shard=.*allowed: a number above zero with KB, MB, GB or TB, such as 5GB"):
+        byte_count(size, "shard")

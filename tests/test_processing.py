@@ -455,6 +455,30 @@ def test_from_llava_joins_a_llava_folder_with_a_clip_tokenizer(processor, image,
     assert IVTPLlavaProcessor.from_llava(tmp_path / "llava").clip_tokenizer is None
 
 
+def test_from_llava_keeps_the_clip_tokenizer_of_a_folder_of_ours(processor, image, tmp_path):
+    processor.save_pretrained(tmp_path / "above" / "ours")
+    expected = processor(images=image, text=PROMPT, return_tensors="pt")
+    kept = IVTPLlavaProcessor.from_llava(tmp_path / "above" / "ours", patch_size=14)
+    assert_same(kept(images=image, text=PROMPT, return_tensors="pt"), expected)
+    other = copy.deepcopy(processor.clip_tokenizer)
+    other.model_max_length = 20
+    replaced = IVTPLlavaProcessor.from_llava(tmp_path / "above" / "ours", other)
+    assert replaced.clip_tokenizer.model_max_length == 20
+
+
+def test_a_folder_without_clips_tokenizer_is_one_plain_warning(processor, tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(processing_ivtp.logger, "warning_once", warnings.append)
+    stock_of(processor).save_pretrained(tmp_path)
+    IVTPLlavaProcessor.from_llava(tmp_path)
+    assert warnings == []
+    assert IVTPLlavaProcessor.from_pretrained(tmp_path).clip_tokenizer is None
+    (warning,) = warnings
+    assert warning.startswith(f"{tmp_path} has no clip_tokenizer/, so the image alone guides the pruning")
+    assert "IVTPLlavaProcessor.from_llava(" in warning
+    assert "`ivtp convert LLAVA --clip CLIP --out FOLDER`" in warning
+
+
 # Bad input
 
 

@@ -7,6 +7,7 @@ import pytest
 from traces import QUESTION, spell
 
 from modeling_ivtp.trace_words import key_words, mark
+from tests.text_tokenizers import llama_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -19,7 +20,9 @@ from modeling_ivtp.trace_words import key_words, mark
         (QUESTION, set(), ()),
         (["How", "Ġmany", "Ġclo", "cks", "?"], {1, 2}, ("many", "clocks")),
         (["How", " many", " clo", "cks"], {2}, ("clocks",)),
-        (["How", "many", "clocks", "?"], {1, 3}, ("many", "?")),
+        (["Des", "cribe"], {1}, ("Describe",)),
+        (["Trans", "cribe", "."], {0}, ("Transcribe",)),
+        (["<0x50>", "h", "otos", "yn", "thesis", "?"], {3}, ("Photosynthesis",)),
         (["▁don", "'", "t", "▁go"], {2}, ("don't",)),
         (["▁", "墙", "上", "有", "几", "个", "钟"], {1, 2, 4, 5, 6}, ("墙上", "几个钟")),
         (["▁a", "<0xF0>", "<0x9F>", "<0x90>", "<0xB6>"], {3}, ("🐶",)),
@@ -27,12 +30,27 @@ from modeling_ivtp.trace_words import key_words, mark
         (["caf", "Ã©", "Ġau", "Ġlait"], {1}, ("café",)),
         (["▁café", "▁x"], {0}, ("café",)),
         (["café"], {0}, ("café",)),
-        (["<319>", "<29871>"], {1}, ("29871",)),
+        (["<319>", "<29871>", "<-1>"], {1}, ("29871",)),
         ([], set(), ()),
     ],
 )
 def test_key_tokens_join_to_words(texts, key, expected):
     assert key_words(spell(texts, key)) == expected
+
+
+@pytest.mark.parametrize("word", ["Describe", "Transcribe.", "Photosynthesis?"])
+def test_a_question_of_one_word_stays_one_word(word):
+    """Behind the line break after the image its first token has no mark of a space."""
+    tokenizer = llama_tokenizer()
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer(f"USER: <image>\n{word} ASSISTANT:").input_ids)
+    pieces = tokens[tokens.index("<0x0A>") + 1 : tokens.index("▁ASSISTANT:")]
+    assert len(pieces) > 1
+    assert mark(spell(pieces)).text == word
+    assert key_words(spell(pieces, {1})) == (word.rstrip(".?"),)
+
+
+def test_numbers_of_tokens_are_set_apart():
+    assert mark(spell(["<319>", "<29871>"])).text == "<319> <29871>"
 
 
 def test_words_do_not_join_across_a_gap_in_the_prompt():

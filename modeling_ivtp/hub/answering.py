@@ -6,16 +6,20 @@ import os
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 
 from ..modeling_ivtp import IVTPLlavaForConditionalGeneration
 from ..processing_ivtp import IVTPLlavaProcessor
 from .console import quiet
-from .sources import local_folder
+from .llava_source import check_loading_info, read_config
+from .sources import local_folder, reading
+from .weights import check_weights
 
 _VICUNA = "USER: {images}{question} ASSISTANT:"
 
@@ -74,26 +78,30 @@ def load_model(
     Raises
     ------
     ValueError
-        If the checkpoint has missing or unexpected weights, or for an unknown device or type.
+        If the checkpoint is of another layout, has missing or unexpected weights or some of other shapes than its
+        config says, or a file that is damaged; for an unknown device or type.
     OSError
-        If there is no such checkpoint.
+        If there is no such checkpoint, or a weights file is missing or damaged.
     """
-    local_folder(model)
+    folder = local_folder(model)
     if dtype not in ("auto", "float32", "float16", "bfloat16"):
         raise ValueError(f"dtype={dtype!r}; allowed: auto, float32, float16, bfloat16")
     if device is None:
         device = "auto" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     else:
         _check_device(device)
-    with quiet(bars=sys.stderr.isatty()):
+    with quiet(bars=sys.stderr.isatty()), reading(model, folder):
+        if folder is not None:
+            # Without a config.json transformers would build a 7B model of random numbers.
+            read_config(folder, str(model), quantized=True)
+            check_weights(folder)
+        source = model if folder is None else folder
+        # transformers' own error for wrong shapes refers to a report; `check_loading_info` tells what is in it.
         loaded, info = IVTPLlavaForConditionalGeneration.from_pretrained(
-            model, dtype=dtype, device_map=device, output_loading_info=True
+            source, dtype=dtype, device_map=device, output_loading_info=True, ignore_mismatched_sizes=True
         )
-        processor = IVTPLlavaProcessor.from_pretrained(model)
-    for kind in ("missing_keys", "unexpected_keys"):
-        if info[kind]:
-            names = sorted(map(str, info[kind]))
-            raise ValueError(f"{model} has {len(names)} {kind.replace('_', ' ')}, such as {names[0]}")
+        check_loading_info(info, str(model))
+        processor = IVTPLlavaProcessor.from_pretrained(source)
     return loaded.eval(), processor
 
 
@@ -127,7 +135,7 @@ def as_prompt(processor: Any, question: str, images: int) -> str:
     Raises
     ------
     ValueError
-        If a whole prompt has another number of image tokens, or the question is empty.
+        If a whole prompt has another number of image tokens, the question is empty, or the chat template is damaged.
     """
     token = processor.image_token
     if token in question:
@@ -139,13 +147,62 @@ def as_prompt(processor: Any, question: str, images: int) -> str:
     if not processor.chat_template:
         return _VICUNA.format(images=f"{token}\n" * images, question=question)
     content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": question}]
-    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    try:
+        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    except TemplateError as error:
+        raise ValueError(f"the checkpoint's chat template is damaged: {error}") from error
 
 
 def prepare(model: Any, processor: Any, images: Sequence[Any], prompt: str) -> dict[str, Any]:
-    """A model's inputs for one prompt, on its device and in its type."""
+    """A model's inputs for one prompt, on its device and in its type.
+
+    A UserWarning tells if the question cannot guide the pruning, because the checkpoint lacks what that needs.
+    """
     inputs = processor(images=list(images) or None, text=prompt, return_tensors="pt")
-    return dict(inputs.to(model.device, model.dtype))
+    inputs = dict(inputs.to(model.device, model.dtype))
+    plan = model.config.pruning_plan() if images else None
+    missing = _missing_guidance(model, processor)
+    if plan is not None and plan.decoder and missing and not model.pruning_config.strict:
+        warnings.warn(
+            f"{model.name_or_path} has no {missing}, so the image alone guides the pruning, not the question; `ivtp "
+            f"convert {model.name_or_path} --clip CLIP --out FOLDER` joins it",
+            stacklevel=2,
+        )
+    return inputs
+
+
+def _missing_guidance(model: Any, processor: Any) -> str:
+    """What a checkpoint lacks for the question to guide its pruning; nothing is an empty string."""
+    guidance = model.pruning_config.guidance
+    if guidance == "clip" and not model.model.has_text_tower:
+        return "text tower of CLIP"
+    return "clip_tokenizer/" if guidance != "visual_cls" and processor.clip_tokenizer is None else ""
+
+
+def explain(model: Any, processor: Any, inputs: Mapping[str, Any]) -> Any:
+    """The `PruningTrace` of one prompt.
+
+    Parameters
+    ----------
+    model, processor
+        As from `load_model`.
+    inputs : mapping
+        As from `prepare`.
+
+    Raises
+    ------
+    ValueError
+        If the model drops nothing.
+    """
+    if model.config.pruning_plan() is None:
+        if not model.pruning_config.enabled:
+            raise ValueError(f"Nothing to explain: pruning is off (enabled=False) in {model.name_or_path}")
+        tokens, patches = model.pruning_config.visual_tokens, model.config.num_patches
+        raise ValueError(
+            f"Nothing to explain: visual_tokens={tokens} keeps all {patches} patches; allowed: 1 to {patches - 1}"
+        )
+    with quiet():
+        return model.explain(processor, **inputs)
 
 
 def kv_bytes(cache: Any) -> int:
@@ -238,7 +295,7 @@ def _measured(model: Any, processor: Any, inputs: Mapping[str, Any], runs: list[
     images = 0 if inputs.get("pixel_values") is None else inputs["pixel_values"].shape[0]
     final, averaged = (model.config.num_patches,) * images, float(model.config.num_patches if images else 0)
     if images and model.config.pruning_plan() is not None:
-        trace = model.explain(processor, **inputs)
+        trace = explain(model, processor, inputs)
         final, averaged = trace.final_tokens, trace.layer_averaged_tokens
     return Answer(
         text=_text(processor, runs[-1].new_tokens),

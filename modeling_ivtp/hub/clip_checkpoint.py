@@ -24,7 +24,7 @@ from .clip_text import (
     stored,
     tower_shapes,
 )
-from .sources import HubOptions, local_folder, open_checkpoint
+from .sources import HubOptions, local_folder, open_checkpoint, reading
 
 __all__ = ["ClipText", "load_clip_text"]
 
@@ -108,7 +108,8 @@ def _from_transformers(clip: str | os.PathLike[str], options: HubOptions, header
         ) from error
     if not (folder / "config.json").is_file():
         raise OSError(f"{clip} has no config.json")
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with reading(clip, folder):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if config.model_type != "clip":
         raise ValueError(
             f"{clip} is of model_type {config.model_type!r}; CLIP's text tower comes from one of type 'clip'"
@@ -127,12 +128,14 @@ def _from_transformers(clip: str | os.PathLike[str], options: HubOptions, header
     recipe[VISUAL_PROJECTION] = ((projection, vision_width), stored(VISUAL_PROJECTION))
     expected = {stored.removeprefix("clip_text_model."): shape for stored, (shape, _) in recipe.items()}
     check_shapes(checkpoint, expected)
+    with reading(clip, folder):
+        tokenizer = clip_tokenizer(folder, text_config, str(clip))
     class_embedding = "vision_model.embeddings.class_embedding"
     return ClipText(
         str(clip),
         text_config,
         vision_width,
-        clip_tokenizer(folder, text_config, str(clip)),
+        tokenizer,
         checkpoint,
         recipe,
         class_embedding if class_embedding in checkpoint.tensors else None,

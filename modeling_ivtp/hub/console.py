@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
+
+_OURS = logging.getLogger(__name__.partition(".")[0])
 
 
 @contextmanager
 def quiet(*, bars: bool = False) -> Iterator[None]:
-    """Keep transformers' reports out of the way, and its progress bars unless `bars`; errors still are raised."""
-    verbosity, enabled = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
+    """Keep transformers' reports and this package's own out of the way, and progress bars unless `bars`.
+
+    Errors still are raised.
+    """
+    verbosity, enabled = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    level = _OURS.level
+    transformers_logging.set_verbosity_error()
+    _OURS.setLevel(logging.ERROR)
     if not bars:
-        logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
+        transformers_logging.set_verbosity(verbosity)
+        _OURS.setLevel(level)
         if enabled:
-            logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()
 
 
 @contextmanager

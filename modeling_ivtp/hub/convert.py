@@ -23,9 +23,9 @@ from ..modeling_ivtp import IVTPLlavaForConditionalGeneration
 from ..processing_ivtp import IVTPLlavaProcessor
 from .clip_checkpoint import ClipText, load_clip_text
 from .console import progress_bar, quiet
-from .folder import check_target, new_folder
+from .folder import byte_count, check_target, new_folder
 from .llava_source import check_loading_info, empty, meta_model, read_config, warn_of_another_clip
-from .sources import HubOptions, local_folder, open_checkpoint
+from .sources import HubOptions, local_folder, open_checkpoint, reading
 from .weights import INDEX_FILE, Checkpoint, TensorInfo, write_safetensors
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -133,7 +133,7 @@ def convert(
         If a file is missing or damaged, the target exists or the disk is full.
     """
     options = HubOptions(revision, token, cache_dir, local_files_only)
-    wanted = _dtype(dtype)
+    wanted, shard_bytes = _dtype(dtype), byte_count(max_shard_size, "max_shard_size")
     _check_not_source(out, llava, clip)
     check_target(out, overwrite=overwrite)
     # The small files come first: a wrong model or option is not worth the download of its weights.
@@ -164,15 +164,17 @@ def convert(
 
     main_dtype = wanted or checkpoint.main_dtype
     tensors = _tensors(checkpoint, text, wanted, main_dtype)
-    with quiet():
+    with quiet(), reading(llava, folder):
         model = meta_model(config, {name: tensor.info for name, tensor in tensors.items()}, main_dtype, str(llava))
         if text is None:
             processor = IVTPLlavaProcessor.from_pretrained(folder)
         else:
             processor = IVTPLlavaProcessor.from_llava(folder, clip_tokenizer=text.tokenizer)
+    if processor.clip_tokenizer is None:
+        raise ValueError(f"{llava} has no clip_tokenizer/; name the CLIP to take it from")
 
     split = split_torch_state_dict_into_shards(
-        {name: empty(tensor.info) for name, tensor in tensors.items()}, max_shard_size=max_shard_size
+        {name: empty(tensor.info) for name, tensor in tensors.items()}, max_shard_size=shard_bytes
     )
     files = split.filename_to_tensors
     sizes = {file: sum(tensors[name].info.nbytes for name in names) for file, names in files.items()}

@@ -1,7 +1,8 @@
 """Folders that are either whole or not there.
 
 Everything is written into a hidden folder beside the target, which is renamed onto it as the very last step: a full
-disk, an error, Ctrl-C or a SIGTERM in the middle leaves nothing that could be taken for a checkpoint.
+disk, an error, Ctrl-C, a SIGTERM or a closed terminal in the middle leaves nothing that could be taken for a
+checkpoint.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import shutil
 import signal
 import sys
@@ -21,6 +23,9 @@ from types import FrameType
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+# Windows has no SIGHUP.
+_STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 @contextmanager
@@ -47,7 +52,7 @@ def new_folder(target: str | os.PathLike[str], *, needed_bytes: int = 0, overwri
     FileExistsError
         If `target` is a file, or a folder that is not empty and `overwrite` is False.
     OSError
-        If the disk has too little room, or gets full in the middle.
+        If `target` leads through a link to nowhere, or the disk has too little room or gets full in the middle.
     """
     final = check_target(target, needed_bytes=needed_bytes, overwrite=overwrite)
     made = [parent for parent in final.parents if not parent.exists()]
@@ -77,7 +82,11 @@ def new_folder(target: str | os.PathLike[str], *, needed_bytes: int = 0, overwri
 
 def check_target(target: str | os.PathLike[str], *, needed_bytes: int = 0, overwrite: bool = False) -> Path:
     """The checks `new_folder` makes before it writes anything; returns the absolute target with links resolved."""
-    final = Path(os.path.realpath(Path(target).expanduser()))
+    stated = Path(os.path.abspath(Path(target).expanduser()))
+    for path in (stated, *stated.parents):
+        if path.is_symlink() and not path.exists():
+            raise FileNotFoundError(f"{path} is a link to {os.readlink(path)}, which does not exist; remove the link")
+    final = Path(os.path.realpath(stated))
     if final.exists() and not final.is_dir():
         raise FileExistsError(f"{target} is a file, not a folder to write into")
     if final.is_dir() and any(final.iterdir()) and not overwrite:
@@ -106,24 +115,46 @@ def human_bytes(count: int) -> str:
     return f"{size:.3g} TB"
 
 
+def byte_count(size: int | str, name: str) -> int:
+    """The bytes of a size such as `"5GB"`, or of a number of bytes.
+
+    Raises
+    ------
+    ValueError
+        If `size`, the value of the option `name`, is not of that form or not above zero.
+    """
+    count = 0
+    if isinstance(size, int):
+        count = size
+    elif match := re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([KMGT]B)", size.strip().upper()):
+        count = int(float(match[1]) * _UNITS[match[2]])
+    if count < 1:
+        raise ValueError(f"{name}={size!r}; allowed: a number above zero with KB, MB, GB or TB, such as 5GB or 300MB")
+    return count
+
+
 @contextmanager
 def _terminated_as_exception() -> Iterator[None]:
-    """Let a SIGTERM unwind the stack like Ctrl-C does, unless somebody else already handles it."""
+    """Let SIGTERM, and the SIGHUP of a closed terminal, unwind the stack like Ctrl-C does.
+
+    One that somebody else handles, or that is ignored as below `nohup`, is left alone.
+    """
     main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
+    ours = [number for number in _STOPS if main and signal.getsignal(number) is signal.SIG_DFL]
 
     def stop(number: int, frame: FrameType | None) -> None:
         # A second one must not interrupt the cleaning up.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        for one in ours:
+            signal.signal(one, signal.SIG_IGN)
         raise SystemExit(128 + number)
 
-    signal.signal(signal.SIGTERM, stop)
+    for number in ours:
+        signal.signal(number, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _sync(folder: Path) -> None:

@@ -14,6 +14,7 @@ from ..configuration_ivtp import IVTPLlavaConfig
 from ..language_ivtp import DECODERS
 from ..modeling_ivtp import IVTPLlavaForConditionalGeneration
 from .clip_text import ClipText
+from .sources import reading
 from .weights import Checkpoint, TensorInfo
 
 MODEL_TYPES = ("llava", "ivtp_llava")
@@ -21,14 +22,23 @@ MODEL_TYPES = ("llava", "ivtp_llava")
 _ORIGINAL_TYPES = ("llava_llama", "llava_mistral", "llava_qwen")
 
 
-def read_config(folder: Path, llava: str) -> Any:
-    """The source's configuration as an `IVTPLlavaConfig`.
+def read_config(folder: Path, llava: str, *, quantized: bool = False) -> Any:
+    """The configuration in a folder as an `IVTPLlavaConfig`.
+
+    Parameters
+    ----------
+    folder : Path
+        Where config.json lies.
+    llava : str
+        What the person named; it stands in every error.
+    quantized : bool
+        Whether quantized weights will do.
 
     Raises
     ------
     ValueError
         If the layout is not one that IVTP prunes: another model, a quantized one, a vision tower without CLS token, an
-        unknown language model.
+        unknown language model; or if config.json is damaged.
     OSError
         If there is no config.json.
     """
@@ -44,9 +54,10 @@ def read_config(folder: Path, llava: str) -> Any:
             "; use the llava-hf repository of the same model" if model_type in ("llava_llama", "llava_mistral") else ""
         )
         raise ValueError(f"{llava} is of model_type {model_type!r}; supported are {', '.join(MODEL_TYPES)}{hint}")
-    if stated.get("quantization_config"):
+    if stated.get("quantization_config") and not quantized:
         raise ValueError(f"{llava} is quantized; start from the weights it was quantized from")
-    config: Any = IVTPLlavaConfig.from_pretrained(folder)
+    with reading(llava, folder):
+        config: Any = IVTPLlavaConfig.from_pretrained(folder)
     vision, decoder = config.vision_config.model_type, config.text_config.model_type
     if vision != "clip_vision_model":
         raise ValueError(
@@ -98,8 +109,13 @@ def check_loading_info(info: Mapping[str, Any], source: str) -> None:
     for kind, what in (
         ("missing_keys", "lacks {} tensors of the model"),
         ("unexpected_keys", "has {} tensors that the model does not know"),
-        ("mismatched_keys", "has {} tensors of other shapes than its config says"),
     ):
-        keys = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info[kind])
+        keys = sorted(map(str, info[kind]))
         if keys:
             raise ValueError(f"{source} {what.format(len(keys))}, such as {keys[0]}")
+    if mismatched := sorted(info["mismatched_keys"]):
+        name, stored, expected = mismatched[0]
+        raise ValueError(
+            f"{source} has {len(mismatched)} tensors of other shapes than its config says, such as {name}: "
+            f"{tuple(stored)} in the weights, {tuple(expected)} by config.json"
+        )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,20 @@ from huggingface_hub import HfApi, get_repo_discussions, snapshot_download
 from huggingface_hub.errors import NotASafetensorsRepoError
 
 from .weights import INDEX_FILE, SINGLE_FILE, WEIGHT_PATTERNS, Checkpoint, TensorInfo, dtype_named, no_safetensors
+
+# What transformers reads beside the weights; every one of them holds a JSON object.
+_JSON_FILES = (
+    "config.json",
+    "generation_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "chat_template.json",
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +74,42 @@ def local_folder(source: str | os.PathLike[str]) -> Path | None:
     if isinstance(source, str) and is_hub_id(source):
         return None
     raise FileNotFoundError(f"{source} is neither a folder here nor the name of a repository on the Hugging Face Hub")
+
+
+@contextmanager
+def reading(source: object, folder: Path | None) -> Iterator[None]:
+    """Name what is being read when a library stumbles over it: damaged files make them raise whatever comes.
+
+    Parameters
+    ----------
+    source : object
+        What the person named.
+    folder : Path or None
+        Where its small files lie, if they are here; the damaged one is looked for among them.
+
+    Raises
+    ------
+    ValueError
+        In place of errors that do not say what is wrong with which file.
+    """
+    try:
+        yield
+    except Exception as error:
+        clear = isinstance(error, (OSError, ValueError, ImportError, RuntimeError, MemoryError))
+        if clear and not isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)):
+            raise
+        places = () if folder is None else (folder, folder / "clip_tokenizer")
+        files = (place / name for place in places for name in _JSON_FILES)
+        damaged = next((file for file in files if file.is_file() and not _holds_object(file)), None)
+        what = f"{source} cannot be read" if damaged is None else f"{damaged} is damaged: it holds no JSON object"
+        raise ValueError(f"{what} ({type(error).__name__}: {error})") from error
+
+
+def _holds_object(file: Path) -> bool:
+    try:
+        return isinstance(json.loads(file.read_text(encoding="utf-8")), dict)
+    except ValueError:
+        return False
 
 
 def open_checkpoint(

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -134,12 +135,32 @@ class Checkpoint:
         tensors: dict[str, TensorInfo] = {}
         for file, names in shards.items():
             header = _read_header(folder / file)
-            missing = [name for name in names if name not in header]
-            if missing:
-                raise OSError(f"{folder / file} lacks {len(missing)} tensors that {INDEX_FILE} promises: {missing[0]}…")
+            _check_promised(folder / file, names, header)
             wanted = set(names)
             tensors.update((name, info) for name, info in header.items() if name in wanted)
         return cls(source, tensors, folder)
+
+
+def check_weights(folder: Path) -> None:
+    """Find out that a folder's safetensors files are not whole before any of them is loaded; only headers are read.
+
+    A folder with weights in another format is left to whoever loads it.
+
+    Raises
+    ------
+    OSError
+        Naming the file that is missing or damaged, shorter or longer than its header says, or without a tensor that
+        the index promises.
+    """
+    if (folder / SINGLE_FILE).is_file():
+        shards: dict[str, list[str]] = {SINGLE_FILE: []}
+    elif (folder / INDEX_FILE).is_file():
+        shards = _read_index(folder / INDEX_FILE)
+    else:
+        return
+    for file, promised in shards.items():
+        with _opened(folder / file) as weights:
+            _check_promised(folder / file, promised, set(weights.keys()))
 
 
 def no_safetensors(source: str, files: Iterable[str]) -> str:
@@ -215,16 +236,29 @@ def dtype_named(name: str, where: str) -> torch.dtype:
     return DTYPES[name]
 
 
+def _check_promised(path: Path, promised: Iterable[str], there: Collection[str]) -> None:
+    missing = [name for name in promised if name not in there]
+    if missing:
+        raise OSError(f"{path} lacks {len(missing)} tensors that {INDEX_FILE} promises: {missing[0]}…")
+
+
 def _read_header(path: Path) -> dict[str, TensorInfo]:
+    with _opened(path) as file:
+        slices = {name: file.get_slice(name) for name in file.offset_keys()}
+        return {
+            name: TensorInfo(path.name, dtype_named(part.get_dtype(), str(path)), tuple(part.get_shape()))
+            for name, part in slices.items()
+        }
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """An open safetensors file, whose header has been found to fit its size."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            slices = {name: file.get_slice(name) for name in file.offset_keys()}
-            return {
-                name: TensorInfo(path.name, dtype_named(part.get_dtype(), str(path)), tuple(part.get_shape()))
-                for name, part in slices.items()
-            }
+            yield file
     except SafetensorError as error:
         raise OSError(f"{path} is truncated or not a safetensors file ({error}); fetch or save it again") from error
 
