@@ -6,7 +6,7 @@ layers and the decoder's first eight make four groups each, as LLaVA-1.5's twelv
 decoder layers stay above them to answer from what is left.
 """
 
-from transformers import CLIPTextConfig, CLIPVisionConfig
+from transformers import CLIPTextConfig, CLIPVisionConfig, LlamaConfig
 
 WIDTH, TEXT_WIDTH, HEADS, LAYERS, DECODER_LAYERS, PROJECTION = 192, 128, 3, 8, 12, 128
 PRUNING = {"layers_per_group": 2, "decoder_layers": 8}
@@ -36,4 +36,19 @@ def clip_text_config() -> CLIPTextConfig:
         projection_dim=PROJECTION,
         max_position_embeddings=77,
         hidden_act="gelu",
+    )
+
+
+def decoder_config(vocabulary: int) -> LlamaConfig:
+    """LLaMA of 12 layers; the long RoPE period suits 24 rows of 24 patches."""
+    return LlamaConfig(
+        hidden_size=WIDTH,
+        intermediate_size=512,
+        num_hidden_layers=DECODER_LAYERS,
+        num_attention_heads=HEADS,
+        vocab_size=vocabulary,
+        max_position_embeddings=2048,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        bos_token_id=1,
+        eos_token_id=2,
     )

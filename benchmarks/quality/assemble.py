@@ -1,0 +1,82 @@
+"""From the states of training to a checkpoint that anyone loads.
+
+python -m benchmarks.quality.assemble --clip out/miniature/clip --llava out/miniature/llava --out out/miniature/model
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from safetensors import safe_open
+
+from benchmarks.quality.miniature import PRUNING, clip_text_config, decoder_config, vision_config
+from benchmarks.quality.tokenizer import decoder_tokenizer, processor
+from benchmarks.quality.train_clip import Teacher
+from benchmarks.quality.train_llava import Speaker, load_teacher
+from benchmarks.quality.world import fingerprint
+from modeling_ivtp import IVTPLlavaConfig, IVTPLlavaForConditionalGeneration
+from modeling_ivtp.hub.folder import new_folder
+
+
+def assemble(teacher: Teacher, speaker: Speaker) -> IVTPLlavaForConditionalGeneration:
+    """One IVTP-LLaVA of both stages; the features' normalisation becomes part of the projector."""
+    tokenizer = decoder_tokenizer()
+    config = IVTPLlavaConfig(
+        vision_config=vision_config().to_dict(),
+        text_config=decoder_config(len(tokenizer)).to_dict(),
+        clip_text_config=clip_text_config().to_dict(),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        pruning=PRUNING,
+        world_fingerprint=fingerprint(),
+    )
+    model = IVTPLlavaForConditionalGeneration(config).eval()
+    body = model.model
+    body.vision_tower.load_state_dict(teacher.clip.vision_model.state_dict())
+    body.clip_text_model.text_model.load_state_dict(teacher.clip.text_model.state_dict())
+    body.clip_text_model.text_projection.load_state_dict(teacher.clip.text_projection.state_dict())
+    body.visual_projection.load_state_dict(teacher.clip.visual_projection.state_dict())
+    body.language_model.load_state_dict(speaker.language.state_dict())
+    model.lm_head.load_state_dict(speaker.head.state_dict())
+    projector, first = body.multi_modal_projector, speaker.linear_1
+    projector.linear_2.load_state_dict(speaker.linear_2.state_dict())
+    with torch.no_grad():
+        projector.linear_1.weight.copy_(first.weight / speaker.deviation)
+        projector.linear_1.bias.copy_(first.bias - first.weight @ (speaker.mean / speaker.deviation))
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return model
+
+
+def load_speaker(folder: Path) -> Speaker:
+    """What stages 2 and 3 trained."""
+    file = folder / "state.safetensors"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is not there: train stages 2 and 3 first (benchmarks.quality.train_llava).")
+    speaker = Speaker(decoder_config(len(decoder_tokenizer())), vision_config().hidden_size)
+    with safe_open(file, framework="pt") as state:
+        names = [name for name in state.keys() if name.startswith("weights.")]  # noqa: SIM118
+        speaker.load_state_dict({name.removeprefix("weights."): state.get_tensor(name) for name in names})
+    return speaker.eval()
+
+
+def main(
+    clip: Annotated[Path, typer.Option(help="Folder of stage 1.")],
+    llava: Annotated[Path, typer.Option(help="Folder of stages 2 and 3.")],
+    out: Annotated[Path, typer.Option(help="The checkpoint to write.")],
+    dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is there.")] = False,
+) -> None:
+    """Write the checkpoint with code and processor."""
+    if dtype not in ("float16", "bfloat16", "float32"):
+        raise typer.BadParameter(f"{dtype}; allowed: float16, bfloat16, float32")
+    model = assemble(load_teacher(clip), load_speaker(llava)).to(getattr(torch, dtype))
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    with new_folder(out, needed_bytes=size, overwrite=overwrite) as folder:
+        model.save_pretrained(folder)
+        processor().save_pretrained(folder)
+    print(f"wrote {out}: {size / 1e6:.1f} MB of weights")
+
+
+if __name__ == "__main__":
+    typer.run(main)

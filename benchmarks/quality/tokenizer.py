@@ -1,0 +1,57 @@
+"""The decoder's tokenizer: a BPE of LLaMA's kind, learned from the world's own wording."""
+
+import json
+from functools import cache
+
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AddedToken, CLIPImageProcessor, LlamaTokenizer
+
+from benchmarks.quality.world import all_words, answer_words, draw_scene, questions
+from modeling_ivtp import IVTPLlavaProcessor
+from modeling_ivtp.hub.clip_bpe import clip_tokenizer_from_open_clip
+
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif -%}
+{%- for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor -%}
+{%- for part in message['content'] if part['type'] == 'text' %}{{ part['text'] + ' ' }}{% endfor -%}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif -%}
+"""
+
+
+@cache
+def decoder_tokenizer() -> LlamaTokenizer:
+    """Metaspace and byte fallback as in LLaMA; about 900 pieces, so that longer words of a question are split.
+
+    Answers are whole pieces: what is measured is sight, not spelling.
+    """
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=820, special_tokens=special, show_progress=False)
+    asked = [one.prompt for index in range(400) for one in questions(draw_scene("train", index), 8)]
+    # Once more than anything else, so that merges reach whole answers first.
+    answers = [" ".join(answer_words())] * 4000
+    tokenizer.train_from_iterator([*asked, *answers, " ".join(all_words())], trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    merges = [tuple(merge) for merge in model["merges"]]
+    made = LlamaTokenizer(vocab=model["vocab"], merges=merges, pad_token="<pad>", padding_side="left")
+    names = ["<pad>", "<image>"]
+    made.add_tokens([AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True)
+    return made
+
+
+def processor() -> IVTPLlavaProcessor:
+    """LLaVA-1.5's processor with both tokenizers of the miniature."""
+    return IVTPLlavaProcessor(
+        image_processor=CLIPImageProcessor(
+            size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}, do_convert_rgb=True
+        ),
+        tokenizer=decoder_tokenizer(),
+        clip_tokenizer=clip_tokenizer_from_open_clip(),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )

@@ -1,0 +1,178 @@
+"""Training of the miniature: its shortcuts are exact, and it goes on where it was stopped."""
+
+import os
+import signal
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.quality.assemble import assemble
+from benchmarks.quality.captions_for_clip import texts_of
+from benchmarks.quality.loop import Stopped, TrainingRun, cosine_rate
+from benchmarks.quality.miniature import decoder_config, vision_config
+from benchmarks.quality.tokenizer import decoder_tokenizer
+from benchmarks.quality.train_clip import Batch, Teacher
+from benchmarks.quality.train_llava import Speaker, ask
+from benchmarks.quality.world import TYPES, answer_words, draw_scene, kinds
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    torch.manual_seed(0)
+    return Teacher().eval()
+
+
+@torch.no_grad()
+def test_the_tower_sees_what_transformers_tower_sees(teacher):
+    batch = Batch(0, 2, 336)
+    assert batch.window == (0, 0)
+    tops, features = teacher.see(batch.pixels, batch.window)
+    stock = teacher.clip.vision_model(batch.pixels, output_hidden_states=True)
+    torch.testing.assert_close(features, stock.hidden_states[-2][:, 1:])
+    torch.testing.assert_close(tops[-1], stock.last_hidden_state[:, 0])
+
+
+@torch.no_grad()
+def test_questions_side_by_side_get_the_answers_they_get_alone():
+    torch.manual_seed(0)
+    asked = ask(0, 2, 3, TYPES)
+    speaker = Speaker(decoder_config(len(decoder_tokenizer())), 192).eval()
+    features = torch.randn(2, 576, 192)
+    together = speaker(features, asked.lead, asked.tokens)
+    for row in range(2):
+        for question in range(3):
+            words = torch.cat([asked.lead, asked.tokens[row, question]])
+            embeds = speaker.language.embed_tokens(words)
+            lead = len(asked.lead)
+            embeds = torch.cat([embeds[:lead], speaker.project(features[row]), embeds[lead:]])[None]
+            alone = speaker.language(inputs_embeds=embeds).last_hidden_state[0, lead + 576 :]
+            torch.testing.assert_close(together[row, question], alone, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_the_assembled_model_answers_what_was_trained(teacher):
+    torch.manual_seed(0)
+    asked = ask(0, 1, 1, TYPES)
+    speaker = Speaker(decoder_config(len(decoder_tokenizer())), 192).eval()
+    features = teacher.see(asked.pixels, (0, 0))[1]
+    speaker.mean.copy_(features.mean((0, 1)))
+    speaker.deviation.copy_(features.std())
+    expected = speaker.head(speaker(features, asked.lead, asked.tokens))[0, 0]
+    model = assemble(teacher, speaker)
+    image = torch.full((576,), model.config.image_token_id)
+    ids = torch.cat([asked.lead, image, asked.tokens[0, 0]])[None]
+    with model.pruning(enabled=False):
+        logits = model(input_ids=ids, pixel_values=asked.pixels).logits[0, len(asked.lead) + 576 :]
+    torch.testing.assert_close(logits, expected, atol=1e-3, rtol=1e-3)
+    assert model.pruning_config.visual_tokens == 64
+    assert sum(parameter.numel() * 2 for parameter in model.parameters()) < 40e6
+
+
+def test_the_answer_is_looked_for_where_it_stands():
+    tokenizer = decoder_tokenizer()
+    asked = ask(3, 2, 8, TYPES)
+    for row in range(2):
+        for question in range(8):
+            at = asked.answers[row, question]
+            ids = asked.tokens[row, question].tolist()
+            assert tokenizer.convert_ids_to_tokens(ids[at]) == "▁ASSISTANT:"
+            assert tokenizer.decode([ids[at + 1]]).strip() in answer_words()
+            assert ids[at + 2] == tokenizer.eos_token_id
+
+
+def test_every_answer_is_one_token():
+    tokenizer = decoder_tokenizer()
+    assert all(len(tokenizer(f" {word}", add_special_tokens=False)["input_ids"]) == 1 for word in answer_words())
+
+
+def test_a_text_names_what_stands_before_its_end():
+    import numpy as np
+
+    scenes = [draw_scene("train", index, side=168) for index in range(40)]
+    texts = texts_of(scenes, np.random.Generator(np.random.PCG64(0)), question_share=0)
+    present = torch.zeros(40, len(kinds()), dtype=torch.bool)
+    for row, scene in enumerate(scenes):
+        present[row, [thing.kind for thing in scene.objects]] = True
+    assert not (texts.names & ~present).any()
+    assert texts.names.any(1).float().mean() > 0.5
+    assert (texts.ends > 0).all()
+
+
+def a_run(folder, steps=8, **settings):
+    torch.manual_seed(0)
+    module = nn.Linear(4, 4)
+    optimizers = [torch.optim.AdamW(module.parameters(), lr=0.1)]
+    return TrainingRun(folder, module, optimizers, {"steps": steps} | settings)
+
+
+def one_step_of(run):
+    def one_step(step):
+        for optimizer in run.optimizers:
+            optimizer.zero_grad()
+        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
+        loss = (run.modules(x) - x).square().mean()
+        loss.backward()
+        for optimizer in run.optimizers:
+            optimizer.step()
+        return {"loss": float(loss.detach())}
+
+    return one_step
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path):
+    whole = a_run(tmp_path / "whole")
+    whole.train(8, one_step_of(whole), title="whole")
+    begun = a_run(tmp_path / "parts")
+    step_of = one_step_of(begun)
+
+    def stop_at_three(step):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step_of(step)
+
+    with pytest.raises(Stopped, match="stopped at step 4 of 8"):
+        begun.train(8, stop_at_three, title="parts")
+    again = a_run(tmp_path / "parts")
+    assert again.step == 4
+    again.train(8, one_step_of(again), title="parts")
+    for mine, theirs in zip(again.modules.parameters(), whole.modules.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert not list(tmp_path.glob("*/*.partial"))
+
+
+def test_a_state_of_other_settings_is_refused(tmp_path):
+    a_run(tmp_path).save()
+    with pytest.raises(ValueError, match=r"other settings \(steps\)"):
+        a_run(tmp_path, steps=9)
+
+
+def test_a_full_disk_leaves_the_state_before(tmp_path, monkeypatch):
+    from benchmarks.quality import loop
+
+    run = a_run(tmp_path)
+    run.save()
+    before = run.state_file.read_bytes()
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(loop, "save_file", full)
+    run.step = 5
+    with pytest.raises(OSError, match="No space"):
+        run.save()
+    assert run.state_file.read_bytes() == before
+
+
+def test_the_learning_rate_warms_up_and_comes_down():
+    rates = [cosine_rate(step, 1000) for step in range(1000)]
+    assert rates[0] == 0.01
+    assert max(rates) == 1.0
+    assert rates[-1] == pytest.approx(0.05, abs=1e-3)
+
+
+def test_the_miniature_has_the_real_geometry():
+    config = vision_config()
+    assert (config.image_size, config.patch_size) == (336, 14)
+    assert config.hidden_size % 64 == 0
+    assert config.num_attention_heads == config.hidden_size // 64
