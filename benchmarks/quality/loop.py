@@ -197,3 +197,32 @@ def cosine_rate(step: int, steps: int, warm_up: int = 100) -> float:
         return (step + 1) / warm_up
     done = (step - warm_up) / max(1, steps - warm_up)
     return 0.05 + 0.95 * 0.5 * (1 + float(torch.cos(torch.tensor(done * torch.pi))))
+
+
+RATES = (0.02, 2e-3)
+
+
+def optimizers_of(module: torch.nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices, AdamW for all else."""
+    matrices = [p for name, p in module.named_parameters() if p.dim() == 2 and ".layers." in name]
+    inside = {id(p) for p in matrices}
+    rest = [p for p in module.parameters() if id(p) not in inside]
+    return [
+        torch.optim.Muon(matrices, lr=RATES[0], momentum=0.95, weight_decay=0.01),
+        torch.optim.AdamW(rest, lr=RATES[1], betas=(0.9, 0.98), weight_decay=0.01),
+    ]
+
+
+def optimize(
+    module: torch.nn.Module, optimizers: list[torch.optim.Optimizer], told: dict[str, torch.Tensor], rate: float
+) -> dict[str, float]:
+    """One step down `told["loss"]` with `rate` of the peak learning rates; what was told, as numbers."""
+    for optimizer, peak in zip(optimizers, RATES, strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = peak * rate
+        optimizer.zero_grad()
+    told["loss"].backward()
+    torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+    return {name: float(value.detach()) for name, value in told.items()}

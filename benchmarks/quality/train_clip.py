@@ -20,9 +20,9 @@ from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
 from benchmarks.quality.captions_for_clip import Texts, texts_of
-from benchmarks.quality.loop import Stopped, TrainingRun, cosine_rate, drawn_ahead
+from benchmarks.quality.loop import Stopped, TrainingRun, cosine_rate, drawn_ahead, optimize, optimizers_of
 from benchmarks.quality.miniature import LAYERS, PROJECTION, WIDTH, clip_text_config, vision_config
-from benchmarks.quality.world import COLOURS, SIDE, draw_scene, kinds
+from benchmarks.quality.world import COLOURS, SIDE, Scene, draw_scene, kinds
 
 MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 GRID = SIDE // 14
@@ -100,14 +100,19 @@ class Teacher(nn.Module):
         }  # fmt: skip
 
 
+def pixel_values(scenes: list[Scene]) -> torch.Tensor:
+    """What CLIP's image processor makes of scenes that have the right size already: (B, 3, side, side)."""
+    pixels = torch.from_numpy(np.stack([scene.pixels for scene in scenes])).permute(0, 3, 1, 2).float() / 255
+    return (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(DEVIATION)[:, None, None]
+
+
 class Batch:
     """Scenes of one step with their labels, drawn from the step number."""
 
     def __init__(self, step: int, size: int, side: int) -> None:
         draw = np.random.Generator(np.random.PCG64([7, step]))
         scenes = [draw_scene("train", step * 64 + number, side=side) for number in range(size)]
-        pixels = torch.from_numpy(np.stack([scene.pixels for scene in scenes])).permute(0, 3, 1, 2).float() / 255
-        self.pixels = (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(DEVIATION)[:, None, None]
+        self.pixels = pixel_values(scenes)
         kind = torch.from_numpy(np.stack([scene.patch_kinds() for scene in scenes])).long()
         colour = torch.from_numpy(np.stack([scene.patch_colours() for scene in scenes])).long()
         self.kinds = kind.masked_fill(kind < 0, len(kinds()))
@@ -119,17 +124,6 @@ class Batch:
         free = GRID - side // 14
         self.window = (int(draw.integers(free + 1)), int(draw.integers(free + 1)))
         self.texts: Texts = texts_of(scenes, draw)
-
-
-def optimizers_of(module: nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices, AdamW for all else."""
-    matrices = [p for name, p in module.named_parameters() if p.dim() == 2 and ".layers." in name]
-    inside = {id(p) for p in matrices}
-    rest = [p for p in module.parameters() if id(p) not in inside]
-    return [
-        torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.01),
-        torch.optim.AdamW(rest, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01),
-    ]
 
 
 def main(
@@ -154,18 +148,9 @@ def main(
 
     def one_step(step: int) -> dict[str, float]:
         batch = next(batches)
-        rate = cosine_rate(step, steps)
-        for optimizer, peak in zip(optimizers, (0.02, 2e-3), strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = peak * rate
-            optimizer.zero_grad()
         with torch.autocast(device.type, torch.bfloat16):
             losses = teacher.losses(batch, device)
-        losses["loss"].backward()
-        nn.utils.clip_grad_norm_(teacher.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        return {name: float(value.detach()) for name, value in losses.items()}
+        return optimize(teacher, optimizers, losses, cosine_rate(step, steps))
 
     run.train(steps, one_step, title="CLIP")
 

@@ -21,10 +21,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from benchmarks.quality.loop import Stopped, TrainingRun, cosine_rate, drawn_ahead
+from benchmarks.quality.loop import Stopped, TrainingRun, cosine_rate, drawn_ahead, optimize, optimizers_of
 from benchmarks.quality.miniature import decoder_config
 from benchmarks.quality.tokenizer import decoder_tokenizer
-from benchmarks.quality.train_clip import DEVIATION, MEAN, Teacher, optimizers_of
+from benchmarks.quality.train_clip import Teacher, pixel_values
 from benchmarks.quality.world import COLOURS, TYPES, Scene, draw_scene, kinds, questions
 
 SINGLE = ("existence", "colour", "corner", "larger", "count")
@@ -138,12 +138,9 @@ def ask(step: int, size: int, number: int, types: tuple[str, ...]) -> Asked:
         for column, ids in enumerate(of_scene):
             tokens[row, column, : len(ids)] = torch.tensor(ids)
             answers_at[row, column] = len(ids) - 3  # the token that predicts the answer; then the answer, then the end
-    return Asked(_pixels(scenes), torch.tensor(lead), tokens, answers_at, torch.tensor(sorts), _patch_words(scenes))
-
-
-def _pixels(scenes: list[Scene]) -> torch.Tensor:
-    pixels = torch.from_numpy(np.stack([scene.pixels for scene in scenes])).permute(0, 3, 1, 2).float() / 255
-    return (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(DEVIATION)[:, None, None]
+    return Asked(
+        pixel_values(scenes), torch.tensor(lead), tokens, answers_at, torch.tensor(sorts), _patch_words(scenes)
+    )
 
 
 def _patch_words(scenes: list[Scene]) -> torch.Tensor:
@@ -194,7 +191,7 @@ def main(
         with torch.autocast(device.type, torch.bfloat16):
             return teacher.see(pixels.to(device), (0, 0))[1].float()
 
-    sample = see(_pixels([draw_scene("train", index) for index in range(32)]))
+    sample = see(pixel_values([draw_scene("train", index) for index in range(32)]))
     speaker.mean.copy_(sample.mean((0, 1)))
     speaker.deviation.copy_(sample.std())
     optimizers = optimizers_of(speaker)
@@ -216,19 +213,10 @@ def main(
 
     def one_step(step: int) -> dict[str, float]:
         batch = next(batches)
-        rate = cosine_rate(step, steps)
-        for optimizer, peak in zip(optimizers, (0.02, 2e-3), strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = peak * rate
-            optimizer.zero_grad()
         features = see(batch.pixels)
         with torch.autocast(device.type, torch.bfloat16):
             told = _align(speaker, features, batch) if step < align_steps else _answer(speaker, features, batch)
-        told["loss"].backward()
-        nn.utils.clip_grad_norm_(speaker.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        return {name: float(value.detach()) for name, value in told.items()}
+        return optimize(speaker, optimizers, told, cosine_rate(step, steps))
 
     run.train(steps, one_step, title="LLaVA")
 
