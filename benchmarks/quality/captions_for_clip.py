@@ -1,5 +1,6 @@
-"""Texts for CLIP's text tower: captions and questions, read up to some word, and what that much of them names."""
+"""Texts for CLIP's text tower: captions and questions, read whole or up to some word, and what they name there."""
 
+import re
 from dataclasses import dataclass
 from functools import cache
 
@@ -20,9 +21,9 @@ class Texts:
     ----------
     input_ids : int64 Tensor (B, LENGTH)
     ends : int64 Tensor (B,)
-        The token that each text is read up to: the end token, or an earlier one.
+        The token at which each text is read: the end token, or a word's.
     names : bool Tensor (B, kinds)
-        The kinds that are named up to there.
+        At the end token, all kinds that the text names; at a word, the kind that this word names.
     """
 
     input_ids: torch.Tensor
@@ -41,11 +42,12 @@ def _kinds_by_word() -> dict[str, int]:
 
 
 def texts_of(scenes: list[Scene], draw: np.random.Generator, question_share: float = 0.25) -> Texts:
-    """A caption or a question of each scene, half of them cut short.
+    """A caption or a question of each scene, read whole or, half of them, at one of its words.
 
-    The text tower is causal, so a token's feature is that of the text up to it; cutting captions at a word and pooling
-    there trains exactly what Eq. 6 compares with the image. Questions take part without their answers, so that their
-    wording is known to the tower, as any wording of the web is to a real CLIP.
+    Eq. 6 compares single words with the image and counts those above a threshold as visible. On the web's billions of
+    captions that comes by itself; here it is asked for: read at a word, a text matches the images that show what this
+    word names, and no image if it names nothing. Questions take part without their answers, so that their wording is
+    known to the tower.
     """
     texts = []
     for scene in scenes:
@@ -57,14 +59,21 @@ def texts_of(scenes: list[Scene], draw: np.random.Generator, question_share: flo
     encoded = _tokenizer()(  # type: ignore[operator]
         texts, padding="max_length", truncation=True, max_length=LENGTH, return_offsets_mapping=True
     )
-    ids = torch.tensor(encoded["input_ids"])
-    lengths = [sum(mask) for mask in encoded["attention_mask"]]
     ends, names = [], torch.zeros(len(texts), len(kinds()), dtype=torch.bool)
-    for row, (text, length) in enumerate(zip(texts, lengths, strict=True)):
-        end = length - 1 if draw.random() < 0.5 else int(draw.integers(1, length - 1))
+    for row, text in enumerate(texts):
+        last = sum(encoded["attention_mask"][row]) - 1
+        words = [match.span() for match in re.finditer(r"\w+", text)]
+        end = last
+        if draw.random() < 0.5:
+            # Words that name something are as often read as words that do not.
+            naming = [span for span in words if text[slice(*span)].lower() in _kinds_by_word()]
+            words = [span for span in words if span not in naming] if draw.random() < 0.5 or not naming else naming
+            start, stop = words[int(draw.integers(len(words)))]
+            words = [(start, stop)]
+            offsets = encoded["offset_mapping"][row]
+            end = max((at for at in range(1, last) if start <= offsets[at][0] < stop), default=last)
         ends.append(end)
-        stop = len(text) if end == length - 1 else encoded["offset_mapping"][row][end][1]
-        for word in text[:stop].lower().replace(",", " ").replace("?", " ").replace(".", " ").split():
-            if word in _kinds_by_word():
-                names[row, _kinds_by_word()[word]] = True
-    return Texts(ids, torch.tensor(ends), names)
+        for span in words:
+            if (kind := _kinds_by_word().get(text[slice(*span)].lower())) is not None:
+                names[row, kind] = True
+    return Texts(torch.tensor(encoded["input_ids"]), torch.tensor(ends), names)

@@ -1,6 +1,6 @@
 """Stage 1: the CLIP of the miniature, both towers, on scenes and captions.
 
-CLIP's contrastive loss teaches CLS and words to meet. Because the world is drawn, every patch may be told besides what
+CLIP's loss teaches CLS and words to meet. Because the world is drawn, every patch may be told besides what
 it shows (kind and tile colour), and CLS which kinds there are, at the top of every group; those heads are dropped in
 the end. First steps run on small scenes of 168 pixels under random windows of the position table, the rest on whole
 ones.
@@ -37,6 +37,8 @@ class Teacher(nn.Module):
         self.clip = CLIPModel(
             CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=PROJECTION)
         )
+        self.bias = nn.Parameter(torch.tensor(-6.0))
+        nn.init.constant_(self.clip.logit_scale, 2.3)
         self.patch_norm = nn.LayerNorm(WIDTH)
         self.patch_head = nn.Linear(WIDTH, len(kinds()) + 1 + len(COLOURS) + 1)
         self.cls_norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(LAYERS // 2))
@@ -71,13 +73,12 @@ class Teacher(nn.Module):
         words = self.clip.text_projection(hidden[torch.arange(len(hidden)), texts.ends.to(device)])
         images = self.clip.visual_projection(self.clip.vision_model.post_layernorm(tops[-1]))
         logits = F.normalize(words.float(), dim=-1) @ F.normalize(images.float(), dim=-1).T
-        logits = logits * self.clip.logit_scale.exp().clamp(max=100)
-        there = batch.present.any(-1).to(device)
-        # A text that names little is true of several images of the batch: all of them count as its own.
-        fits = ~(texts.names.to(device)[:, None] & ~there[None]).any(-1)
-        fits = (fits | torch.eye(len(fits), dtype=torch.bool, device=device)).float()
-        contrast = F.cross_entropy(logits, fits / fits.sum(1, keepdim=True))
-        contrast = contrast + F.cross_entropy(logits.T, fits.T / fits.T.sum(1, keepdim=True))
+        logits = logits * self.clip.logit_scale.exp().clamp(max=100) + self.bias
+        there, named = batch.present.any(-1).to(device), texts.names.to(device)
+        # A text that names little is true of several images and one that names nothing of none, so each pair is judged
+        # by itself: the sigmoid loss that open_clip has beside the contrastive one.
+        fits = named.any(1, keepdim=True) & ~(named[:, None] & ~there[None]).any(-1)
+        contrast = -F.logsigmoid(torch.where(fits, logits, -logits)).sum(1).mean()
         told = self.patch_head(self.patch_norm(features.float())).flatten(0, 1)
         kind_logits, colour_logits = told.split([len(kinds()) + 1, len(COLOURS) + 1], -1)
         kind, colour = batch.kinds.to(device).flatten(), batch.colours.to(device).flatten()
@@ -93,10 +94,12 @@ class Teacher(nn.Module):
             right_colour = (colour_logits.argmax(-1) == colour)[objects].float().mean()
             guess = seen[-1].unflatten(1, (len(kinds()), -1))[..., 0] > 0
             f1 = 2 * (guess & there).sum() / (guess.sum() + there.sum()).clamp(min=1)
-            own = fits.gather(1, logits.argmax(1, keepdim=True)).mean()
+            says = named.any(1)
+            own = fits.gather(1, logits.argmax(1, keepdim=True))[says].float().mean()
+            quiet = (logits[~says] < 0).float().mean()
         return {
             "loss": contrast + dense + 0.05 * cls, "contrast": contrast, "dense": dense, "cls": cls, "kinds": right,
-            "colours": right_colour, "cls_f1": f1, "texts": own,
+            "colours": right_colour, "cls_f1": f1, "texts": own, "quiet": quiet,
         }  # fmt: skip
 
 
