@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test test-oldest lint clean
+.PHONY: help setup demo quality test test-oldest lint clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -20,6 +20,10 @@ $(STAMP): pyproject.toml
 
 demo: setup  ## ask a picture a question, unpruned beside pruned, and draw what was kept
 	$(RUN)/python examples/demo.py --out out/demo
+
+quality: setup  ## evaluate MODEL=folder on held-out questions of the drawn world
+	@test -n "$(MODEL)" || { echo "make quality MODEL=folder" >&2; exit 1; }
+	$(RUN)/python -m benchmarks.quality.evaluate_quality --model $(MODEL) --out benchmarks/results
 
 test: setup  ## all tests
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest --numprocesses 2 --dist loadfile

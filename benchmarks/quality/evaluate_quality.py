@@ -1,0 +1,258 @@
+"""Ask a checkpoint held-out questions under every pruning method, and write the table and the plots.
+
+    python -m benchmarks.quality.evaluate_quality --model out/miniature/checkpoint --out benchmarks/results
+
+Questions run in batches, and a batch goes through every row before the next one is drawn: an image is drawn, prepared
+and encoded once for all rows that can share it, and no more than a batch is ever in memory. Answers are written down as
+they come, so an evaluation that was interrupted goes on where it was when the same command is given again.
+"""
+
+import datetime
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from enum import Enum
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from benchmarks.quality import report
+from benchmarks.quality.answer_log import AnswerLog
+from benchmarks.quality.checkpoint import check_world, checkpoint_fingerprint, code_fingerprint
+from benchmarks.quality.examination import Asked, Examination, row_cost, row_signature
+from benchmarks.quality.methods import BUDGETS, Row, ablation_rows, main_rows
+from benchmarks.quality.progress import Asking
+from benchmarks.quality.world import TYPES, fingerprint, sample_questions
+from modeling_ivtp.hub.answering import load_model
+from modeling_ivtp.hub.console import quiet
+
+
+class Rows(str, Enum):
+    """Which rows to evaluate."""
+
+    main = "main"
+    ablations = "ablations"
+    all = "all"
+
+
+def ask(
+    model: Any, processor: Any, rows: Sequence[Row], log: AnswerLog, *, number: int, batch: int, seed: int = 0
+) -> Asked:
+    """Put the test questions to a model under every row, into the log; what is there already is not asked again.
+
+    Parameters
+    ----------
+    model : IVTPLlavaForConditionalGeneration
+    processor : IVTPLlavaProcessor
+    rows : sequence of Row
+    log : AnswerLog
+    number : int
+        How many questions.
+    batch : int
+    seed : int
+        Of random patches.
+    """
+    asked, unique = Asked(), {row_signature(row, model.config): row for row in rows}
+    sample = sample_questions("test", number, side=model.config.vision_config.image_size)
+    with Asking(len(unique) * number) as progress:
+        for index, part in enumerate(_batched(sample, batch)):
+            examination = Examination(model, processor, part, index * batch, seed)
+            asked.questions += [question for _, question in part]
+            asked.text_tokens += examination.text_tokens
+            asked.windows += examination.windows
+            for signature, row in unique.items():
+                new = not log.has(signature, index)
+                if new:
+                    log.add(signature, index, *examination.answers(row))
+                progress.advance(len(part), new, f"{row.method} {row.visual_tokens}")
+    return asked
+
+
+def _batched(sample: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    while part := list(islice(sample, size)):
+        yield part
+
+
+def evaluate_checkpoint(
+    folder: Path,
+    out: Path,
+    *,
+    rows: str = "main",
+    number: int = 2000,
+    batch: int = 16,
+    budgets: Sequence[int] = BUDGETS,
+    ablation_budgets: Sequence[int] = (64,),
+    methods: Sequence[str] = (),
+    headline: Sequence[str] = TYPES,
+    reference: Path | None = None,
+    device: str | None = None,
+    dtype: str = "float32",
+    seed: int = 0,
+    command: str = "",
+) -> Path:
+    """Evaluate a checkpoint and write results, table and plots.
+
+    Parameters
+    ----------
+    folder : Path
+        The checkpoint.
+    out : Path
+        Folder of the results.
+    rows : {"main", "ablations", "all"}
+    number : int
+        Questions.
+    batch : int
+    budgets, ablation_budgets : sequence of int
+        Visual tokens of the main rows and of the ablations.
+    methods : sequence of str
+        Only rows of these names; default: all.
+    headline : sequence of str
+        Question types whose answers make the accuracy; the others are told by type only.
+    reference : Path, optional
+        The checkpoint that this one was retrained from; its results of the same day's file are joined.
+    device, dtype : str
+        As in `load_model`.
+    seed : int
+        Of random patches.
+    command : str
+        How it was called, for the record.
+
+    Returns
+    -------
+    Path
+        The JSON file.
+
+    Raises
+    ------
+    ValueError
+        For options out of range, a checkpoint of another world, or a reference without results.
+    """
+    if number < 1 or batch < 1:
+        raise ValueError(f"questions={number}, batch={batch}; allowed: at least 1.")
+    if unknown := sorted(set(headline) - set(TYPES)):
+        raise ValueError(f"Unknown question type(s) {', '.join(unknown)}; allowed: {', '.join(TYPES)}.")
+    folder, out = Path(folder), Path(out)
+    checkpoint = checkpoint_fingerprint(folder)
+    model, processor = load_model(folder, device=device, dtype=dtype)
+    check_world(model, processor)
+    chosen, skipped = _rows(model.config, rows, budgets, ablation_budgets)
+    if methods:
+        if unknown := sorted(set(methods) - {row.method for row in chosen}):
+            raise ValueError(
+                f"Unknown method(s) {', '.join(unknown)}; allowed: "
+                f"{', '.join(dict.fromkeys(row.method for row in chosen))}."
+            )
+        # Everything is measured against the model's own unpruned self, unless it was retrained.
+        chosen = [row for row in chosen if row.method in methods or (row.method == "unpruned" and reference is None)]
+    out.mkdir(parents=True, exist_ok=True)
+    sample = {"split": "test", "number": number, "side": model.config.vision_config.image_size, "seed": seed}
+    of = checkpoint if reference is None else checkpoint_fingerprint(Path(reference))
+    told_dtype = str(model.dtype).removeprefix("torch.")
+    identity = {"checkpoint": of, "world": fingerprint(), "sample": sample, "dtype": told_dtype}
+    date = datetime.date.today().isoformat()
+    file, before = report.results_file(out, date, identity)
+    if reference is not None and report.unpruned_of(before.get("rows", [])) is None:
+        raise ValueError(f"There are no results of {reference} in {out} for {date}; evaluate it first.")
+    code = code_fingerprint()
+    asked_of = identity | {"checkpoint": checkpoint, "batch": batch, "device": str(model.device), "code": code}
+    with AnswerLog(out, asked_of) as log, quiet():
+        asked = ask(model, processor, chosen, log, number=number, batch=batch, seed=seed)
+        mode = "inference" if reference is None else "retrained"
+        measured = []
+        for row in chosen:
+            said, seconds = log.answers(row_signature(row, model.config))
+            measured.append(
+                {
+                    "method": row.method,
+                    "visual_tokens": row.visual_tokens,
+                    "table": row.table,
+                    "mode": mode,
+                    "checkpoint": checkpoint,
+                    "code": code,
+                    "options": dict(row.options),
+                    "seconds": round(seconds, 2),
+                    **row_cost(row, model.config, asked),
+                    "right": report.pack(report.right_answers(said, [q.answer for q in asked.questions])),
+                }
+            )
+        results = {
+            "date": date,
+            **identity,
+            "checkpoint_name": (folder if reference is None else Path(reference)).resolve().name,
+            "questions": report.describe_questions(asked.questions, headline),
+            "versions": report.versions(),
+            "machine": report.machine(model),
+            "commands": [*before.get("commands", []), command],
+            "skipped": before.get("skipped", {}) | skipped,
+            "rows": report.summarised(report.joined(before.get("rows", []), measured), asked.questions, headline),
+        }
+        report.write(file, results)
+        log.finished()
+    return file
+
+
+def _rows(
+    config: Any, rows: str, budgets: Sequence[int], ablation_budgets: Sequence[int]
+) -> tuple[list[Row], dict[str, str]]:
+    allowed = [one.value for one in Rows]
+    if rows not in allowed:
+        raise ValueError(f"rows={rows!r}; allowed: {', '.join(allowed)}.")
+    for tokens in (*budgets, *ablation_budgets):
+        if tokens < 1:
+            raise ValueError(f"visual_tokens={tokens}; allowed: 1 to {config.num_patches - 1}.")
+    main = main_rows(config, budgets)
+    if rows == "main":
+        return main, {}
+    ablations, skipped = ablation_rows(config, ablation_budgets)
+    return (main if rows == "all" else main[:1]) + ablations, skipped
+
+
+def main(
+    model: Annotated[Path, typer.Option(help="Folder of the checkpoint.")],
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("benchmarks/results"),
+    rows: Annotated[Rows, typer.Option(help="The methods, the paper's ablations, or both.")] = Rows.main,
+    questions: Annotated[int, typer.Option(help="Held-out test questions, evenly over the types.")] = 2000,
+    batch: Annotated[int, typer.Option(help="Questions answered side by side.")] = 16,
+    tokens: Annotated[list[int] | None, typer.Option(help="Budgets of the methods; repeat. Default: 192 … 16.")] = None,
+    ablation_tokens: Annotated[list[int] | None, typer.Option(help="Budgets of the ablations. Default: 64.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Only these; repeat. Default: all.")] = None,
+    headline: Annotated[list[str] | None, typer.Option(help="Types that make the accuracy. Default: all.")] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="The checkpoint that this one was retrained from; joins its results.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; default: what there is.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
+    seed: Annotated[int, typer.Option(help="Of random patches.")] = 0,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default: torch's own.")] = None,
+) -> None:
+    """Evaluate a checkpoint, or go on with an evaluation that was interrupted."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    file = evaluate_checkpoint(
+        model,
+        out,
+        rows=rows.value,
+        number=questions,
+        batch=batch,
+        budgets=tokens or BUDGETS,
+        ablation_budgets=ablation_tokens or (64,),
+        methods=method or (),
+        headline=headline or TYPES,
+        reference=reference,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+        command=shlex.join(["python", "-m", "benchmarks.quality.evaluate_quality", *sys.argv[1:]]),
+    )
+    print(file.with_suffix(".md").read_text())
+    print(f"Written: {file} and beside it .md and .png")
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None

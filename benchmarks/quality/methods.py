@@ -1,0 +1,226 @@
+"""The rows of the quality benchmark: how each method comes to the visual tokens it hands to the decoder.
+
+IVTP and its ablations are options of the model. The others choose once, before the decoder, among the features of an
+image that was encoded whole; the model then runs as after a vision tower that had kept just these patches, so that
+positions, masks and cache are the same code for every row.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.quality.world import Question, Scene, oracle_order
+from benchmarks.quality.world.draws import Draws
+from modeling_ivtp.group_rollout import AttentionRecord, aggregate
+from modeling_ivtp.modeling_ivtp import IVTPImageFeatures
+from modeling_ivtp.token_budget import PruningPlan, plan_pruning
+
+BUDGETS = (192, 128, 64, 32, 16)
+CHOOSERS = ("random", "topk", "oracle")
+_RANDOM_PATCHES = 3
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table.
+
+    Attributes
+    ----------
+    method : str
+    visual_tokens : int
+        Final count per image.
+    options : mapping
+        Pruning options on top of the checkpoint's own.
+    chooser : {"", "random", "topk", "oracle"}
+        What picks patches of the whole image; "": the model itself.
+    blind : bool
+        Show a grey image instead.
+    table : str
+        The paper's table that the row belongs to; "": the main comparison.
+    """
+
+    method: str
+    visual_tokens: int
+    options: Mapping[str, Any]
+    chooser: str = ""
+    blind: bool = False
+    table: str = ""
+
+    @property
+    def key(self) -> str:
+        """Names the row in a file."""
+        return f"{self.method}@{self.visual_tokens}"
+
+    def pruning(self, config: Any) -> Any:
+        """The pruning options in force: IVTPPruningConfig."""
+        return config.pruning.changed(**self.options)
+
+    def plan(self, config: Any) -> PruningPlan | None:
+        """What each layer keeps; None where nothing is dropped.
+
+        Raises
+        ------
+        ValueError
+            If the options do not fit the model.
+        """
+        layers = config.vision_config.num_hidden_layers, config.text_config.num_hidden_layers
+        return plan_pruning(self.pruning(config), config.num_patches, *layers)
+
+
+def main_rows(config: Any, budgets: Sequence[int] = BUDGETS) -> list[Row]:
+    """No pruning, blind, and every method at every budget below the number of patches."""
+    whole = config.num_patches
+    off = {"enabled": False}
+    rows = [Row("unpruned", whole, off), Row("blind", whole, off, blind=True)]
+    for tokens in budgets:
+        if tokens < whole:
+            rows += [Row(name, tokens, _chosen(tokens), chooser=name) for name in CHOOSERS]
+            rows.append(Row("ivtp", tokens, _ivtp(tokens)))
+            rows.append(Row("ivtp-v", tokens, _ivtp(tokens, decoder_layers=0, guidance="visual_cls")))
+    return rows
+
+
+def ablation_rows(config: Any, budgets: Sequence[int] = (64,)) -> tuple[list[Row], dict[str, str]]:
+    """The paper's Tables 4, 5, 6 and 8 and the readings it leaves open, each at every budget.
+
+    Returns
+    -------
+    rows : list of Row
+    skipped : dict
+        Settings that do not fit the model's layers, with the reason.
+    """
+    settings: list[tuple[str, dict[str, Any]]] = [
+        ("Table 4", {"aggregation": "last"}),
+        ("Table 4", {"layers_per_group": 1}),
+        ("Table 4", {"aggregation": "rollout"}),
+        *(("Table 5", {"aggregation": how}) for how in ("mean", "max", "multiply")),
+        *(("Table 6", {"guidance": what}) for what in ("visual_cls", "mean_text", "text_similarity", "clip")),
+        *(("Table 8", {"layers_per_group": size}) for size in (2, 3, 4, 6, None)),
+        *(("pseudo CLS", {"pseudo_cls": how}) for how in ("propagate", "pool")),
+        *(("positions", {"positions": how}) for how in ("original", "compact")),
+        *(("threshold", {"relevance_threshold": tau}) for tau in (0.0, 0.1, 0.2, 0.3, 0.4)),
+    ]
+    rows, skipped = [], {}
+    for tokens in budgets:
+        if tokens >= config.num_patches:
+            continue
+        for table, options in settings:
+            ((name, value),) = options.items()
+            shown = "all" if value is None else value
+            row = Row(f"ivtp {name}={shown}", tokens, _ivtp(tokens, **options), table=table)
+            try:
+                row.plan(config)
+            except ValueError as error:
+                skipped[row.method] = str(error)
+            else:
+                rows.append(row)
+    return rows, skipped
+
+
+def _ivtp(tokens: int, **options: Any) -> dict[str, Any]:
+    # Strict: a question that cannot guide is an error here, never a quietly weaker method.
+    return {"enabled": True, "visual_tokens": tokens, "tower_tokens": None, "strict": True} | options
+
+
+def _chosen(tokens: int) -> dict[str, Any]:
+    # The hand-over to a decoder that drops nothing; no stage of the model chooses, so no question is asked of it.
+    return {
+        "enabled": True,
+        "visual_tokens": tokens,
+        "tower_tokens": None,
+        "tower_layers": None,
+        "layers_per_group": None,
+        "decoder_layers": 0,
+        "guidance": "visual_cls",
+        "positions": "original",
+    }
+
+
+@dataclass(frozen=True)
+class WholeImages:
+    """Images of which nothing was dropped.
+
+    Attributes
+    ----------
+    features : Tensor (I, N, d)
+        All patches, projected for the language model.
+    cls_features : Tensor (I, d)
+    cls_attention : float32 Tensor (I, N)
+        What CLS pays each patch, averaged over heads and over the layers of the tower's last group.
+    """
+
+    features: torch.Tensor
+    cls_features: torch.Tensor
+    cls_attention: torch.Tensor
+
+    def keep(self, order: torch.Tensor, tokens: int) -> IVTPImageFeatures:
+        """The first `tokens` patches of an order (I, N), in spatial order, as the vision tower would hand them over."""
+        kept = order[:, :tokens].sort(dim=1).values.to(self.features.device)
+        features = self.features.gather(1, kept[..., None].expand(-1, -1, self.features.shape[-1]))
+        return IVTPImageFeatures(pooler_output=list(features), kept_patches=kept, cls_features=self.cls_features)
+
+
+@torch.no_grad()
+def encode_whole(model: Any, pixel_values: torch.Tensor) -> WholeImages:
+    """Encode images with all their patches, and note what CLS attends to on top.
+
+    Parameters
+    ----------
+    model : IVTPLlavaForConditionalGeneration
+    pixel_values : Tensor (I, 3, height, width)
+    """
+    config, inner = model.config, model.model
+    tower = inner.vision_tower
+    layers = tower.encoder.layers[-(config.pruning.layers_per_group or len(tower.encoder.layers)) :]
+    records = [AttentionRecord(reference_only=True) for _ in layers]
+    chosen = config.vision_feature_layer
+    with _recorded([layer.self_attn for layer in layers], records):
+        vision = tower(pixel_values, groups=(), feature_layers=[chosen] if isinstance(chosen, int) else chosen)
+    features = inner.multi_modal_projector(vision.features)
+    return WholeImages(features[:, 1:], features[:, 0], aggregate(records, "mean")[:, 0, 1:])
+
+
+@contextmanager
+def _recorded(attentions: Sequence[torch.nn.Module], records: Sequence[AttentionRecord]) -> Iterator[None]:
+    """Have attention modules fill records for a while."""
+
+    def handing(record: AttentionRecord) -> Any:
+        return lambda module, args, kwargs: (args, {**kwargs, "record": record})
+
+    with ExitStack() as hooks:
+        for attention, record in zip(attentions, records, strict=True):
+            hooks.callback(attention.register_forward_pre_hook(handing(record), with_kwargs=True).remove)
+        yield
+
+
+def patch_order(
+    chooser: str, whole: WholeImages, asked: Sequence[tuple[Scene, Question]], places: Sequence[int], seed: int = 0
+) -> torch.Tensor:
+    """The order in which a method keeps patches, so that its smaller budgets lie within its larger ones: int64 (I, N).
+
+    Parameters
+    ----------
+    chooser : {"random", "topk", "oracle"}
+        `random` draws evenly; `topk` goes by `whole.cls_attention`; `oracle` knows where the objects asked about are.
+    whole : WholeImages
+    asked : sequence of (Scene, Question)
+    places : sequence of int
+        Numbers of the questions: random patches depend on them alone, not on batches.
+    seed : int
+
+    Raises
+    ------
+    ValueError
+        For another chooser.
+    """
+    patches = whole.features.shape[1]
+    if chooser == "random":
+        return torch.tensor([Draws(_RANDOM_PATCHES, seed, place).shuffled(list(range(patches))) for place in places])
+    if chooser == "topk":
+        return whole.cls_attention.sort(dim=1, descending=True, stable=True).indices
+    if chooser == "oracle":
+        return torch.stack([torch.from_numpy(oracle_order(scene, question)) for scene, question in asked])
+    raise ValueError(f"chooser={chooser!r}; allowed: {', '.join(CHOOSERS)}.")

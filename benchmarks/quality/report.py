@@ -1,0 +1,325 @@
+"""What an evaluation says: the JSON of record, a table for people, and the paper's Fig. 3 and 4.
+
+    python -m benchmarks.quality.report benchmarks/results/quality-DATE.json --headline existence --headline colour
+
+tells results again, with another headline or newer plots, without asking the model anything.
+"""
+
+import io
+import json
+import os
+import platform
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+
+from benchmarks.quality.intervals import LEVEL, bootstrap_interval, paired_interval
+from benchmarks.quality.plots import flops_unit, label, plot, unpruned_of
+from benchmarks.quality.world import TYPES, Question, chance, fingerprint, sample_questions
+
+METRIC = Path(__file__).parent / "metrics" / "exact_word" / "exact_word.py"
+_PACKAGES = ("torch", "transformers", "evaluate", "numpy", "ivtp-llava")
+_SAME = ("method", "visual_tokens", "table", "mode", "checkpoint")
+
+
+@cache
+def _metric() -> Any:
+    import evaluate
+
+    return evaluate.load(str(METRIC), keep_in_memory=True)
+
+
+def right_answers(said: Sequence[str], wanted: Sequence[str]) -> np.ndarray:
+    """Whether the first word of each answer is the wanted one, bool (n,), by the `evaluate` metric `exact_word`."""
+    return np.array(_metric().compute(predictions=list(said), references=list(wanted))["right"], dtype=bool)
+
+
+def pack(right: np.ndarray) -> str:
+    """Yes and no for every question, as hexadecimal digits."""
+    return np.packbits(right).tobytes().hex()
+
+
+def unpack(packed: str, number: int) -> np.ndarray:
+    """What `pack` packed: bool (number,)."""
+    return np.unpackbits(np.frombuffer(bytes.fromhex(packed), dtype=np.uint8), count=number).astype(bool)
+
+
+def describe_questions(questions: Sequence[Question], headline: Sequence[str]) -> dict[str, Any]:
+    """How many there are of each type and held-out kind, which make the accuracy, and what guessing would reach."""
+    types = list(dict.fromkeys(question.type for question in questions))
+    counted = [question.type for question in questions if question.type in headline]
+    return {
+        "types": {kind: sum(question.type == kind for question in questions) for kind in types},
+        "headline": [kind for kind in types if kind in headline],
+        "chance": sum(map(chance, counted)) / max(1, len(counted)),
+        "chance_by_type": {kind: chance(kind) for kind in types},
+        "held_out": {kind: sum(question.held_out == kind for question in questions) for kind in ("pair", "triple")},
+    }
+
+
+def joined(before: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of earlier evaluations of the same questions with new ones in their places."""
+
+    def name(row: Mapping[str, Any]) -> tuple[Any, ...]:
+        return tuple(row[part] for part in _SAME)
+
+    return [dict(row) for row in ({name(row): row for row in before} | {name(row): row for row in new}).values()]
+
+
+def summarised(
+    rows: Sequence[Mapping[str, Any]], questions: Sequence[Question], headline: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Rows with accuracy, intervals, and the parts by type and by held-out kind.
+
+    Parameters
+    ----------
+    rows : sequence of mapping
+        With `right`, packed, of all questions.
+    questions : sequence of Question
+    headline : sequence of str
+        Types that make `accuracy`, `interval` and `difference`.
+
+    Raises
+    ------
+    ValueError
+        If no question is of the headline.
+    """
+    types = np.array([question.type for question in questions])
+    kinds = np.array([question.held_out or "seen" for question in questions])
+    main = np.isin(types, list(headline))
+    if not main.any():
+        raise ValueError(f"No question is of the headline's types ({', '.join(headline)}); ask more questions.")
+    reference = unpruned_of(rows)
+    base = None if reference is None else unpack(reference["right"], len(types))
+    done = []
+    for row in rows:
+        right = unpack(row["right"], len(types))
+        told = dict(row) | {
+            "accuracy": float(right[main].mean()),
+            "interval": list(bootstrap_interval(right[main])),
+            "by_type": {kind: _share(right, types == kind) for kind in dict.fromkeys(types.tolist())},
+            "by_held_out": {kind: _share(right, main & (kinds == kind)) for kind in ("seen", "pair", "triple")},
+        }
+        if base is not None:
+            told["difference"] = float(right[main].mean() - base[main].mean())
+            told["difference_interval"] = list(paired_interval(right[main], base[main]))
+        told["right"] = told.pop("right")
+        done.append(told)
+    return done
+
+
+def _share(right: np.ndarray, among: np.ndarray) -> dict[str, Any]:
+    number = int(among.sum())
+    return {"accuracy": float(right[among].mean()) if number else None, "n": number}
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that results depend on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "source"
+    return found
+
+
+def machine(model: Any) -> dict[str, Any]:
+    """Where it ran."""
+    device = model.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "device": device.type,
+        "name": name,
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(terse=True),
+    }
+
+
+def results_file(folder: Path, date: str, identity: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """Where results go, and what is there: another evaluation's results are never written over.
+
+    Parameters
+    ----------
+    folder : Path
+    date : str
+    identity : mapping
+        Entries of the results that must be the same for rows to stand in one file.
+    """
+    number = 1
+    while True:
+        file = folder / f"quality-{date}{'' if number == 1 else f'-{number}'}.json"
+        if not file.exists():
+            return file, {}
+        try:
+            before = json.loads(file.read_text())
+        except ValueError:
+            before = {}
+        if all(before.get(name) == value for name, value in identity.items()):
+            return file, before
+        number += 1
+
+
+def write(file: Path, results: Mapping[str, Any]) -> None:
+    """Write JSON, table (.md) and plots (-tokens.png, -tflops.png); each is whole or the one before stays.
+
+    Raises
+    ------
+    OSError
+        If there is no room.
+    """
+    write_atomically(file, (json.dumps(results, indent=1) + "\n").encode())
+    write_atomically(file.with_suffix(".md"), markdown(results).encode())
+    for axis in ("tokens", "tflops"):
+        picture = io.BytesIO()
+        plot(results, axis).savefig(picture, format="png", dpi=144)
+        write_atomically(file.with_name(f"{file.stem}-{axis}.png"), picture.getvalue())
+
+
+def retold(results: Mapping[str, Any], headline: Sequence[str]) -> dict[str, Any]:
+    """The same answers under another headline.
+
+    Raises
+    ------
+    ValueError
+        For an unknown question type, or results of another world, whose questions were others.
+    """
+    if unknown := sorted(set(headline) - set(TYPES)):
+        raise ValueError(f"Unknown question type(s) {', '.join(unknown)}; allowed: {', '.join(TYPES)}.")
+    if results["world"] != fingerprint():
+        raise ValueError(f"These are results of another world ({results['world']}; this one is {fingerprint()}).")
+    sample = results["sample"]
+    asked = [question for _, question in sample_questions(sample["split"], sample["number"], side=sample["side"])]
+    return dict(results) | {
+        "questions": describe_questions(asked, headline),
+        "rows": summarised(results["rows"], asked, headline),
+    }
+
+
+def write_atomically(file: Path, content: bytes) -> None:
+    """Replace a file in one step; on a full disk the old one stays and nothing else."""
+    beside = file.with_name(f".{file.name}.partial")
+    try:
+        with beside.open("wb") as new:
+            new.write(content)
+            new.flush()
+            os.fsync(new.fileno())
+        os.replace(beside, file)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """The tables, for people."""
+    rows, asked = results["rows"], results["questions"]
+    main = [row for row in rows if not row["table"]]
+    unit, per_tflop = flops_unit(rows)
+    parts = [
+        f"# Quality, {results['date']}\n",
+        f"{results['checkpoint_name']} (`{results['checkpoint']}`), {results['sample']['number']} held-out questions, "
+        f"{LEVEL:.0%} bootstrap intervals over questions; guessing would reach {asked['chance']:.1%}. "
+        f"Accuracy counts: {', '.join(asked['headline'])}.\n",
+        "## Accuracy in %\n",
+        _by_budget(main, lambda row: f"{_percent(row['accuracy'])} ± {_half(row['interval']):.1f}"),
+        "## Difference to unpruned in points, paired\n",
+        _by_budget(main, _difference),
+        "## Cost\n",
+        _grid(
+            ("method", "visual tokens", "layer-averaged", unit, "accuracy in %"),
+            [
+                (label(row), row["final_tokens"], f"{row['layer_averaged_tokens']:.1f}",
+                 f"{row['tflops'] * per_tflop:.4g}", _percent(row["accuracy"]))
+                for row in main
+            ],
+        ),
+    ]  # fmt: skip
+    parts += ["## By type, in %\n", _grid(("method", "tokens", *asked["types"]), [_typed(row) for row in main])]
+    kinds = ("seen", *asked["held_out"])
+    parts += [
+        "## Combinations that training never showed, in %\n",
+        _grid(
+            ("method", "tokens", *(f"{kind} (n = {_number(main, kind)})" for kind in kinds)),
+            [
+                (label(r), r["visual_tokens"], *(_percent(r["by_held_out"][kind]["accuracy"]) for kind in kinds))
+                for r in main
+            ],
+        ),
+    ]
+    ablations = [row for row in rows if row["table"]]
+    if ablations:
+        header = ("table", "setting", "visual tokens", "accuracy in %", "difference", unit, "layer-averaged")
+        told = [
+            (r["table"], r["method"].removeprefix("ivtp "), r["visual_tokens"],
+             f"{_percent(r['accuracy'])} ± {_half(r['interval']):.1f}", _difference(r),
+             f"{r['tflops'] * per_tflop:.4g}", f"{r['layer_averaged_tokens']:.1f}")
+            for r in ablations
+        ]  # fmt: skip
+        parts += ["## Ablations of IVTP\n", _grid(header, told)]
+    if len({row["code"] for row in rows}) > 1:
+        parts.append("Rows come from different versions of the code; `code` in the JSON tells them apart.\n")
+    for name, reason in results.get("skipped", {}).items():
+        parts.append(f"- `{name}` does not fit this model: {reason}")
+    return "\n".join(parts) + "\n"
+
+
+def _half(interval: Sequence[float]) -> float:
+    return (interval[1] - interval[0]) * 50
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f}"
+
+
+def _difference(row: Mapping[str, Any]) -> str:
+    if "difference" not in row:
+        return "–"
+    low, high = (100 * end for end in row["difference_interval"])
+    return f"{100 * row['difference']:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def _number(rows: Sequence[Mapping[str, Any]], kind: str) -> int:
+    return rows[0]["by_held_out"][kind]["n"] if rows else 0
+
+
+def _typed(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return label(row), row["visual_tokens"], *(_percent(part["accuracy"]) for part in row["by_type"].values())
+
+
+def _by_budget(rows: Sequence[Mapping[str, Any]], cell: Callable[[Mapping[str, Any]], str]) -> str:
+    budgets = sorted({row["visual_tokens"] for row in rows}, reverse=True)
+    cells: dict[str, dict[int, str]] = defaultdict(dict)
+    for row in rows:
+        cells[label(row)][row["visual_tokens"]] = cell(row)
+    return _grid(("method", *budgets), [(name, *(at.get(k, "") for k in budgets)) for name, at in cells.items()])
+
+
+def _grid(header: Sequence[Any], lines: Sequence[Sequence[Any]]) -> str:
+    ruled = [header, ["---"] + ["---:"] * (len(header) - 1), *lines]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in ruled) + "\n"
+
+
+def main(
+    file: Annotated[Path, typer.Argument(help="The results, a JSON file.")],
+    headline: Annotated[
+        list[str] | None, typer.Option(help="Types that make the accuracy. Default: as before.")
+    ] = None,
+) -> None:
+    """Tell results again."""
+    results = json.loads(file.read_text())
+    write(file, retold(results, headline or results["questions"]["headline"]))
+    print(file.with_suffix(".md").read_text())
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
