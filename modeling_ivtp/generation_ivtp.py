@@ -75,8 +75,8 @@ class PrunedGeneration:
     def _prefill(
         self, input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kw: Any
     ) -> Any:
-        images = model_kwargs.get("pixel_values") is not None or bool(model_kwargs.get("mm_encoder_outputs") or {})
-        if generation_config.prefill_chunk_size is not None and images and self.config.pruning_plan() is not None:
+        chunked = generation_config.prefill_chunk_size is not None
+        if chunked and _count_images(model_kwargs) and self.config.pruning_plan() is not None:
             raise ValueError(
                 f"prefill_chunk_size={generation_config.prefill_chunk_size}: pruning looks at the whole prompt, so it "
                 "cannot be prefilled in chunks. Use prefill_chunk_size=None, or model.pruning(enabled=False)."

@@ -147,8 +147,8 @@ class GroupedDecoder:
 
         Returns
         -------
-        BaseModelOutputWithPast
-            `last_hidden_state` (B, S, d): zero where a token was dropped.
+        PrunedDecoderOutput
+            `last_hidden_state` (B, S, d), as `VisualSequence.restore` puts it back. Stock output on the stock path.
 
         Raises
         ------

@@ -87,11 +87,9 @@ class PruningControls(PruningOptions):
         if isinstance(processor, Mapping):
             processor, inputs = None, {**processor, **inputs}
         if self.config.pruning_plan() is None:
-            raise ValueError(
-                f"Nothing to explain: enabled={self.config.pruning.enabled} with visual_tokens="
-                f"{self.config.pruning.visual_tokens} of {self.config.num_patches} drops nothing. Set enabled=True and "
-                "fewer visual tokens."
-            )
+            options, patches = self.config.pruning, self.config.num_patches
+            why = f"visual_tokens={options.visual_tokens} keeps all {patches} patches; allowed: 1 to {patches - 1}"
+            raise ValueError(f"Nothing to explain: {why if options.enabled else 'pruning is off (enabled=False)'}")
         if inputs.get("pixel_values") is None:
             raise ValueError("Nothing to explain: the inputs hold no image (pixel_values).")
         model: Any = self

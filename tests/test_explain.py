@@ -103,5 +103,5 @@ def test_there_is_nothing_to_explain_without_pruning_or_image():
     model = tiny_model()
     with pytest.raises(ValueError, match="no image"):
         model.explain(**prompt([[5]]))
-    with model.pruning(enabled=False), pytest.raises(ValueError, match="drops nothing"):
+    with model.pruning(enabled=False), pytest.raises(ValueError, match="pruning is off"):
         model.explain(**prompt([[3, "image", 7]]))

@@ -199,6 +199,13 @@ def cosine_rate(step: int, steps: int, warm_up: int = 100) -> float:
     return 0.05 + 0.95 * 0.5 * (1 + float(torch.cos(torch.tensor(done * torch.pi))))
 
 
+def set_up(seed: int, threads: int) -> torch.device:
+    """Seed, CPU threads, and the GPU if there is one."""
+    torch.manual_seed(seed)
+    torch.set_num_threads(threads)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 RATES = (0.02, 2e-3)
 
 

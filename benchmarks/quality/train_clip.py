@@ -20,7 +20,7 @@ from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
 from benchmarks.quality.captions_for_clip import Texts, texts_of
-from benchmarks.quality.loop import Stopped, TrainingRun, cosine_rate, drawn_ahead, optimize, optimizers_of
+from benchmarks.quality.loop import Stopped, TrainingRun, cosine_rate, drawn_ahead, optimize, optimizers_of, set_up
 from benchmarks.quality.miniature import LAYERS, PROJECTION, WIDTH, clip_text_config, vision_config
 from benchmarks.quality.world import COLOURS, SIDE, Scene, draw_scene, kinds
 
@@ -137,9 +137,7 @@ def main(
     threads: Annotated[int, typer.Option(help="CPU threads.")] = os.cpu_count() or 1,
 ) -> None:
     """Train, or go on training."""
-    torch.manual_seed(seed)
-    torch.set_num_threads(threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = set_up(seed, threads)
     teacher = Teacher().to(device)
     optimizers = optimizers_of(teacher)
     run = TrainingRun(out, teacher, optimizers, {"steps": steps, "small_steps": small_steps, "seed": seed})

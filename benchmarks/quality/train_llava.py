@@ -21,7 +21,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from benchmarks.quality.loop import Stopped, TrainingRun, cosine_rate, drawn_ahead, optimize, optimizers_of
+from benchmarks.quality.loop import Stopped, TrainingRun, cosine_rate, drawn_ahead, optimize, optimizers_of, set_up
 from benchmarks.quality.miniature import decoder_config
 from benchmarks.quality.tokenizer import decoder_tokenizer
 from benchmarks.quality.train_clip import Teacher, pixel_values
@@ -177,9 +177,7 @@ def main(
     threads: Annotated[int, typer.Option(help="CPU threads.")] = os.cpu_count() or 1,
 ) -> None:
     """Train, or go on training."""
-    torch.manual_seed(seed)
-    torch.set_num_threads(threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = set_up(seed, threads)
     size = 32 if device.type == "cuda" else 8
     teacher = load_teacher(clip).to(device)
     speaker = Speaker(decoder_config(len(decoder_tokenizer())), teacher.clip.config.vision_config.hidden_size).to(

@@ -194,13 +194,6 @@ def explain(model: Any, processor: Any, inputs: Mapping[str, Any]) -> Any:
     ValueError
         If the model drops nothing.
     """
-    if model.config.pruning_plan() is None:
-        if not model.pruning_config.enabled:
-            raise ValueError(f"Nothing to explain: pruning is off (enabled=False) in {model.name_or_path}")
-        tokens, patches = model.pruning_config.visual_tokens, model.config.num_patches
-        raise ValueError(
-            f"Nothing to explain: visual_tokens={tokens} keeps all {patches} patches; allowed: 1 to {patches - 1}"
-        )
     with quiet():
         return model.explain(processor, **inputs)
 
