@@ -11,10 +11,12 @@ from benchmarks.quality.assemble import assemble
 from benchmarks.quality.captions_for_clip import texts_of
 from benchmarks.quality.loop import Stopped, TrainingRun, cosine_rate
 from benchmarks.quality.miniature import decoder_config, vision_config
+from benchmarks.quality.question_batches import UNKNOWN, ask
+from benchmarks.quality.speaker import GRID, Speaker
 from benchmarks.quality.tokenizer import decoder_tokenizer
-from benchmarks.quality.train_clip import Batch, Teacher
-from benchmarks.quality.train_llava import Speaker, ask
-from benchmarks.quality.world import TYPES, answer_words, draw_scene, kinds
+from benchmarks.quality.train_clip import PATCH_LABELS, Batch, Teacher, patch_labels
+from benchmarks.quality.train_llava import ON_SMALL_SCENES, Course
+from benchmarks.quality.world import COLOURS, SIZES, TYPES, answer_words, draw_scene, kinds
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def test_questions_side_by_side_get_the_answers_they_get_alone():
     asked = ask(0, 2, 3, TYPES)
     speaker = Speaker(decoder_config(len(decoder_tokenizer())), 192).eval()
     features = torch.randn(2, 576, 192)
-    together = speaker(features, asked.lead, asked.tokens)
+    together, _ = speaker(features, asked.lead, asked.tokens)
     for row in range(2):
         for question in range(3):
             words = torch.cat([asked.lead, asked.tokens[row, question]])
@@ -51,6 +53,71 @@ def test_questions_side_by_side_get_the_answers_they_get_alone():
 
 
 @torch.no_grad()
+def test_patches_of_a_small_scene_stand_where_they_would_in_a_whole_one():
+    torch.manual_seed(0)
+    asked = ask(1, 1, 2, ON_SMALL_SCENES, side=168)
+    assert asked.patches[0] == asked.window[0] * GRID + asked.window[1]
+    assert asked.patches.shape == (144,)
+    speaker = Speaker(decoder_config(len(decoder_tokenizer())), 192).eval()
+    features = torch.randn(1, 144, 192)
+    together, _ = speaker(features, asked.lead, asked.tokens, asked.patches)
+    lead = len(asked.lead)
+    for question in range(2):
+        embeds = speaker.language.embed_tokens(torch.cat([asked.lead, asked.tokens[0, question]]))
+        embeds = torch.cat([embeds[:lead], speaker.project(features[0]), embeds[lead:]])[None]
+        behind = torch.arange(asked.tokens.shape[-1]) + lead + 576
+        places = torch.cat([torch.arange(lead), lead + asked.patches, behind])[None]
+        alone = speaker.language(inputs_embeds=embeds, position_ids=places).last_hidden_state[0, lead + 144 :]
+        torch.testing.assert_close(together[0, question], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_labels_of_patches_are_what_the_scene_says():
+    scene = draw_scene("train", 3, side=168)
+    labels = patch_labels(scene, (5, 7))
+    assert labels.shape == (12, 12, len(PATCH_LABELS))
+    for number, thing in enumerate(scene.objects):
+        here = labels[scene.patch_objects() == number]
+        wanted = [thing.kind, thing.colour, thing.y // 14 + 5, thing.x // 14 + 7, SIZES.index(thing.size)]
+        assert len(here)
+        assert (here == wanted).all()
+    ground = labels[0, 11] if scene.patch_objects()[0, 11] < 0 else labels[11, 0]
+    assert ground[[0, 1, 4]].tolist() == [len(kinds()), len(COLOURS), len(SIZES)]
+    assert (labels >= 0).all()
+    assert (labels.max((0, 1)) < list(PATCH_LABELS.values())).all()
+
+
+def test_the_place_asked_for_is_that_of_the_thing_named():
+    tokenizer = decoder_tokenizer()
+    asked = ask(5, 4, 24, TYPES, idle=True)
+    seen = {"named": 0, "source": 0}
+    for row in range(4):
+        scene = draw_scene("train", 1_000_000 + 5 * 64 + row)
+        for question in range(24):
+            ids = asked.tokens[row, question].tolist()
+            until = tokenizer.decode(ids[: asked.nouns[row, question] + 1]).lower()
+            nouns = [kind.name for kind in kinds() if until.endswith((f" {kind.name}", f" {kind.plural}"))]
+            noun = max(nouns, key=len)
+            answer = tokenizer.decode(ids[asked.answers[row, question] + 1]).strip()
+            for which, words in (("named", {noun}), ("source", {noun, answer})):
+                place = getattr(asked, which)[row, question].tolist()
+                if place != [UNKNOWN, UNKNOWN]:
+                    seen[which] += 1
+                    there = [thing for thing in scene.objects if [thing.y // 14, thing.x // 14] == place]
+                    assert there
+                    if TYPES[asked.types[row, question]] != "colour_of_neighbour" or which == "named":
+                        assert there[0].name in words
+    assert min(seen.values()) > 40
+
+
+def test_help_on_the_way_fades_before_training_ends():
+    course = Course(align=1, single=2, small=3, whole=10, idle=4)
+    weights = [course.help(step) for step in range(course.steps)]
+    assert weights == sorted(weights, reverse=True)
+    assert weights[0] > 0
+    assert weights[-5:] == [0] * 5
+
+
+@torch.no_grad()
 def test_the_assembled_model_answers_what_was_trained(teacher):
     torch.manual_seed(0)
     asked = ask(0, 1, 1, TYPES)
@@ -58,7 +125,7 @@ def test_the_assembled_model_answers_what_was_trained(teacher):
     features = teacher.see(asked.pixels, (0, 0))[1]
     speaker.mean.copy_(features.mean((0, 1)))
     speaker.deviation.copy_(features.std())
-    expected = speaker.head(speaker(features, asked.lead, asked.tokens))[0, 0]
+    expected = speaker.head(speaker(features, asked.lead, asked.tokens)[0])[0, 0]
     model = assemble(teacher, speaker)
     image = torch.full((576,), model.config.image_token_id)
     ids = torch.cat([asked.lead, image, asked.tokens[0, 0]])[None]

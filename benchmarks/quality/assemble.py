@@ -11,9 +11,10 @@ import typer
 from safetensors import safe_open
 
 from benchmarks.quality.miniature import PRUNING, clip_text_config, decoder_config, vision_config
+from benchmarks.quality.speaker import Speaker
 from benchmarks.quality.tokenizer import decoder_tokenizer, processor
 from benchmarks.quality.train_clip import Teacher
-from benchmarks.quality.train_llava import Speaker, load_teacher
+from benchmarks.quality.train_llava import load_teacher
 from benchmarks.quality.world import fingerprint
 from modeling_ivtp import IVTPLlavaConfig, IVTPLlavaForConditionalGeneration
 from modeling_ivtp.hub.folder import new_folder

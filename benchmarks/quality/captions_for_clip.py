@@ -41,7 +41,7 @@ def _kinds_by_word() -> dict[str, int]:
     return {word: number for number, kind in enumerate(kinds()) for word in (kind.name, kind.plural)}
 
 
-def texts_of(scenes: list[Scene], draw: np.random.Generator, question_share: float = 0.25) -> Texts:
+def texts_of(scenes: list[Scene], draw: np.random.Generator, question_share: float = 0.4) -> Texts:
     """A caption or a question of each scene, read whole or, half of them, at one of its words.
 
     Eq. 6 compares single words with the image and counts those above a threshold as visible. On the web's billions of

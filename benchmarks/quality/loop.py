@@ -114,7 +114,7 @@ class TrainingRun:
         steps : int
             Where the stage ends.
         one_step : callable
-            Makes one optimizer step and returns what to log.
+            Makes one optimizer step and returns what to log; means over `log_every` steps are logged.
         title : str
         log_every : int, default 20
 
@@ -132,6 +132,7 @@ class TrainingRun:
             TimeRemainingColumn(), TextColumn("{task.fields[told]}"),
         )  # fmt: skip
         saved = time.monotonic()
+        since: dict[str, list[float]] = {}
         try:
             with Progress(*columns) as progress:
                 task = progress.add_task(title, total=steps, completed=self.step, told="")
@@ -140,9 +141,13 @@ class TrainingRun:
                     told = one_step(self.step)
                     self.step += 1
                     self.seconds += time.monotonic() - start
+                    for name, value in told.items():
+                        since.setdefault(name, []).append(value)
                     if self.step % log_every == 0 or self.step == steps:
-                        self._log(told)
-                        shown = "  ".join(f"{name} {value:.3g}" for name, value in told.items())
+                        means = {name: sum(values) / len(values) for name, values in since.items()}
+                        since = {}
+                        self._log(means)
+                        shown = "  ".join(f"{name} {value:.3g}" for name, value in means.items())
                         progress.update(task, completed=self.step, told=shown)
                     if asked or time.monotonic() - saved > SAVE_SECONDS:
                         self.save()
@@ -154,8 +159,8 @@ class TrainingRun:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
-    def _log(self, told: dict[str, float]) -> None:
-        line = {"step": self.step, "seconds": round(self.seconds, 1)} | {k: round(v, 5) for k, v in told.items()}
+    def _log(self, means: dict[str, float]) -> None:
+        line = {"step": self.step, "seconds": round(self.seconds, 1)} | {k: round(v, 5) for k, v in means.items()}
         with (self.folder / "log.jsonl").open("a") as log:
             log.write(json.dumps(line) + "\n")
 

@@ -1,9 +1,9 @@
 """Stage 1: the CLIP of the miniature, both towers, on scenes and captions.
 
-CLIP's loss teaches CLS and words to meet. Because the world is drawn, every patch may be told besides what
-it shows (kind and tile colour), and CLS which kinds there are, at the top of every group; those heads are dropped in
-the end. First steps run on small scenes of 168 pixels under random windows of the position table, the rest on whole
-ones.
+CLIP's loss teaches CLS and words to meet. Because the world is drawn, every patch may be told besides what it shows
+(kind and tile colour, how large the object is and where its middle), and CLS which kinds there are, at the top of every
+group; those heads are dropped in the end. First steps learn to see, from those labels alone, on small scenes of 168
+pixels under random windows of the position table; words join with whole scenes.
 
     python -m benchmarks.quality.train_clip --out out/miniature/clip
 """
@@ -19,13 +19,25 @@ import typer
 from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
+from benchmarks.quality import plain_attention
 from benchmarks.quality.captions_for_clip import Texts, texts_of
 from benchmarks.quality.loop import Stopped, TrainingRun, cosine_rate, drawn_ahead, optimize, optimizers_of, set_up
 from benchmarks.quality.miniature import LAYERS, PROJECTION, WIDTH, clip_text_config, vision_config
-from benchmarks.quality.world import COLOURS, SIDE, Scene, draw_scene, kinds
+from benchmarks.quality.world import COLOURS, PATCH, SIDE, SIZES, Scene, draw_scene, kinds
 
 MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-GRID = SIDE // 14
+GRID = SIDE // PATCH
+PATCH_LABELS = {
+    "kind": len(kinds()) + 1,
+    "colour": len(COLOURS) + 1,
+    "row": GRID,
+    "column": GRID,
+    "size": len(SIZES) + 1,
+}
+"""What every patch is told, and among how many."""
+PATCHES_WEIGHT, CLS_WEIGHT, WORDS_WEIGHT = 3.0, 0.1, 0.1
+SMALL_BATCH, BATCH, TEXTS = 64, 24, 3
+"""Small scenes and whole ones of a step, and texts about each whole one."""
 
 
 class Teacher(nn.Module):
@@ -37,12 +49,14 @@ class Teacher(nn.Module):
         self.clip = CLIPModel(
             CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=PROJECTION)
         )
+        if not torch.cuda.is_available():
+            self.clip.set_attn_implementation(plain_attention.NAME)
         self.bias = nn.Parameter(torch.tensor(-6.0))
         nn.init.constant_(self.clip.logit_scale, 2.3)
         self.patch_norm = nn.LayerNorm(WIDTH)
-        self.patch_head = nn.Linear(WIDTH, len(kinds()) + 1 + len(COLOURS) + 1)
+        self.patch_head = nn.Linear(WIDTH, sum(PATCH_LABELS.values()))
         self.cls_norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(LAYERS // 2))
-        self.cls_heads = nn.ModuleList(nn.Linear(WIDTH, len(kinds()) * (1 + len(COLOURS))) for _ in range(LAYERS // 2))
+        self.cls_heads = nn.ModuleList(nn.Linear(WIDTH, len(kinds())) for _ in range(LAYERS // 2))
         for head in self.cls_heads:
             nn.init.constant_(head.bias, -4.0)  # most kinds are not there
 
@@ -68,39 +82,53 @@ class Teacher(nn.Module):
     def losses(self, batch: "Batch", device: torch.device) -> dict[str, torch.Tensor]:
         """Everything that is minimised, and shares of right answers to watch."""
         tops, features = self.see(batch.pixels.to(device), batch.window)
-        texts = batch.texts
-        hidden = self.clip.text_model(input_ids=texts.input_ids.to(device)).last_hidden_state
-        words = self.clip.text_projection(hidden[torch.arange(len(hidden)), texts.ends.to(device)])
-        images = self.clip.visual_projection(self.clip.vision_model.post_layernorm(tops[-1]))
+        there = batch.present.to(device)
+        told = self._of_patches(features, batch.labels) | self._of_cls(tops, there)
+        loss = PATCHES_WEIGHT * told["dense"] + CLS_WEIGHT * told["cls"]
+        if batch.texts is not None:
+            told |= self._of_words(tops[-1], there, batch.texts)
+            loss = loss + WORDS_WEIGHT * told["contrast"]
+        return {"loss": loss} | told
+
+    def _of_patches(self, features: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What every patch shows."""
+        told = self.patch_head(self.patch_norm(features.float())).flatten(0, 1).split(list(PATCH_LABELS.values()), -1)
+        wanted = labels.to(features.device).flatten(0, 2).unbind(-1)
+        objects = wanted[0] < len(kinds())
+        weight = torch.where(objects, 1.0, 0.2)
+        dense = torch.zeros((), device=features.device)
+        right = {}
+        for name, logits, label in zip(PATCH_LABELS, told, wanted, strict=True):
+            share = 1.0 if name == "kind" else 0.3
+            dense = dense + share * (F.cross_entropy(logits, label, reduction="none") * weight).mean()
+            right[name] = (logits.argmax(-1) == label)[objects].float().mean()
+        return {"dense": dense} | right
+
+    def _of_cls(self, tops: list[torch.Tensor], there: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Which kinds there are, at the top of every group."""
+        seen = [head(norm(top.float())) for head, norm, top in zip(self.cls_heads, self.cls_norms, tops, strict=True)]
+        losses = [F.binary_cross_entropy_with_logits(one, there.float(), reduction="none") for one in seen]
+        guess = seen[-1] > 0
+        f1 = 2 * (guess & there).sum() / (guess.sum() + there.sum()).clamp(min=1)
+        return {"cls": torch.stack([one.sum(1).mean() for one in losses]).mean(), "cls_f1": f1}
+
+    def _of_words(self, cls: torch.Tensor, there: torch.Tensor, texts: Texts) -> dict[str, torch.Tensor]:
+        """Which words fit which picture.
+
+        A text that names little is true of several images and one that names nothing of none, so each pair is judged
+        by itself: the sigmoid loss that open_clip has beside the contrastive one.
+        """
+        named = texts.names.to(cls.device)
+        hidden = self.clip.text_model(input_ids=texts.input_ids.to(cls.device)).last_hidden_state
+        words = self.clip.text_projection(hidden[torch.arange(len(hidden)), texts.ends.to(cls.device)])
+        images = self.clip.visual_projection(self.clip.vision_model.post_layernorm(cls))
         logits = F.normalize(words.float(), dim=-1) @ F.normalize(images.float(), dim=-1).T
         logits = logits * self.clip.logit_scale.exp().clamp(max=100) + self.bias
-        there, named = batch.present.any(-1).to(device), texts.names.to(device)
-        # A text that names little is true of several images and one that names nothing of none, so each pair is judged
-        # by itself: the sigmoid loss that open_clip has beside the contrastive one.
         fits = named.any(1, keepdim=True) & ~(named[:, None] & ~there[None]).any(-1)
         contrast = -F.logsigmoid(torch.where(fits, logits, -logits)).sum(1).mean()
-        told = self.patch_head(self.patch_norm(features.float())).flatten(0, 1)
-        kind_logits, colour_logits = told.split([len(kinds()) + 1, len(COLOURS) + 1], -1)
-        kind, colour = batch.kinds.to(device).flatten(), batch.colours.to(device).flatten()
-        weight = torch.where(kind == len(kinds()), 0.2, 1.0)
-        dense = (F.cross_entropy(kind_logits, kind, reduction="none") * weight).mean()
-        dense = dense + 0.5 * (F.cross_entropy(colour_logits, colour, reduction="none") * weight).mean()
-        wanted = torch.cat([batch.present.any(-1, keepdim=True), batch.present], -1).flatten(1).float().to(device)
-        seen = [head(norm(top.float())) for head, norm, top in zip(self.cls_heads, self.cls_norms, tops, strict=True)]
-        cls = sum(F.binary_cross_entropy_with_logits(one, wanted, reduction="none").sum(1).mean() for one in seen)
-        with torch.no_grad():
-            objects = kind < len(kinds())
-            right = (kind_logits.argmax(-1) == kind)[objects].float().mean()
-            right_colour = (colour_logits.argmax(-1) == colour)[objects].float().mean()
-            guess = seen[-1].unflatten(1, (len(kinds()), -1))[..., 0] > 0
-            f1 = 2 * (guess & there).sum() / (guess.sum() + there.sum()).clamp(min=1)
-            says = named.any(1)
-            own = fits.gather(1, logits.argmax(1, keepdim=True))[says].float().mean()
-            quiet = (logits[~says] < 0).float().mean()
-        return {
-            "loss": contrast + dense + 0.05 * cls, "contrast": contrast, "dense": dense, "cls": cls, "kinds": right,
-            "colours": right_colour, "cls_f1": f1, "texts": own, "quiet": quiet,
-        }  # fmt: skip
+        says = named.any(1)
+        own = fits.gather(1, logits.argmax(1, keepdim=True))[says].float().mean()
+        return {"contrast": contrast, "texts": own, "quiet": (logits[~says] < 0).float().mean()}
 
 
 def pixel_values(scenes: list[Scene]) -> torch.Tensor:
@@ -109,30 +137,43 @@ def pixel_values(scenes: list[Scene]) -> torch.Tensor:
     return (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(DEVIATION)[:, None, None]
 
 
-class Batch:
-    """Scenes of one step with their labels, drawn from the step number."""
+def patch_labels(scene: Scene, window: tuple[int, int]) -> np.ndarray:
+    """The labels of `PATCH_LABELS` for every patch, int64 (grid, grid, 5); the last of each sort is the ground's.
 
-    def __init__(self, step: int, size: int, side: int) -> None:
+    The ground's place is the patch's own. Places are counted on the whole grid, of which the scene fills a window.
+    """
+    where = scene.patch_objects()
+    own = np.indices(where.shape)
+    rows, columns = (
+        np.where(where < 0, here, np.array([getattr(thing, axis) // PATCH for thing in scene.objects])[where])
+        for here, axis in zip(own, "yx", strict=True)
+    )
+    size = np.append([SIZES.index(thing.size) for thing in scene.objects], len(SIZES))[where]
+    kind, colour = scene.patch_kinds(), scene.patch_colours()
+    kind, colour = np.where(kind < 0, len(kinds()), kind), np.where(colour < 0, len(COLOURS), colour)
+    return np.stack([kind, colour, rows + window[0], columns + window[1], size], -1).astype(np.int64)
+
+
+class Batch:
+    """Scenes of one step with their labels, and texts about them or none, drawn from the step number."""
+
+    def __init__(self, step: int, size: int, side: int, texts: int = 0) -> None:
         draw = np.random.Generator(np.random.PCG64([7, step]))
         scenes = [draw_scene("train", step * 64 + number, side=side) for number in range(size)]
         self.pixels = pixel_values(scenes)
-        kind = torch.from_numpy(np.stack([scene.patch_kinds() for scene in scenes])).long()
-        colour = torch.from_numpy(np.stack([scene.patch_colours() for scene in scenes])).long()
-        self.kinds = kind.masked_fill(kind < 0, len(kinds()))
-        self.colours = colour.masked_fill(colour < 0, len(COLOURS))
-        self.present = torch.zeros(size, len(kinds()), len(COLOURS), dtype=torch.bool)
+        self.present = torch.zeros(size, len(kinds()), dtype=torch.bool)
         for row, scene in enumerate(scenes):
-            for thing in scene.objects:
-                self.present[row, thing.kind, thing.colour] = True
-        free = GRID - side // 14
+            self.present[row, [thing.kind for thing in scene.objects]] = True
+        free = GRID - side // PATCH
         self.window = (int(draw.integers(free + 1)), int(draw.integers(free + 1)))
-        self.texts: Texts = texts_of(scenes, draw)
+        self.labels = torch.from_numpy(np.stack([patch_labels(scene, self.window) for scene in scenes]))
+        self.texts = texts_of(scenes * texts, draw) if texts else None
 
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder of the state and log; an earlier run there goes on.")],
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 6000,
-    small_steps: Annotated[int, typer.Option(help="How many of them run on small scenes first.")] = 2000,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1800,
+    small_steps: Annotated[int, typer.Option(help="How many of them run on small scenes first.")] = 800,
     seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = os.cpu_count() or 1,
 ) -> None:
@@ -143,7 +184,7 @@ def main(
     run = TrainingRun(out, teacher, optimizers, {"steps": steps, "small_steps": small_steps, "seed": seed})
 
     def draw(step: int) -> Batch:
-        return Batch(step, 64, 168) if step < small_steps else Batch(step, 24, SIDE)
+        return Batch(step, SMALL_BATCH, 168) if step < small_steps else Batch(step, BATCH, SIDE, TEXTS)
 
     batches = drawn_ahead(draw, run.step)
 

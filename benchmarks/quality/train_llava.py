@@ -1,157 +1,81 @@
 """Stages 2 and 3: the miniature's projector, then projector and decoder, with the tower frozen, as LLaVA is trained.
 
 Stage 2 aligns the projector: a patch of a dog on a red tile is to land near the words "dog" and "red". Stage 3 asks:
-every picture is read once and 32 questions about it are answered side by side, each seeing the picture and itself
-alone. Questions about single objects come first, relations join later. No patch is ever dropped in training.
+every picture is read once and many questions about it are answered side by side. It begins with small scenes and
+questions about single objects, goes on to whole scenes, and puts idle words around the questions last. On the way to an
+answer the decoder is asked where the thing named is, and the one that the answer is read from; that help fades out, and
+its heads are dropped. No patch is ever dropped in training.
 
     python -m benchmarks.quality.train_llava --clip out/miniature/clip --out out/miniature/llava
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
 from safetensors import safe_open
-from torch import nn
-from transformers import LlamaConfig, LlamaModel
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from benchmarks.quality.loop import Stopped, TrainingRun, cosine_rate, drawn_ahead, optimize, optimizers_of, set_up
 from benchmarks.quality.miniature import decoder_config
+from benchmarks.quality.question_batches import UNKNOWN, Asked, ask
+from benchmarks.quality.speaker import Speaker
 from benchmarks.quality.tokenizer import decoder_tokenizer
 from benchmarks.quality.train_clip import Teacher, pixel_values
-from benchmarks.quality.world import COLOURS, TYPES, Scene, draw_scene, kinds, questions
+from benchmarks.quality.world import SIDE, TYPES, draw_scene
 
-SINGLE = ("existence", "colour", "corner", "larger", "count")
-
-
-class Speaker(nn.Module):
-    """Projector, decoder and head; the frozen tower's features come normalised."""
-
-    def __init__(self, config: LlamaConfig, width: int) -> None:
-        super().__init__()
-        self.language = LlamaModel(config)
-        self.linear_1 = nn.Linear(width, config.hidden_size)
-        self.linear_2 = nn.Linear(config.hidden_size, config.hidden_size)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("deviation", torch.ones(()))
-
-    def project(self, features: torch.Tensor) -> torch.Tensor:
-        """Tower features (B, N, width) in the decoder's space."""
-        return self.linear_2(F.gelu(self.linear_1((features - self.mean) / self.deviation)))
-
-    def forward(self, features: torch.Tensor, lead: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
-        """Hidden states of the questions.
-
-        Parameters
-        ----------
-        features : Tensor (B, N, width)
-        lead : int64 Tensor (L,)
-            What stands before every picture.
-        asked : int64 Tensor (B, Q, T)
-            What stands behind it, question by question, padded on the right.
-
-        Returns
-        -------
-        Tensor (B, Q, T, d)
-        """
-        batch, number, length = asked.shape
-        embed = self.language.embed_tokens
-        picture = torch.cat([embed(lead).expand(batch, -1, -1), self.project(features)], 1)
-        words = embed(asked).flatten(1, 2)
-        read = picture.shape[1]
-        places = torch.arange(read + length, device=asked.device)[None]
-        cos, sin = self.language.rotary_emb(picture, places)
-        own = torch.ones(length, length, dtype=torch.bool, device=asked.device).tril()
-        visible = torch.cat([own.new_ones(length, read), own], 1)[None, None]
-        for layer in self.language.layers:
-            attention = layer.self_attn
-            both = layer.input_layernorm(torch.cat([picture, words], 1))
-            shape = (*both.shape[:-1], -1, attention.head_dim)
-            query, key, value = (
-                one(both).view(shape).transpose(1, 2) for one in (attention.q_proj, attention.k_proj, attention.v_proj)
-            )
-            first_query, first_key = apply_rotary_pos_emb(
-                query[:, :, :read], key[:, :, :read], cos[:, :read], sin[:, :read]
-            )
-            first_value = value[:, :, :read]
-            seen = F.scaled_dot_product_attention(first_query, first_key, first_value, is_causal=True)
-
-            def by_question(states: torch.Tensor) -> torch.Tensor:
-                states = states[:, :, read:].unflatten(2, (number, length))
-                return states.transpose(1, 2).flatten(0, 1)
-
-            later_query, later_key = apply_rotary_pos_emb(
-                by_question(query), by_question(key), cos[:, read:], sin[:, read:]
-            )
-            keys = torch.cat([first_key.repeat_interleave(number, 0), later_key], 2)
-            values = torch.cat([first_value.repeat_interleave(number, 0), by_question(value)], 2)
-            heard = F.scaled_dot_product_attention(later_query, keys, values, attn_mask=visible)
-            heard = heard.unflatten(0, (batch, number)).transpose(1, 2).flatten(2, 3)
-            output = torch.cat([seen, heard], 2).transpose(1, 2).flatten(2)
-            picture, words = (torch.cat([picture, words], 1) + attention.o_proj(output)).split(
-                [read, words.shape[1]], 1
-            )
-            both = torch.cat([picture, words], 1)
-            both = both + layer.mlp(layer.post_attention_layernorm(both))
-            picture, words = both.split([read, words.shape[1]], 1)
-        return self.language.norm(words).unflatten(1, (number, length))
+SINGLE = ("existence", "colour", "larger", "count")
+ON_SMALL_SCENES = tuple(one for one in TYPES if one != "corner")
+"""A corner of a small scene is none of the whole grid in which it stands."""
+PLACES_WEIGHT = 0.3
 
 
-@dataclass
-class Asked:
-    """Pictures of one step and their questions."""
+@dataclass(frozen=True)
+class Course:
+    """How many steps each part of training has, in their order.
 
-    pixels: torch.Tensor
-    lead: torch.Tensor
-    tokens: torch.Tensor
-    answers: torch.Tensor
-    types: torch.Tensor
-    words: torch.Tensor
+    Attributes
+    ----------
+    align : int
+        Stage 2.
+    single : int
+        Small scenes, questions about single objects.
+    small : int
+        Small scenes, all types that they allow.
+    whole : int
+        Whole scenes, all types.
+    idle : int
+        Whole scenes, idle words around the questions.
+    """
 
+    align: int
+    single: int
+    small: int
+    whole: int
+    idle: int
 
-def ask(step: int, size: int, number: int, types: tuple[str, ...]) -> Asked:
-    """Draw the scenes of a step; another step never draws the same ones."""
-    tokenizer = decoder_tokenizer()
-    draw = np.random.Generator(np.random.PCG64([11, step]))
-    scenes = [draw_scene("train", 1_000_000 + step * 64 + row) for row in range(size)]
-    rows, sorts = [], []
-    lead: list[int] = []
-    for scene in scenes:
-        asked = questions(scene, number, types=types, variant=int(draw.integers(1 << 30)))
-        asked = [asked[index % len(asked)] for index in range(number)]
-        encoded = tokenizer([f"{one.prompt} {one.answer}</s>" for one in asked])["input_ids"]
-        image = encoded[0].index(tokenizer.convert_tokens_to_ids("<image>"))
-        lead = encoded[0][:image]
-        rows.append([ids[image + 1 :] for ids in encoded])
-        sorts.append([TYPES.index(one.type) for one in asked])
-    longest = max(len(ids) for row in rows for ids in row)
-    tokens = torch.zeros(size, number, longest, dtype=torch.long)
-    answers_at = torch.zeros(size, number, dtype=torch.long)
-    for row, of_scene in enumerate(rows):
-        for column, ids in enumerate(of_scene):
-            tokens[row, column, : len(ids)] = torch.tensor(ids)
-            answers_at[row, column] = len(ids) - 3  # the token that predicts the answer; then the answer, then the end
-    return Asked(
-        pixel_values(scenes), torch.tensor(lead), tokens, answers_at, torch.tensor(sorts), _patch_words(scenes)
-    )
+    @property
+    def steps(self) -> int:
+        """All of them."""
+        return self.align + self.single + self.small + self.whole + self.idle
 
+    def batch(self, step: int, gpu: bool = False) -> Asked:
+        """Pictures and questions of a step; four times as many pictures on a GPU."""
+        more = 4 if gpu else 1
+        if step < self.align + self.single:
+            return ask(step, 24 * more, 16, SINGLE, side=SIDE // 2, idle=False)
+        if step < self.align + self.single + self.small:
+            return ask(step, 24 * more, 16, ON_SMALL_SCENES, side=SIDE // 2, idle=False)
+        if step < self.steps - self.idle:
+            return ask(step, 8 * more, 32, idle=False)
+        return ask(step, 8 * more, 16)
 
-def _patch_words(scenes: list[Scene]) -> torch.Tensor:
-    """The decoder's tokens for what each patch shows: (B, N, 2) kind and colour, -1 where there is nothing."""
-    tokenizer = decoder_tokenizer()
-    of_kind = torch.tensor([*(tokenizer(f" {kind.name}")["input_ids"][-1] for kind in kinds()), -1])
-    of_colour = torch.tensor([*(tokenizer(f" {colour}")["input_ids"][-1] for colour in COLOURS), -1])
-    seen = [(scene.patch_kinds().ravel(), scene.patch_colours().ravel()) for scene in scenes]
-    return torch.stack(
-        [torch.stack([of_kind[torch.from_numpy(k).long()], of_colour[torch.from_numpy(c).long()]], -1) for k, c in seen]
-    )
+    def help(self, step: int) -> float:
+        """Weight of the questions on the way: whole at first, nothing in the last quarter."""
+        return PLACES_WEIGHT * min(1.0, max(0.0, 3 - 4 * step / self.steps))
 
 
 def load_teacher(folder: Path) -> Teacher:
@@ -169,80 +93,81 @@ def load_teacher(folder: Path) -> Teacher:
 def main(
     clip: Annotated[Path, typer.Option(help="Folder of stage 1.")],
     out: Annotated[Path, typer.Option(help="Folder of the state and log; an earlier run there goes on.")],
-    align_steps: Annotated[int, typer.Option(help="Steps of stage 2.")] = 300,
-    single_steps: Annotated[int, typer.Option(help="Further steps with questions about single objects.")] = 2000,
-    steps: Annotated[int, typer.Option(help="All steps.")] = 12000,
-    number: Annotated[int, typer.Option(help="Questions about each picture.")] = 32,
+    align: Annotated[int, typer.Option(help="Steps of stage 2.")] = 150,
+    single: Annotated[int, typer.Option(help="Steps on small scenes, about single objects.")] = 350,
+    small: Annotated[int, typer.Option(help="Steps on small scenes, all types.")] = 1000,
+    whole: Annotated[int, typer.Option(help="Steps on whole scenes.")] = 1500,
+    idle: Annotated[int, typer.Option(help="Steps on whole scenes with idle words.")] = 500,
     seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = os.cpu_count() or 1,
 ) -> None:
     """Train, or go on training."""
     device = set_up(seed, threads)
-    size = 32 if device.type == "cuda" else 8
+    course = Course(align, single, small, whole, idle)
     teacher = load_teacher(clip).to(device)
-    speaker = Speaker(decoder_config(len(decoder_tokenizer())), teacher.clip.config.vision_config.hidden_size).to(
-        device
-    )
+    width = teacher.clip.config.vision_config.hidden_size
+    speaker = Speaker(decoder_config(len(decoder_tokenizer())), width).to(device)
 
     @torch.no_grad()
-    def see(pixels: torch.Tensor) -> torch.Tensor:
+    def see(pixels: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16):
-            return teacher.see(pixels.to(device), (0, 0))[1].float()
+            return teacher.see(pixels.to(device), window)[1].float()
 
-    sample = see(pixel_values([draw_scene("train", index) for index in range(32)]))
+    sample = see(pixel_values([draw_scene("train", index) for index in range(32)]), (0, 0))
     speaker.mean.copy_(sample.mean((0, 1)))
     speaker.deviation.copy_(sample.std())
     optimizers = optimizers_of(speaker)
-    settings = {
-        "align": align_steps,
-        "single": single_steps,
-        "steps": steps,
-        "number": number,
-        "seed": seed,
-        "size": size,
-    }
-    run = TrainingRun(out, speaker, optimizers, settings)
-
-    def draw(step: int) -> Asked:
-        types = TYPES if step >= align_steps + single_steps else SINGLE
-        return ask(step, size, number, tuple(one for one in TYPES if one in types))
-
-    batches = drawn_ahead(draw, run.step)
+    run = TrainingRun(out, speaker, optimizers, asdict(course) | {"seed": seed, "device": device.type})
+    batches = drawn_ahead(lambda step: course.batch(step, device.type == "cuda"), run.step)
 
     def one_step(step: int) -> dict[str, float]:
         batch = next(batches)
-        features = see(batch.pixels)
+        features = see(batch.pixels, batch.window)
         with torch.autocast(device.type, torch.bfloat16):
-            told = _align(speaker, features, batch) if step < align_steps else _answer(speaker, features, batch)
-        return optimize(speaker, optimizers, told, cosine_rate(step, steps))
+            if step < align:
+                told = _align(speaker, features, batch)
+            else:
+                told = _answer(speaker, features, batch, course.help(step))
+        return optimize(speaker, optimizers, told, cosine_rate(step, course.steps))
 
-    run.train(steps, one_step, title="LLaVA")
+    run.train(course.steps, one_step, title="LLaVA")
 
 
 def _align(speaker: Speaker, features: torch.Tensor, batch: Asked) -> dict[str, torch.Tensor]:
     """Stage 2: what a patch shows, told by its nearest words."""
     logits = speaker.project(features).float() @ speaker.language.embed_tokens.weight.float().T
     wanted = batch.words.to(features.device)
-    losses = [F.cross_entropy(logits.flatten(0, 1), wanted[..., one].flatten(), ignore_index=-1) for one in (0, 1)]
+    losses = [F.cross_entropy(logits.flatten(0, 1), wanted[..., one].flatten(), ignore_index=UNKNOWN) for one in (0, 1)]
     return {"loss": losses[0] + losses[1], "kind": losses[0], "colour": losses[1]}
 
 
-def _answer(speaker: Speaker, features: torch.Tensor, batch: Asked) -> dict[str, torch.Tensor]:
+def _answer(speaker: Speaker, features: torch.Tensor, batch: Asked, help: float) -> dict[str, torch.Tensor]:
     """Stage 3: the answer and the end behind it."""
     device = features.device
-    tokens, at = batch.tokens.to(device), batch.answers.to(device)
-    hidden = speaker(features, batch.lead.to(device), tokens)
+    tokens, at, nouns = batch.tokens.to(device), batch.answers.to(device), batch.nouns.to(device)
+    hidden, halfway = speaker(features, batch.lead.to(device), tokens, batch.patches.to(device))
     places = torch.stack([at, at + 1], -1)
-    taken = hidden.gather(2, places[..., None].expand(-1, -1, -1, hidden.shape[-1]))
-    logits = speaker.head(taken).float()
+    logits = speaker.head(_taken(hidden, places)).float()
     wanted = tokens.gather(2, places + 1)
     loss = F.cross_entropy(logits.flatten(0, 2), wanted.flatten())
+    told = {}
+    if help:
+        asked = (nouns, batch.named.to(device)), (at, batch.source.to(device))
+        for name, head, states, (where, place) in zip(("named", "source"), speaker.places, halfway, asked, strict=True):
+            rows_and_columns = head(_taken(states, where[..., None]).squeeze(2)).float().unflatten(-1, (2, -1))
+            told[name] = F.cross_entropy(rows_and_columns.flatten(0, 2), place.flatten(), ignore_index=UNKNOWN)
+        loss = loss + help * (told["named"] + told["source"])
     right = (logits[:, :, 0].argmax(-1) == wanted[..., 0]).float()
-    told = {"loss": loss, "right": right.mean()}
+    told |= {"loss": loss, "right": right.mean()}
     for index, name in enumerate(TYPES):
         if (of_type := batch.types.to(device) == index).any():
             told[name] = right[of_type].mean()
     return told
+
+
+def _taken(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """States (B, Q, T, d) at places (B, Q, P): (B, Q, P, d)."""
+    return states.gather(2, places[..., None].expand(-1, -1, -1, states.shape[-1]))
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def answer_words() -> tuple[str, ...]:
 
 
 def questions(
-    scene: Scene, number: int | None = None, types: Sequence[str] = TYPES, variant: int = 0
+    scene: Scene, number: int | None = None, types: Sequence[str] = TYPES, variant: int = 0, idle: bool = True
 ) -> list[Question]:
     """Different questions about a scene, the types taking turns.
 
@@ -97,6 +97,7 @@ def questions(
         number: how many at most (None: all there are; about 40 with all types). No scene allows every type.
         types: which types to ask.
         variant: another number gives another choice, order and wording.
+        idle: put idle words around what is asked.
 
     Raises:
         ValueError: unknown type.
@@ -114,7 +115,7 @@ def questions(
         else:
             drafts = _DRAFTS[type](scene, draws, unique)
         pools[type] = iter(draws.shuffled(drafts))
-    return list(islice(_in_turn(scene, draws, pools), number))
+    return list(islice(_in_turn(scene, draws, pools, idle), number))
 
 
 def sample_questions(
@@ -154,19 +155,19 @@ def sample_questions(
         yield scene, fitting[0]
 
 
-def _in_turn(scene: Scene, draws: Draws, pools: dict[str, Iterator[_Draft]]) -> Iterator[Question]:
+def _in_turn(scene: Scene, draws: Draws, pools: dict[str, Iterator[_Draft]], idle: bool) -> Iterator[Question]:
     while pools:
         for type in list(pools):
             draft = next(pools[type], None)
             if draft is None:
                 del pools[type]
             else:
-                yield _worded(scene, draws, type, draft)
+                yield _worded(scene, draws, type, draft, idle)
 
 
-def _worded(scene: Scene, draws: Draws, type: str, draft: _Draft) -> Question:
+def _worded(scene: Scene, draws: Draws, type: str, draft: _Draft, idle: bool) -> Question:
     patterns = NEIGHBOUR_PATTERNS[draft.relation] if type == "colour_of_neighbour" else PATTERNS[type]
-    text, spans = phrase(draws.pick(patterns), draws, draft.x, draft.y)
+    text, spans = phrase(draws.pick(patterns), draws, draft.x, draft.y, idle)
     shown = [scene.objects[number] for number in draft.subjects + draft.sources]
     held_out = "pair" if any(pair_is_held_out(thing.kind, thing.colour) for thing in shown) else ""
     if _draft_is_held_out(scene, draft):

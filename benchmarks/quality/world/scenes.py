@@ -21,6 +21,8 @@ MOST_ALIKE = 5
 """Most objects of one kind in a scene."""
 
 _USUAL, _LARGE = tuple(range(28, 51, 2)), (54, 58, 64)
+SIZES = _USUAL + _LARGE
+"""Sides of drawings in pixels."""
 _LAYOUT, _PIXELS = 0, 1
 
 

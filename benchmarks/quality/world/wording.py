@@ -138,14 +138,14 @@ class Span(NamedTuple):
     role: str
 
 
-def phrase(pattern: str, draws: Draws, x: int, y: int | None = None) -> tuple[str, tuple[Span, ...]]:
-    """A pattern about one or two kinds, with idle words around it.
+def phrase(pattern: str, draws: Draws, x: int, y: int | None = None, idle: bool = True) -> tuple[str, tuple[Span, ...]]:
+    """A pattern about one or two kinds, with idle words around it or without.
 
     Returns:
         The text, and the spans of its content words.
     """
     named = {"x": kinds()[x], "y": kinds()[x if y is None else y]}
-    opening = draws.pick(OPENINGS)
+    opening, closing = (draws.pick(OPENINGS), draws.pick(CLOSINGS)) if idle else ("", "")
     text, spans = opening, []
     for position, (role, piece) in enumerate(_pieces(pattern)):
         if role == "object":
@@ -158,7 +158,7 @@ def phrase(pattern: str, draws: Draws, x: int, y: int | None = None) -> tuple[st
         if role:
             spans.append(Span(len(text), len(text) + len(piece), role))
         text += piece
-    return text + draws.pick(CLOSINGS), tuple(spans)
+    return text + closing, tuple(spans)
 
 
 @cache

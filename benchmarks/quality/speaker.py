@@ -1,0 +1,124 @@
+"""Projector and decoder of the miniature as they are trained: many questions side by side on one reading of a picture.
+
+Every question sees the picture and itself alone, so that a picture is read once for all of them; what comes out is what
+transformers' LLaMA says of each question by itself.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import LlamaConfig, LlamaModel
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from benchmarks.quality.plain_attention import plain_attention
+from benchmarks.quality.world import PATCH, SIDE
+
+GRID = SIDE // PATCH
+NAMED_AT, SOURCE_AT = 4, 8
+"""After how many layers training asks where the thing named is, and where the one that the answer is read from."""
+
+
+class Speaker(nn.Module):
+    """Projector, decoder and head; the frozen tower's features come normalised.
+
+    `places` are two heads that help in training and are dropped in the end: where the thing is that a noun names, and
+    where the one is that the answer is read from.
+    """
+
+    def __init__(self, config: LlamaConfig, width: int) -> None:
+        super().__init__()
+        self.language = LlamaModel(config)
+        self.linear_1 = nn.Linear(width, config.hidden_size)
+        self.linear_2 = nn.Linear(config.hidden_size, config.hidden_size)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.places = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(config.hidden_size), nn.Linear(config.hidden_size, 2 * GRID)) for _ in range(2)
+        )
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("deviation", torch.ones(()))
+
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        """Tower features (B, N, width) in the decoder's space."""
+        return self.linear_2(F.gelu(self.linear_1((features - self.mean) / self.deviation)))
+
+    def forward(
+        self, features: torch.Tensor, lead: torch.Tensor, asked: torch.Tensor, patches: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Hidden states of the questions.
+
+        Parameters
+        ----------
+        features : Tensor (B, N, width)
+        lead : int64 Tensor (L,)
+            What stands before every picture.
+        asked : int64 Tensor (B, Q, T)
+            What stands behind it, question by question, padded on the right.
+        patches : int64 Tensor (N,), optional
+            Which patches of a whole picture the features are; default: all.
+
+        Returns
+        -------
+        hidden : Tensor (B, Q, T, d)
+        halfway : list of Tensor (B, Q, T, d)
+            After `NAMED_AT` and `SOURCE_AT` layers, where the decoder is that deep.
+        """
+        batch, number, length = asked.shape
+        embed = self.language.embed_tokens
+        lead_states, words = embed(lead).expand(batch, -1, -1), embed(asked).flatten(1, 2)
+        states = torch.cat([lead_states, self.project(features), words], 1)
+        read = states.shape[1] - words.shape[1]
+        places = torch.arange(len(lead) + GRID**2 + length, device=asked.device)
+        if patches is None:
+            patches = torch.arange(GRID**2, device=asked.device)
+        behind = places[len(lead) + GRID**2 :].repeat(number)
+        places = torch.cat([places[: len(lead)], len(lead) + patches, behind])[None]
+        cos, sin = self.language.rotary_emb(states, places)
+        reading = _no_later(read, states)
+        own = _no_later(length, states)
+        halfway = []
+        for index, layer in enumerate(self.language.layers, 1):
+            states = _one_layer(layer, states, cos, sin, reading, own)
+            if index in (NAMED_AT, SOURCE_AT):
+                halfway.append(states[:, read:].unflatten(1, (number, length)))
+        return self.language.norm(states[:, read:]).unflatten(1, (number, length)), halfway
+
+
+def _one_layer(
+    layer: nn.Module,
+    states: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    reading: torch.Tensor,
+    own: torch.Tensor,
+) -> torch.Tensor:
+    """A layer over the picture and all questions; `reading` and `own` are the biases of picture and question."""
+    attention, read = layer.self_attn, reading.shape[0]
+    normed = layer.input_layernorm(states)
+    query, key, value = (
+        one(normed).unflatten(2, (-1, attention.head_dim)).transpose(1, 2)
+        for one in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    query, key = apply_rotary_pos_emb(query, key, cos.to(query.dtype), sin.to(query.dtype))
+    seen = plain_attention(query[:, :, :read], key[:, :, :read], value[:, :, :read], reading)
+    heard = _side_by_side(query, key, value, read, own)
+    output = torch.cat([seen, heard], 2).transpose(1, 2).flatten(2)
+    states = states + attention.o_proj(output)
+    return states + layer.mlp(layer.post_attention_layernorm(states))
+
+
+def _no_later(size: int, like: torch.Tensor) -> torch.Tensor:
+    return torch.full((size, size), float("-inf"), device=like.device).triu(1)
+
+
+def _side_by_side(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, read: int, own: torch.Tensor
+) -> torch.Tensor:
+    """Attention of questions, each to the picture and to itself: (B, H, Q T, D) of (B, H, read + Q T, D)."""
+    length = own.shape[0]
+    query = query[:, :, read:] * query.shape[-1] ** -0.5
+    by_question = [one.unflatten(2, (-1, length)) for one in (query, key[:, :, read:], value[:, :, read:])]
+    to_picture = query @ key[:, :, :read].transpose(-1, -2)
+    to_itself = by_question[0] @ by_question[1].transpose(-1, -2) + own.to(query.dtype)
+    weights = torch.cat([to_picture, to_itself.flatten(2, 3)], -1).softmax(-1)
+    of_itself = weights[..., read:].unflatten(2, (-1, length)) @ by_question[2]
+    return weights[..., :read] @ value[:, :, :read] + of_itself.flatten(2, 3)
