@@ -9,6 +9,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -265,6 +266,25 @@ def explain(
             if len(pictures) > 1:
                 path = path.with_stem(f"{path.stem}-{number + 1}")
             trace.plot(picture, number).savefig(path)
+
+
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def quality(context: typer.Context) -> None:
+    """Measure what pruning costs in accuracy, on the drawn world of the quality benchmark (from a clone)."""
+    _benchmark("quality.evaluate_quality").run(context.args, "ivtp quality")
+
+
+def _benchmark(name: str) -> Any:
+    """A module of `benchmarks/`, which belongs to the repository and not to the installed package."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "benchmarks").is_dir():
+        raise ImportError(
+            "the benchmarks are not part of the installed package: clone the repository, and there run "
+            "pip install --editable '.[dev]'"
+        )
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    return import_module(f"benchmarks.{name}")
 
 
 def _pictures(sources: list[str] | None) -> list[Any]:

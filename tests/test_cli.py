@@ -419,3 +419,17 @@ def test_kv_bytes_count_what_is_stored():
     layer = SimpleNamespace(keys=torch.zeros(1, 2, 3, 4), values=torch.zeros(1, 2, 3, 4, dtype=torch.bfloat16))
     empty = SimpleNamespace(keys=None, values=None)
     assert answering.kv_bytes(SimpleNamespace(layers=[layer, empty])) == 24 * 4 + 24 * 2
+
+
+def test_quality_says_what_it_takes_and_what_is_wrong(capsys, tmp_path):
+    status, out, _ = run(capsys, "quality", "--help")
+    assert status == 0
+    assert "ivtp quality" in out
+    assert "--questions" in out
+    assert "no checkpoint" in fails(capsys, "quality", "--model", tmp_path)
+    assert "--rows" in fails(capsys, "quality", "--rows", "some")
+
+
+def test_quality_outside_of_a_clone_says_where_it_is(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "modeling_ivtp" / "cli.py"))
+    assert "clone the repository" in fails(capsys, "quality")

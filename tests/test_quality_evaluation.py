@@ -9,15 +9,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from benchmarks.quality import report
+from benchmarks.quality import report, retrain
 from benchmarks.quality.answer_log import AnswerLog
 from benchmarks.quality.checkpoint import check_world
 from benchmarks.quality.evaluate_quality import evaluate_checkpoint
 from benchmarks.quality.examination import Asked, Examination, row_cost
 from benchmarks.quality.methods import Row, ablation_rows, encode_whole, main_rows, patch_order
+from benchmarks.quality.seeds import agreement
 from benchmarks.quality.tokenizer import processor as miniature_processor
-from benchmarks.quality.world import answer_words, draw_scene, fingerprint, needed_patches, questions, sample_questions
+from benchmarks.quality.world import (
+    TYPES,
+    answer_words,
+    draw_scene,
+    fingerprint,
+    needed_patches,
+    questions,
+    sample_questions,
+)
 from modeling_ivtp import IVTPLlavaConfig, IVTPLlavaForConditionalGeneration, IVTPLlavaProcessor
 from tests.tiny import randomize
 
@@ -286,6 +296,89 @@ def test_a_retrained_checkpoint_joins_the_results_of_the_one_it_came_from(
     assert rows[1]["right"] == rows[2]["right"]
     assert rows[1]["checkpoint"] != rows[2]["checkpoint"]
     assert "ivtp (retrained)" in file.with_suffix(".md").read_text()
+
+
+def results_of(right: dict[tuple[str, int], np.ndarray], checkpoint: str) -> dict[str, Any]:
+    asked = [question for _, question in sample_questions("test", 400)]
+    rows = [
+        {"method": method, "visual_tokens": tokens, "table": "", "mode": "inference", "checkpoint": checkpoint,
+         "right": report.pack(answers), "tflops": 0.01, "final_tokens": tokens, "layer_averaged_tokens": tokens,
+         "code": "one"}
+        for (method, tokens), answers in right.items()
+    ]  # fmt: skip
+    return {
+        "date": "2026-01-01",
+        "checkpoint": checkpoint,
+        "checkpoint_name": "some",
+        "world": fingerprint(),
+        "sample": {"split": "test", "number": 400, "side": 336, "seed": 0},
+        "questions": report.describe_questions(asked, TYPES),
+        "rows": report.summarised(rows, asked, TYPES),
+    }
+
+
+def share(number: int) -> np.ndarray:
+    return np.arange(400) < number
+
+
+def test_seeds_that_agree_and_seeds_that_do_not(tmp_path: Path) -> None:
+    first = results_of({("ivtp", 64): share(300), ("random", 64): share(200), ("topk", 64): share(201)}, "a")
+    same = results_of({("ivtp", 64): share(280), ("random", 64): share(205), ("topk", 64): share(200)}, "b")
+    other = results_of({("ivtp", 64): share(100), ("random", 64): share(200), ("topk", 64): share(200)}, "c")
+    agreed = agreement(first, same)["budgets"]["64"]
+    assert agreed["order"] == ["ivtp", "topk", "random"]
+    assert agreed["other_order"] == ["ivtp", "random", "topk"]
+    assert agreed["disagree"] == []
+    assert agreed["open"] == [["random", "topk"]]
+    assert agreement(first, other)["budgets"]["64"]["disagree"] == [["ivtp", "random"], ["ivtp", "topk"]]
+    for second, says in ((same, "The seeds agree on the order."), (other, "at 64 tokens ivtp and random, ivtp and")):
+        told = report.markdown(first | {"other_seed": agreement(first, second)})
+        assert says in told
+    assert "75.0 / 25.0" in told
+
+
+def test_seeds_are_compared_on_the_same_questions_only() -> None:
+    first, second = (results_of({("ivtp", 64): share(300)}, name) for name in "ab")
+    with pytest.raises(ValueError, match="different questions: sample is"):
+        agreement(first, second | {"sample": {"number": 7}})
+    with pytest.raises(ValueError, match="compare two seeds"):
+        agreement(first, first)
+    with pytest.raises(ValueError, match="no row in common"):
+        agreement(first, second | {"rows": []})
+
+
+def test_retraining_changes_what_answers_and_not_what_chooses_and_goes_on_where_it_was(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    before = load_file(checkpoint / "model.safetensors")
+    options = {"model": checkpoint, "visual_tokens": 24, "steps": 3, "seed": 0, "threads": 1}
+    retrain.main(**options, state=tmp_path / "state", out=tmp_path / "new")
+    after = load_file(tmp_path / "new" / "model.safetensors")
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"language_model", "multi_modal_projector"}
+    model = IVTPLlavaForConditionalGeneration.from_pretrained(tmp_path / "new")
+    assert model.pruning_config.visual_tokens == 24
+    assert model.pruning_config.strict is False
+    assert len((tmp_path / "state" / "log.jsonl").read_text().splitlines()) == 1
+    with pytest.raises(FileExistsError):
+        retrain.main(**options, state=tmp_path / "state", out=tmp_path / "new")
+    retrain.main(**options, state=tmp_path / "state", out=tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(torch.equal(after[name], again[name]) for name in after)
+    with pytest.raises(ValueError, match="visual_tokens"):
+        retrain.main(**options | {"visual_tokens": 12}, state=tmp_path / "state", out=tmp_path / "other")
+
+
+def test_retraining_learns_from_the_answer_and_the_end_alone(loaded: tuple[Any, Any]) -> None:
+    _, processor = loaded
+    asked = retrain.draw_questions(0, SIDE)
+    inputs, labels = retrain.prepared(processor, asked)
+    for row, (_, question) in enumerate(asked):
+        told = labels[row][labels[row] != -100]
+        assert processor.tokenizer.decode(told[:1]).strip() == question.answer
+        assert told[1:].tolist() == [processor.tokenizer.eos_token_id]
+        at = int(inputs["attention_mask"][row].sum())
+        assert labels[row, at - 2 : at].tolist() == told.tolist()
 
 
 def test_a_checkpoint_of_another_world_is_refused(loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:

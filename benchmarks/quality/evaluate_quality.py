@@ -1,6 +1,6 @@
 """Ask a checkpoint held-out questions under every pruning method, and write the table and the plots.
 
-    python -m benchmarks.quality.evaluate_quality --model out/miniature/checkpoint --out benchmarks/results
+    ivtp quality --model examples/miniature --out benchmarks/results
 
 Questions run in batches, and a batch goes through every row before the next one is drawn: an image is drawn, prepared
 and encoded once for all rows that can share it, and no more than a batch is ever in memory. Answers are written down as
@@ -28,6 +28,9 @@ from benchmarks.quality.progress import Asking
 from benchmarks.quality.world import TYPES, fingerprint, sample_questions
 from modeling_ivtp.hub.answering import load_model
 from modeling_ivtp.hub.console import quiet
+
+MINIATURE = Path(__file__).parents[2] / "examples" / "miniature"
+"""The checkpoint that ships with the project."""
 
 
 class Rows(str, Enum):
@@ -211,7 +214,10 @@ def _rows(
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="Folder of the checkpoint.")],
+    context: typer.Context,
+    model: Annotated[
+        Path, typer.Option(help="Folder of the checkpoint.", show_default="the miniature that ships")
+    ] = MINIATURE,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("benchmarks/results"),
     rows: Annotated[Rows, typer.Option(help="The methods, the paper's ablations, or both.")] = Rows.main,
     questions: Annotated[int, typer.Option(help="Held-out test questions, evenly over the types.")] = 2000,
@@ -245,14 +251,28 @@ def main(
         device=device,
         dtype=dtype,
         seed=seed,
-        command=shlex.join(["python", "-m", "benchmarks.quality.evaluate_quality", *sys.argv[1:]]),
+        command=context.obj,
     )
     print(file.with_suffix(".md").read_text())
     print(f"Written: {file} and beside it .md and .png")
 
 
+def run(arguments: Sequence[str], name: str) -> None:
+    """Evaluate as the command line says.
+
+    Parameters
+    ----------
+    arguments : sequence of str
+    name : str
+        What the command is called, for its help and for the record.
+    """
+    app = typer.Typer(add_completion=False)
+    app.command()(main)
+    app(list(arguments), prog_name=name, standalone_mode=False, obj=shlex.join([*name.split(), *arguments]))
+
+
 if __name__ == "__main__":
     try:
-        typer.run(main)
+        run(sys.argv[1:], "python -m benchmarks.quality.evaluate_quality")
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None

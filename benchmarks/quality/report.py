@@ -263,11 +263,38 @@ def markdown(results: Mapping[str, Any]) -> str:
             for r in ablations
         ]  # fmt: skip
         parts += ["## Ablations of IVTP\n", _grid(header, told)]
+    if "other_seed" in results:
+        parts += ["## Another training seed\n", _seeds(results["other_seed"], main)]
     if len({row["code"] for row in rows}) > 1:
         parts.append("Rows come from different versions of the code; `code` in the JSON tells them apart.\n")
     for name, reason in results.get("skipped", {}).items():
         parts.append(f"- `{name}` does not fit this model: {reason}")
     return "\n".join(parts) + "\n"
+
+
+def _seeds(other: Mapping[str, Any], main: Sequence[Mapping[str, Any]]) -> str:
+    """Accuracy under both seeds, and whether they put the methods in the same order."""
+    own = {(row["method"], row["visual_tokens"]): row["accuracy"] for row in main if row["mode"] == "inference"}
+    compared = [
+        row | {"mode": "inference", "own": own[row["method"], row["visual_tokens"]]}
+        for row in other["rows"]
+        if (row["method"], row["visual_tokens"]) in own
+    ]
+    disagree = {tokens: found["disagree"] for tokens, found in other["budgets"].items() if found["disagree"]}
+    told = [
+        f"at {tokens} tokens " + ", ".join(f"{one} and {two}" for one, two in pairs)
+        for tokens, pairs in disagree.items()
+    ]
+    number = sum(len(found["open"]) for found in other["budgets"].values())
+    verdict = (
+        f"The seeds do **not** agree on the order of: {'; '.join(told)}." if told else "The seeds agree on the order."
+    )
+    return (
+        f"Accuracy in % of this seed and of another one (`{other['checkpoint']}`), trained alike on the same world:\n\n"
+        + _by_budget(compared, lambda row: f"{_percent(row['own'])} / {_percent(row['accuracy'])}")
+        + f"\n{verdict} {number} pairs of methods at one budget differ by less than their intervals under a seed and "
+        "are not ordered.\n"
+    )
 
 
 def _half(interval: Sequence[float]) -> float:

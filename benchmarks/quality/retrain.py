@@ -1,0 +1,116 @@
+"""The paper's second mode: the decoder is fine-tuned with pruning on, at one budget, and so learns from what is left.
+
+    python -m benchmarks.quality.retrain --model examples/miniature --visual-tokens 16 --state out/retrain-16 \\
+        --out out/miniature-16
+
+Projector and decoder go on training through the very engine that answers; the tower, which chooses, stays as it is.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import typer
+from PIL import Image
+
+from benchmarks.quality.checkpoint import check_world
+from benchmarks.quality.loop import Stopped, TrainingRun, cosine_rate, drawn_ahead, optimize, optimizers_of, set_up
+from benchmarks.quality.world import SIDE, Question, Scene, draw_scene, questions
+from modeling_ivtp.hub.answering import load_model, set_budget
+from modeling_ivtp.hub.folder import check_target, new_folder
+
+_FIRST = 500_000_000
+"""Training before had the scenes below."""
+SCENES, QUESTIONS = 8, 4
+SLOWER = 0.2
+"""Peak rates, as a share of those of training from nothing."""
+
+
+def draw_questions(step: int, side: int = SIDE) -> list[tuple[Scene, Question]]:
+    """Scenes of a step and their questions, idle words and all."""
+    draw = np.random.Generator(np.random.PCG64([13, step]))
+    scenes = [draw_scene("train", _FIRST + step * SCENES + row, side=side) for row in range(SCENES)]
+    return [
+        (scene, one) for scene in scenes for one in questions(scene, QUESTIONS, variant=int(draw.integers(1 << 30)))
+    ]
+
+
+def prepared(processor: Any, asked: list[tuple[Scene, Question]]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Inputs of prompts with their answers, padded on the right, and labels of answer and end."""
+    eos = processor.tokenizer.eos_token
+    inputs = processor(
+        images=[Image.fromarray(scene.pixels) for scene, _ in asked],
+        text=[f"{question.prompt} {question.answer}{eos}" for _, question in asked],
+        padding=True,
+        padding_side="right",
+        return_tensors="pt",
+    )
+    labels = torch.full_like(inputs["input_ids"], -100)
+    for row, length in enumerate(inputs["attention_mask"].sum(1).tolist()):
+        labels[row, length - 2 : length] = inputs["input_ids"][row, length - 2 : length]
+    return dict(inputs), labels
+
+
+def main(
+    model: Annotated[Path, typer.Option(help="The checkpoint to go on from.")],
+    visual_tokens: Annotated[int, typer.Option(help="Visual tokens of one image left in the end.")],
+    state: Annotated[Path, typer.Option(help="Folder of the state and log; an earlier run there goes on.")],
+    out: Annotated[Path, typer.Option(help="The checkpoint to write.")],
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 400,
+    seed: Annotated[int, typer.Option(help="Of what training draws.")] = 0,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = os.cpu_count() or 1,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is there.")] = False,
+) -> None:
+    """Retrain, or go on retraining."""
+    device = set_up(seed, threads)
+    check_target(out, overwrite=overwrite)
+    llava, processor = load_model(model, device=str(device), dtype="float32")
+    check_world(llava, processor)
+    set_budget(llava, visual_tokens)
+    llava.set_pruning(strict=True)
+    llava.requires_grad_(False)
+    trained = torch.nn.ModuleDict(
+        {"projector": llava.model.multi_modal_projector, "decoder": llava.model.language_model, "head": llava.lm_head}
+    ).requires_grad_(True)
+    optimizers = optimizers_of(trained)
+    settings = {"steps": steps, "visual_tokens": visual_tokens, "seed": seed, "model": model.resolve().name}
+    run = TrainingRun(state, trained, optimizers, settings)
+    side = llava.config.vision_config.image_size
+    batches = drawn_ahead(lambda step: prepared(processor, draw_questions(step, side)), run.step)
+
+    def one_step(step: int) -> dict[str, float]:
+        inputs, labels = next(batches)
+        inputs = {name: value.to(device) for name, value in inputs.items()}
+        with torch.autocast(device.type, torch.bfloat16):
+            logits = llava(**inputs).logits[:, :-1]
+        wanted = labels[:, 1:].to(device)
+        at = wanted != -100
+        logits, wanted = logits[at].float(), wanted[at]
+        right = (logits.argmax(-1) == wanted).float()[::2].mean()
+        told = {"loss": F.cross_entropy(logits, wanted), "right": right}
+        return optimize(trained, optimizers, told, SLOWER * cosine_rate(step, steps))
+
+    run.train(steps, one_step, title=f"{visual_tokens} tokens")
+    llava.set_pruning(strict=False)
+    llava.to(_dtype_of(model))
+    size = sum(parameter.nbytes for parameter in llava.parameters())
+    with new_folder(out, needed_bytes=size, overwrite=overwrite) as folder:
+        llava.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    print(f"wrote {out}")
+
+
+def _dtype_of(model: Path) -> torch.dtype:
+    return next(load_model(model, device="cpu", dtype="auto")[0].parameters()).dtype
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except Stopped as stopped:
+        raise SystemExit(str(stopped)) from None
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
