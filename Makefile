@@ -18,8 +18,8 @@ $(STAMP): pyproject.toml
 	$(RUN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
-demo: setup  ## ask a picture a question, unpruned beside pruned, and draw what was kept
-	$(RUN)/python examples/demo.py --out out/demo
+demo: setup  ## ask a drawn scene three questions, unpruned beside pruned, and draw what was kept
+	$(RUN)/python -m examples.demo
 
 quality: setup  ## evaluate MODEL=folder on held-out questions of the drawn world
 	@test -n "$(MODEL)" || { echo "make quality MODEL=folder" >&2; exit 1; }

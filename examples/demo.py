@@ -1,50 +1,88 @@
-"""Ask a photograph a question, unpruned beside pruned, and draw what was kept: the commands a user would type.
+"""Draw a scene the miniature has never seen, ask it three questions, and see what is kept for each of them.
 
-Without `--model` it first builds a miniature LLaVA with random weights, so it runs anywhere; its answers mean nothing,
-while tokens, memory and seconds are measured. Give it a real checkpoint for answers that mean something.
+    python -m examples.demo
+
+The miniature is the small LLaVA that ships with the project; it knows the drawn world of the quality benchmark and
+nothing else. For a checkpoint and pictures of your own there are `ivtp generate --compare` and `ivtp explain`.
 """
 
-import shlex
-import sys
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import torch
 import typer
-from untrained import write_checkpoints
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
 
-from modeling_ivtp.cli import main as ivtp
+from benchmarks.quality.world import RELATIONS, Question, Scene, draw_scene, questions
+from examples.demo_picture import Kept, draw
+from modeling_ivtp.hub import answering
 
-IMAGES = Path(__file__).parent / "images"
-NOTICE = """
-No --model was given: this is a miniature LLaVA with LLaVA-1.5's geometry (336 pixels, 576 patches) and RANDOM weights.
-What it answers and which patches it keeps mean nothing; tokens, KV cache and seconds are measured."""
+MINIATURE = Path(__file__).parent / "miniature"
+BUDGETS = (64, 16)
+TYPES = (("colour",), RELATIONS, ("corner", "existence"))
 
 
-def run(*command: str) -> None:
-    """Show a command and run it."""
-    print(f"\n$ ivtp {shlex.join(command)}", flush=True)
-    if status := ivtp(list(command)):
-        sys.exit(status)
+def choose_questions(scene: Scene) -> list[Question]:
+    """A colour, a relation and a place, each about other objects if the scene allows."""
+    chosen: list[Question] = []
+    for types in TYPES:
+        asked = questions(scene, types=types, idle=False)
+        used = {number for one in chosen for number in one.subjects + one.sources}
+        asked.sort(key=lambda one: len(used & {*one.subjects, *one.sources}))
+        chosen += asked[:1]
+    return chosen
+
+
+def ask(model: Any, processor: Any, scene: Scene, question: Question, repeats: int) -> list[Kept]:
+    """The answers to one question, unpruned and at every budget."""
+    inputs = answering.prepare(model, processor, [Image.fromarray(scene.pixels)], question.prompt)
+    answers = []
+    for tokens in (None, *BUDGETS):
+        options = {"enabled": False} if tokens is None else {"visual_tokens": tokens, "tower_tokens": None}
+        with model.pruning(**options):
+            answer = answering.answer(model, processor, inputs, max_new_tokens=4, repeats=repeats)
+            patches = range(model.config.num_patches)
+            if tokens is not None:
+                trace = answering.explain(model, processor, inputs)
+                patches = trace.images[0].groups[-1].kept.tolist()
+        answers.append(Kept(list(patches), answer, answer.text == question.answer))
+    return answers
+
+
+def table(asked: list[tuple[Question, list[Kept]]]) -> Table:
+    """What was said, and what it cost."""
+    made = Table(show_lines=True)
+    for column in ("question", "answer", "visual tokens", "layer-averaged", "KV cache", "seconds", "said"):
+        made.add_column(column, justify="right" if column in ("visual tokens", "layer-averaged", "seconds") else "left")
+    for question, answers in asked:
+        for number, kept in enumerate(answers):
+            answer = kept.answer
+            made.add_row(
+                *((question.text, question.answer) if number == 0 else ("", "")),
+                str(answer.visual_tokens[0]), f"{answer.layer_averaged_tokens:.0f}", f"{answer.kv_bytes / 1e6:.2f} MB",
+                f"{answer.seconds:.3f}", answer.text + ("" if kept.right else "  (wrong)"),
+            )  # fmt: skip
+    return made
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder for the checkpoint and the picture.")] = Path("out/demo"),
-    model: Annotated[str | None, typer.Option(help="Folder or Hub id; default: a miniature, random weights.")] = None,
-    image: Annotated[str, typer.Option(help="A picture.")] = str(IMAGES / "coffee.jpg"),
-    question: Annotated[str, typer.Option(help="What to ask it.")] = "What is on the table?",
-    visual_tokens: Annotated[int, typer.Option(help="Visual tokens to keep of 576.")] = 64,
+    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("out/demo.png"),
+    scene: Annotated[int, typer.Option(help="Which scene of the test, 0 to 999999999.")] = 7,
+    model: Annotated[Path, typer.Option(help="The miniature, or one trained like it.")] = MINIATURE,
+    repeats: Annotated[int, typer.Option(min=0, help="Runs timed for each answer; the median is told.")] = 5,
 ) -> None:
     """Run the demonstration."""
-    out.mkdir(parents=True, exist_ok=True)
-    if model is None:
-        print(NOTICE)
-        llava, clip = write_checkpoints(out / "source")
-        model = str(out / "checkpoint")
-        run("convert", str(llava), "--clip", str(clip), "--out", model, "--overwrite")
-    asked = ("--model", model, "--image", image, "--prompt", question, "--visual-tokens", str(visual_tokens))
-    run("generate", *asked, "--compare", "--max-new-tokens", "16")
-    run("explain", *asked, "--out", str(out / "kept.png"))
-    print(f"\nOpen {out / 'kept.png'}: what is left of the picture, stage by stage.")
+    torch.set_num_threads(os.cpu_count() or 1)
+    drawn = draw_scene("test", scene)
+    loaded, processor = answering.load_model(model, device="cpu", dtype="float32")
+    asked = [(one, ask(loaded, processor, drawn, one, repeats)) for one in choose_questions(drawn)]
+    Console().print(table(asked))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draw(drawn.pixels, asked).savefig(out)
+    print(f"Open {out}: what is kept of the same picture for each question.")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """The decoder's tokenizer: a BPE of LLaMA's kind, learned from the world's own wording."""
 
+import copy
 import json
+from collections.abc import Iterable
 from functools import cache
+from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AddedToken, CLIPImageProcessor, LlamaTokenizer
@@ -20,26 +23,35 @@ CHAT_TEMPLATE = """\
 """
 
 
-@cache
-def decoder_tokenizer() -> LlamaTokenizer:
-    """Metaspace and byte fallback as in LLaMA; about 900 pieces, so that longer words of a question are split.
-
-    Answers are whole pieces: what is measured is sight, not spelling.
-    """
+def learn_bpe(texts: Iterable[str], pieces: int) -> dict[str, Any]:
+    """Vocabulary and merges of a BPE of LLaMA's kind: Metaspace, byte fallback; arguments of `LlamaTokenizer`."""
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.BpeTrainer(vocab_size=820, special_tokens=special, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=pieces, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    return {"vocab": model["vocab"], "merges": [tuple(merge) for merge in model["merges"]]}
+
+
+def llama_tokenizer(learned: dict[str, Any], *special: str, **options: Any) -> LlamaTokenizer:
+    """LLaVA-1.5's kind of tokenizer with learned pieces; `special` tokens beside `<pad>` and `<image>`."""
+    made = LlamaTokenizer(**copy.deepcopy(learned), pad_token="<pad>", **{"padding_side": "left"} | options)
+    names = ["<pad>", "<image>", *special]
+    made.add_tokens([AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True)
+    return made
+
+
+@cache
+def decoder_tokenizer() -> LlamaTokenizer:
+    """About 800 pieces, so that longer words of a question are split.
+
+    Answers are whole pieces: what is measured is sight, not spelling.
+    """
     asked = [one.prompt for index in range(400) for one in questions(draw_scene("train", index), 8)]
     # Once more than anything else, so that merges reach whole answers first.
     answers = [" ".join(answer_words())] * 4000
-    tokenizer.train_from_iterator([*asked, *answers, " ".join(all_words())], trainer)
-    model = json.loads(tokenizer.to_str())["model"]
-    merges = [tuple(merge) for merge in model["merges"]]
-    made = LlamaTokenizer(vocab=model["vocab"], merges=merges, pad_token="<pad>", padding_side="left")
-    names = ["<pad>", "<image>"]
-    made.add_tokens([AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True)
-    return made
+    return llama_tokenizer(learn_bpe([*asked, *answers, " ".join(all_words())], pieces=820))
 
 
 def processor() -> IVTPLlavaProcessor:

@@ -1,0 +1,59 @@
+"""The demonstration's picture: one row a question, and what was kept of the scene to answer it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from benchmarks.quality.world import PATCH, Question
+from modeling_ivtp.hub.answering import Answer
+from modeling_ivtp.trace_picture import dim, square
+
+_INK, _MUTED, _RIGHT, _WRONG = "#1c2128", "#656d76", "#1a7f37", "#cf222e"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """An answer, the patches it was given from, and whether it is right."""
+
+    patches: list[int]
+    answer: Answer
+    right: bool
+
+
+def draw(pixels: np.ndarray, asked: Sequence[tuple[Question, Sequence[Kept]]]) -> Figure:
+    """A row of panels for every question: the whole picture, then what was kept at each budget.
+
+    Parameters
+    ----------
+    pixels : uint8 array (side, side, 3)
+    asked : sequence of (Question, sequence of Kept)
+    """
+    grid = pixels.shape[0] // PATCH
+    picture = square(pixels, (grid, grid))
+    columns = len(asked[0][1])
+    side, head, foot, margin = 3.0, 0.62, 0.42, 0.3
+    width = columns * side + (columns + 1) * margin
+    height = len(asked) * (side + head + foot) + margin
+    figure = Figure((width, height), dpi=110, facecolor="white")
+    for row, (question, answers) in enumerate(asked):
+        top = height - margin / 2 - row * (side + head + foot)
+        figure.text(margin / width, (top - 0.36) / height, question.text, color=_INK, fontsize=17, fontweight="bold")
+        for column, kept in enumerate(answers):
+            left, bottom = margin + column * (side + margin), top - head - side
+            axes = figure.add_axes((left / width, bottom / height, side / width, side / height))
+            axes.set_axis_off()
+            mask = torch.zeros(grid * grid, dtype=torch.bool)
+            mask[kept.patches] = True
+            axes.imshow(dim(picture, mask.view(grid, grid)), interpolation="antialiased")
+            answer = kept.answer
+            told = f"{answer.visual_tokens[0]} visual tokens" if column else "unpruned: 576 visual tokens"
+            y = (bottom - 0.24) / height
+            figure.text(left / width, y, told, color=_MUTED, fontsize=11)
+            figure.text(
+                (left + side) / width, y, answer.text, color=_RIGHT if kept.right else _WRONG, fontsize=13,
+                fontweight="bold", ha="right",
+            )  # fmt: skip
+    return figure
