@@ -3,8 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+MODEL ?= examples/miniature
+SEED ?= 0
+# glibc would hand every large tensor back to the system and ask for it anew: a tenth of the time.
+TRAIN := MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=8000000000 $(RUN)/python -m benchmarks.quality
 
-.PHONY: help setup demo quality test test-oldest lint clean
+.PHONY: help setup demo quality miniature test test-oldest lint clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -21,9 +25,13 @@ $(STAMP): pyproject.toml
 demo: setup  ## ask a drawn scene three questions, unpruned beside pruned, and draw what was kept
 	$(RUN)/python -m examples.demo
 
-quality: setup  ## evaluate MODEL=folder on held-out questions of the drawn world
-	@test -n "$(MODEL)" || { echo "make quality MODEL=folder" >&2; exit 1; }
-	$(RUN)/python -m benchmarks.quality.evaluate_quality --model $(MODEL) --out benchmarks/results
+quality: setup  ## evaluate MODEL (the miniature) on held-out questions of the drawn world: benchmarks/results
+	$(RUN)/ivtp quality --model $(MODEL) --rows all --out benchmarks/results
+
+miniature: setup  ## train a miniature from nothing with SEED, on CPU or GPU; goes on where it was stopped
+	$(TRAIN).train_clip --out out/miniature-$(SEED)/clip --seed $(SEED)
+	$(TRAIN).train_llava --clip out/miniature-$(SEED)/clip --out out/miniature-$(SEED)/llava --seed $(SEED)
+	$(TRAIN).assemble --clip out/miniature-$(SEED)/clip --llava out/miniature-$(SEED)/llava --out out/miniature-$(SEED)/model
 
 test: setup  ## all tests
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest --numprocesses 2 --dist loadfile

@@ -76,8 +76,8 @@ def main(
 ) -> None:
     """Run the demonstration."""
     torch.set_num_threads(os.cpu_count() or 1)
-    drawn = draw_scene("test", scene)
     loaded, processor = answering.load_model(model, device="cpu", dtype="float32")
+    drawn = draw_scene("test", scene, side=loaded.config.vision_config.image_size)
     asked = [(one, ask(loaded, processor, drawn, one, repeats)) for one in choose_questions(drawn)]
     Console().print(table(asked))
     out.parent.mkdir(parents=True, exist_ok=True)

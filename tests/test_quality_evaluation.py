@@ -28,41 +28,13 @@ from benchmarks.quality.world import (
     questions,
     sample_questions,
 )
-from modeling_ivtp import IVTPLlavaConfig, IVTPLlavaForConditionalGeneration, IVTPLlavaProcessor
-from tests.tiny import randomize
-
-SIDE, PATCHES = 168, 144
+from modeling_ivtp import IVTPLlavaForConditionalGeneration, IVTPLlavaProcessor
+from tests.untaught import PATCHES, SIDE, untaught
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    processor = miniature_processor()
-    processor.image_processor.size = {"shortest_edge": SIDE}
-    processor.image_processor.crop_size = {"height": SIDE, "width": SIDE}
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
-    config = IVTPLlavaConfig(
-        vision_config={
-            "model_type": "clip_vision_model", **sizes, "num_hidden_layers": 4, "image_size": SIDE, "patch_size": 14,
-            "projection_dim": 16,
-        },
-        text_config={
-            "model_type": "llama", **sizes, "num_hidden_layers": 4, "vocab_size": len(processor.tokenizer),
-            "pad_token_id": processor.tokenizer.pad_token_id, "bos_token_id": 1, "eos_token_id": 2,
-        },
-        clip_text_config={
-            **sizes, "num_hidden_layers": 1, "projection_dim": 16, "vocab_size": 49408, "max_position_embeddings": 77,
-        },
-        image_token_index=processor.image_token_id,
-        image_seq_length=PATCHES,
-        pruning={"layers_per_group": 2, "decoder_layers": 2},
-    )  # fmt: skip
-    config.world_fingerprint = fingerprint()
-    model = randomize(IVTPLlavaForConditionalGeneration(config))
-    model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    return untaught(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from benchmarks.quality.question_batches import UNKNOWN, ask
 from benchmarks.quality.speaker import GRID, Speaker
 from benchmarks.quality.tokenizer import decoder_tokenizer
 from benchmarks.quality.train_clip import PATCH_LABELS, Batch, Teacher, patch_labels
-from benchmarks.quality.train_llava import ON_SMALL_SCENES, Course
+from benchmarks.quality.train_llava import NO_CORNERS, Course
 from benchmarks.quality.world import COLOURS, SIZES, TYPES, answer_words, draw_scene, kinds
 
 
@@ -55,7 +55,7 @@ def test_questions_side_by_side_get_the_answers_they_get_alone():
 @torch.no_grad()
 def test_patches_of_a_small_scene_stand_where_they_would_in_a_whole_one():
     torch.manual_seed(0)
-    asked = ask(1, 1, 2, ON_SMALL_SCENES, side=168)
+    asked = ask(1, 1, 2, NO_CORNERS, side=168)
     assert asked.patches[0] == asked.window[0] * GRID + asked.window[1]
     assert asked.patches.shape == (144,)
     speaker = Speaker(decoder_config(len(decoder_tokenizer())), 192).eval()
@@ -110,7 +110,7 @@ def test_the_place_asked_for_is_that_of_the_thing_named():
 
 
 def test_help_on_the_way_fades_before_training_ends():
-    course = Course(align=1, single=2, small=3, whole=10, idle=4)
+    course = Course(align=1, single=2, middle=3, whole=10, idle=4)
     weights = [course.help(step) for step in range(course.steps)]
     assert weights == sorted(weights, reverse=True)
     assert weights[0] > 0

@@ -2,9 +2,9 @@
 
 Stage 2 aligns the projector: a patch of a dog on a red tile is to land near the words "dog" and "red". Stage 3 asks:
 every picture is read once and many questions about it are answered side by side. It begins with small scenes and
-questions about single objects, goes on to whole scenes, and puts idle words around the questions last. On the way to an
-answer the decoder is asked where the thing named is, and the one that the answer is read from; that help fades out, and
-its heads are dropped. No patch is ever dropped in training.
+questions about single objects, goes on to larger and whole ones, and puts idle words around the questions last. On the
+way to an answer the decoder is asked where the thing named is, and the one that the answer is read from; that help
+fades out, and its heads are dropped. No patch is ever dropped in training.
 
     python -m benchmarks.quality.train_llava --clip out/miniature/clip --out out/miniature/llava
 """
@@ -25,10 +25,10 @@ from benchmarks.quality.question_batches import UNKNOWN, Asked, ask
 from benchmarks.quality.speaker import Speaker
 from benchmarks.quality.tokenizer import decoder_tokenizer
 from benchmarks.quality.train_clip import Teacher, pixel_values
-from benchmarks.quality.world import SIDE, TYPES, draw_scene
+from benchmarks.quality.world import TYPES, draw_scene
 
 SINGLE = ("existence", "colour", "larger", "count")
-ON_SMALL_SCENES = tuple(one for one in TYPES if one != "corner")
+NO_CORNERS = tuple(one for one in TYPES if one != "corner")
 """A corner of a small scene is none of the whole grid in which it stands."""
 PLACES_WEIGHT = 0.3
 
@@ -40,11 +40,11 @@ class Course:
     Attributes
     ----------
     align : int
-        Stage 2.
+        Stage 2, on small scenes of 168 pixels.
     single : int
         Small scenes, questions about single objects.
-    small : int
-        Small scenes, all types that they allow.
+    middle : int
+        Scenes of 224 pixels, all types that they allow.
     whole : int
         Whole scenes, all types.
     idle : int
@@ -53,22 +53,22 @@ class Course:
 
     align: int
     single: int
-    small: int
+    middle: int
     whole: int
     idle: int
 
     @property
     def steps(self) -> int:
         """All of them."""
-        return self.align + self.single + self.small + self.whole + self.idle
+        return self.align + self.single + self.middle + self.whole + self.idle
 
     def batch(self, step: int, gpu: bool = False) -> Asked:
         """Pictures and questions of a step; four times as many pictures on a GPU."""
         more = 4 if gpu else 1
         if step < self.align + self.single:
-            return ask(step, 24 * more, 16, SINGLE, side=SIDE // 2, idle=False)
-        if step < self.align + self.single + self.small:
-            return ask(step, 24 * more, 16, ON_SMALL_SCENES, side=SIDE // 2, idle=False)
+            return ask(step, 24 * more, 16, SINGLE, side=168, idle=False)
+        if step < self.align + self.single + self.middle:
+            return ask(step, 16 * more, 20, NO_CORNERS, side=224, idle=False)
         if step < self.steps - self.idle:
             return ask(step, 8 * more, 32, idle=False)
         return ask(step, 8 * more, 16)
@@ -94,16 +94,16 @@ def main(
     clip: Annotated[Path, typer.Option(help="Folder of stage 1.")],
     out: Annotated[Path, typer.Option(help="Folder of the state and log; an earlier run there goes on.")],
     align: Annotated[int, typer.Option(help="Steps of stage 2.")] = 150,
-    single: Annotated[int, typer.Option(help="Steps on small scenes, about single objects.")] = 350,
-    small: Annotated[int, typer.Option(help="Steps on small scenes, all types.")] = 1000,
+    single: Annotated[int, typer.Option(help="Steps on small scenes, about single objects.")] = 400,
+    middle: Annotated[int, typer.Option(help="Steps on larger scenes, about relations too.")] = 900,
     whole: Annotated[int, typer.Option(help="Steps on whole scenes.")] = 1500,
-    idle: Annotated[int, typer.Option(help="Steps on whole scenes with idle words.")] = 500,
+    idle: Annotated[int, typer.Option(help="Steps on whole scenes with idle words.")] = 400,
     seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = os.cpu_count() or 1,
 ) -> None:
     """Train, or go on training."""
     device = set_up(seed, threads)
-    course = Course(align, single, small, whole, idle)
+    course = Course(align, single, middle, whole, idle)
     teacher = load_teacher(clip).to(device)
     width = teacher.clip.config.vision_config.hidden_size
     speaker = Speaker(decoder_config(len(decoder_tokenizer())), width).to(device)
