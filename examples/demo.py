@@ -29,7 +29,7 @@ def choose_questions(scene: Scene) -> list[Question]:
     """A colour, a relation and a place, each about other objects if the scene allows."""
     chosen: list[Question] = []
     for types in TYPES:
-        asked = questions(scene, types=types, idle=False)
+        asked = questions(scene, types=types, style="plain")
         used = {number for one in chosen for number in one.subjects + one.sources}
         asked.sort(key=lambda one: len(used & {*one.subjects, *one.sources}))
         chosen += asked[:1]

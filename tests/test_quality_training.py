@@ -11,11 +11,11 @@ from benchmarks.quality.assemble import assemble
 from benchmarks.quality.captions_for_clip import texts_of
 from benchmarks.quality.loop import Stopped, TrainingRun, cosine_rate
 from benchmarks.quality.miniature import decoder_config, vision_config
-from benchmarks.quality.question_batches import UNKNOWN, ask
-from benchmarks.quality.speaker import GRID, Speaker
+from benchmarks.quality.question_batches import UNKNOWN, ask, name_all
+from benchmarks.quality.speaker import GRID, NAMING, Speaker
 from benchmarks.quality.tokenizer import decoder_tokenizer
 from benchmarks.quality.train_clip import PATCH_LABELS, Batch, Teacher, patch_labels
-from benchmarks.quality.train_llava import NO_CORNERS, Course
+from benchmarks.quality.train_llava import NO_CORNERS, Course, losses
 from benchmarks.quality.world import COLOURS, SIZES, TYPES, answer_words, draw_scene, kinds
 
 
@@ -88,7 +88,7 @@ def test_labels_of_patches_are_what_the_scene_says():
 
 def test_the_place_asked_for_is_that_of_the_thing_named():
     tokenizer = decoder_tokenizer()
-    asked = ask(5, 4, 24, TYPES, idle=True)
+    asked = ask(5, 4, 24, TYPES)
     seen = {"named": 0, "source": 0}
     for row in range(4):
         scene = draw_scene("train", 1_000_000 + 5 * 64 + row)
@@ -109,8 +109,48 @@ def test_the_place_asked_for_is_that_of_the_thing_named():
     assert min(seen.values()) > 40
 
 
+def test_what_is_known_of_every_name_is_what_the_scene_says():
+    named = name_all(2, 3, side=168)
+    assert named.known.keys() == NAMING.keys()
+    for row in range(3):
+        scene = draw_scene("train", 1_000_000 + 2 * 64 + row, side=168)
+        counts = scene.counts()
+        assert named.known["there"][row].nonzero().flatten().tolist() == sorted(counts)
+        alone = [thing for thing in scene.objects if counts[thing.kind] == 1]
+        for name in ("colour", "row", "column", "size"):
+            assert int((named.known[name][row] != UNKNOWN).sum()) == len(alone)
+        for thing in alone:
+            told = [int(named.known[name][row, thing.kind]) for name in ("colour", "row", "column", "size")]
+            place = [thing.y // 14 + named.window[0], thing.x // 14 + named.window[1]]
+            assert told == [thing.colour, *place, SIZES.index(thing.size)]
+    words = decoder_tokenizer().convert_ids_to_tokens(named.words.tolist())
+    assert words == [f"▁{kind.name}" for kind in kinds()]
+
+
+def test_every_part_of_the_course_can_be_learned_from(teacher):
+    torch.manual_seed(0)
+    course = Course(align=1, name=1, middle=1, whole=1, sentences=2)
+    speaker = Speaker(decoder_config(len(decoder_tokenizer())), 192)
+    styles = []
+    for step in range(course.steps):
+        batch = course.batch(step)
+        with torch.no_grad():
+            features = teacher.see(batch.pixels, batch.window)[1]
+        told = losses(speaker, features, batch, aligning=step < 1, help=course.help(step))
+        assert torch.isfinite(told["loss"])
+        speaker.zero_grad()
+        told["loss"].backward()
+        reached = {name.split(".")[0] for name, one in speaker.named_parameters() if one.grad is not None}
+        styles.append((batch.pixels.shape[-1], reached))
+    assert [side for side, _ in styles] == [168, 168, 224, 336, 336, 336]
+    assert styles[0][1] == {"language", "linear_1", "linear_2"}
+    assert styles[1][1] == {"language", "linear_1", "linear_2", "naming"}
+    assert styles[2][1] == {"language", "linear_1", "linear_2", "naming", "source", "head"}
+    assert styles[5][1] == {"language", "linear_1", "linear_2", "head"}
+
+
 def test_help_on_the_way_fades_before_training_ends():
-    course = Course(align=1, single=2, middle=3, whole=10, idle=4)
+    course = Course(align=1, name=2, middle=3, whole=10, sentences=4)
     weights = [course.help(step) for step in range(course.steps)]
     assert weights == sorted(weights, reverse=True)
     assert weights[0] > 0

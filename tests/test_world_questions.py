@@ -232,3 +232,20 @@ def test_a_small_budget_shows_the_middle_of_every_object_to_be_counted() -> None
             for thing in (scene.objects[number] for number in question.subjects):
                 away = np.maximum(abs(first // 24 * 14 + 7 - thing.y), abs(first % 24 * 14 + 7 - thing.x))
                 assert away.min() <= 7
+
+
+def test_styles_ask_the_same_in_more_and_in_fewer_words() -> None:
+    scene = draw_scene("train", 5)
+    full, plain, terse = (questions(scene, style=style) for style in ("full", "plain", "terse"))
+
+    def lengths(asked: list[Question]) -> float:
+        return sum(len(one.text.split()) for one in asked) / len(asked)
+
+    assert lengths(full) > lengths(plain) + 3
+    assert lengths(plain) > lengths(terse) + 3
+    for asked in (full, plain, terse):
+        assert {one.type for one in asked} == {one.type for one in full}
+        for one in asked:
+            assert any(span.role == "object" for span in one.spans)
+    with pytest.raises(ValueError, match="style 'short'; allowed are full, plain, terse"):
+        questions(scene, style="short")

@@ -4,6 +4,7 @@ Data is drawn from the step number alone, so nothing but weights, optimizer and 
 once a minute, next to the last state and then over it, in safetensors.
 """
 
+import itertools
 import json
 import os
 import queue
@@ -166,7 +167,9 @@ class TrainingRun:
 
 
 def drawn_ahead(draw: Callable[[int], Any], first: int, ahead: int = 4) -> Iterator[Any]:
-    """Yield `draw(first)`, `draw(first + 1)`, … drawn in a thread while the caller trains.
+    """Yield `draw(first)`, `draw(first + 1)`, …, drawn in a thread while the caller trains on a GPU.
+
+    On a CPU whose cores all train, a thread more makes the others wait for each other: there they take turns.
 
     Parameters
     ----------
@@ -176,6 +179,8 @@ def drawn_ahead(draw: Callable[[int], Any], first: int, ahead: int = 4) -> Itera
     ahead : int, default 4
         How many batches may wait.
     """
+    if not torch.cuda.is_available():
+        yield from map(draw, itertools.count(first))
     waiting: queue.Queue[Any] = queue.Queue(ahead)
 
     def work() -> None:
@@ -211,17 +216,14 @@ def set_up(seed: int, threads: int) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-RATES = (0.02, 2e-3)
-
-
-def optimizers_of(module: torch.nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices, AdamW for all else."""
+def optimizers_of(module: torch.nn.Module, muon: float = 0.02, adam: float = 2e-3) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices, AdamW for all else, with their peak learning rates."""
     matrices = [p for name, p in module.named_parameters() if p.dim() == 2 and ".layers." in name]
     inside = {id(p) for p in matrices}
     rest = [p for p in module.parameters() if id(p) not in inside]
     return [
-        torch.optim.Muon(matrices, lr=RATES[0], momentum=0.95, weight_decay=0.01),
-        torch.optim.AdamW(rest, lr=RATES[1], betas=(0.9, 0.98), weight_decay=0.01),
+        torch.optim.Muon(matrices, lr=muon, momentum=0.95, weight_decay=0.01),
+        torch.optim.AdamW(rest, lr=adam, betas=(0.9, 0.98), weight_decay=0.01),
     ]
 
 
@@ -229,9 +231,9 @@ def optimize(
     module: torch.nn.Module, optimizers: list[torch.optim.Optimizer], told: dict[str, torch.Tensor], rate: float
 ) -> dict[str, float]:
     """One step down `told["loss"]` with `rate` of the peak learning rates; what was told, as numbers."""
-    for optimizer, peak in zip(optimizers, RATES, strict=True):
+    for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = peak * rate
+            group["lr"] = optimizer.defaults["lr"] * rate
         optimizer.zero_grad()
     told["loss"].backward()
     torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)

@@ -1,13 +1,15 @@
 """Pictures and their questions for a step of training, with what is asked of the decoder on the way to an answer."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.quality.speaker import NAMING
 from benchmarks.quality.tokenizer import decoder_tokenizer
-from benchmarks.quality.train_clip import GRID, pixel_values
-from benchmarks.quality.world import COLOURS, PATCH, SIDE, TYPES, Question, Scene, draw_scene, kinds, questions
+from benchmarks.quality.train_clip import GRID, patch_labels, pixel_values
+from benchmarks.quality.world import PATCH, SIDE, SIZES, TYPES, Question, Scene, draw_scene, kinds, questions
 
 UNKNOWN = -100
 _FIRST = 1_000_000
@@ -15,14 +17,52 @@ _FIRST = 1_000_000
 
 
 @dataclass
-class Asked:
-    """Pictures of one step and their questions.
+class Pictures:
+    """Pictures of one step.
 
     Attributes
     ----------
     pixels : float32 Tensor (B, 3, side, side)
     window : tuple of int
         Row and column of the whole grid at which the scenes' first patch stands.
+    shown : int64 Tensor (B, N, 2)
+        Kind and colour of each patch; their number where there is nothing.
+    """
+
+    pixels: torch.Tensor
+    window: tuple[int, int]
+    shown: torch.Tensor
+
+    @property
+    def patches(self) -> torch.Tensor:
+        """Which patches of a whole picture the scenes fill: int64 (N,)."""
+        side = self.pixels.shape[-1] // PATCH
+        rows, columns = (torch.arange(start, start + side) for start in self.window)
+        return (rows[:, None] * GRID + columns).flatten()
+
+
+@dataclass
+class Named(Pictures):
+    """Pictures, and what is known of every kind in them.
+
+    Attributes
+    ----------
+    words : int64 Tensor (kinds,)
+        The decoder's token for each kind.
+    known : dict of str to int64 Tensor (B, kinds)
+        By the names of `NAMING`; `UNKNOWN` where a kind is not there, or more than once.
+    """
+
+    words: torch.Tensor
+    known: dict[str, torch.Tensor]
+
+
+@dataclass
+class Asked(Pictures):
+    """Pictures and their questions.
+
+    Attributes
+    ----------
     lead : int64 Tensor (L,)
         The prompt's tokens before the picture.
     tokens : int64 Tensor (B, Q, T)
@@ -35,12 +75,8 @@ class Asked:
     named, source : int64 Tensor (B, Q, 2)
         Row and column of the thing the noun names and of the one the answer is read from; `UNKNOWN` where it is none
         or not one.
-    words : int64 Tensor (B, N, 2)
-        The decoder's tokens for kind and colour of each patch; `UNKNOWN` where there is nothing.
     """
 
-    pixels: torch.Tensor
-    window: tuple[int, int]
     lead: torch.Tensor
     tokens: torch.Tensor
     answers: torch.Tensor
@@ -48,18 +84,47 @@ class Asked:
     nouns: torch.Tensor
     named: torch.Tensor
     source: torch.Tensor
-    words: torch.Tensor
 
-    @property
-    def patches(self) -> torch.Tensor:
-        """Which patches of a whole picture the scenes fill: int64 (N,)."""
-        side = self.pixels.shape[-1] // PATCH
-        rows, columns = (torch.arange(start, start + side) for start in self.window)
-        return (rows[:, None] * GRID + columns).flatten()
+
+def words_of_kinds() -> list[int]:
+    """The decoder's token for each kind."""
+    tokenizer = decoder_tokenizer()
+    return [tokenizer(f" {kind.name}")["input_ids"][-1] for kind in kinds()]
+
+
+def _pictures(draw: np.random.Generator, first: int, size: int, side: int) -> tuple[list[Scene], dict[str, Any]]:
+    """Scenes that stand somewhere in the whole grid, and the fields of `Pictures`."""
+    scenes = [draw_scene("train", first + row, side=side) for row in range(size)]
+    free = GRID - side // PATCH
+    window = int(draw.integers(free + 1)), int(draw.integers(free + 1))
+    shown = np.stack([patch_labels(scene, window)[..., :2] for scene in scenes])
+    return scenes, {
+        "pixels": pixel_values(scenes),
+        "window": window,
+        "shown": torch.from_numpy(shown).flatten(1, 2),
+    }
+
+
+def name_all(step: int, size: int, *, side: int = SIDE) -> Named:
+    """Draw the scenes of a step, to be asked about every kind by its bare name; arguments as of `ask`."""
+    scenes, pictures = _pictures(np.random.Generator(np.random.PCG64([17, step])), _FIRST + step * 64, size, side)
+    known = {name: torch.full((size, len(kinds())), UNKNOWN) for name in NAMING} | {
+        "there": torch.zeros(size, len(kinds()), dtype=torch.long)
+    }
+    for row, scene in enumerate(scenes):
+        counts = scene.counts()
+        for number, thing in enumerate(scene.objects):
+            known["there"][row, thing.kind] = 1
+            if counts[thing.kind] == 1:
+                known["colour"][row, thing.kind] = thing.colour
+                known["size"][row, thing.kind] = SIZES.index(thing.size)
+                place = _place(scene, number, pictures["window"])
+                known["row"][row, thing.kind], known["column"][row, thing.kind] = place
+    return Named(**pictures, words=torch.tensor(words_of_kinds()), known=known)
 
 
 def ask(
-    step: int, size: int, number: int, types: tuple[str, ...] = TYPES, *, side: int = SIDE, idle: bool = True
+    step: int, size: int, number: int, types: tuple[str, ...] = TYPES, *, side: int = SIDE, style: str = "full"
 ) -> Asked:
     """Draw the scenes of a step; another step never draws the same ones.
 
@@ -71,17 +136,15 @@ def ask(
     types : tuple of str
     side : int
         Of the scenes in pixels; smaller ones stand somewhere in the whole grid.
-    idle : bool
-        Idle words around the questions.
+    style : {"full", "plain", "terse"}
+        With idle words, without, or in the fewest words.
     """
     tokenizer = decoder_tokenizer()
     draw = np.random.Generator(np.random.PCG64([11, step]))
-    scenes = [draw_scene("train", _FIRST + step * 64 + row, side=side) for row in range(size)]
-    free = GRID - side // PATCH
-    window = int(draw.integers(free + 1)), int(draw.integers(free + 1))
+    scenes, pictures = _pictures(draw, _FIRST + step * 64, size, side)
     asked: list[tuple[Scene, Question]] = []
     for scene in scenes:
-        of_scene = questions(scene, number, types=types, variant=int(draw.integers(1 << 30)), idle=idle)
+        of_scene = questions(scene, number, types=types, variant=int(draw.integers(1 << 30)), style=style)
         asked += [(scene, of_scene[index % len(of_scene)]) for index in range(number)]
     encoded = tokenizer([f"{one.prompt} {one.answer}</s>" for _, one in asked], return_offsets_mapping=True)
     image = encoded["input_ids"][0].index(tokenizer.convert_tokens_to_ids("<image>"))
@@ -93,19 +156,17 @@ def ask(
         span = next(span for span in asked[row][1].prompt_spans if span.role == "object")
         starts = [start for start, _ in encoded["offset_mapping"][row][image + 1 :]]
         nouns[row] = max(at for at, start in enumerate(starts) if start < span.stop)
-    places = torch.tensor([[_place(*one, window) for one in _places(*pair)] for pair in asked])
+    places = torch.tensor([[_place(*one, pictures["window"]) for one in _places(*pair)] for pair in asked])
     shape = size, number
     return Asked(
-        pixel_values(scenes),
-        window,
-        torch.tensor(encoded["input_ids"][0][:image]),
-        tokens.unflatten(0, shape),
-        torch.tensor([len(ids) - 3 for ids in behind]).unflatten(0, shape),
-        torch.tensor([TYPES.index(one.type) for _, one in asked]).unflatten(0, shape),
-        nouns.unflatten(0, shape),
-        places[:, 0].unflatten(0, shape),
-        places[:, 1].unflatten(0, shape),
-        _patch_words(scenes),
+        **pictures,
+        lead=torch.tensor(encoded["input_ids"][0][:image]),
+        tokens=tokens.unflatten(0, shape),
+        answers=torch.tensor([len(ids) - 3 for ids in behind]).unflatten(0, shape),
+        types=torch.tensor([TYPES.index(one.type) for _, one in asked]).unflatten(0, shape),
+        nouns=nouns.unflatten(0, shape),
+        named=places[:, 0].unflatten(0, shape),
+        source=places[:, 1].unflatten(0, shape),
     )
 
 
@@ -127,13 +188,3 @@ def _place(scene: Scene, number: int | None, window: tuple[int, int]) -> tuple[i
         return UNKNOWN, UNKNOWN
     thing = scene.objects[number]
     return thing.y // PATCH + window[0], thing.x // PATCH + window[1]
-
-
-def _patch_words(scenes: list[Scene]) -> torch.Tensor:
-    tokenizer = decoder_tokenizer()
-    of_kind = torch.tensor([*(tokenizer(f" {kind.name}")["input_ids"][-1] for kind in kinds()), UNKNOWN])
-    of_colour = torch.tensor([*(tokenizer(f" {colour}")["input_ids"][-1] for colour in COLOURS), UNKNOWN])
-    seen = [(scene.patch_kinds().ravel(), scene.patch_colours().ravel()) for scene in scenes]
-    return torch.stack(
-        [torch.stack([of_kind[torch.from_numpy(k).long()], of_colour[torch.from_numpy(c).long()]], -1) for k, c in seen]
-    )

@@ -228,7 +228,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"{LEVEL:.0%} bootstrap intervals over questions; guessing would reach {asked['chance']:.1%}. "
         f"Accuracy counts: {', '.join(asked['headline'])}.\n",
         "## Accuracy in %\n",
-        _by_budget(main, lambda row: f"{_percent(row['accuracy'])} ± {_half(row['interval']):.1f}"),
+        accuracy_table(main),
         "## Difference to unpruned in points, paired\n",
         _by_budget(main, _difference),
         "## Cost\n",
@@ -270,6 +270,11 @@ def markdown(results: Mapping[str, Any]) -> str:
     for name, reason in results.get("skipped", {}).items():
         parts.append(f"- `{name}` does not fit this model: {reason}")
     return "\n".join(parts) + "\n"
+
+
+def accuracy_table(main: Sequence[Mapping[str, Any]]) -> str:
+    """Methods against budgets: accuracy and half its interval, in %."""
+    return _by_budget(main, lambda row: f"{_percent(row['accuracy'])} ± {_half(row['interval']):.1f}")
 
 
 def _seeds(other: Mapping[str, Any], main: Sequence[Mapping[str, Any]]) -> str:

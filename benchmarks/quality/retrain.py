@@ -25,8 +25,8 @@ from modeling_ivtp.hub.folder import check_target, new_folder
 _FIRST = 500_000_000
 """Training before had the scenes below."""
 SCENES, QUESTIONS = 8, 4
-SLOWER = 0.2
-"""Peak rates, as a share of those of training from nothing."""
+MUON, ADAM = 2e-3, 4e-4
+"""Peak learning rates."""
 
 
 def draw_questions(step: int, side: int = SIDE) -> list[tuple[Scene, Question]]:
@@ -75,7 +75,7 @@ def main(
     trained = torch.nn.ModuleDict(
         {"projector": llava.model.multi_modal_projector, "decoder": llava.model.language_model, "head": llava.lm_head}
     ).requires_grad_(True)
-    optimizers = optimizers_of(trained)
+    optimizers = optimizers_of(trained, MUON, ADAM)
     settings = {"steps": steps, "visual_tokens": visual_tokens, "seed": seed, "model": model.resolve().name}
     run = TrainingRun(state, trained, optimizers, settings)
     side = llava.config.vision_config.image_size
@@ -91,7 +91,7 @@ def main(
         logits, wanted = logits[at].float(), wanted[at]
         right = (logits.argmax(-1) == wanted).float()[::2].mean()
         told = {"loss": F.cross_entropy(logits, wanted), "right": right}
-        return optimize(trained, optimizers, told, SLOWER * cosine_rate(step, steps))
+        return optimize(trained, optimizers, told, cosine_rate(step, steps))
 
     run.train(steps, one_step, title=f"{visual_tokens} tokens")
     llava.set_pruning(strict=False)

@@ -11,28 +11,40 @@ from transformers import LlamaConfig, LlamaModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from benchmarks.quality.plain_attention import plain_attention
-from benchmarks.quality.world import PATCH, SIDE
+from benchmarks.quality.world import COLOURS, PATCH, SIDE, SIZES
 
 GRID = SIDE // PATCH
 NAMED_AT, SOURCE_AT = 4, 8
-"""After how many layers training asks where the thing named is, and where the one that the answer is read from."""
+"""After how many layers training asks what is known of the thing named, and where the answer is read from."""
+NAMING = {"there": 1, "colour": len(COLOURS), "row": GRID, "column": GRID, "size": len(SIZES)}
+"""What is asked of a thing named, and among how many."""
 
 
 class Speaker(nn.Module):
     """Projector, decoder and head; the frozen tower's features come normalised.
 
-    `places` are two heads that help in training and are dropped in the end: where the thing is that a noun names, and
-    where the one is that the answer is read from.
+    Two heads more help in training and are dropped in the end: `naming` says what is known of the thing that a noun
+    names, `source` where the one is that the answer is read from.
     """
 
     def __init__(self, config: LlamaConfig, width: int) -> None:
         super().__init__()
         self.language = LlamaModel(config)
+        # Words and patches enter as large as what a layer adds to them, else the first layers drown them; and heads
+        # begin by looking for their like, "dog" for the patches of a dog.
+        nn.init.normal_(self.language.embed_tokens.weight)
+        for layer in self.language.layers:
+            attention = layer.self_attn
+            nn.init.normal_(attention.q_proj.weight, std=0.1)
+            attention.k_proj.weight.data.copy_(attention.q_proj.weight)
+            for values in (attention.v_proj, attention.o_proj):
+                nn.init.normal_(values.weight, std=config.hidden_size**-0.5)
         self.linear_1 = nn.Linear(width, config.hidden_size)
         self.linear_2 = nn.Linear(config.hidden_size, config.hidden_size)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.places = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(config.hidden_size), nn.Linear(config.hidden_size, 2 * GRID)) for _ in range(2)
+        self.naming, self.source = (
+            nn.Sequential(nn.LayerNorm(config.hidden_size), nn.Linear(config.hidden_size, size))
+            for size in (sum(NAMING.values()), 2 * GRID)
         )
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("deviation", torch.ones(()))

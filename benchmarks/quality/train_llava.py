@@ -1,10 +1,11 @@
 """Stages 2 and 3: the miniature's projector, then projector and decoder, with the tower frozen, as LLaVA is trained.
 
-Stage 2 aligns the projector: a patch of a dog on a red tile is to land near the words "dog" and "red". Stage 3 asks:
-every picture is read once and many questions about it are answered side by side. It begins with small scenes and
-questions about single objects, goes on to larger and whole ones, and puts idle words around the questions last. On the
-way to an answer the decoder is asked where the thing named is, and the one that the answer is read from; that help
-fades out, and its heads are dropped. No patch is ever dropped in training.
+Stage 2 aligns the projector: a patch of a dog on a red tile is to land near the words "dog" and "red". Stage 3 reads
+every picture once and asks many things about it side by side: first about every kind by its bare name, which is how
+words learn to find what they name within minutes; then questions in their fewest words, on larger scenes and on whole
+ones; then whole sentences with idle words around them. On the way to an answer the decoder is asked where the thing
+named is, and the one that the answer is read from; that help fades out, and its heads are dropped. No patch is ever
+dropped in training.
 
     python -m benchmarks.quality.train_llava --clip out/miniature/clip --out out/miniature/llava
 """
@@ -21,16 +22,17 @@ from safetensors import safe_open
 
 from benchmarks.quality.loop import Stopped, TrainingRun, cosine_rate, drawn_ahead, optimize, optimizers_of, set_up
 from benchmarks.quality.miniature import decoder_config
-from benchmarks.quality.question_batches import UNKNOWN, Asked, ask
-from benchmarks.quality.speaker import Speaker
+from benchmarks.quality.question_batches import UNKNOWN, Asked, Named, Pictures, ask, name_all, words_of_kinds
+from benchmarks.quality.speaker import GRID, NAMING, Speaker
 from benchmarks.quality.tokenizer import decoder_tokenizer
 from benchmarks.quality.train_clip import Teacher, pixel_values
-from benchmarks.quality.world import TYPES, draw_scene
+from benchmarks.quality.world import COLOURS, TYPES, draw_scene
 
-SINGLE = ("existence", "colour", "larger", "count")
 NO_CORNERS = tuple(one for one in TYPES if one != "corner")
 """A corner of a small scene is none of the whole grid in which it stands."""
 PLACES_WEIGHT = 0.3
+MUON = 0.01
+"""Peak learning rate; what there is to learn from is sparser than in the tower."""
 
 
 @dataclass(frozen=True)
@@ -41,37 +43,37 @@ class Course:
     ----------
     align : int
         Stage 2, on small scenes of 168 pixels.
-    single : int
-        Small scenes, questions about single objects.
+    name : int
+        Small scenes, every kind by its bare name.
     middle : int
-        Scenes of 224 pixels, all types that they allow.
+        Scenes of 224 pixels, questions in their fewest words.
     whole : int
-        Whole scenes, all types.
-    idle : int
-        Whole scenes, idle words around the questions.
+        Whole scenes, likewise.
+    sentences : int
+        Whole scenes, whole sentences, idle words around every second step's.
     """
 
     align: int
-    single: int
+    name: int
     middle: int
     whole: int
-    idle: int
+    sentences: int
 
     @property
     def steps(self) -> int:
         """All of them."""
-        return self.align + self.single + self.middle + self.whole + self.idle
+        return self.align + self.name + self.middle + self.whole + self.sentences
 
-    def batch(self, step: int, gpu: bool = False) -> Asked:
-        """Pictures and questions of a step; four times as many pictures on a GPU."""
+    def batch(self, step: int, gpu: bool = False) -> Asked | Named:
+        """What a step is about; four times as many pictures on a GPU."""
         more = 4 if gpu else 1
-        if step < self.align + self.single:
-            return ask(step, 24 * more, 16, SINGLE, side=168, idle=False)
-        if step < self.align + self.single + self.middle:
-            return ask(step, 16 * more, 20, NO_CORNERS, side=224, idle=False)
-        if step < self.steps - self.idle:
-            return ask(step, 8 * more, 32, idle=False)
-        return ask(step, 8 * more, 16)
+        if step < self.align + self.name:
+            return name_all(step, 24 * more, side=168)
+        if step < self.align + self.name + self.middle:
+            return ask(step, 16 * more, 32, NO_CORNERS, side=224, style="terse")
+        if step < self.steps - self.sentences:
+            return ask(step, 8 * more, 40, style="terse")
+        return ask(step, 8 * more, 24, style="plain") if step % 2 else ask(step, 8 * more, 16)
 
     def help(self, step: int) -> float:
         """Weight of the questions on the way: whole at first, nothing in the last quarter."""
@@ -93,17 +95,17 @@ def load_teacher(folder: Path) -> Teacher:
 def main(
     clip: Annotated[Path, typer.Option(help="Folder of stage 1.")],
     out: Annotated[Path, typer.Option(help="Folder of the state and log; an earlier run there goes on.")],
-    align: Annotated[int, typer.Option(help="Steps of stage 2.")] = 150,
-    single: Annotated[int, typer.Option(help="Steps on small scenes, about single objects.")] = 400,
-    middle: Annotated[int, typer.Option(help="Steps on larger scenes, about relations too.")] = 900,
-    whole: Annotated[int, typer.Option(help="Steps on whole scenes.")] = 1500,
-    idle: Annotated[int, typer.Option(help="Steps on whole scenes with idle words.")] = 400,
+    align: Annotated[int, typer.Option(help="Steps of stage 2.")] = 200,
+    name: Annotated[int, typer.Option(help="Steps with bare names.")] = 400,
+    middle: Annotated[int, typer.Option(help="Steps with terse questions about larger scenes.")] = 600,
+    whole: Annotated[int, typer.Option(help="Steps with terse questions about whole scenes.")] = 900,
+    sentences: Annotated[int, typer.Option(help="Steps with whole sentences.")] = 600,
     seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = os.cpu_count() or 1,
 ) -> None:
     """Train, or go on training."""
     device = set_up(seed, threads)
-    course = Course(align, single, middle, whole, idle)
+    course = Course(align, name, middle, whole, sentences)
     teacher = load_teacher(clip).to(device)
     width = teacher.clip.config.vision_config.hidden_size
     speaker = Speaker(decoder_config(len(decoder_tokenizer())), width).to(device)
@@ -116,7 +118,7 @@ def main(
     sample = see(pixel_values([draw_scene("train", index) for index in range(32)]), (0, 0))
     speaker.mean.copy_(sample.mean((0, 1)))
     speaker.deviation.copy_(sample.std())
-    optimizers = optimizers_of(speaker)
+    optimizers = optimizers_of(speaker, MUON)
     run = TrainingRun(out, speaker, optimizers, asdict(course) | {"seed": seed, "device": device.type})
     batches = drawn_ahead(lambda step: course.batch(step, device.type == "cuda"), run.step)
 
@@ -124,21 +126,70 @@ def main(
         batch = next(batches)
         features = see(batch.pixels, batch.window)
         with torch.autocast(device.type, torch.bfloat16):
-            if step < align:
-                told = _align(speaker, features, batch)
-            else:
-                told = _answer(speaker, features, batch, course.help(step))
+            told = losses(speaker, features, batch, aligning=step < align, help=course.help(step))
         return optimize(speaker, optimizers, told, cosine_rate(step, course.steps))
 
     run.train(course.steps, one_step, title="LLaVA")
 
 
-def _align(speaker: Speaker, features: torch.Tensor, batch: Asked) -> dict[str, torch.Tensor]:
-    """Stage 2: what a patch shows, told by its nearest words."""
-    logits = speaker.project(features).float() @ speaker.language.embed_tokens.weight.float().T
-    wanted = batch.words.to(features.device)
-    losses = [F.cross_entropy(logits.flatten(0, 1), wanted[..., one].flatten(), ignore_index=UNKNOWN) for one in (0, 1)]
-    return {"loss": losses[0] + losses[1], "kind": losses[0], "colour": losses[1]}
+def losses(
+    speaker: Speaker, features: torch.Tensor, batch: Asked | Named, *, aligning: bool, help: float
+) -> dict[str, torch.Tensor]:
+    """What a step minimises, `loss`, and what there is to watch.
+
+    Parameters
+    ----------
+    speaker : Speaker
+    features : Tensor (B, N, width)
+        What the tower makes of the batch's pictures.
+    batch : Asked or Named
+    aligning : bool
+        Stage 2.
+    help : float
+        Weight of the questions on the way to an answer.
+    """
+    if aligning:
+        return _align(speaker, features, batch)
+    if isinstance(batch, Named):
+        return _name(speaker, features, batch)
+    return _answer(speaker, features, batch, help)
+
+
+def _align(speaker: Speaker, features: torch.Tensor, batch: Pictures) -> dict[str, torch.Tensor]:
+    """Stage 2: of all kinds and of all colours, a patch lies nearest to the words for its own."""
+    projected = speaker.project(features).float().flatten(0, 1)
+    tokenizer = decoder_tokenizer()
+    nothing = tokenizer.convert_tokens_to_ids("<0x0A>")  # the ground's: a line's end
+    colours = [tokenizer(f" {colour}")["input_ids"][-1] for colour in COLOURS]
+    told = {}
+    for name, words, shown in zip(("kind", "colour"), (words_of_kinds(), colours), batch.shown.unbind(-1), strict=True):
+        embedded = speaker.language.embed_tokens(torch.tensor([*words, nothing], device=features.device)).float()
+        logits = projected @ embedded.T / embedded.shape[1] ** 0.5
+        told[name] = F.cross_entropy(logits, shown.to(features.device).flatten())
+    return {"loss": told["kind"] + told["colour"]} | told
+
+
+def _name(speaker: Speaker, features: torch.Tensor, batch: Named) -> dict[str, torch.Tensor]:
+    """Whether each kind is there, and of one that is there once, its colour, place and size."""
+    device = features.device
+    asked = batch.words.to(device)[None, :, None].expand(len(features), -1, -1)
+    lead = torch.tensor([decoder_tokenizer().bos_token_id], device=device)
+    _, halfway = speaker(features, lead, asked, batch.patches.to(device))
+    says = speaker.naming(halfway[0][:, :, 0]).float().split(list(NAMING.values()), -1)
+    loss, told = torch.zeros((), device=device), {}
+    for (name, known), logits in zip(batch.known.items(), says, strict=True):
+        wanted = known.to(device)
+        if name == "there":
+            # A kind that is there is one of very many that are not.
+            pressed = torch.tensor(5.0, device=device)
+            loss = loss + F.binary_cross_entropy_with_logits(logits[..., 0], wanted.float(), pos_weight=pressed)
+            guess = logits[..., 0] > 0
+            told[name] = 2 * (guess & (wanted > 0)).sum() / (guess.sum() + wanted.sum()).clamp(min=1)
+        else:
+            share = 1.0 if name == "colour" else 0.5
+            loss = loss + share * F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=UNKNOWN)
+            told[name] = (logits.argmax(-1) == wanted)[wanted != UNKNOWN].float().mean()
+    return {"loss": loss} | told
 
 
 def _answer(speaker: Speaker, features: torch.Tensor, batch: Asked, help: float) -> dict[str, torch.Tensor]:
@@ -152,10 +203,15 @@ def _answer(speaker: Speaker, features: torch.Tensor, batch: Asked, help: float)
     loss = F.cross_entropy(logits.flatten(0, 2), wanted.flatten())
     told = {}
     if help:
-        asked = (nouns, batch.named.to(device)), (at, batch.source.to(device))
-        for name, head, states, (where, place) in zip(("named", "source"), speaker.places, halfway, asked, strict=True):
-            rows_and_columns = head(_taken(states, where[..., None]).squeeze(2)).float().unflatten(-1, (2, -1))
-            told[name] = F.cross_entropy(rows_and_columns.flatten(0, 2), place.flatten(), ignore_index=UNKNOWN)
+        named = speaker.naming(_taken(halfway[0], nouns[..., None]).squeeze(2)).split(list(NAMING.values()), -1)
+        source = speaker.source(_taken(halfway[1], at[..., None]).squeeze(2)).split(GRID, -1)
+        for name, says, place in (("named", named[2:4], batch.named), ("source", source, batch.source)):
+            rows_and_columns = place.to(device).flatten(0, 1).unbind(-1)
+            missed = [
+                F.cross_entropy(said.float().flatten(0, 1), one, ignore_index=UNKNOWN)
+                for said, one in zip(says, rows_and_columns, strict=True)
+            ]
+            told[name] = torch.stack(missed).mean()
         loss = loss + help * (told["named"] + told["source"])
     right = (logits[:, :, 0].argmax(-1) == wanted[..., 0]).float()
     told |= {"loss": loss, "right": right.mean()}

@@ -14,11 +14,20 @@ from benchmarks.quality.world.relations import neighbours
 from benchmarks.quality.world.scenes import MOST_ALIKE, SIDE, Scene, draw_scene
 from benchmarks.quality.world.splits import check_split, pair_is_held_out, triple_is_held_out
 from benchmarks.quality.world.sprites import COLOURS, kinds
-from benchmarks.quality.world.wording import NEIGHBOUR_PATTERNS, PATTERNS, RELATIONS, Span, phrase
+from benchmarks.quality.world.wording import (
+    NEIGHBOUR_PATTERNS,
+    PATTERNS,
+    RELATIONS,
+    TERSE_NEIGHBOUR_PATTERNS,
+    TERSE_PATTERNS,
+    Span,
+    phrase,
+)
 
 TYPES = ("existence", "count", "colour", "corner", *RELATIONS, "larger", "colour_of_neighbour")
 NUMBERS = ("one", "two", "three", "four", "five")
 CORNERS = ("northwest", "northeast", "southwest", "southeast")
+STYLES = ("full", "plain", "terse")
 BEFORE, AFTER = "USER: <image>\n", " ASSISTANT:"
 
 _QUESTIONS = 2
@@ -88,7 +97,7 @@ def answer_words() -> tuple[str, ...]:
 
 
 def questions(
-    scene: Scene, number: int | None = None, types: Sequence[str] = TYPES, variant: int = 0, idle: bool = True
+    scene: Scene, number: int | None = None, types: Sequence[str] = TYPES, variant: int = 0, style: str = "full"
 ) -> list[Question]:
     """Different questions about a scene, the types taking turns.
 
@@ -97,12 +106,14 @@ def questions(
         number: how many at most (None: all there are; about 40 with all types). No scene allows every type.
         types: which types to ask.
         variant: another number gives another choice, order and wording.
-        idle: put idle words around what is asked.
+        style: `full` is a sentence with idle words around it, `plain` the sentence, `terse` its fewest words.
 
     Raises:
-        ValueError: unknown type.
+        ValueError: unknown type or style.
     """
     _check_types(types)
+    if style not in STYLES:
+        raise ValueError(f"Unknown style {style!r}; allowed are {', '.join(STYLES)}.")
     draws = Draws(scene.seed, scene.side, _QUESTIONS, variant)
     unique = {kind for kind, number in scene.counts().items() if number == 1}
     related = neighbours(scene) if set(types) & {*RELATIONS, "colour_of_neighbour"} else {}
@@ -115,7 +126,7 @@ def questions(
         else:
             drafts = _DRAFTS[type](scene, draws, unique)
         pools[type] = iter(draws.shuffled(drafts))
-    return list(islice(_in_turn(scene, draws, pools, idle), number))
+    return list(islice(_in_turn(scene, draws, pools, style), number))
 
 
 def sample_questions(
@@ -155,19 +166,23 @@ def sample_questions(
         yield scene, fitting[0]
 
 
-def _in_turn(scene: Scene, draws: Draws, pools: dict[str, Iterator[_Draft]], idle: bool) -> Iterator[Question]:
+def _in_turn(scene: Scene, draws: Draws, pools: dict[str, Iterator[_Draft]], style: str) -> Iterator[Question]:
     while pools:
         for type in list(pools):
             draft = next(pools[type], None)
             if draft is None:
                 del pools[type]
             else:
-                yield _worded(scene, draws, type, draft, idle)
+                yield _worded(scene, draws, type, draft, style)
 
 
-def _worded(scene: Scene, draws: Draws, type: str, draft: _Draft, idle: bool) -> Question:
-    patterns = NEIGHBOUR_PATTERNS[draft.relation] if type == "colour_of_neighbour" else PATTERNS[type]
-    text, spans = phrase(draws.pick(patterns), draws, draft.x, draft.y, idle)
+def _worded(scene: Scene, draws: Draws, type: str, draft: _Draft, style: str) -> Question:
+    two_hops = type == "colour_of_neighbour"
+    if style == "terse":
+        pattern = TERSE_NEIGHBOUR_PATTERNS[draft.relation] if two_hops else TERSE_PATTERNS[type]
+    else:
+        pattern = draws.pick(NEIGHBOUR_PATTERNS[draft.relation] if two_hops else PATTERNS[type])
+    text, spans = phrase(pattern, draws, draft.x, draft.y, idle=style == "full")
     shown = [scene.objects[number] for number in draft.subjects + draft.sources]
     held_out = "pair" if any(pair_is_held_out(thing.kind, thing.colour) for thing in shown) else ""
     if _draft_is_held_out(scene, draft):

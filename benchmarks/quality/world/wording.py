@@ -83,6 +83,16 @@ NEIGHBOUR_PATTERNS: dict[str, tuple[str, ...]] = {
 }
 """Patterns of `colour_of_neighbour`, by the relation in which the neighbour stands to the object named."""
 
+TERSE_PATTERNS: dict[str, str] = {
+    "existence": "{x}",
+    "count": "<how many> {xs}",
+    "colour": "<colour> {x}",
+    "corner": "<corner> {x}",
+    "larger": "<larger> {x} {y}",
+} | {relation: f"<{where}> {{x}}" for relation, where in _WHERE.items()}
+"""The fewest words that ask it."""
+TERSE_NEIGHBOUR_PATTERNS = {relation: f"<colour> <{where}> {{x}}" for relation, where in _WHERE.items()}
+
 OPENINGS = (
     "",
     "",

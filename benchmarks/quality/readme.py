@@ -1,0 +1,69 @@
+"""Write the newest results into the project's README, between its two marks; nothing there is typed by hand.
+
+python -m benchmarks.quality.readme
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality import report
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- quality: written by benchmarks/quality/readme.py -->", "<!-- /quality -->"
+
+
+def newest(folder: Path = RESULTS) -> Path:
+    """The latest results.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there are none.
+    """
+    files = sorted(folder.glob("quality-*.json"))
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no quality-*.json; make quality writes one.")
+    return files[-1]
+
+
+def excerpt(file: Path) -> str:
+    """The table of accuracies, what they are of, and the plot."""
+    results: Mapping[str, Any] = json.loads(file.read_text())
+    main = [row for row in results["rows"] if not row["table"]]
+    asked = results["questions"]
+    where = file.parent.relative_to(ROOT)
+    return "\n".join(
+        [
+            BEGIN,
+            f"Accuracy in % with 95% intervals, {results['sample']['number']:,} held-out questions of "
+            f"{len(asked['headline'])} types ({', '.join(asked['headline'])}), {results['date']}; guessing would reach "
+            f"{asked['chance']:.1%}.",
+            "",
+            report.accuracy_table(main),
+            f"![Accuracy against visual tokens]({where}/{file.stem}-tokens.png)",
+            "",
+            f"By type, cost, ablations: [{file.stem}]({where}/{file.stem}.md).",
+            END,
+        ]
+    )
+
+
+def filled(readme: str, text: str) -> str:
+    """The README with the text between its marks.
+
+    Raises
+    ------
+    ValueError
+        If the marks are missing.
+    """
+    if BEGIN not in readme or END not in readme:
+        raise ValueError(f"README.md has no {BEGIN} … {END}.")
+    return readme[: readme.index(BEGIN)] + text + readme[readme.index(END) + len(END) :]
+
+
+if __name__ == "__main__":
+    page = ROOT / "README.md"
+    report.write_atomically(page, filled(page.read_text(), excerpt(newest())).encode())
