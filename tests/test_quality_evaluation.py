@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.quality import report, retrain
+from benchmarks.quality import readme, report, retrain
 from benchmarks.quality.answer_log import AnswerLog
 from benchmarks.quality.checkpoint import check_world
 from benchmarks.quality.evaluate_quality import evaluate_checkpoint
@@ -307,6 +307,28 @@ def test_seeds_that_agree_and_seeds_that_do_not(tmp_path: Path) -> None:
         told = report.markdown(first | {"other_seed": agreement(first, second)})
         assert says in told
     assert "75.0 / 25.0" in told
+
+
+def test_the_readme_tells_the_newest_results_and_keeps_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    folder = tmp_path / "benchmarks" / "results"
+    folder.mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="make quality"):
+        readme.newest(folder)
+    for date, right in (("2026-01-01", 100), ("2026-02-01", 300)):
+        results = results_of({("unpruned", 576): share(400), ("ivtp", 64): share(right)}, "a")
+        (folder / f"quality-{date}.json").write_text(json.dumps(results))
+    text = readme.excerpt(readme.newest(folder))
+    assert "| ivtp |  | 75.0 ± " in text
+    assert "benchmarks/results/quality-2026-02-01-tokens.png" in text
+    page = f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n"
+    once = readme.filled(page, text)
+    assert once == f"before\n{text}\nafter\n"
+    assert readme.filled(once, text) == once
+    with pytest.raises(ValueError, match="has no <!-- quality"):
+        readme.filled("nothing", text)
 
 
 def test_seeds_are_compared_on_the_same_questions_only() -> None:

@@ -154,7 +154,8 @@ def test_help_on_the_way_fades_before_training_ends():
     weights = [course.help(step) for step in range(course.steps)]
     assert weights == sorted(weights, reverse=True)
     assert weights[0] > 0
-    assert weights[-5:] == [0] * 5
+    assert weights[-6:] == [0] * 6
+    assert min(map(course.rate, range(course.steps))) > 0
 
 
 @torch.no_grad()

@@ -30,13 +30,14 @@ class Speaker(nn.Module):
     def __init__(self, config: LlamaConfig, width: int) -> None:
         super().__init__()
         self.language = LlamaModel(config)
-        # Words and patches enter as large as what a layer adds to them, else the first layers drown them; and heads
-        # begin by looking for their like, "dog" for the patches of a dog.
+        # Words and patches enter as large as what a layer adds to them, else the first layers drown them; and the heads
+        # of the first layers begin by looking for their like, "dog" for the patches of a dog.
         nn.init.normal_(self.language.embed_tokens.weight)
-        for layer in self.language.layers:
+        for index, layer in enumerate(self.language.layers):
             attention = layer.self_attn
-            nn.init.normal_(attention.q_proj.weight, std=0.1)
-            attention.k_proj.weight.data.copy_(attention.q_proj.weight)
+            if index < NAMED_AT:
+                nn.init.normal_(attention.q_proj.weight, std=0.1)
+                attention.k_proj.weight.data.copy_(attention.q_proj.weight)
             for values in (attention.v_proj, attention.o_proj):
                 nn.init.normal_(values.weight, std=config.hidden_size**-0.5)
         self.linear_1 = nn.Linear(width, config.hidden_size)

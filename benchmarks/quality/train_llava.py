@@ -75,9 +75,14 @@ class Course:
             return ask(step, 8 * more, 40, style="terse")
         return ask(step, 8 * more, 24, style="plain") if step % 2 else ask(step, 8 * more, 16)
 
+    def rate(self, step: int) -> float:
+        """Share of the peak learning rates: a cosine, and half of another for the sentences."""
+        terse = self.steps - self.sentences
+        return cosine_rate(step, terse) if step < terse else 0.5 * cosine_rate(step - terse, self.sentences)
+
     def help(self, step: int) -> float:
-        """Weight of the questions on the way: whole at first, nothing in the last quarter."""
-        return PLACES_WEIGHT * min(1.0, max(0.0, 3 - 4 * step / self.steps))
+        """Weight of the questions on the way: whole at first, nothing in the last quarter before the sentences."""
+        return PLACES_WEIGHT * min(1.0, max(0.0, 3 - 4 * step / (self.steps - self.sentences)))
 
 
 def load_teacher(folder: Path) -> Teacher:
@@ -99,7 +104,7 @@ def main(
     name: Annotated[int, typer.Option(help="Steps with bare names.")] = 400,
     middle: Annotated[int, typer.Option(help="Steps with terse questions about larger scenes.")] = 600,
     whole: Annotated[int, typer.Option(help="Steps with terse questions about whole scenes.")] = 900,
-    sentences: Annotated[int, typer.Option(help="Steps with whole sentences.")] = 600,
+    sentences: Annotated[int, typer.Option(help="Steps with whole sentences.")] = 700,
     seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = os.cpu_count() or 1,
 ) -> None:
@@ -127,7 +132,7 @@ def main(
         features = see(batch.pixels, batch.window)
         with torch.autocast(device.type, torch.bfloat16):
             told = losses(speaker, features, batch, aligning=step < align, help=course.help(step))
-        return optimize(speaker, optimizers, told, cosine_rate(step, course.steps))
+        return optimize(speaker, optimizers, told, course.rate(step))
 
     run.train(course.steps, one_step, title="LLaVA")
 
@@ -212,7 +217,10 @@ def _answer(speaker: Speaker, features: torch.Tensor, batch: Asked, help: float)
                 for said, one in zip(says, rows_and_columns, strict=True)
             ]
             told[name] = torch.stack(missed).mean()
-        loss = loss + help * (told["named"] + told["source"])
+        # A noun that ends a terse question may answer it at once; what it found is then one step away from the answer.
+        early = speaker.head(_taken(hidden, nouns[..., None]).squeeze(2)).float()
+        told["early"] = F.cross_entropy(early.flatten(0, 1), wanted[..., 0].flatten())
+        loss = loss + help * (told["named"] + told["source"] + told["early"])
     right = (logits[:, :, 0].argmax(-1) == wanted[..., 0]).float()
     told |= {"loss": loss, "right": right.mean()}
     for index, name in enumerate(TYPES):
