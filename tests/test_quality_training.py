@@ -86,6 +86,17 @@ def test_labels_of_patches_are_what_the_scene_says():
     assert (labels.max((0, 1)) < list(PATCH_LABELS.values())).all()
 
 
+def test_cls_is_told_how_much_of_every_cell_things_cover():
+    batch = Batch(2, 2, 168)
+    assert batch.covered.shape == (2, 6, 6)
+    for row in range(2):
+        scene = draw_scene("train", 2 * 64 + row, side=168)
+        assert float(batch.covered[row].sum()) * 16 == pytest.approx((scene.patch_objects() >= 0).sum())
+    top, left = (start // 4 for start in batch.window)
+    assert batch.covered[:, :top].sum() == 0
+    assert batch.covered[:, :, :left].sum() == 0
+
+
 def test_the_place_asked_for_is_that_of_the_thing_named():
     tokenizer = decoder_tokenizer()
     asked = ask(5, 4, 24, TYPES)

@@ -1,9 +1,9 @@
 """Stage 1: the CLIP of the miniature, both towers, on scenes and captions.
 
 CLIP's loss teaches CLS and words to meet. Because the world is drawn, every patch may be told besides what it shows
-(kind and tile colour, how large the object is and where its middle), and CLS which kinds there are, at the top of every
-group; those heads are dropped in the end. First steps learn to see, from those labels alone, on small scenes of 168
-pixels under random windows of the position table; words join with whole scenes.
+(kind and tile colour, how large the object is and where its middle), and CLS, at the top of every group, which kinds
+there are and where things are; those heads are dropped in the end. First steps learn to see, from those labels alone,
+on small scenes of 168 pixels under random windows of the position table; words join with whole scenes.
 
     python -m benchmarks.quality.train_clip --out out/miniature/clip
 """
@@ -36,6 +36,8 @@ PATCH_LABELS = {
 }
 """What every patch is told, and among how many."""
 PATCHES_WEIGHT, CLS_WEIGHT, WORDS_WEIGHT = 3.0, 0.1, 0.1
+CELLS = 6
+"""Cells on a side of the whole grid in which CLS is to know how much is there."""
 SMALL_BATCH, BATCH, TEXTS = 64, 24, 3
 """Small scenes and whole ones of a step, and texts about each whole one."""
 
@@ -56,7 +58,7 @@ class Teacher(nn.Module):
         self.patch_norm = nn.LayerNorm(WIDTH)
         self.patch_head = nn.Linear(WIDTH, sum(PATCH_LABELS.values()))
         self.cls_norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(LAYERS // 2))
-        self.cls_heads = nn.ModuleList(nn.Linear(WIDTH, len(kinds())) for _ in range(LAYERS // 2))
+        self.cls_heads = nn.ModuleList(nn.Linear(WIDTH, len(kinds()) + CELLS**2) for _ in range(LAYERS // 2))
         for head in self.cls_heads:
             nn.init.constant_(head.bias, -4.0)  # most kinds are not there
 
@@ -83,7 +85,7 @@ class Teacher(nn.Module):
         """Everything that is minimised, and shares of right answers to watch."""
         tops, features = self.see(batch.pixels.to(device), batch.window)
         there = batch.present.to(device)
-        told = self._of_patches(features, batch.labels) | self._of_cls(tops, there)
+        told = self._of_patches(features, batch.labels) | self._of_cls(tops, there, batch.covered.to(device))
         loss = PATCHES_WEIGHT * told["dense"] + CLS_WEIGHT * told["cls"]
         if batch.texts is not None:
             told |= self._of_words(tops[-1], there, batch.texts)
@@ -104,11 +106,12 @@ class Teacher(nn.Module):
             right[name] = (logits.argmax(-1) == label)[objects].float().mean()
         return {"dense": dense} | right
 
-    def _of_cls(self, tops: list[torch.Tensor], there: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Which kinds there are, at the top of every group."""
+    def _of_cls(self, tops: list[torch.Tensor], there: torch.Tensor, covered: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Which kinds there are and how much of each cell things cover, at the top of every group."""
+        wanted = torch.cat([there.float(), covered.flatten(1)], 1)
         seen = [head(norm(top.float())) for head, norm, top in zip(self.cls_heads, self.cls_norms, tops, strict=True)]
-        losses = [F.binary_cross_entropy_with_logits(one, there.float(), reduction="none") for one in seen]
-        guess = seen[-1] > 0
+        losses = [F.binary_cross_entropy_with_logits(one, wanted, reduction="none") for one in seen]
+        guess = seen[-1][:, : there.shape[1]] > 0
         f1 = 2 * (guess & there).sum() / (guess.sum() + there.sum()).clamp(min=1)
         return {"cls": torch.stack([one.sum(1).mean() for one in losses]).mean(), "cls_f1": f1}
 
@@ -167,6 +170,10 @@ class Batch:
         free = GRID - side // PATCH
         self.window = (int(draw.integers(free + 1)), int(draw.integers(free + 1)))
         self.labels = torch.from_numpy(np.stack([patch_labels(scene, self.window) for scene in scenes]))
+        whole = torch.zeros(size, GRID, GRID)
+        rows, columns = (slice(start, start + side // PATCH) for start in self.window)
+        whole[:, rows, columns] = (self.labels[..., 0] < len(kinds())).float()
+        self.covered = F.avg_pool2d(whole, GRID // CELLS)
         self.texts = texts_of(scenes * texts, draw) if texts else None
 
 

@@ -86,14 +86,14 @@ class Course:
 
 
 def load_teacher(folder: Path) -> Teacher:
-    """The tower that stage 1 trained."""
+    """The towers that stage 1 trained; its heads are left behind."""
     file = folder / "state.safetensors"
     if not file.is_file():
         raise FileNotFoundError(f"{file} is not there: train stage 1 first (benchmarks.quality.train_clip).")
     teacher = Teacher()
     with safe_open(file, framework="pt") as state:
-        names = [name for name in state.keys() if name.startswith("weights.")]  # noqa: SIM118
-        teacher.load_state_dict({name.removeprefix("weights."): state.get_tensor(name) for name in names})
+        names = [name for name in state.keys() if name.startswith("weights.clip.")]  # noqa: SIM118
+        teacher.clip.load_state_dict({name.removeprefix("weights.clip."): state.get_tensor(name) for name in names})
     return teacher.eval().requires_grad_(False)
 
 
