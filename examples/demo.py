@@ -52,19 +52,18 @@ def ask(model: Any, processor: Any, scene: Scene, question: Question, repeats: i
     return answers
 
 
-def table(asked: list[tuple[Question, list[Kept]]]) -> Table:
-    """What was said, and what it cost."""
-    made = Table(show_lines=True)
-    for column in ("question", "answer", "visual tokens", "layer-averaged", "KV cache", "seconds", "said"):
-        made.add_column(column, justify="right" if column in ("visual tokens", "layer-averaged", "seconds") else "left")
-    for question, answers in asked:
-        for number, kept in enumerate(answers):
-            answer = kept.answer
-            made.add_row(
-                *((question.text, question.answer) if number == 0 else ("", "")),
-                str(answer.visual_tokens[0]), f"{answer.layer_averaged_tokens:.0f}", f"{answer.kv_bytes / 1e6:.2f} MB",
-                f"{answer.seconds:.3f}", answer.text + ("" if kept.right else "  (wrong)"),
-            )  # fmt: skip
+def table(question: Question, answers: list[Kept]) -> Table:
+    """What was said to a question, and what it cost."""
+    made = Table(title=f"{question.text}  ({question.answer})", title_justify="left", title_style="bold")
+    for column in ("visual tokens", "layer-averaged", "KV cache", "seconds"):
+        made.add_column(column, justify="right")
+    made.add_column("answer")
+    for kept in answers:
+        answer = kept.answer
+        made.add_row(
+            str(answer.visual_tokens[0]), f"{answer.layer_averaged_tokens:.0f}", f"{answer.kv_bytes / 1e6:.2f} MB",
+            f"{answer.seconds:.3f}", answer.text + ("" if kept.right else "  (wrong)"),
+        )  # fmt: skip
     return made
 
 
@@ -79,7 +78,8 @@ def main(
     loaded, processor = answering.load_model(model, device="cpu", dtype="float32")
     drawn = draw_scene("test", scene, side=loaded.config.vision_config.image_size)
     asked = [(one, ask(loaded, processor, drawn, one, repeats)) for one in choose_questions(drawn)]
-    Console().print(table(asked))
+    for question, answers in asked:
+        Console().print(table(question, answers))
     out.parent.mkdir(parents=True, exist_ok=True)
     draw(drawn.pixels, asked).savefig(out)
     print(f"Open {out}: what is kept of the same picture for each question.")

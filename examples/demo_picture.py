@@ -49,7 +49,7 @@ def draw(pixels: np.ndarray, asked: Sequence[tuple[Question, Sequence[Kept]]]) -
             mask[kept.patches] = True
             axes.imshow(dim(picture, mask.view(grid, grid)), interpolation="antialiased")
             answer = kept.answer
-            told = f"{answer.visual_tokens[0]} visual tokens" if column else "unpruned: 576 visual tokens"
+            told = f"{'' if column else 'all '}{answer.visual_tokens[0]} visual tokens"
             y = (bottom - 0.24) / height
             figure.text(left / width, y, told, color=_MUTED, fontsize=11)
             figure.text(

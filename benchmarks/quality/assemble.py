@@ -3,8 +3,9 @@
 python -m benchmarks.quality.assemble --clip out/miniature/clip --llava out/miniature/llava --out out/miniature/model
 """
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -61,11 +62,32 @@ def load_speaker(folder: Path) -> Speaker:
     return speaker.eval()
 
 
+def leave_out_code(folder: Path) -> None:
+    """Make a checkpoint that loads with this package alone: a copy of the code inside it would grow old unseen."""
+    for file in folder.glob("*.py"):
+        file.unlink()
+    for file in folder.rglob("*.json"):
+        told = json.loads(file.read_text())
+        if _forget(told, "auto_map"):
+            file.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n")
+
+
+def _forget(told: Any, name: str) -> bool:
+    """Drop an entry wherever it is; whether there was one."""
+    if not isinstance(told, dict):
+        return False
+    found = told.pop(name, None) is not None
+    return any([found, *(_forget(value, name) for value in told.values())])
+
+
 def main(
     clip: Annotated[Path, typer.Option(help="Folder of stage 1.")],
     llava: Annotated[Path, typer.Option(help="Folder of stages 2 and 3.")],
     out: Annotated[Path, typer.Option(help="The checkpoint to write.")],
     dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
+    code: Annotated[
+        bool, typer.Option(help="Write the code beside the weights, for who loads it without this package.")
+    ] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is there.")] = False,
 ) -> None:
     """Write the checkpoint with code and processor."""
@@ -76,6 +98,8 @@ def main(
     with new_folder(out, needed_bytes=size, overwrite=overwrite) as folder:
         model.save_pretrained(folder)
         processor().save_pretrained(folder)
+        if not code:
+            leave_out_code(folder)
     print(f"wrote {out}: {size / 1e6:.1f} MB of weights")
 
 
