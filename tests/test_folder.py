@@ -162,7 +162,11 @@ with module.new_folder(sys.argv[2]) as temporary:
 def test_a_signal_leaves_nothing(parent, number, status):
     source = Path(folders.__file__)
     with subprocess.Popen(
-        [sys.executable, "-c", SLOW, source, parent / "out"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        [sys.executable, "-c", SLOW, source, parent / "out"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        # Tests that run under nohup hand their deafness down.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     ) as process:
         assert process.stdout.readline() == b"writing\n"
         assert [name.endswith(".partial") for name in os.listdir(parent)] == [True]
