@@ -120,6 +120,18 @@ def test_the_place_asked_for_is_that_of_the_thing_named():
     assert min(seen.values()) > 40
 
 
+def test_some_pictures_are_blank_and_tell_no_places():
+    blank = 0
+    for step in range(30):
+        asked = ask(step, 4, 2, NO_CORNERS, side=168, style="terse")
+        for row in range(4):
+            if (asked.pixels[row].std((1, 2)) == 0).all():
+                blank += 1
+                assert (asked.named[row] == UNKNOWN).all()
+                assert (asked.source[row] == UNKNOWN).all()
+    assert 0 < blank < 15
+
+
 def test_what_is_known_of_every_name_is_what_the_scene_says():
     named = name_all(2, 3, side=168)
     assert named.known.keys() == NAMING.keys()

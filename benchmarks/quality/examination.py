@@ -13,10 +13,8 @@ from PIL import Image
 from benchmarks.quality.checkpoint import ANSWER_TOKENS
 from benchmarks.quality.flops import decoder_flops, text_tower_flops, tower_flops
 from benchmarks.quality.methods import Row, encode_whole, patch_order
-from benchmarks.quality.world import Question, Scene
+from benchmarks.quality.world import GREY, Question, Scene
 from modeling_ivtp.token_budget import PruningPlan
-
-GREY = (128, 128, 128)
 
 
 @dataclass

@@ -8,12 +8,14 @@ import torch
 
 from benchmarks.quality.speaker import NAMING
 from benchmarks.quality.tokenizer import decoder_tokenizer
-from benchmarks.quality.train_clip import GRID, patch_labels, pixel_values
-from benchmarks.quality.world import PATCH, SIDE, SIZES, TYPES, Question, Scene, draw_scene, kinds, questions
+from benchmarks.quality.train_clip import GRID, patch_labels, pixel_values, pixel_values_of
+from benchmarks.quality.world import GREY, PATCH, SIDE, SIZES, TYPES, Question, Scene, draw_scene, kinds, questions
 
 UNKNOWN = -100
 _FIRST = 1_000_000
 """The CLIP's training has the scenes before."""
+BLANK_SHARE = 0.03
+"""Share of grey pictures among those with questions: who sees nothing learns to guess, no better than chance."""
 
 
 @dataclass
@@ -158,6 +160,9 @@ def ask(
         nouns[row] = max(at for at, start in enumerate(starts) if start < span.stop)
     places = torch.tensor([[_place(*one, pictures["window"]) for one in _places(*pair)] for pair in asked])
     shape = size, number
+    blank = torch.from_numpy(draw.random(size) < BLANK_SHARE)
+    pictures["pixels"][blank] = pixel_values_of(np.full((1, side, side, 3), GREY, np.uint8))
+    places[blank.repeat_interleave(number)] = UNKNOWN
     return Asked(
         **pictures,
         lead=torch.tensor(encoded["input_ids"][0][:image]),

@@ -136,8 +136,13 @@ class Teacher(nn.Module):
 
 def pixel_values(scenes: list[Scene]) -> torch.Tensor:
     """What CLIP's image processor makes of scenes that have the right size already: (B, 3, side, side)."""
-    pixels = torch.from_numpy(np.stack([scene.pixels for scene in scenes])).permute(0, 3, 1, 2).float() / 255
-    return (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(DEVIATION)[:, None, None]
+    return pixel_values_of(np.stack([scene.pixels for scene in scenes]))
+
+
+def pixel_values_of(pixels: np.ndarray) -> torch.Tensor:
+    """The same of pictures (B, side, side, 3) uint8."""
+    values = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+    return (values - torch.tensor(MEAN)[:, None, None]) / torch.tensor(DEVIATION)[:, None, None]
 
 
 def patch_labels(scene: Scene, window: tuple[int, int]) -> np.ndarray:

@@ -22,7 +22,7 @@ from benchmarks.quality.world.questions import (
     questions,
     sample_questions,
 )
-from benchmarks.quality.world.scenes import PATCH, SIDE, SIDES, SIZES, Object, Scene, draw_scene, object_range
+from benchmarks.quality.world.scenes import GREY, PATCH, SIDE, SIDES, SIZES, Object, Scene, draw_scene, object_range
 from benchmarks.quality.world.splits import SPLITS, pair_is_held_out, scene_seed, triple_is_held_out
 from benchmarks.quality.world.sprites import COLOURS, Kind, article, fingerprint, kinds
 from benchmarks.quality.world.wording import RELATIONS, Span, all_words
@@ -30,6 +30,7 @@ from benchmarks.quality.world.wording import RELATIONS, Span, all_words
 __all__ = [
     "COLOURS",
     "CORNERS",
+    "GREY",
     "NUMBERS",
     "PATCH",
     "RELATIONS",

@@ -15,6 +15,8 @@ from benchmarks.quality.world.sprites import COLOURS, PAD, kinds, stamp, tile
 PATCH = 14
 SIDE = 336
 SIDES = tuple(range(168, SIDE + 1, PATCH))
+GREY = (128, 128, 128)
+"""What a blanked picture shows."""
 MARGIN = 4
 """Least distance of two tiles in pixels."""
 MOST_ALIKE = 5
