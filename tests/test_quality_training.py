@@ -12,11 +12,11 @@ from benchmarks.quality.captions_for_clip import texts_of
 from benchmarks.quality.loop import Stopped, TrainingRun, cosine_rate
 from benchmarks.quality.miniature import decoder_config, vision_config
 from benchmarks.quality.question_batches import UNKNOWN, ask, name_all
-from benchmarks.quality.speaker import GRID, NAMING, Speaker
+from benchmarks.quality.speaker import NAMING, Speaker
 from benchmarks.quality.tokenizer import decoder_tokenizer
 from benchmarks.quality.train_clip import PATCH_LABELS, Batch, Teacher, patch_labels
 from benchmarks.quality.train_llava import NO_CORNERS, Course, losses
-from benchmarks.quality.world import COLOURS, SIZES, TYPES, answer_words, draw_scene, kinds
+from benchmarks.quality.world import COLOURS, GRID, SIZES, TYPES, answer_words, draw_scene, kinds
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from safetensors import safe_open
 
+from benchmarks.quality import command
+from benchmarks.quality.loop import saved_weights
 from benchmarks.quality.miniature import PRUNING, clip_text_config, decoder_config, vision_config
 from benchmarks.quality.speaker import Speaker
 from benchmarks.quality.tokenizer import decoder_tokenizer, processor
@@ -52,13 +53,8 @@ def assemble(teacher: Teacher, speaker: Speaker) -> IVTPLlavaForConditionalGener
 
 def load_speaker(folder: Path) -> Speaker:
     """What stages 2 and 3 trained."""
-    file = folder / "state.safetensors"
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is not there: train stages 2 and 3 first (benchmarks.quality.train_llava).")
     speaker = Speaker(decoder_config(len(decoder_tokenizer())), vision_config().hidden_size)
-    with safe_open(file, framework="pt") as state:
-        names = [name for name in state.keys() if name.startswith("weights.")]  # noqa: SIM118
-        speaker.load_state_dict({name.removeprefix("weights."): state.get_tensor(name) for name in names})
+    speaker.load_state_dict(saved_weights(folder))
     return speaker.eval()
 
 
@@ -104,4 +100,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command.run(main)

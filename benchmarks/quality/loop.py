@@ -166,6 +166,23 @@ class TrainingRun:
             log.write(json.dumps(line) + "\n")
 
 
+def saved_weights(folder: Path, module: str = "") -> dict[str, torch.Tensor]:
+    """Weights of a training's state, of one module of it or of all.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is none.
+    """
+    file = folder / "state.safetensors"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is not there: run the stage before first (make miniature runs all of them).")
+    prefix = f"weights.{module}"
+    with safe_open(file, framework="pt") as state:
+        names = [name for name in state.keys() if name.startswith(prefix)]  # noqa: SIM118
+        return {name.removeprefix(prefix): state.get_tensor(name) for name in names}
+
+
 def drawn_ahead(draw: Callable[[int], Any], first: int, ahead: int = 4) -> Iterator[Any]:
     """Yield `draw(first)`, `draw(first + 1)`, …, drawn in a thread while the caller trains on a GPU.
 

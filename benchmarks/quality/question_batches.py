@@ -8,8 +8,20 @@ import torch
 
 from benchmarks.quality.speaker import NAMING
 from benchmarks.quality.tokenizer import decoder_tokenizer
-from benchmarks.quality.train_clip import GRID, patch_labels, pixel_values, pixel_values_of
-from benchmarks.quality.world import GREY, PATCH, SIDE, SIZES, TYPES, Question, Scene, draw_scene, kinds, questions
+from benchmarks.quality.train_clip import patch_labels, pixel_values, pixel_values_of
+from benchmarks.quality.world import (
+    GREY,
+    GRID,
+    PATCH,
+    SIDE,
+    SIZES,
+    TYPES,
+    Question,
+    Scene,
+    draw_scene,
+    kinds,
+    questions,
+)
 
 UNKNOWN = -100
 _FIRST = 1_000_000
@@ -158,7 +170,10 @@ def ask(
         span = next(span for span in asked[row][1].prompt_spans if span.role == "object")
         starts = [start for start, _ in encoded["offset_mapping"][row][image + 1 :]]
         nouns[row] = max(at for at, start in enumerate(starts) if start < span.stop)
-    places = torch.tensor([[_place(*one, pictures["window"]) for one in _places(*pair)] for pair in asked])
+    window = pictures["window"]
+    places = torch.tensor(
+        [[_place(scene, thing, window) for thing in _named_and_source(scene, one)] for scene, one in asked]
+    )
     shape = size, number
     blank = torch.from_numpy(draw.random(size) < BLANK_SHARE)
     pictures["pixels"][blank] = pixel_values_of(np.full((1, side, side, 3), GREY, np.uint8))
@@ -175,17 +190,16 @@ def ask(
     )
 
 
-def _places(scene: Scene, question: Question) -> tuple[tuple[Scene, int | None], tuple[Scene, int | None]]:
-    """Numbers of the thing that the question's noun names and of the one its answer is read from."""
+def _named_and_source(scene: Scene, question: Question) -> tuple[int | None, int | None]:
+    """Numbers of the thing that the question's first noun names and of the one its answer is read from."""
     subjects = question.subjects
-    named = subjects[0] if len(subjects) == 1 else None
     if question.type == "larger":
-        objects = [span for span in question.spans if span.role == "object"]
-        first = question.text[objects[0].start : objects[0].stop].lower()
-        named = next(number for number in subjects if scene.objects[number].name == first)
-        source = next(number for number in subjects if scene.objects[number].name == question.answer)
-        return (scene, named), (scene, source)
-    return (scene, named), (scene, question.sources[0] if question.sources else named)
+        noun = next(span for span in question.spans if span.role == "object")
+        words = question.text[noun.start : noun.stop].lower(), question.answer
+        first, second = (next(one for one in subjects if scene.objects[one].name == word) for word in words)
+        return first, second
+    named = subjects[0] if len(subjects) == 1 else None
+    return named, question.sources[0] if question.sources else named
 
 
 def _place(scene: Scene, number: int | None, window: tuple[int, int]) -> tuple[int, int]:

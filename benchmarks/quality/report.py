@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import typer
 
+from benchmarks.quality import command
 from benchmarks.quality.intervals import LEVEL, bootstrap_interval, paired_interval
 from benchmarks.quality.plots import flops_unit, label, plot, unpruned_of
 from benchmarks.quality.world import TYPES, Question, chance, fingerprint, sample_questions
@@ -351,7 +352,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+    command.run(main)

@@ -16,9 +16,11 @@ import torch.nn.functional as F
 import typer
 from PIL import Image
 
-from benchmarks.quality.checkpoint import check_world
-from benchmarks.quality.loop import Stopped, TrainingRun, cosine_rate, drawn_ahead, optimize, optimizers_of, set_up
+from benchmarks.quality import command
+from benchmarks.quality.checkpoint import check_world, checkpoint_fingerprint
+from benchmarks.quality.loop import TrainingRun, cosine_rate, drawn_ahead, optimize, optimizers_of, set_up
 from benchmarks.quality.world import SIDE, Question, Scene, draw_scene, questions
+from modeling_ivtp import IVTPLlavaConfig
 from modeling_ivtp.hub.answering import load_model, set_budget
 from modeling_ivtp.hub.folder import check_target, new_folder
 
@@ -76,7 +78,7 @@ def main(
         {"projector": llava.model.multi_modal_projector, "decoder": llava.model.language_model, "head": llava.lm_head}
     ).requires_grad_(True)
     optimizers = optimizers_of(trained, MUON, ADAM)
-    settings = {"steps": steps, "visual_tokens": visual_tokens, "seed": seed, "model": model.resolve().name}
+    settings = {"steps": steps, "visual_tokens": visual_tokens, "seed": seed, "model": checkpoint_fingerprint(model)}
     run = TrainingRun(state, trained, optimizers, settings)
     side = llava.config.vision_config.image_size
     batches = drawn_ahead(lambda step: prepared(processor, draw_questions(step, side)), run.step)
@@ -95,7 +97,7 @@ def main(
 
     run.train(steps, one_step, title=f"{visual_tokens} tokens")
     llava.set_pruning(strict=False)
-    llava.to(_dtype_of(model))
+    llava.to(IVTPLlavaConfig.from_pretrained(model).dtype)
     size = sum(parameter.nbytes for parameter in llava.parameters())
     with new_folder(out, needed_bytes=size, overwrite=overwrite) as folder:
         llava.save_pretrained(folder)
@@ -103,14 +105,5 @@ def main(
     print(f"wrote {out}")
 
 
-def _dtype_of(model: Path) -> torch.dtype:
-    return next(load_model(model, device="cpu", dtype="auto")[0].parameters()).dtype
-
-
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except Stopped as stopped:
-        raise SystemExit(str(stopped)) from None
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+    command.run(main)

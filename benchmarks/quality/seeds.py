@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from benchmarks.quality import report
+from benchmarks.quality import command, report
 from benchmarks.quality.intervals import paired_interval
 from benchmarks.quality.world import sample_questions
 
@@ -105,7 +105,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+    command.run(main)

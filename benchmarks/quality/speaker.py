@@ -11,9 +11,8 @@ from transformers import LlamaConfig, LlamaModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from benchmarks.quality.plain_attention import plain_attention
-from benchmarks.quality.world import COLOURS, PATCH, SIDE, SIZES
+from benchmarks.quality.world import COLOURS, GRID, SIZES
 
-GRID = SIDE // PATCH
 NAMED_AT, SOURCE_AT = 4, 8
 """After how many layers training asks what is known of the thing named, and where the answer is read from."""
 NAMING = {"there": 1, "colour": len(COLOURS), "row": GRID, "column": GRID, "size": len(SIZES)}

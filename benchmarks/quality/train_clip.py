@@ -19,14 +19,13 @@ import typer
 from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
-from benchmarks.quality import plain_attention
+from benchmarks.quality import command, plain_attention
 from benchmarks.quality.captions_for_clip import Texts, texts_of
-from benchmarks.quality.loop import Stopped, TrainingRun, cosine_rate, drawn_ahead, optimize, optimizers_of, set_up
+from benchmarks.quality.loop import TrainingRun, cosine_rate, drawn_ahead, optimize, optimizers_of, set_up
 from benchmarks.quality.miniature import LAYERS, PROJECTION, WIDTH, clip_text_config, vision_config
-from benchmarks.quality.world import COLOURS, PATCH, SIDE, SIZES, Scene, draw_scene, kinds
+from benchmarks.quality.world import COLOURS, GRID, PATCH, SIDE, SIZES, Scene, draw_scene, kinds
 
 MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-GRID = SIDE // PATCH
 PATCH_LABELS = {
     "kind": len(kinds()) + 1,
     "colour": len(COLOURS) + 1,
@@ -210,7 +209,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except Stopped as stopped:
-        raise SystemExit(str(stopped)) from None
+    command.run(main)

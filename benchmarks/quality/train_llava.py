@@ -18,15 +18,23 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 import typer
-from safetensors import safe_open
 
-from benchmarks.quality.loop import Stopped, TrainingRun, cosine_rate, drawn_ahead, optimize, optimizers_of, set_up
+from benchmarks.quality import command
+from benchmarks.quality.loop import (
+    TrainingRun,
+    cosine_rate,
+    drawn_ahead,
+    optimize,
+    optimizers_of,
+    saved_weights,
+    set_up,
+)
 from benchmarks.quality.miniature import decoder_config
 from benchmarks.quality.question_batches import UNKNOWN, Asked, Named, Pictures, ask, name_all, words_of_kinds
-from benchmarks.quality.speaker import GRID, NAMING, Speaker
+from benchmarks.quality.speaker import NAMING, Speaker
 from benchmarks.quality.tokenizer import decoder_tokenizer
 from benchmarks.quality.train_clip import Teacher, pixel_values
-from benchmarks.quality.world import COLOURS, TYPES, draw_scene
+from benchmarks.quality.world import COLOURS, GRID, TYPES, draw_scene
 
 NO_CORNERS = tuple(one for one in TYPES if one != "corner")
 """A corner of a small scene is none of the whole grid in which it stands."""
@@ -87,13 +95,8 @@ class Course:
 
 def load_teacher(folder: Path) -> Teacher:
     """The towers that stage 1 trained; its heads are left behind."""
-    file = folder / "state.safetensors"
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is not there: train stage 1 first (benchmarks.quality.train_clip).")
     teacher = Teacher()
-    with safe_open(file, framework="pt") as state:
-        names = [name for name in state.keys() if name.startswith("weights.clip.")]  # noqa: SIM118
-        teacher.clip.load_state_dict({name.removeprefix("weights.clip."): state.get_tensor(name) for name in names})
+    teacher.clip.load_state_dict(saved_weights(folder, "clip."))
     return teacher.eval().requires_grad_(False)
 
 
@@ -235,7 +238,4 @@ def _taken(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except Stopped as stopped:
-        raise SystemExit(str(stopped)) from None
+    command.run(main)

@@ -22,7 +22,18 @@ from benchmarks.quality.world.questions import (
     questions,
     sample_questions,
 )
-from benchmarks.quality.world.scenes import GREY, PATCH, SIDE, SIDES, SIZES, Object, Scene, draw_scene, object_range
+from benchmarks.quality.world.scenes import (
+    GREY,
+    GRID,
+    PATCH,
+    SIDE,
+    SIDES,
+    SIZES,
+    Object,
+    Scene,
+    draw_scene,
+    object_range,
+)
 from benchmarks.quality.world.splits import SPLITS, pair_is_held_out, scene_seed, triple_is_held_out
 from benchmarks.quality.world.sprites import COLOURS, Kind, article, fingerprint, kinds
 from benchmarks.quality.world.wording import RELATIONS, Span, all_words
@@ -31,6 +42,7 @@ __all__ = [
     "COLOURS",
     "CORNERS",
     "GREY",
+    "GRID",
     "NUMBERS",
     "PATCH",
     "RELATIONS",

@@ -14,6 +14,8 @@ from benchmarks.quality.world.sprites import COLOURS, PAD, kinds, stamp, tile
 
 PATCH = 14
 SIDE = 336
+GRID = SIDE // PATCH
+"""Patches on a side of a whole scene."""
 SIDES = tuple(range(168, SIDE + 1, PATCH))
 GREY = (128, 128, 128)
 """What a blanked picture shows."""
