@@ -264,6 +264,8 @@ def markdown(results: Mapping[str, Any]) -> str:
             for r in ablations
         ]  # fmt: skip
         parts += ["## Ablations of IVTP\n", _grid(header, told)]
+    if "survival" in results:
+        parts += ["## Where patches are lost\n", _survival(results["survival"])]
     if "other_seed" in results:
         parts += ["## Another training seed\n", _seeds(results["other_seed"], main)]
     if len({row["code"] for row in rows}) > 1:
@@ -276,6 +278,29 @@ def markdown(results: Mapping[str, Any]) -> str:
 def accuracy_table(main: Sequence[Mapping[str, Any]]) -> str:
     """Methods against budgets: accuracy and half its interval, in %."""
     return _by_budget(main, lambda row: f"{_percent(row['accuracy'])} ± {_half(row['interval']):.1f}")
+
+
+def _survival(followed: Mapping[str, Any]) -> str:
+    """Shares of questions that have a patch of every object left, by step, and accuracy with and without."""
+    methods = followed["methods"]
+    types = next(iter(methods.values()))["steps"][0]["by_type"]
+    steps = [
+        (method, step["step"], step["tokens"], _percent(step["share"]), *map(_percent, step["by_type"].values()))
+        for method, found in methods.items()
+        for step in found["steps"]
+    ]
+    answers = [
+        (method, _percent(found["accuracy"]["left"]), _percent(found["accuracy"]["gone"]))
+        for method, found in methods.items()
+    ]
+    return (
+        f"Questions in % that still have a patch of every object they ask about and are answered from, after each step "
+        f"on the way to {followed['visual_tokens']} tokens; the first {followed['questions']} questions, those that "
+        "ask about nothing in the picture left out.\n\n"
+        + _grid(("method", "after", "tokens", "headline", *types), steps)
+        + "\nAccuracy in % of the headline's questions among them:\n\n"
+        + _grid(("method", "all objects left", "an object gone"), answers)
+    )
 
 
 def _seeds(other: Mapping[str, Any], main: Sequence[Mapping[str, Any]]) -> str:

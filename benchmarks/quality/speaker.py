@@ -13,8 +13,12 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from benchmarks.quality.plain_attention import plain_attention
 from benchmarks.quality.world import COLOURS, GRID, SIZES
 
-NAMED_AT, SOURCE_AT = 4, 8
-"""After how many layers training asks what is known of the thing named, and where the answer is read from."""
+NAMED_AT, SOURCE_AT = 2, 4
+"""After how many layers training asks what is known of the thing named, and where the answer is read from.
+
+Left alone, so small a decoder reads late; asked early, it has read a patch before a group drops it."""
+LOOKING = 4
+"""In how many of the first layers the heads begin by looking for their like."""
 NAMING = {"there": 1, "colour": len(COLOURS), "row": GRID, "column": GRID, "size": len(SIZES)}
 """What is asked of a thing named, and among how many."""
 
@@ -34,7 +38,7 @@ class Speaker(nn.Module):
         nn.init.normal_(self.language.embed_tokens.weight)
         for index, layer in enumerate(self.language.layers):
             attention = layer.self_attn
-            if index < NAMED_AT:
+            if index < LOOKING:
                 nn.init.normal_(attention.q_proj.weight, std=0.1)
                 attention.k_proj.weight.data.copy_(attention.q_proj.weight)
             for values in (attention.v_proj, attention.o_proj):

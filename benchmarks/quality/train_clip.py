@@ -1,8 +1,9 @@
 """Stage 1: the CLIP of the miniature, both towers, on scenes and captions.
 
 CLIP's loss teaches CLS and words to meet. Because the world is drawn, every patch may be told besides what it shows
-(kind and tile colour, how large the object is and where its middle), and CLS, at the top of every group, which kinds
-there are and where things are; those heads are dropped in the end. First steps learn to see, from those labels alone,
+(kind and tile colour, how large the object is and where its middle), and CLS which kinds there are and where things
+are, both at the top of every group: what is known early is still known where its neighbours are gone. Those heads are
+dropped in the end. First steps learn to see, from those labels alone,
 on small scenes of 168 pixels under random windows of the position table; words join with whole scenes.
 
     python -m benchmarks.quality.train_clip --out out/miniature/clip
@@ -54,15 +55,16 @@ class Teacher(nn.Module):
             self.clip.set_attn_implementation(plain_attention.NAME)
         self.bias = nn.Parameter(torch.tensor(-6.0))
         nn.init.constant_(self.clip.logit_scale, 2.3)
-        self.patch_norm = nn.LayerNorm(WIDTH)
-        self.patch_head = nn.Linear(WIDTH, sum(PATCH_LABELS.values()))
-        self.cls_norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(LAYERS // 2))
-        self.cls_heads = nn.ModuleList(nn.Linear(WIDTH, len(kinds()) + CELLS**2) for _ in range(LAYERS // 2))
-        for head in self.cls_heads:
-            nn.init.constant_(head.bias, -4.0)  # most kinds are not there
+        self.patch_heads = nn.ModuleList(_head(sum(PATCH_LABELS.values())) for _ in range(LAYERS // 2))
+        self.cls_heads = nn.ModuleList(_head(len(kinds()) + CELLS**2) for _ in range(LAYERS // 2))
+        for _, last in self.cls_heads:
+            nn.init.constant_(last.bias, -4.0)  # most kinds are not there
 
     def see(self, pixels: torch.Tensor, window: tuple[int, int]) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """CLS at the top of each group, and patch features where LLaVA reads them; `window` is a corner of the grid."""
+        """What CLS and patches are at the top of each group, and patches where LLaVA reads them.
+
+        `window` is a corner of the grid.
+        """
         tower = self.clip.vision_model
         patches = tower.embeddings.patch_embedding(pixels)
         side = patches.shape[-1]
@@ -77,38 +79,44 @@ class Teacher(nn.Module):
             if index == LAYERS - 2:
                 features = hidden
             if index % 2:
-                tops.append(hidden[:, 0])
+                tops.append(hidden)
         return tops, features[:, 1:]
 
     def losses(self, batch: "Batch", device: torch.device) -> dict[str, torch.Tensor]:
         """Everything that is minimised, and shares of right answers to watch."""
         tops, features = self.see(batch.pixels.to(device), batch.window)
         there = batch.present.to(device)
-        told = self._of_patches(features, batch.labels) | self._of_cls(tops, there, batch.covered.to(device))
-        loss = PATCHES_WEIGHT * told["dense"] + CLS_WEIGHT * told["cls"]
+        cls = [top[:, 0] for top in tops]
+        told = self._of_patches([*(top[:, 1:] for top in tops[:-1]), features], batch.labels)
+        told |= self._of_cls(cls, there, batch.covered.to(device))
+        loss = PATCHES_WEIGHT * (told["dense"] + told["early"]) + CLS_WEIGHT * told["cls"]
         if batch.texts is not None:
-            told |= self._of_words(tops[-1], there, batch.texts)
+            told |= self._of_words(cls[-1], there, batch.texts)
             loss = loss + WORDS_WEIGHT * told["contrast"]
         return {"loss": loss} | told
 
-    def _of_patches(self, features: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What every patch shows."""
-        told = self.patch_head(self.patch_norm(features.float())).flatten(0, 1).split(list(PATCH_LABELS.values()), -1)
-        wanted = labels.to(features.device).flatten(0, 2).unbind(-1)
+    def _of_patches(self, depths: list[torch.Tensor], labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What every patch shows, at the tops of the groups and, last, where LLaVA reads it."""
+        wanted = labels.to(depths[0].device).flatten(0, 2).unbind(-1)
         objects = wanted[0] < len(kinds())
         weight = torch.where(objects, 1.0, 0.2)
-        dense = torch.zeros((), device=features.device)
-        right = {}
-        for name, logits, label in zip(PATCH_LABELS, told, wanted, strict=True):
-            share = 1.0 if name == "kind" else 0.3
-            dense = dense + share * (F.cross_entropy(logits, label, reduction="none") * weight).mean()
-            right[name] = (logits.argmax(-1) == label)[objects].float().mean()
-        return {"dense": dense} | right
+        losses, right = [], {}
+        for depth, (head, patches) in enumerate(zip(self.patch_heads, depths, strict=True), 1):
+            if depth > 1:
+                right[f"kind_{depth - 1}"] = right["kind"]
+            told = head(patches.float()).flatten(0, 1).split(list(PATCH_LABELS.values()), -1)
+            loss = torch.zeros((), device=patches.device)
+            for name, logits, label in zip(PATCH_LABELS, told, wanted, strict=True):
+                share = 1.0 if name == "kind" else 0.3
+                loss = loss + share * (F.cross_entropy(logits, label, reduction="none") * weight).mean()
+                right[name] = (logits.argmax(-1) == label)[objects].float().mean()
+            losses.append(loss)
+        return {"dense": losses[-1], "early": torch.stack(losses[:-1]).mean()} | right
 
-    def _of_cls(self, tops: list[torch.Tensor], there: torch.Tensor, covered: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _of_cls(self, cls: list[torch.Tensor], there: torch.Tensor, covered: torch.Tensor) -> dict[str, torch.Tensor]:
         """Which kinds there are and how much of each cell things cover, at the top of every group."""
         wanted = torch.cat([there.float(), covered.flatten(1)], 1)
-        seen = [head(norm(top.float())) for head, norm, top in zip(self.cls_heads, self.cls_norms, tops, strict=True)]
+        seen = [head(one.float()) for head, one in zip(self.cls_heads, cls, strict=True)]
         losses = [F.binary_cross_entropy_with_logits(one, wanted, reduction="none") for one in seen]
         guess = seen[-1][:, : there.shape[1]] > 0
         f1 = 2 * (guess & there).sum() / (guess.sum() + there.sum()).clamp(min=1)
@@ -131,6 +139,10 @@ class Teacher(nn.Module):
         says = named.any(1)
         own = fits.gather(1, logits.argmax(1, keepdim=True))[says].float().mean()
         return {"contrast": contrast, "texts": own, "quiet": (logits[~says] < 0).float().mean()}
+
+
+def _head(size: int) -> nn.Sequential:
+    return nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, size))
 
 
 def pixel_values(scenes: list[Scene]) -> torch.Tensor:

@@ -56,9 +56,10 @@ class Course:
     middle : int
         Scenes of 224 pixels, questions in their fewest words.
     whole : int
-        Whole scenes, likewise.
+        Whole scenes, likewise; every third step stays with the smaller ones, so that no number of patches is taken for
+        granted.
     sentences : int
-        Whole scenes, whole sentences, idle words around every second step's.
+        The same scenes, whole sentences, idle words around every second step's.
     """
 
     align: int
@@ -77,11 +78,12 @@ class Course:
         more = 4 if gpu else 1
         if step < self.align + self.name:
             return name_all(step, 24 * more, side=168)
-        if step < self.align + self.name + self.middle:
-            return ask(step, 16 * more, 32, NO_CORNERS, side=224, style="terse")
-        if step < self.steps - self.sentences:
-            return ask(step, 8 * more, 40, style="terse")
-        return ask(step, 8 * more, 24, style="plain") if step % 2 else ask(step, 8 * more, 16)
+        terse = step < self.steps - self.sentences
+        middle = step < self.align + self.name + self.middle
+        number, style = (32, "terse") if terse else (24, "plain") if step % 2 else (16, "full")
+        if middle or step % 3 == 2:
+            return ask(step, (16 if terse else 12) * more, number, NO_CORNERS, side=224, style=style)
+        return ask(step, 8 * more, 40 if terse else number, style=style)
 
     def rate(self, step: int) -> float:
         """Share of the peak learning rates: a cosine, and half of another for the sentences."""

@@ -11,7 +11,7 @@ The same on every machine: everything is computed in integers from PCG64's raw b
 """
 
 from benchmarks.quality.world.captions import caption
-from benchmarks.quality.world.needed import needed_objects, needed_patches, oracle_order
+from benchmarks.quality.world.needed import needed_objects, needed_patches, oracle_order, shown_patches
 from benchmarks.quality.world.questions import (
     CORNERS,
     NUMBERS,
@@ -72,5 +72,6 @@ __all__ = [
     "questions",
     "sample_questions",
     "scene_seed",
+    "shown_patches",
     "triple_is_held_out",
 ]

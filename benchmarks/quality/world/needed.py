@@ -20,10 +20,15 @@ def needed_objects(scene: Scene, question: Question) -> tuple[tuple[int, ...], t
     return asked, ()
 
 
+def shown_patches(scene: Scene) -> np.ndarray:
+    """On which patches each object shows: where its tile covers at least a quarter, (objects, grid²) bool."""
+    return (scene.coverage >= LEAST * PATCH * PATCH).reshape(len(scene.objects), -1)
+
+
 def needed_patches(scene: Scene, question: Question) -> np.ndarray:
-    """The patches on which a needed object's tile covers at least a quarter, (grid, grid) bool."""
+    """The patches on which a needed object shows, (grid, grid) bool."""
     asked, others = needed_objects(scene, question)
-    return scene.coverage[list(asked + others)].max(axis=0) >= LEAST * PATCH * PATCH
+    return shown_patches(scene)[list(asked + others)].any(axis=0).reshape(scene.grid, scene.grid)
 
 
 def oracle_order(scene: Scene, question: Question) -> np.ndarray:
@@ -41,7 +46,7 @@ def oracle_order(scene: Scene, question: Question) -> np.ndarray:
     x = np.array([thing.x for thing in scene.objects])[:, None, None]
     y = np.array([thing.y for thing in scene.objects])[:, None, None]
     distance = ((middle[None, None, :] - x) ** 2 + (middle[None, :, None] - y) ** 2).reshape(len(level), -1)
-    covered = (scene.coverage >= LEAST * PATCH * PATCH).reshape(len(level), -1)
+    covered = shown_patches(scene)
 
     far = 4 * scene.side**2
     turn = np.where(covered, distance, far).argsort(axis=1, kind="stable").argsort(axis=1, kind="stable")
