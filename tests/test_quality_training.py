@@ -15,7 +15,7 @@ from benchmarks.quality.question_batches import UNKNOWN, ask, name_all
 from benchmarks.quality.speaker import NAMING, Speaker
 from benchmarks.quality.tokenizer import decoder_tokenizer
 from benchmarks.quality.train_clip import PATCH_LABELS, Batch, Teacher, patch_labels
-from benchmarks.quality.train_llava import NO_CORNERS, Course, losses
+from benchmarks.quality.train_llava import NO_CORNERS, TWO_THINGS, Course, losses
 from benchmarks.quality.world import COLOURS, GRID, SIZES, TYPES, answer_words, draw_scene, kinds
 
 
@@ -120,6 +120,27 @@ def test_the_place_asked_for_is_that_of_the_thing_named():
     assert min(seen.values()) > 40
 
 
+def test_practice_is_about_two_things_in_every_second_step_and_crowded_where_it_is_small():
+    course = Course(align=0, name=0, middle=0, whole=0, sentences=0, practice=12)
+    batches = [course.batch(step) for step in range(12)]
+    for step, batch in enumerate(batches):
+        types = {TYPES[one] for one in batch.types.flatten().tolist()}
+        assert (types <= {*TWO_THINGS, "existence"}) == bool(step % 2)
+        ground = (batch.shown[..., 0] == len(kinds())).float().mean(1)
+        if step % 3 == 2:
+            assert batch.pixels.shape[-1] == 224
+            assert ground.min() < 0.3
+        else:
+            assert batch.pixels.shape[-1] == 336
+            assert ground.min() > 0.5
+
+
+def test_a_picture_with_nothing_to_relate_is_asked_what_is_there():
+    asked = ask(4, 12, 2, ("next_to",), side=168)
+    types = {TYPES[one] for one in asked.types.flatten().tolist()}
+    assert types == {"next_to", "existence"}
+
+
 def test_some_pictures_are_blank_and_tell_no_places():
     blank = 0
     for step in range(30):
@@ -152,7 +173,7 @@ def test_what_is_known_of_every_name_is_what_the_scene_says():
 
 def test_every_part_of_the_course_can_be_learned_from(teacher):
     torch.manual_seed(0)
-    course = Course(align=1, name=1, middle=1, whole=1, sentences=3)
+    course = Course(align=1, name=1, middle=1, whole=1, sentences=3, practice=2)
     speaker = Speaker(decoder_config(len(decoder_tokenizer())), 192)
     styles = []
     for step in range(course.steps):
@@ -165,19 +186,19 @@ def test_every_part_of_the_course_can_be_learned_from(teacher):
         told["loss"].backward()
         reached = {name.split(".")[0] for name, one in speaker.named_parameters() if one.grad is not None}
         styles.append((batch.pixels.shape[-1], reached))
-    assert [side for side, _ in styles] == [168, 168, 224, 336, 336, 224, 336]
+    assert [side for side, _ in styles] == [168, 168, 224, 336, 336, 224, 336, 336, 224]
     assert styles[0][1] == {"language", "linear_1", "linear_2"}
     assert styles[1][1] == {"language", "linear_1", "linear_2", "naming"}
     assert styles[2][1] == {"language", "linear_1", "linear_2", "naming", "source", "head"}
-    assert styles[6][1] == {"language", "linear_1", "linear_2", "head"}
+    assert styles[-1][1] == {"language", "linear_1", "linear_2", "head"}
 
 
 def test_help_on_the_way_fades_before_training_ends():
-    course = Course(align=1, name=2, middle=3, whole=10, sentences=4)
+    course = Course(align=1, name=2, middle=3, whole=10, sentences=4, practice=4)
     weights = [course.help(step) for step in range(course.steps)]
     assert weights == sorted(weights, reverse=True)
     assert weights[0] > 0
-    assert weights[-6:] == [0] * 6
+    assert weights[-10:] == [0] * 10
     assert min(map(course.rate, range(course.steps))) > 0
 
 

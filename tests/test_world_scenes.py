@@ -60,6 +60,26 @@ def test_tiles_lie_inside_and_keep_their_distance(side: int) -> None:
             assert max(across, down) >= 4
 
 
+@pytest.mark.parametrize("side", [168, 224, 336])
+def test_tiles_of_crowded_scenes_lie_inside_side_by_side(side: int) -> None:
+    cells = (side // 56) ** 2
+    ground = []
+    for index in range(40):
+        scene = draw_scene("train", index, side, crowded=True)
+        assert cells // 3 <= len(scene.objects) <= cells
+        boxes = np.array([thing.box for thing in scene.objects])
+        assert boxes.min() >= 0
+        assert boxes.max() <= side
+        covered = np.zeros((side, side), int)
+        for left, top, right, bottom in boxes:
+            covered[top:bottom, left:right] += 1
+        assert covered.max() == 1
+        ground.append((covered == 0).mean())
+        assert scene.objects != draw_scene("train", index, side).objects
+    assert min(ground) < 0.25
+    assert max(ground) > 0.5
+
+
 def test_full_and_small_scenes_hold_the_numbers_promised() -> None:
     assert object_range(336) == (6, 12)
     assert object_range(168) == (2, 4)

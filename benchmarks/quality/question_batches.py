@@ -106,9 +106,11 @@ def words_of_kinds() -> list[int]:
     return [tokenizer(f" {kind.name}")["input_ids"][-1] for kind in kinds()]
 
 
-def _pictures(draw: np.random.Generator, first: int, size: int, side: int) -> tuple[list[Scene], dict[str, Any]]:
+def _pictures(
+    draw: np.random.Generator, first: int, size: int, side: int, crowded: bool = False
+) -> tuple[list[Scene], dict[str, Any]]:
     """Scenes that stand somewhere in the whole grid, and the fields of `Pictures`."""
-    scenes = [draw_scene("train", first + row, side=side) for row in range(size)]
+    scenes = [draw_scene("train", first + row, side=side, crowded=crowded) for row in range(size)]
     free = GRID - side // PATCH
     window = int(draw.integers(free + 1)), int(draw.integers(free + 1))
     shown = np.stack([patch_labels(scene, window)[..., :2] for scene in scenes])
@@ -138,7 +140,14 @@ def name_all(step: int, size: int, *, side: int = SIDE) -> Named:
 
 
 def ask(
-    step: int, size: int, number: int, types: tuple[str, ...] = TYPES, *, side: int = SIDE, style: str = "full"
+    step: int,
+    size: int,
+    number: int,
+    types: tuple[str, ...] = TYPES,
+    *,
+    side: int = SIDE,
+    style: str = "full",
+    crowded: bool = False,
 ) -> Asked:
     """Draw the scenes of a step; another step never draws the same ones.
 
@@ -152,13 +161,18 @@ def ask(
         Of the scenes in pixels; smaller ones stand somewhere in the whole grid.
     style : {"full", "plain", "terse"}
         With idle words, without, or in the fewest words.
+    crowded : bool
+        Scenes with little ground between the objects, or none.
     """
     tokenizer = decoder_tokenizer()
     draw = np.random.Generator(np.random.PCG64([11, step]))
-    scenes, pictures = _pictures(draw, _FIRST + step * 64, size, side)
+    scenes, pictures = _pictures(draw, _FIRST + step * 64, size, side, crowded)
     asked: list[tuple[Scene, Question]] = []
     for scene in scenes:
-        of_scene = questions(scene, number, types=types, variant=int(draw.integers(1 << 30)), style=style)
+        variant = int(draw.integers(1 << 30))
+        of_scene = questions(scene, number, types=types, variant=variant, style=style)
+        if not of_scene:  # a small scene may have nothing to relate, but something is there or not
+            of_scene = questions(scene, number, types=["existence"], variant=variant, style=style)
         asked += [(scene, of_scene[index % len(of_scene)]) for index in range(number)]
     encoded = tokenizer([f"{one.prompt} {one.answer}</s>" for _, one in asked], return_offsets_mapping=True)
     image = encoded["input_ids"][0].index(tokenizer.convert_tokens_to_ids("<image>"))

@@ -3,9 +3,9 @@
 Stage 2 aligns the projector: a patch of a dog on a red tile is to land near the words "dog" and "red". Stage 3 reads
 every picture once and asks many things about it side by side: first about every kind by its bare name, which is how
 words learn to find what they name within minutes; then questions in their fewest words, on larger scenes and on whole
-ones; then whole sentences with idle words around them. On the way to an answer the decoder is asked where the thing
-named is, and the one that the answer is read from; that help fades out, and its heads are dropped. No patch is ever
-dropped in training.
+ones; then whole sentences with idle words around them, and more of those that relate two things. On the way to an
+answer the decoder is asked where the thing named is, and the one that the answer is read from; that help fades out, and
+its heads are dropped. No patch is ever dropped in training.
 
     python -m benchmarks.quality.train_llava --clip out/miniature/clip --out out/miniature/llava
 """
@@ -38,6 +38,8 @@ from benchmarks.quality.world import COLOURS, GRID, TYPES, draw_scene
 
 NO_CORNERS = tuple(one for one in TYPES if one != "corner")
 """A corner of a small scene is none of the whole grid in which it stands."""
+TWO_THINGS = tuple(one for one in TYPES if one not in ("existence", "count", "colour", "corner"))
+"""What relates two things takes longest to learn."""
 PLACES_WEIGHT = 0.3
 MUON = 0.01
 """Peak learning rate; what there is to learn from is sparser than in the tower."""
@@ -60,6 +62,9 @@ class Course:
         granted.
     sentences : int
         The same scenes, whole sentences, idle words around every second step's.
+    practice : int
+        The same, every second step about `TWO_THINGS` alone; the smaller scenes are crowded, so that no share of ground
+        is taken for granted either.
     """
 
     align: int
@@ -67,32 +72,43 @@ class Course:
     middle: int
     whole: int
     sentences: int
+    practice: int
+
+    @property
+    def terse(self) -> int:
+        """Steps before the first sentence."""
+        return self.align + self.name + self.middle + self.whole
 
     @property
     def steps(self) -> int:
         """All of them."""
-        return self.align + self.name + self.middle + self.whole + self.sentences
+        return self.terse + self.sentences + self.practice
 
     def batch(self, step: int, gpu: bool = False) -> Asked | Named:
         """What a step is about; four times as many pictures on a GPU."""
         more = 4 if gpu else 1
         if step < self.align + self.name:
             return name_all(step, 24 * more, side=168)
-        terse = step < self.steps - self.sentences
-        middle = step < self.align + self.name + self.middle
+        terse, practice = step < self.terse, step >= self.terse + self.sentences
         number, style = (32, "terse") if terse else (24, "plain") if step % 2 else (16, "full")
-        if middle or step % 3 == 2:
-            return ask(step, (16 if terse else 12) * more, number, NO_CORNERS, side=224, style=style)
-        return ask(step, 8 * more, 40 if terse else number, style=style)
+        types = TWO_THINGS if practice and step % 2 else TYPES
+        if step < self.align + self.name + self.middle or step % 3 == 2:
+            apart = tuple(one for one in types if one in NO_CORNERS)
+            return ask(step, (16 if terse else 12) * more, number, apart, side=224, style=style, crowded=practice)
+        return ask(step, 8 * more, 40 if terse else number, types, style=style)
 
     def rate(self, step: int) -> float:
-        """Share of the peak learning rates: a cosine, and half of another for the sentences."""
-        terse = self.steps - self.sentences
-        return cosine_rate(step, terse) if step < terse else 0.5 * cosine_rate(step - terse, self.sentences)
+        """Share of the peak learning rates: a cosine, and half of another for sentences and for practice."""
+        if step < self.terse:
+            return cosine_rate(step, self.terse)
+        step -= self.terse
+        if step < self.sentences:
+            return 0.5 * cosine_rate(step, self.sentences)
+        return 0.5 * cosine_rate(step - self.sentences, self.practice)
 
     def help(self, step: int) -> float:
         """Weight of the questions on the way: whole at first, nothing in the last quarter before the sentences."""
-        return PLACES_WEIGHT * min(1.0, max(0.0, 3 - 4 * step / (self.steps - self.sentences)))
+        return PLACES_WEIGHT * min(1.0, max(0.0, 3 - 4 * step / self.terse))
 
 
 def load_teacher(folder: Path) -> Teacher:
@@ -110,12 +126,13 @@ def main(
     middle: Annotated[int, typer.Option(help="Steps with terse questions about larger scenes.")] = 600,
     whole: Annotated[int, typer.Option(help="Steps with terse questions about whole scenes.")] = 900,
     sentences: Annotated[int, typer.Option(help="Steps with whole sentences.")] = 700,
+    practice: Annotated[int, typer.Option(help="Steps with more of what is hard.")] = 900,
     seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = os.cpu_count() or 1,
 ) -> None:
     """Train, or go on training."""
     device = set_up(seed, threads)
-    course = Course(align, name, middle, whole, sentences)
+    course = Course(align, name, middle, whole, sentences, practice)
     teacher = load_teacher(clip).to(device)
     width = teacher.clip.config.vision_config.hidden_size
     speaker = Speaker(decoder_config(len(decoder_tokenizer())), width).to(device)

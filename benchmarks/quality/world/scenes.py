@@ -27,7 +27,9 @@ MOST_ALIKE = 5
 _USUAL, _LARGE = tuple(range(28, 51, 2)), (54, 58, 64)
 SIZES = _USUAL + _LARGE
 """Sides of drawings in pixels."""
-_LAYOUT, _PIXELS = 0, 1
+_PACKED, _CELL = (44, 46, 48, 50), 56
+"""Sides of drawings in a crowded scene, and of the cells they stand in."""
+_LAYOUT, _PIXELS, _CROWD = 0, 1, 2
 
 
 class Object(NamedTuple):
@@ -119,7 +121,7 @@ def object_range(side: int) -> tuple[int, int]:
     return max(2, 6 * area // SIDE**2), max(4, 12 * area // SIDE**2)
 
 
-def draw_scene(split: str, index: int, side: int = SIDE) -> Scene:
+def draw_scene(split: str, index: int, side: int = SIDE, *, crowded: bool = False) -> Scene:
     """The scene of a split with this index. The same everywhere and always.
 
     Args:
@@ -127,6 +129,8 @@ def draw_scene(split: str, index: int, side: int = SIDE) -> Scene:
         index: 0 … 999,999,999. Scenes of different splits never share a seed.
         side: height and width in pixels, a multiple of 14 from 168 to 336. Smaller scenes hold fewer objects, of the
             same sizes. A scene of another side is another scene.
+        crowded: more objects, up to as many as have room: the ground may be covered altogether. Nothing is asked about
+            such scenes but in training.
 
     Raises:
         ValueError: unknown split, index outside of it, or a side that is not allowed.
@@ -136,23 +140,24 @@ def draw_scene(split: str, index: int, side: int = SIDE) -> Scene:
     if side not in SIDES:
         raise ValueError(f"side={side!r} is not allowed; choose a multiple of {PATCH}: {', '.join(map(str, SIDES))}.")
     seed = scene_seed(split, index)
-    draws = Draws(seed, side, _LAYOUT)
-    which = _cast(draws, side)
+    draws = Draws(seed, side, _CROWD if crowded else _LAYOUT)
+    cells = (side // _CELL) ** 2
+    which = _cast(draws, *((cells // 3, cells) if crowded else object_range(side)))
+    layout = _packed if crowded else _layout
     objects = []
-    for kind, (size, x, y) in zip(which, _layout(draws, side, len(which)), strict=True):
+    for kind, (size, x, y) in zip(which, layout(draws, side, len(which)), strict=True):
         allowed = [c for c in range(len(COLOURS)) if split == "test" or not pair_is_held_out(kind, c)]
         objects.append(Object(kind, draws.pick(allowed), x, y, size, draws.chance(1, 2)))
     return Scene(split, index, side, seed, tuple(objects))
 
 
-def _cast(draws: Draws, side: int) -> list[int]:
-    """The kind of every object.
+def _cast(draws: Draws, fewest: int, most: int) -> list[int]:
+    """The kind of every object, of which there are `fewest` … `most`.
 
     Half of the scenes show every kind once. In the other half two kinds come in numbers that add up to six (fewer on
     small canvases), the first number drawn evenly: one and five, two and four, and so on. Asked about either of them,
     every number is equally likely, and which of the two is meant only the question says.
     """
-    fewest, most = object_range(side)
     if draws.chance(1, 2):
         return draws.sample(range(len(kinds())), draws.between(fewest, most))
     number = draws.between(max(fewest, min(8, most)), most)
@@ -176,6 +181,13 @@ def _layout(draws: Draws, side: int, number: int) -> list[tuple[int, int, int]]:
                     break
         if len(placed) == number:
             return draws.shuffled(placed)
+
+
+def _packed(draws: Draws, side: int, number: int) -> list[tuple[int, int, int]]:
+    """Sizes and places of tiles in cells that lie side by side."""
+    starts = range((side % _CELL + _CELL) // 2, side, _CELL)
+    cells = draws.sample([(x, y) for x in starts for y in starts], number)
+    return [(draws.pick(_PACKED), x, y) for x, y in cells]
 
 
 def _put(picture: np.ndarray, thing: Object, gain: int) -> None:
