@@ -41,7 +41,7 @@ def test_questions_side_by_side_get_the_answers_they_get_alone():
     asked = ask(0, 2, 3, TYPES)
     speaker = Speaker(decoder_config(len(decoder_tokenizer())), 192).eval()
     features = torch.randn(2, 576, 192)
-    together, _ = speaker(features, asked.lead, asked.tokens)
+    together, *_ = speaker(features, asked.lead, asked.tokens)
     for row in range(2):
         for question in range(3):
             words = torch.cat([asked.lead, asked.tokens[row, question]])
@@ -60,7 +60,7 @@ def test_patches_of_a_small_scene_stand_where_they_would_in_a_whole_one():
     assert asked.patches.shape == (144,)
     speaker = Speaker(decoder_config(len(decoder_tokenizer())), 192).eval()
     features = torch.randn(1, 144, 192)
-    together, _ = speaker(features, asked.lead, asked.tokens, asked.patches)
+    together, *_ = speaker(features, asked.lead, asked.tokens, asked.patches)
     lead = len(asked.lead)
     for question in range(2):
         embeds = speaker.language.embed_tokens(torch.cat([asked.lead, asked.tokens[0, question]]))
@@ -69,6 +69,32 @@ def test_patches_of_a_small_scene_stand_where_they_would_in_a_whole_one():
         places = torch.cat([torch.arange(lead), lead + asked.patches, behind])[None]
         alone = speaker.language(inputs_embeds=embeds, position_ids=places).last_hidden_state[0, lead + 144 :]
         torch.testing.assert_close(together[0, question], alone, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_what_is_paid_to_the_ground_is_what_eager_attention_shows():
+    torch.manual_seed(0)
+    asked = ask(1, 1, 1, NO_CORNERS, side=168)
+    config = decoder_config(len(decoder_tokenizer()))
+    config.num_hidden_layers = 3
+    speaker = Speaker(config, 192).eval()
+    features = torch.randn(1, 144, 192)
+    ground = asked.shown[..., 0] == len(kinds())
+    assert 0 < ground.sum() < 144
+    *_, idle = speaker(features, asked.lead, asked.tokens, asked.patches, ground)
+    speaker.language.set_attn_implementation("eager")
+    lead = len(asked.lead)
+    embeds = speaker.language.embed_tokens(torch.cat([asked.lead, asked.tokens[0, 0]]))
+    embeds = torch.cat([embeds[:lead], speaker.project(features[0]), embeds[lead:]])[None]
+    behind = torch.arange(asked.tokens.shape[-1]) + lead + 576
+    places = torch.cat([torch.arange(lead), lead + asked.patches, behind])[None]
+    maps = speaker.language(inputs_embeds=embeds, position_ids=places, output_attentions=True).attentions
+    paid = []
+    for one in maps:
+        to_ground = one[0][..., lead : lead + 144][..., ground[0]].sum(-1).mean(0)
+        paid.append((to_ground[lead : lead + 144][~ground[0]].mean() + to_ground[lead + 144 :].mean()) / 2)
+    assert float(idle) == pytest.approx(float(sum(paid) / 3), rel=1e-4)
+    assert float(speaker(features, asked.lead, asked.tokens, asked.patches)[-1]) == 0
 
 
 def test_labels_of_patches_are_what_the_scene_says():

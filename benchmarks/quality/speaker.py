@@ -10,7 +10,6 @@ from torch import nn
 from transformers import LlamaConfig, LlamaModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from benchmarks.quality.plain_attention import plain_attention
 from benchmarks.quality.world import COLOURS, GRID, SIZES
 
 NAMED_AT, SOURCE_AT = 2, 4
@@ -58,8 +57,13 @@ class Speaker(nn.Module):
         return self.linear_2(F.gelu(self.linear_1((features - self.mean) / self.deviation)))
 
     def forward(
-        self, features: torch.Tensor, lead: torch.Tensor, asked: torch.Tensor, patches: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        self,
+        features: torch.Tensor,
+        lead: torch.Tensor,
+        asked: torch.Tensor,
+        patches: torch.Tensor | None = None,
+        ground: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
         """Hidden states of the questions.
 
         Parameters
@@ -71,12 +75,17 @@ class Speaker(nn.Module):
             What stands behind it, question by question, padded on the right.
         patches : int64 Tensor (N,), optional
             Which patches of a whole picture the features are; default: all.
+        ground : bool Tensor (B, N), optional
+            Patches that show nothing.
 
         Returns
         -------
         hidden : Tensor (B, Q, T, d)
         halfway : list of Tensor (B, Q, T, d)
             After `NAMED_AT` and `SOURCE_AT` layers, where the decoder is that deep.
+        idle : float32 Tensor
+            Share of attention that questions and objects pay to ground, averaged over layers and heads; 0 where
+            `ground` is not told.
         """
         batch, number, length = asked.shape
         embed = self.language.embed_tokens
@@ -91,12 +100,16 @@ class Speaker(nn.Module):
         cos, sin = self.language.rotary_emb(states, places)
         reading = _no_later(read, states)
         own = _no_later(length, states)
-        halfway = []
+        shown = None
+        if ground is not None:
+            shown = F.pad(torch.stack([ground, ~ground]), (len(lead), 0))
+        halfway, idle = [], torch.zeros((), device=states.device)
         for index, layer in enumerate(self.language.layers, 1):
-            states = _one_layer(layer, states, cos, sin, reading, own)
+            states, paid = _one_layer(layer, states, cos, sin, reading, own, shown)
+            idle = idle + paid / len(self.language.layers)
             if index in (NAMED_AT, SOURCE_AT):
                 halfway.append(states[:, read:].unflatten(1, (number, length)))
-        return self.language.norm(states[:, read:]).unflatten(1, (number, length)), halfway
+        return self.language.norm(states[:, read:]).unflatten(1, (number, length)), halfway, idle
 
 
 def _one_layer(
@@ -106,8 +119,12 @@ def _one_layer(
     sin: torch.Tensor,
     reading: torch.Tensor,
     own: torch.Tensor,
-) -> torch.Tensor:
-    """A layer over the picture and all questions; `reading` and `own` are the biases of picture and question."""
+    shown: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A layer over the picture and all questions; `reading` and `own` are the biases of picture and question.
+
+    Also what questions and objects pay to ground; `shown` (2, B, read) tells where ground is and where objects are.
+    """
     attention, read = layer.self_attn, reading.shape[0]
     normed = layer.input_layernorm(states)
     query, key, value = (
@@ -115,11 +132,17 @@ def _one_layer(
         for one in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
     query, key = apply_rotary_pos_emb(query, key, cos.to(query.dtype), sin.to(query.dtype))
-    seen = plain_attention(query[:, :, :read], key[:, :, :read], value[:, :, :read], reading)
-    heard = _side_by_side(query, key, value, read, own)
-    output = torch.cat([seen, heard], 2).transpose(1, 2).flatten(2)
+    query = query * query.shape[-1] ** -0.5
+    by_picture = (query[:, :, :read] @ key[:, :, :read].transpose(-1, -2) + reading.to(query.dtype)).softmax(-1)
+    by_questions, heard = _side_by_side(query, key, value, read, own)
+    output = torch.cat([by_picture @ value[:, :, :read], heard], 2).transpose(1, 2).flatten(2)
     states = states + attention.o_proj(output)
-    return states + layer.mlp(layer.post_attention_layernorm(states))
+    paid = states.new_zeros(())
+    if shown is not None:
+        ground, objects = shown[:, :, None, :, None].to(query.dtype)
+        of_objects = ((by_picture @ ground) * objects).float().sum() / (objects.float().sum() * query.shape[1])
+        paid = ((by_questions @ ground).float().mean() + of_objects) / 2
+    return states + layer.mlp(layer.post_attention_layernorm(states)), paid
 
 
 def _no_later(size: int, like: torch.Tensor) -> torch.Tensor:
@@ -128,13 +151,17 @@ def _no_later(size: int, like: torch.Tensor) -> torch.Tensor:
 
 def _side_by_side(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, read: int, own: torch.Tensor
-) -> torch.Tensor:
-    """Attention of questions, each to the picture and to itself: (B, H, Q T, D) of (B, H, read + Q T, D)."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of questions, each to the picture and to itself, of (B, H, read + Q T, D), queries scaled.
+
+    What they pay the picture (B, H, Q T, read), and what they hear (B, H, Q T, D).
+    """
     length = own.shape[0]
-    query = query[:, :, read:] * query.shape[-1] ** -0.5
+    query = query[:, :, read:]
     by_question = [one.unflatten(2, (-1, length)) for one in (query, key[:, :, read:], value[:, :, read:])]
     to_picture = query @ key[:, :, :read].transpose(-1, -2)
     to_itself = by_question[0] @ by_question[1].transpose(-1, -2) + own.to(query.dtype)
     weights = torch.cat([to_picture, to_itself.flatten(2, 3)], -1).softmax(-1)
     of_itself = weights[..., read:].unflatten(2, (-1, length)) @ by_question[2]
-    return weights[..., :read] @ value[:, :, :read] + of_itself.flatten(2, 3)
+    to_picture = weights[..., :read]
+    return to_picture, to_picture @ value[:, :, :read] + of_itself.flatten(2, 3)

@@ -5,7 +5,8 @@ every picture once and asks many things about it side by side: first about every
 words learn to find what they name within minutes; then questions in their fewest words, on larger scenes and on whole
 ones; then whole sentences with idle words around them, and more of those that relate two things. On the way to an
 answer the decoder is asked where the thing named is, and the one that the answer is read from; that help fades out, and
-its heads are dropped. No patch is ever dropped in training.
+its heads are dropped. Attention to the ground costs a little all along: what finds nothing to look at is to rest on the
+first token, as in large models, not on patches that pruning takes away. No patch is ever dropped in training.
 
     python -m benchmarks.quality.train_llava --clip out/miniature/clip --out out/miniature/llava
 """
@@ -34,13 +35,13 @@ from benchmarks.quality.question_batches import UNKNOWN, Asked, Named, Pictures,
 from benchmarks.quality.speaker import NAMING, Speaker
 from benchmarks.quality.tokenizer import decoder_tokenizer
 from benchmarks.quality.train_clip import Teacher, pixel_values
-from benchmarks.quality.world import COLOURS, GRID, TYPES, draw_scene
+from benchmarks.quality.world import COLOURS, GRID, TYPES, draw_scene, kinds
 
 NO_CORNERS = tuple(one for one in TYPES if one != "corner")
 """A corner of a small scene is none of the whole grid in which it stands."""
 TWO_THINGS = tuple(one for one in TYPES if one not in ("existence", "count", "colour", "corner"))
 """What relates two things takes longest to learn."""
-PLACES_WEIGHT = 0.3
+PLACES_WEIGHT, IDLE_WEIGHT = 0.3, 0.5
 MUON = 0.01
 """Peak learning rate; what there is to learn from is sparser than in the tower."""
 
@@ -201,7 +202,7 @@ def _name(speaker: Speaker, features: torch.Tensor, batch: Named) -> dict[str, t
     device = features.device
     asked = batch.words.to(device)[None, :, None].expand(len(features), -1, -1)
     lead = torch.tensor([decoder_tokenizer().bos_token_id], device=device)
-    _, halfway = speaker(features, lead, asked, batch.patches.to(device))
+    _, halfway, _ = speaker(features, lead, asked, batch.patches.to(device))
     says = speaker.naming(halfway[0][:, :, 0]).float().split(list(NAMING.values()), -1)
     loss, told = torch.zeros((), device=device), {}
     for (name, known), logits in zip(batch.known.items(), says, strict=True):
@@ -223,12 +224,13 @@ def _answer(speaker: Speaker, features: torch.Tensor, batch: Asked, help: float)
     """Stage 3: the answer and the end behind it."""
     device = features.device
     tokens, at, nouns = batch.tokens.to(device), batch.answers.to(device), batch.nouns.to(device)
-    hidden, halfway = speaker(features, batch.lead.to(device), tokens, batch.patches.to(device))
+    ground = batch.shown[..., 0].to(device) == len(kinds())
+    hidden, halfway, idle = speaker(features, batch.lead.to(device), tokens, batch.patches.to(device), ground)
     places = torch.stack([at, at + 1], -1)
     logits = speaker.head(_taken(hidden, places)).float()
     wanted = tokens.gather(2, places + 1)
-    loss = F.cross_entropy(logits.flatten(0, 2), wanted.flatten())
-    told = {}
+    loss = F.cross_entropy(logits.flatten(0, 2), wanted.flatten()) + IDLE_WEIGHT * idle
+    told = {"idle": idle}
     if help:
         named = speaker.naming(_taken(halfway[0], nouns[..., None]).squeeze(2)).split(list(NAMING.values()), -1)
         source = speaker.source(_taken(halfway[1], at[..., None]).squeeze(2)).split(GRID, -1)
