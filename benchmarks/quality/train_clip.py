@@ -3,8 +3,8 @@
 CLIP's loss teaches CLS and words to meet. Because the world is drawn, every patch may be told besides what it shows
 (kind and tile colour, how large the object is and where its middle), and CLS which kinds there are and where things
 are, both at the top of every group: what is known early is still known where its neighbours are gone. Those heads are
-dropped in the end. First steps learn to see, from those labels alone,
-on small scenes of 168 pixels under random windows of the position table; words join with whole scenes.
+dropped in the end. First steps learn to see, from those labels alone, on small scenes of 168 pixels under random
+windows of the position table; words join with whole scenes.
 
     python -m benchmarks.quality.train_clip --out out/miniature/clip
 """
