@@ -115,7 +115,7 @@ def evaluate_checkpoint(
     headline : sequence of str
         Question types whose answers make the accuracy; the others are told by type only.
     reference : Path, optional
-        The checkpoint that this one was retrained from; its results of the same day's file are joined.
+        The checkpoint that this one was retrained from; its newest results on these questions are joined.
     device, dtype : str
         As in `load_model`.
     seed : int
@@ -155,10 +155,15 @@ def evaluate_checkpoint(
     of = checkpoint if reference is None else checkpoint_fingerprint(Path(reference))
     told_dtype = str(model.dtype).removeprefix("torch.")
     identity = {"checkpoint": of, "world": fingerprint(), "sample": sample, "dtype": told_dtype}
-    date = datetime.date.today().isoformat()
-    file, before = report.results_file(out, date, identity)
-    if reference is not None and report.unpruned_of(before.get("rows", [])) is None:
-        raise ValueError(f"There are no results of {reference} in {out} for {date}; evaluate it first.")
+    if reference is None:
+        date = datetime.date.today().isoformat()
+        file, before = report.results_file(out, date, identity)
+    else:
+        found = report.latest_results(out, identity)
+        if found is None or report.unpruned_of(found[1].get("rows", [])) is None:
+            raise ValueError(f"There are no results of {reference} on these questions in {out}; evaluate it first.")
+        file, before = found
+        date = before["date"]
     code = code_fingerprint()
     asked_of = identity | {"checkpoint": checkpoint, "batch": batch, "device": str(model.device), "code": code}
     with AnswerLog(out, asked_of) as log, quiet():

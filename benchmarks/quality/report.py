@@ -160,13 +160,28 @@ def results_file(folder: Path, date: str, identity: Mapping[str, Any]) -> tuple[
         file = folder / f"quality-{date}{'' if number == 1 else f'-{number}'}.json"
         if not file.exists():
             return file, {}
-        try:
-            before = json.loads(file.read_text())
-        except ValueError:
-            before = {}
-        if all(before.get(name) == value for name, value in identity.items()):
+        before = _read(file)
+        if _is_of(before, identity):
             return file, before
         number += 1
+
+
+def latest_results(folder: Path, identity: Mapping[str, Any]) -> tuple[Path, dict[str, Any]] | None:
+    """The newest results with this identity, of whatever day; None if there are none."""
+    files = sorted(folder.glob("quality-*.json"), key=lambda file: file.stat().st_mtime, reverse=True)
+    return next(((file, found) for file in files if _is_of(found := _read(file), identity)), None)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Results; empty if the file is not JSON."""
+    try:
+        return dict(json.loads(file.read_text()))
+    except ValueError:
+        return {}
+
+
+def _is_of(results: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
+    return all(results.get(name) == value for name, value in identity.items())
 
 
 def write(file: Path, results: Mapping[str, Any]) -> None:
