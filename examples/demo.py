@@ -69,7 +69,7 @@ def table(question: Question, answers: list[Kept]) -> Table:
 
 def main(
     out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("out/demo.png"),
-    scene: Annotated[int, typer.Option(help="Which scene of the test, 0 to 999999999.")] = 7,
+    scene: Annotated[int, typer.Option(help="Which scene of the test, 0 to 999999999.")] = 28,
     model: Annotated[Path, typer.Option(help="The miniature, or one trained like it.")] = MINIATURE,
     repeats: Annotated[int, typer.Option(min=0, help="Runs timed for each answer; the median is told.")] = 5,
 ) -> None:

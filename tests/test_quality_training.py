@@ -71,8 +71,9 @@ def test_patches_of_a_small_scene_stand_where_they_would_in_a_whole_one():
         torch.testing.assert_close(together[0, question], alone, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("settling", [False, True])
 @torch.no_grad()
-def test_what_is_paid_to_the_ground_is_what_eager_attention_shows():
+def test_what_is_paid_idly_is_what_eager_attention_shows(settling):
     torch.manual_seed(0)
     asked = ask(1, 1, 1, NO_CORNERS, side=168)
     config = decoder_config(len(decoder_tokenizer()))
@@ -81,7 +82,13 @@ def test_what_is_paid_to_the_ground_is_what_eager_attention_shows():
     features = torch.randn(1, 144, 192)
     ground = asked.shown[..., 0] == len(kinds())
     assert 0 < ground.sum() < 144
-    *_, idle = speaker(features, asked.lead, asked.tokens, asked.patches, ground)
+    things = asked.shown[..., 0] * 9 + asked.shown[..., 1]
+    answers = int(asked.answers[0, 0])
+    asking = torch.zeros(asked.tokens.shape)
+    asking[0, 0, :answers], asking[0, 0, answers] = 1 / answers, 1.0
+    *_, idle = speaker(
+        features, asked.lead, asked.tokens, asked.patches, ground, *((things, asking) if settling else ())
+    )
     speaker.language.set_attn_implementation("eager")
     lead = len(asked.lead)
     embeds = speaker.language.embed_tokens(torch.cat([asked.lead, asked.tokens[0, 0]]))
@@ -91,8 +98,14 @@ def test_what_is_paid_to_the_ground_is_what_eager_attention_shows():
     maps = speaker.language(inputs_embeds=embeds, position_ids=places, output_attentions=True).attentions
     paid = []
     for one in maps:
-        to_ground = one[0][..., lead : lead + 144][..., ground[0]].sum(-1).mean(0)
-        paid.append((to_ground[lead : lead + 144][~ground[0]].mean() + to_ground[lead + 144 :].mean()) / 2)
+        to_patches = one[0][..., lead : lead + 144].mean(0)
+        to_ground = to_patches[:, ground[0]].sum(-1)
+        of_objects, of_question = to_ground[lead : lead + 144], to_ground[lead + 144 :]
+        weights = asking[0, 0] / asking.sum() if settling else torch.ones(len(of_question)) / len(of_question)
+        if settling:
+            others = things[0] != things[0][:, None]
+            of_objects = (to_patches[lead : lead + 144] * others).sum(-1)
+        paid.append((of_objects[~ground[0]].mean() + (of_question * weights).sum()) / 2)
     assert float(idle) == pytest.approx(float(sum(paid) / 3), rel=1e-4)
     assert float(speaker(features, asked.lead, asked.tokens, asked.patches)[-1]) == 0
 
@@ -147,7 +160,7 @@ def test_the_place_asked_for_is_that_of_the_thing_named():
 
 
 def test_practice_is_about_two_things_in_every_second_step_and_crowded_where_it_is_small():
-    course = Course(align=0, name=0, middle=0, whole=0, sentences=0, practice=12)
+    course = Course(align=0, name=0, middle=0, whole=0, sentences=0, practice=12, settle=0)
     batches = [course.batch(step) for step in range(12)]
     for step, batch in enumerate(batches):
         types = {TYPES[one] for one in batch.types.flatten().tolist()}
@@ -199,20 +212,22 @@ def test_what_is_known_of_every_name_is_what_the_scene_says():
 
 def test_every_part_of_the_course_can_be_learned_from(teacher):
     torch.manual_seed(0)
-    course = Course(align=1, name=1, middle=1, whole=1, sentences=3, practice=2)
+    course = Course(align=1, name=1, middle=1, whole=1, sentences=3, practice=2, settle=1)
     speaker = Speaker(decoder_config(len(decoder_tokenizer())), 192)
     styles = []
     for step in range(course.steps):
         batch = course.batch(step)
         with torch.no_grad():
             features = teacher.see(batch.pixels, batch.window)[1]
-        told = losses(speaker, features, batch, aligning=step < 1, help=course.help(step))
+        told = losses(
+            speaker, features, batch, aligning=step < 1, help=course.help(step), settling=course.settling(step)
+        )
         assert torch.isfinite(told["loss"])
         speaker.zero_grad()
         told["loss"].backward()
         reached = {name.split(".")[0] for name, one in speaker.named_parameters() if one.grad is not None}
         styles.append((batch.pixels.shape[-1], reached))
-    assert [side for side, _ in styles] == [168, 168, 224, 336, 336, 224, 336, 336, 224]
+    assert [side for side, _ in styles] == [168, 168, 224, 336, 336, 224, 336, 336, 224, 336]
     assert styles[0][1] == {"language", "linear_1", "linear_2"}
     assert styles[1][1] == {"language", "linear_1", "linear_2", "naming"}
     assert styles[2][1] == {"language", "linear_1", "linear_2", "naming", "source", "head"}
@@ -220,7 +235,7 @@ def test_every_part_of_the_course_can_be_learned_from(teacher):
 
 
 def test_help_on_the_way_fades_before_training_ends():
-    course = Course(align=1, name=2, middle=3, whole=10, sentences=4, practice=4)
+    course = Course(align=1, name=2, middle=3, whole=10, sentences=4, practice=4, settle=2)
     weights = [course.help(step) for step in range(course.steps)]
     assert weights == sorted(weights, reverse=True)
     assert weights[0] > 0

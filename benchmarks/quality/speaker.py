@@ -4,6 +4,8 @@ Every question sees the picture and itself alone, so that a picture is read once
 transformers' LLaMA says of each question by itself.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -63,6 +65,8 @@ class Speaker(nn.Module):
         asked: torch.Tensor,
         patches: torch.Tensor | None = None,
         ground: torch.Tensor | None = None,
+        things: torch.Tensor | None = None,
+        asking: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
         """Hidden states of the questions.
 
@@ -77,6 +81,10 @@ class Speaker(nn.Module):
             Which patches of a whole picture the features are; default: all.
         ground : bool Tensor (B, N), optional
             Patches that show nothing.
+        things : int64 Tensor (B, N), optional
+            What patches show, by number: what objects pay to anything but themselves is idle, too.
+        asking : float32 Tensor (B, Q, T), optional
+            How much what each token of a question pays counts. Default: all alike.
 
         Returns
         -------
@@ -85,7 +93,7 @@ class Speaker(nn.Module):
             After `NAMED_AT` and `SOURCE_AT` layers, where the decoder is that deep.
         idle : float32 Tensor
             Share of attention that questions and objects pay to ground, averaged over layers and heads; 0 where
-            `ground` is not told.
+            `ground` is not told. The first token, which is always there, is no idle place.
         """
         batch, number, length = asked.shape
         embed = self.language.embed_tokens
@@ -100,16 +108,55 @@ class Speaker(nn.Module):
         cos, sin = self.language.rotary_emb(states, places)
         reading = _no_later(read, states)
         own = _no_later(length, states)
-        shown = None
-        if ground is not None:
-            shown = F.pad(torch.stack([ground, ~ground]), (len(lead), 0))
+        watched = None if ground is None else Watched.of(ground, things, asking, len(lead))
         halfway, idle = [], torch.zeros((), device=states.device)
         for index, layer in enumerate(self.language.layers, 1):
-            states, paid = _one_layer(layer, states, cos, sin, reading, own, shown)
+            states, paid = _one_layer(layer, states, cos, sin, reading, own, watched)
             idle = idle + paid / len(self.language.layers)
             if index in (NAMED_AT, SOURCE_AT):
                 halfway.append(states[:, read:].unflatten(1, (number, length)))
         return self.language.norm(states[:, read:]).unflatten(1, (number, length)), halfway, idle
+
+
+@dataclass
+class Watched:
+    """Where attention is idle.
+
+    Attributes
+    ----------
+    ground, objects : bool Tensor (B, read)
+        Columns of the picture's ground and of what it shows.
+    others : bool Tensor (B, read, read) or None
+        Which columns show, or are, something else than the object in a row. None: only ground counts for objects.
+    asking : float32 Tensor (B, Q T) or None
+        Weight of each token of the questions, summing to one over a picture. None: all alike.
+    """
+
+    ground: torch.Tensor
+    objects: torch.Tensor
+    others: torch.Tensor | None
+    asking: torch.Tensor | None
+
+    @classmethod
+    def of(cls, ground: torch.Tensor, things: torch.Tensor | None, asking: torch.Tensor | None, lead: int) -> "Watched":
+        """For a picture behind `lead` tokens; see `Speaker.forward`."""
+        others = None
+        if things is not None:
+            others = F.pad((things[:, :, None] != things[:, None]) & ~ground[:, :, None], (lead, 0, lead, 0))
+        if asking is not None:
+            asking = asking.flatten(1) / asking.sum((1, 2), keepdim=True).flatten(1)
+        return cls(F.pad(ground, (lead, 0)), F.pad(~ground, (lead, 0)), others, asking)
+
+    def paid(self, by_picture: torch.Tensor, by_questions: torch.Tensor) -> torch.Tensor:
+        """Share of attention paid idly by objects, of (B, H, read, read), and by questions, of (B, H, Q T, read)."""
+        heads = by_picture.shape[1]
+        ground, objects = (one[:, None, :, None].to(by_picture.dtype) for one in (self.ground, self.objects))
+        strange = (by_picture @ ground) * objects if self.others is None else by_picture * self.others[:, None]
+        of_objects = strange.float().sum() / (objects.float().sum() * heads)
+        of_questions = (by_questions @ ground).float().squeeze(3)
+        if self.asking is None:
+            return (of_questions.mean() + of_objects) / 2
+        return ((of_questions * self.asking[:, None]).sum(2).mean() + of_objects) / 2
 
 
 def _one_layer(
@@ -119,11 +166,11 @@ def _one_layer(
     sin: torch.Tensor,
     reading: torch.Tensor,
     own: torch.Tensor,
-    shown: torch.Tensor | None,
+    watched: "Watched | None",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A layer over the picture and all questions; `reading` and `own` are the biases of picture and question.
 
-    Also what questions and objects pay to ground; `shown` (2, B, read) tells where ground is and where objects are.
+    Also what is paid idly.
     """
     attention, read = layer.self_attn, reading.shape[0]
     normed = layer.input_layernorm(states)
@@ -137,11 +184,7 @@ def _one_layer(
     by_questions, heard = _side_by_side(query, key, value, read, own)
     output = torch.cat([by_picture @ value[:, :, :read], heard], 2).transpose(1, 2).flatten(2)
     states = states + attention.o_proj(output)
-    paid = states.new_zeros(())
-    if shown is not None:
-        ground, objects = shown[:, :, None, :, None].to(query.dtype)
-        of_objects = ((by_picture @ ground) * objects).float().sum() / (objects.float().sum() * query.shape[1])
-        paid = ((by_questions @ ground).float().mean() + of_objects) / 2
+    paid = states.new_zeros(()) if watched is None else watched.paid(by_picture, by_questions)
     return states + layer.mlp(layer.post_attention_layernorm(states)), paid
 
 

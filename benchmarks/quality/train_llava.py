@@ -5,8 +5,9 @@ every picture once and asks many things about it side by side: first about every
 words learn to find what they name within minutes; then questions in their fewest words, on larger scenes and on whole
 ones; then whole sentences with idle words around them, and more of those that relate two things. On the way to an
 answer the decoder is asked where the thing named is, and the one that the answer is read from; that help fades out, and
-its heads are dropped. Attention to the ground costs a little all along: what finds nothing to look at is to rest on the
-first token, as in large models, not on patches that pruning takes away. No patch is ever dropped in training.
+its heads are dropped. Attention to the ground costs a little all along, and in the end also what an object pays to any
+other one: what finds nothing to look at is to rest on the first token, as in large models, not on patches that pruning
+takes away. No patch is ever dropped in training.
 
     python -m benchmarks.quality.train_llava --clip out/miniature/clip --out out/miniature/llava
 """
@@ -66,6 +67,8 @@ class Course:
     practice : int
         The same, every second step about `TWO_THINGS` alone; the smaller scenes are crowded, so that no share of ground
         is taken for granted either.
+    settle : int
+        The same; objects are to look at themselves, and at the answer's place looking at ground costs most.
     """
 
     align: int
@@ -74,6 +77,7 @@ class Course:
     whole: int
     sentences: int
     practice: int
+    settle: int
 
     @property
     def terse(self) -> int:
@@ -83,7 +87,11 @@ class Course:
     @property
     def steps(self) -> int:
         """All of them."""
-        return self.terse + self.sentences + self.practice
+        return self.terse + self.sentences + self.practice + self.settle
+
+    def settling(self, step: int) -> bool:
+        """Whether a step is of the last part."""
+        return step >= self.steps - self.settle
 
     def batch(self, step: int, gpu: bool = False) -> Asked | Named:
         """What a step is about; four times as many pictures on a GPU."""
@@ -99,13 +107,15 @@ class Course:
         return ask(step, 8 * more, 40 if terse else number, types, style=style)
 
     def rate(self, step: int) -> float:
-        """Share of the peak learning rates: a cosine, and half of another for sentences and for practice."""
+        """Share of the peak learning rates: a cosine, and half of another for each part behind the terse ones."""
         if step < self.terse:
             return cosine_rate(step, self.terse)
         step -= self.terse
-        if step < self.sentences:
-            return 0.5 * cosine_rate(step, self.sentences)
-        return 0.5 * cosine_rate(step - self.sentences, self.practice)
+        for part in (self.sentences, self.practice, self.settle):
+            if step < part:
+                return 0.5 * cosine_rate(step, part)
+            step -= part
+        return 0.0
 
     def help(self, step: int) -> float:
         """Weight of the questions on the way: whole at first, nothing in the last quarter before the sentences."""
@@ -128,12 +138,13 @@ def main(
     whole: Annotated[int, typer.Option(help="Steps with terse questions about whole scenes.")] = 900,
     sentences: Annotated[int, typer.Option(help="Steps with whole sentences.")] = 700,
     practice: Annotated[int, typer.Option(help="Steps with more of what is hard.")] = 900,
+    settle: Annotated[int, typer.Option(help="Steps in which objects come to look at themselves.")] = 500,
     seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = os.cpu_count() or 1,
 ) -> None:
     """Train, or go on training."""
     device = set_up(seed, threads)
-    course = Course(align, name, middle, whole, sentences, practice)
+    course = Course(align, name, middle, whole, sentences, practice, settle)
     teacher = load_teacher(clip).to(device)
     width = teacher.clip.config.vision_config.hidden_size
     speaker = Speaker(decoder_config(len(decoder_tokenizer())), width).to(device)
@@ -154,14 +165,16 @@ def main(
         batch = next(batches)
         features = see(batch.pixels, batch.window)
         with torch.autocast(device.type, torch.bfloat16):
-            told = losses(speaker, features, batch, aligning=step < align, help=course.help(step))
+            told = losses(
+                speaker, features, batch, aligning=step < align, help=course.help(step), settling=course.settling(step)
+            )
         return optimize(speaker, optimizers, told, course.rate(step))
 
     run.train(course.steps, one_step, title="LLaVA")
 
 
 def losses(
-    speaker: Speaker, features: torch.Tensor, batch: Asked | Named, *, aligning: bool, help: float
+    speaker: Speaker, features: torch.Tensor, batch: Asked | Named, *, aligning: bool, help: float, settling: bool
 ) -> dict[str, torch.Tensor]:
     """What a step minimises, `loss`, and what there is to watch.
 
@@ -175,12 +188,14 @@ def losses(
         Stage 2.
     help : float
         Weight of the questions on the way to an answer.
+    settling : bool
+        Whether objects are to look at themselves.
     """
     if aligning:
         return _align(speaker, features, batch)
     if isinstance(batch, Named):
         return _name(speaker, features, batch)
-    return _answer(speaker, features, batch, help)
+    return _answer(speaker, features, batch, help, settling)
 
 
 def _align(speaker: Speaker, features: torch.Tensor, batch: Pictures) -> dict[str, torch.Tensor]:
@@ -220,12 +235,20 @@ def _name(speaker: Speaker, features: torch.Tensor, batch: Named) -> dict[str, t
     return {"loss": loss} | told
 
 
-def _answer(speaker: Speaker, features: torch.Tensor, batch: Asked, help: float) -> dict[str, torch.Tensor]:
+def _answer(
+    speaker: Speaker, features: torch.Tensor, batch: Asked, help: float, settling: bool
+) -> dict[str, torch.Tensor]:
     """Stage 3: the answer and the end behind it."""
     device = features.device
     tokens, at, nouns = batch.tokens.to(device), batch.answers.to(device), batch.nouns.to(device)
     ground = batch.shown[..., 0].to(device) == len(kinds())
-    hidden, halfway, idle = speaker(features, batch.lead.to(device), tokens, batch.patches.to(device), ground)
+    things = asking = None
+    if settling:
+        things = (batch.shown[..., 0] * (len(COLOURS) + 1) + batch.shown[..., 1]).to(device)
+        asking = _asking(tokens, at)
+    hidden, halfway, idle = speaker(
+        features, batch.lead.to(device), tokens, batch.patches.to(device), ground, things, asking
+    )
     places = torch.stack([at, at + 1], -1)
     logits = speaker.head(_taken(hidden, places)).float()
     wanted = tokens.gather(2, places + 1)
@@ -251,6 +274,12 @@ def _answer(speaker: Speaker, features: torch.Tensor, batch: Asked, help: float)
         if (of_type := batch.types.to(device) == index).any():
             told[name] = right[of_type].mean()
     return told
+
+
+def _asking(tokens: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """Weights of the questions' tokens (B, Q, T): as much for the one that answers as for all before it together."""
+    place = torch.arange(tokens.shape[2], device=tokens.device)
+    return (place < at[..., None]).float() / at[..., None].clamp(min=1) + (place == at[..., None])
 
 
 def _taken(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
