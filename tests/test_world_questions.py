@@ -223,6 +223,8 @@ def test_the_oracle_orders_all_patches_by_need() -> None:
         assert sorted(order.tolist()) == list(range(576))
         needed = needed_patches(scene, question).reshape(-1)
         assert needed[order[: needed.sum()]].all()
+        others = (scene.coverage >= 49).any(axis=0).reshape(-1) & ~needed
+        assert others[order[576 - others.sum() :]].all()
 
 
 def test_a_small_budget_shows_the_middle_of_every_object_to_be_counted() -> None:

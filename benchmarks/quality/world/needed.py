@@ -35,8 +35,8 @@ def oracle_order(scene: Scene, question: Question) -> np.ndarray:
     """All patches in the order in which an oracle would keep them, so that its first k fill any budget, (grid²,) int64.
 
     First the patches of the objects asked about and answering, the most central of each object first and the objects
-    taking turns; then those of objects to be ruled out, likewise; then those of all other objects; then the ground,
-    from the needed objects outward. Patches are numbered row by row.
+    taking turns; then those of objects to be ruled out, likewise; then the ground, from the needed objects outward; then
+    all other objects, likewise: parts of what nobody asked about are worse than nothing. Patches are numbered row by row.
     """
     asked, others = needed_objects(scene, question)
     level = np.full(len(scene.objects), 2)
@@ -51,7 +51,9 @@ def oracle_order(scene: Scene, question: Question) -> np.ndarray:
     far = 4 * scene.side**2
     turn = np.where(covered, distance, far).argsort(axis=1, kind="stable").argsort(axis=1, kind="stable")
     # Level before turn before distance, as one integer; a patch goes by the first object that claims it.
-    claim = np.where(covered, (level[:, None] * scene.grid**2 + turn) * far + distance, 4 * scene.grid**2 * far)
-    claim = claim.min(axis=0)
+    last = 4 * scene.grid**2 * far
+    needed = covered & (level < 2)[:, None]
+    claim = np.where(needed, (level[:, None] * scene.grid**2 + turn) * far + distance, last).min(axis=0)
+    claim[(claim == last) & covered.any(axis=0)] += 1
     wanted = level == level.min()
     return np.lexsort((np.arange(scene.grid**2), distance[wanted].min(axis=0), claim))
