@@ -35,8 +35,9 @@ def oracle_order(scene: Scene, question: Question) -> np.ndarray:
     """All patches in the order in which an oracle would keep them, so that its first k fill any budget, (grid²,) int64.
 
     First the patches of the objects asked about and answering, the most central of each object first and the objects
-    taking turns; then those of objects to be ruled out, likewise; then the ground, from the needed objects outward; then
-    all other objects, likewise: parts of what nobody asked about are worse than nothing. Patches are numbered row by row.
+    taking turns; then those of objects to be ruled out, likewise; then the ground, from the needed objects outward;
+    then all other objects, likewise: parts of what nobody asked about are worse than nothing. Patches are numbered row
+    by row.
     """
     asked, others = needed_objects(scene, question)
     level = np.full(len(scene.objects), 2)
