@@ -272,6 +272,11 @@ def test_a_retrained_checkpoint_joins_the_results_of_the_one_it_came_from(
     assert "ivtp (retrained)" in file.with_suffix(".md").read_text()
 
 
+def test_the_projects_own_readme_tells_the_newest_results() -> None:
+    page = (readme.ROOT / "README.md").read_text()
+    assert readme.filled(page, readme.excerpt(readme.newest())) == page
+
+
 def results_of(right: dict[tuple[str, int], np.ndarray], checkpoint: str) -> dict[str, Any]:
     asked = [question for _, question in sample_questions("test", 400)]
     rows = [

@@ -160,5 +160,6 @@ def _label_ends(axes: Any, ends: Sequence[tuple[float, float, str, str]]) -> Non
         axes.annotate(
             name, (x, y), (axes.get_xlim()[0], height), textcoords="data", color=colour, fontsize=10.5, va="center",
             fontweight="bold" if name.startswith("ivtp") and name != "ivtp-v" else "normal",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5}, zorder=6,
             arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.7, "alpha": 0.5, "shrinkB": 5},
         )  # fmt: skip
