@@ -23,7 +23,7 @@ def newest(folder: Path = RESULTS) -> Path:
     FileNotFoundError
         If there are none.
     """
-    files = sorted(folder.glob("quality-*.json"))
+    files = report.results_in(folder)
     if not files:
         raise FileNotFoundError(f"{folder} holds no quality-*.json; make quality writes one.")
     return files[-1]

@@ -168,8 +168,13 @@ def results_file(folder: Path, date: str, identity: Mapping[str, Any]) -> tuple[
 
 def latest_results(folder: Path, identity: Mapping[str, Any]) -> tuple[Path, dict[str, Any]] | None:
     """The newest results with this identity, of whatever day; None if there are none."""
-    files = sorted(folder.glob("quality-*.json"), key=lambda file: file.stat().st_mtime, reverse=True)
+    files = reversed(results_in(folder))
     return next(((file, found) for file in files if _is_of(found := _read(file), identity)), None)
+
+
+def results_in(folder: Path) -> list[Path]:
+    """All results, the newest last; by name, because a clone gives files the time of the clone."""
+    return sorted(folder.glob("quality-*.json"), key=lambda file: file.stem)
 
 
 def _read(file: Path) -> dict[str, Any]:
