@@ -69,7 +69,7 @@ def table(question: Question, answers: list[Kept]) -> Table:
 
 def main(
     out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("out/demo.png"),
-    scene: Annotated[int, typer.Option(help="Which scene of the test, 0 to 999999999.")] = 28,
+    scene: Annotated[int, typer.Option(help="Which scene of the test, 0 to 999999999.")] = 113,
     model: Annotated[Path, typer.Option(help="The miniature, or one trained like it.")] = MINIATURE,
     repeats: Annotated[int, typer.Option(min=0, help="Runs timed for each answer; the median is told.")] = 5,
 ) -> None:
@@ -81,7 +81,7 @@ def main(
     for question, answers in asked:
         Console().print(table(question, answers))
     out.parent.mkdir(parents=True, exist_ok=True)
-    draw(drawn.pixels, asked).savefig(out)
+    draw(drawn, asked).savefig(out)
     print(f"Open {out}: what is kept of the same picture for each question.")
 
 

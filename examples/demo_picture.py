@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
-from benchmarks.quality.world import PATCH, Question
+from benchmarks.quality.world import Question, Scene, needed_objects
 from modeling_ivtp.hub.answering import Answer
 from modeling_ivtp.trace_picture import dim, square
 
@@ -23,16 +23,18 @@ class Kept:
     right: bool
 
 
-def draw(pixels: np.ndarray, asked: Sequence[tuple[Question, Sequence[Kept]]]) -> Figure:
+def draw(scene: Scene, asked: Sequence[tuple[Question, Sequence[Kept]]]) -> Figure:
     """A row of panels for every question: the whole picture, then what was kept at each budget.
+
+    Things that a question is about and answered from are framed.
 
     Parameters
     ----------
-    pixels : uint8 array (side, side, 3)
+    scene : Scene
     asked : sequence of (Question, sequence of Kept)
     """
-    grid = pixels.shape[0] // PATCH
-    picture = square(pixels, (grid, grid))
+    grid = scene.grid
+    picture = square(scene.pixels, (grid, grid))
     columns = len(asked[0][1])
     side, head, foot, margin = 3.0, 0.62, 0.42, 0.3
     width = columns * side + (columns + 1) * margin
@@ -40,6 +42,7 @@ def draw(pixels: np.ndarray, asked: Sequence[tuple[Question, Sequence[Kept]]]) -
     figure = Figure((width, height), dpi=110, facecolor="white")
     for row, (question, answers) in enumerate(asked):
         top = height - margin / 2 - row * (side + head + foot)
+        boxes = [scene.objects[number].box for number in needed_objects(scene, question)[0]]
         figure.text(margin / width, (top - 0.36) / height, question.text, color=_INK, fontsize=17, fontweight="bold")
         for column, kept in enumerate(answers):
             left, bottom = margin + column * (side + margin), top - head - side
@@ -47,7 +50,11 @@ def draw(pixels: np.ndarray, asked: Sequence[tuple[Question, Sequence[Kept]]]) -
             axes.set_axis_off()
             mask = torch.zeros(grid * grid, dtype=torch.bool)
             mask[kept.patches] = True
-            axes.imshow(dim(picture, mask.view(grid, grid)), interpolation="antialiased")
+            extent = (0, scene.side, scene.side, 0)
+            axes.imshow(dim(picture, mask.view(grid, grid)), interpolation="antialiased", extent=extent)
+            for x0, y0, x1, y1 in boxes:
+                corner, wide, high = (x0 - 3, y0 - 3), x1 - x0 + 6, y1 - y0 + 6
+                axes.add_patch(Rectangle(corner, wide, high, fill=False, edgecolor="white", linewidth=2))
             answer = kept.answer
             told = f"{'' if column else 'all '}{answer.visual_tokens[0]} visual tokens"
             y = (bottom - 0.24) / height

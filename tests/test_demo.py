@@ -34,10 +34,11 @@ def test_every_question_is_answered_at_every_budget_and_drawn(tmp_path, capsys):
 
 
 def test_the_picture_dims_what_was_dropped_and_nothing_else():
-    pixels = np.full((168, 168, 3), 200, np.uint8)
-    question = demo.choose_questions(draw_scene("test", 3))[0]
+    scene = draw_scene("test", 3, side=168)
+    vars(scene)["pixels"] = np.full((168, 168, 3), 200, np.uint8)
+    question = demo.choose_questions(scene)[0]
     answer = Answer("red", 1, 0.1, (1,), 1.0, 10)
-    figure = draw(pixels, [(question, [Kept(list(range(144)), answer, True), Kept([0], answer, False)])])
+    figure = draw(scene, [(question, [Kept(list(range(144)), answer, True), Kept([0], answer, False)])])
     whole, one = (axes.images[0].get_array() for axes in figure.axes)
     cell = whole.shape[0] // (168 // PATCH)
     np.testing.assert_allclose(whole, 200 / 255, atol=1e-6)
@@ -45,6 +46,11 @@ def test_the_picture_dims_what_was_dropped_and_nothing_else():
     assert one[cell:].max() < 0.5
     colours = [text.get_color() for text in figure.texts if text.get_text() == "red"]
     assert len(set(colours)) == 2
+    left, top, _, bottom = scene.objects[question.subjects[0]].box
+    for axes in figure.axes:
+        (frame,) = axes.patches
+        assert frame.get_xy() == (left - 3, top - 3)
+        assert frame.get_height() == bottom - top + 6
 
 
 def test_a_folder_without_a_checkpoint_is_told(tmp_path):
