@@ -12,6 +12,8 @@ from modeling_ivtp.hub.answering import Answer
 from modeling_ivtp.trace_picture import dim, square
 
 _INK, _MUTED, _RIGHT, _WRONG = "#1c2128", "#656d76", "#1a7f37", "#cf222e"
+_GAP = 3
+"""Pixels between a thing and its frame."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def draw(scene: Scene, asked: Sequence[tuple[Question, Sequence[Kept]]]) -> Figu
             extent = (0, scene.side, scene.side, 0)
             axes.imshow(dim(picture, mask.view(grid, grid)), interpolation="antialiased", extent=extent)
             for x0, y0, x1, y1 in boxes:
-                corner, wide, high = (x0 - 3, y0 - 3), x1 - x0 + 6, y1 - y0 + 6
+                corner, wide, high = (x0 - _GAP, y0 - _GAP), x1 - x0 + 2 * _GAP, y1 - y0 + 2 * _GAP
                 axes.add_patch(Rectangle(corner, wide, high, fill=False, edgecolor="white", linewidth=2))
             answer = kept.answer
             told = f"{'' if column else 'all '}{answer.visual_tokens[0]} visual tokens"
