@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers.masking_utils import create_masks_for_generate
 
+from .cache_name import CACHE
 from .pruned_cache import is_pruned
 
 
@@ -63,7 +64,7 @@ class PrunedGeneration:
 
     def create_masks_for_generate(self, *args: Any, **kwargs: Any) -> Any:
         """Masks that `generate` prepares for a static cache; a prompt that is pruned makes its own, layer by layer."""
-        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
         if not is_pruned(cache):
             if kwargs.get("is_first_iteration") and self.config.pruning_plan() is not None:
                 return mask
@@ -109,7 +110,7 @@ class PrunedGeneration:
         if (mask := model_kwargs.get("attention_mask")) is not None:
             marks = marks & mask[:, mask.shape[1] - marks.shape[1] :].bool()
         counts = self._images_of(marks)
-        if sum(counts) != images and (cache := model_kwargs.get("past_key_values")) is not None:
+        if sum(counts) != images and (cache := model_kwargs.get(CACHE)) is not None:
             counts = self._images_of(marks[:, int(cache.get_seq_length()) :])
         first, order = 0, []
         for count in counts:

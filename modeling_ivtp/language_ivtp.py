@@ -11,6 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaModel
 from transformers.models.mistral.modeling_mistral import MistralAttention, MistralModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2Model
 
+from .cache_name import CACHE, one_cache
 from .group_rollout import AttentionRecord, GroupScores, decide
 from .observed_attention import Observation, ObservedAttention, visibility
 from .pruned_cache import is_pruned, layer_runs, layer_segments, padding_mask, prepare_layers
@@ -128,17 +129,18 @@ class GroupedDecoder:
         input_ids: torch.Tensor | None = None,
         attention_mask: Any = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         visual: VisualPrompt | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run the decoder, dropping visual tokens if a `visual` prompt is given.
 
         Parameters
         ----------
-        input_ids, inputs_embeds, position_ids, past_key_values, use_cache
+        input_ids, inputs_embeds, position_ids, cache (or past_key_values), use_cache
             As in transformers. With `visual`, `inputs_embeds` (B, n, d) holds the tokens that `visual.sequence` left,
             while `position_ids` (B or 1, S) and the mask still speak of the whole prompt.
         attention_mask : Tensor (B, past + S), dict or None
@@ -156,14 +158,15 @@ class GroupedDecoder:
             For what pruning cannot serve: a 4D mask, `output_attentions`, a cache of another kind, a sliding window
             shorter than the sequence.
         """
-        if visual is None and not is_pruned(past_key_values):
+        cache = one_cache(cache, past_key_values)
+        if visual is None and not is_pruned(cache):
             return super().forward(  # type: ignore[misc]
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
                 use_cache=use_cache,
+                **{CACHE: cache},
                 **kwargs,
             )
         model: Any = self
@@ -182,16 +185,16 @@ class GroupedDecoder:
                     "Gradient checkpointing leaves out the cache, and what this prompt is about is in there: train on "
                     "whole conversations, or disable it with gradient_checkpointing_disable()."
                 )
-            use_cache, past_key_values = False, None  # as transformers does: the backward pass would write it again
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=model.config)
+            use_cache, cache = False, None  # as transformers does: the backward pass would write it again
+        if use_cache and cache is None:
+            cache = DynamicCache(config=model.config)
         logical = inputs_embeds.shape[1] if visual is None else visual.sequence.length
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        past = 0 if cache is None else cache.get_seq_length()
         self._check_window(past, logical)
         if position_ids is None:
             position_ids = (torch.arange(logical, device=inputs_embeds.device) + past)[None]
         states: list[torch.Tensor] | None = [] if wanted else None
-        given = (inputs_embeds, attention_mask, position_ids, past_key_values)
+        given = (inputs_embeds, attention_mask, position_ids, cache)
         kept_tokens = None
         if visual is None:
             hidden = model.norm(self._continue(*given, states, kwargs))
@@ -200,7 +203,7 @@ class GroupedDecoder:
             hidden, kept_tokens = sequence.restore(model.norm(hidden)), sequence.kept_tokens()
         return PrunedDecoderOutput(
             last_hidden_state=hidden,
-            past_key_values=past_key_values,
+            **{CACHE: cache},
             hidden_states=None if states is None else (*states, hidden),
             kept_tokens=kept_tokens,
         )
@@ -341,8 +344,8 @@ class GroupedDecoder:
             attention_mask=mask,
             position_embeddings=rotary,
             position_ids=None,
-            past_key_values=cache,
             use_cache=cache is not None,
+            **{CACHE: cache},
             **kwargs,
         )
 
@@ -351,9 +354,9 @@ class GroupedDecoder:
             config=self.config,  # type: ignore[attr-defined]
             inputs_embeds=hidden,
             attention_mask=padding,
-            past_key_values=cache,
             position_ids=None,
             layer_idx=layer,
+            **{CACHE: cache},
         )
 
     def _refuse(self, attention_mask: Any, kwargs: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from transformers.models.llava.modeling_llava import (
     LlavaPreTrainedModel,
 )
 
+from .cache_name import CACHE, cache_of, one_cache
 from .checkpoint_ivtp import LlavaCheckpoint, register_weight_names
 from .configuration_ivtp import IVTPLlavaConfig
 from .generation_ivtp import PrunedGeneration
@@ -26,6 +27,9 @@ from .prompt_ivtp import PromptPruning
 from .pruning_controls import PruningControls, PruningOptions
 from .trace_recorder import TraceRecorder
 from .vision_ivtp import GroupedCLIPVisionModel
+
+IMAGES = "image_outputs" if "image_outputs" in LlavaModelOutputWithPast.__dataclass_fields__ else "image_hidden_states"
+"""Under which name LLaVA's outputs tell of the images: the former since transformers 5.24."""
 
 
 @dataclass
@@ -161,7 +165,7 @@ class IVTPLlavaModel(PromptPruning, PruningOptions, IVTPLlavaPreTrainedModel, Ll
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
@@ -170,14 +174,15 @@ class IVTPLlavaModel(PromptPruning, PruningOptions, IVTPLlavaPreTrainedModel, Ll
         clip_input_ids: torch.LongTensor | None = None,
         clip_spans: torch.LongTensor | None = None,
         recorder: TraceRecorder | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run LLaVA on a prompt, keeping of each image what its question needs.
 
         Parameters
         ----------
-        input_ids, pixel_values, attention_mask, position_ids, past_key_values, inputs_embeds, vision_feature_layer,
-        vision_feature_select_strategy, image_sizes, mm_encoder_outputs
+        input_ids, pixel_values, attention_mask, position_ids, cache (or past_key_values), inputs_embeds,
+        vision_feature_layer, vision_feature_select_strategy, image_sizes, mm_encoder_outputs
             As in `LlavaModel`: one image token per patch, whatever is dropped later.
         clip_input_ids : int64 Tensor (B, W, C), optional
             The instruction in CLIP's tokens, from `IVTPLlavaProcessor`.
@@ -191,6 +196,7 @@ class IVTPLlavaModel(PromptPruning, PruningOptions, IVTPLlavaPreTrainedModel, Ll
         IVTPLlavaModelOutputWithPast
             `last_hidden_state` (B, S, d), zero at dropped tokens; a row that ends on one ends with the last token left.
         """
+        cache = one_cache(cache, past_key_values)
         encoded = (mm_encoder_outputs or {}).get("image")
         # Without an image there is nothing to plan: a decoding step costs no more than this look.
         plan = None if pixel_values is None and encoded is None else self.config.pruning_plan()
@@ -201,11 +207,11 @@ class IVTPLlavaModel(PromptPruning, PruningOptions, IVTPLlavaPreTrainedModel, Ll
                 pixel_values=pixel_values,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
                 vision_feature_layer=vision_feature_layer,
                 vision_feature_select_strategy=vision_feature_select_strategy,
                 image_sizes=image_sizes,
+                **{CACHE: cache},
                 **options,
                 **kwargs,
             )
@@ -238,7 +244,7 @@ class IVTPLlavaModel(PromptPruning, PruningOptions, IVTPLlavaPreTrainedModel, Ll
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past=0 if past_key_values is None else int(past_key_values.get_seq_length()),
+            past=0 if cache is None else int(cache.get_seq_length()),
             clip_input_ids=clip_input_ids,
             clip_spans=clip_spans,
             recorder=recorder,
@@ -246,18 +252,18 @@ class IVTPLlavaModel(PromptPruning, PruningOptions, IVTPLlavaPreTrainedModel, Ll
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             visual=visual,
             **kwargs,
         )
         result = IVTPLlavaModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=None,
-            image_hidden_states=torch.cat(encoded.pooler_output, dim=0),
             kept_tokens=outputs.kept_tokens,
+            **{CACHE: cache_of(outputs)},
+            **{IMAGES: encoded if IMAGES == "image_outputs" else torch.cat(encoded.pooler_output)},
         )
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return result if return_dict else result.to_tuple()
@@ -295,7 +301,7 @@ class IVTPLlavaForConditionalGeneration(
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
@@ -305,6 +311,7 @@ class IVTPLlavaForConditionalGeneration(
         mm_encoder_outputs: dict[str, Any] | None = None,
         clip_input_ids: torch.LongTensor | None = None,
         clip_spans: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> Any:
         """Logits, and the loss if `labels` are given.
@@ -333,7 +340,7 @@ class IVTPLlavaForConditionalGeneration(
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=one_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             vision_feature_layer=vision_feature_layer,
             vision_feature_select_strategy=vision_feature_select_strategy,
@@ -360,10 +367,9 @@ class IVTPLlavaForConditionalGeneration(
         result = LlavaCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
+            **{name: getattr(outputs, name) for name in (CACHE, IMAGES)},
         )
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return result if return_dict else result.to_tuple()

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward, repeat_kv
 
+from .cache_name import CACHE, one_cache
 from .group_rollout import AttentionRecord
 from .visual_sequence import VisualSequence
 
@@ -146,17 +147,19 @@ class ObservedAttention:
         hidden_states: torch.Tensor,
         position_embeddings: Any = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         observation: Observation | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         attention: Any = self
+        cache = one_cache(cache, past_key_values)
         if observation is None:
             return super().forward(  # type: ignore[misc]
                 hidden_states=hidden_states,
                 position_embeddings=position_embeddings,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
+                **{CACHE: cache},
                 **kwargs,
             )
         shape = (*hidden_states.shape[:-1], -1, attention.head_dim)
@@ -173,8 +176,8 @@ class ObservedAttention:
         observer = (query[:, :, tokens:], key[:, :, tokens:], value[:, :, tokens:])
         query, key, new_value = query[:, :, :tokens], key[:, :, :tokens], value[:, :, :tokens]
         value = new_value
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, attention.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, attention.layer_idx)
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             attention.config._attn_implementation, eager_attention_forward
         )

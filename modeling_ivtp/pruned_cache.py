@@ -119,6 +119,14 @@ class PrunedStaticLayer(StaticLayer):
         """Tokens, counted logically, for which there is room."""
         return self.max_cache_len + self.layout.dropped
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last `-tokens_to_remove` tokens; see `KeyLayout.cropped` for how far that goes."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove={tokens_to_remove}; allowed: a number of tokens, negated.")
+        if self.is_initialized and tokens_to_remove:
+            self.layout = self.layout.cropped(self.entries + tokens_to_remove)
+            self.cumulative_length.add_(tokens_to_remove)  # in place: compiled code knows its address
+
     def reset(self) -> None:
         """Forget everything and take the stock size again: the next prompt may drop less."""
         if self.is_initialized:
@@ -207,7 +215,8 @@ def prepare_layers(cache: Cache, num_layers: int, past_mask: torch.Tensor | None
 
 def _adopt(layer: CacheLayerMixin, layout: KeyLayout, capacity: int) -> PrunedLayer:
     pruned: PrunedLayer
-    carried = ["keys", "values", "dtype", "device"]
+    carried = ["keys", "values", "device"]
+    carried += ["dtype"] if hasattr(layer, "dtype") else []  # until transformers 5.23
     if isinstance(layer, StaticLayer):
         if layer.is_initialized:
             capacity = layer.max_cache_len

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .cache_name import cache_of, one_cache
 from .configuration_ivtp import IVTPPruningConfig
 from .pruning_trace import PruningTrace
 from .trace_recorder import TraceRecorder
@@ -94,9 +95,10 @@ class PruningControls(PruningOptions):
             raise ValueError("Nothing to explain: the inputs hold no image (pixel_values).")
         model: Any = self
         recorder = TraceRecorder(processor)
-        fixed = {"use_cache": True, "return_dict": True, "logits_to_keep": 1}
-        if inputs.get("past_key_values") is not None:
-            fixed["past_key_values"] = copy.deepcopy(inputs["past_key_values"])
+        fixed: dict[str, Any] = {"use_cache": True, "return_dict": True, "logits_to_keep": 1}
+        earlier = one_cache(inputs.pop("cache", None), inputs.pop("past_key_values", None))
+        if earlier is not None:
+            fixed["cache"] = copy.deepcopy(earlier)
         training = [module for module in model.modules() if module.training]
         model.eval()
         try:
@@ -104,4 +106,4 @@ class PruningControls(PruningOptions):
         finally:
             for module in training:
                 module.training = True
-        return recorder.trace(model, outputs.past_key_values)
+        return recorder.trace(model, cache_of(outputs))

@@ -5,7 +5,7 @@ import torch
 from transformers import CompileConfig, DynamicCache, StaticCache, TextIteratorStreamer
 
 from modeling_ivtp.pruned_cache import layer_segments
-from tests.tiny import IMAGE_TOKEN, prompt, rows_alone, tiny_model
+from tests.tiny import IMAGE_TOKEN, image_features, prompt, rows_alone, tiny_model
 
 ROWS = [[3, "image", 7], [5], [2, "image", 4, "image", 3], [1, "image", "image", 2]]
 NEW = 8
@@ -240,6 +240,43 @@ def test_cropping_into_the_picture_is_refused(model):
     assert past.get_seq_length() == 19
 
 
+@torch.no_grad()
+def test_a_cropped_static_cache_goes_on_as_if_the_tokens_had_never_come(model):
+    inputs = prompt(ROWS[:1])
+    length = inputs["input_ids"].shape[1]
+
+    def step(past, tokens, columns):
+        mask = torch.ones(1, columns, dtype=torch.long)
+        return model(input_ids=torch.tensor([tokens]), attention_mask=mask, past_key_values=past).logits
+
+    expected, cropped = (StaticCache(config=model.config.text_config, max_cache_len=length + 4) for _ in range(2))
+    for past in (expected, cropped):
+        model(**inputs, past_key_values=past)
+    step(cropped, [7, 8, 9], length + 3)
+    for layer in cropped.layers:
+        layer.crop(-3)
+    assert int(cropped.get_seq_length()) == length
+    assert torch.equal(step(cropped, [5, 6], length + 2), step(expected, [5, 6], length + 2))
+    with pytest.raises(ValueError, match="at most 7"):
+        cropped.layers[-1].crop(-10)
+    with pytest.raises(ValueError, match="negated"):
+        cropped.layers[-1].crop(1)
+
+
+@torch.no_grad()
+def test_a_cache_is_taken_under_either_of_its_names(model):
+    inputs = prompt(ROWS[:1])
+    later = {"input_ids": torch.tensor([[5]]), "attention_mask": torch.ones(1, inputs["input_ids"].shape[1] + 1)}
+    logits = []
+    for name in ("cache", "past_key_values"):
+        past = DynamicCache()
+        model(**inputs, **{name: past})
+        logits.append(model(**later, **{name: past}).logits)
+    assert torch.equal(*logits)
+    with pytest.raises(ValueError, match="two names of one argument"):
+        model(**inputs, cache=DynamicCache(), past_key_values=DynamicCache())
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -284,7 +321,7 @@ def test_outputs_keep_the_shapes_users_know(model):
     assert all(state.shape == (batch, length, 32) for state in outputs.hidden_states)
     assert model(**inputs, logits_to_keep=1).logits.shape == (batch, 1, 128)
     images = int((inputs["input_ids"] == IMAGE_TOKEN).sum()) // 16
-    assert outputs.image_hidden_states.shape == (images * 9, 32)
+    assert image_features(outputs).shape == (images * 9, 32)
     assert isinstance(model(**inputs, return_dict=False), tuple)
 
 

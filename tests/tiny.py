@@ -164,6 +164,12 @@ def _clip_inputs(asked: list[list[bool]], generator: torch.Generator) -> dict[st
     return {"clip_input_ids": torch.stack(padded), "clip_spans": torch.tensor(spans)}
 
 
+def image_features(outputs: Any) -> torch.Tensor:
+    """The features of all images in an output, one patch after the other (transformers 5.24 lists them by image)."""
+    told = outputs.image_hidden_states
+    return told.flatten(0, -2) if isinstance(told, torch.Tensor) else torch.cat(list(told))
+
+
 def rows_alone(inputs: dict[str, torch.Tensor], rows: list[list[Any]]) -> list[dict[str, torch.Tensor]]:
     """The rows of a batch as prompts of their own, without padding."""
     alone, first = [], 0

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 
+from ..cache_name import cache_of
 from ..modeling_ivtp import IVTPLlavaForConditionalGeneration
 from ..processing_ivtp import IVTPLlavaProcessor
 from .console import quiet
@@ -272,7 +273,7 @@ def _run(model: Any, inputs: Mapping[str, Any], max_new_tokens: int) -> _Run:
     _wait()
     seconds = time.perf_counter() - start
     new_tokens = output.sequences[0, inputs["input_ids"].shape[1] :]
-    return _Run(seconds, new_tokens, kv_bytes(output.past_key_values))
+    return _Run(seconds, new_tokens, kv_bytes(cache_of(output)))
 
 
 def _text(processor: Any, tokens: torch.Tensor) -> str:

@@ -1,0 +1,31 @@
+"""What transformers calls the KV cache in arguments and outputs: `cache` since 5.24, `past_key_values` before.
+
+Either name works in a call of our models, whatever the version; calls of transformers go out under its own name.
+"""
+
+import inspect
+from typing import Any
+
+from transformers.cache_utils import Cache
+from transformers.models.llama.modeling_llama import LlamaModel
+
+CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
+"""This version's name."""
+
+
+def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """The cache of a call, whichever name it came under.
+
+    Raises
+    ------
+    ValueError
+        If it came under both and they differ.
+    """
+    if cache is not None and past_key_values is not None and cache is not past_key_values:
+        raise ValueError("You cannot specify both cache and past_key_values: they are two names of one argument.")
+    return past_key_values if cache is None else cache
+
+
+def cache_of(outputs: Any) -> Any:
+    """The cache in the output of a model; None if there is none."""
+    return getattr(outputs, CACHE)
