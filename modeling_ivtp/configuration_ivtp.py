@@ -208,7 +208,14 @@ class IVTPLlavaConfig(LlavaConfig):
     @property
     def num_patches(self) -> int:
         """Patches of one image, N: 576 for 336 pixels and patches of 14."""
-        return (self.vision_config.image_size // self.vision_config.patch_size) ** 2
+        rows, columns = self.grid
+        return rows * columns
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches of one image: (24, 24) for 336 pixels and patches of 14."""
+        side = self.vision_config.image_size // self.vision_config.patch_size
+        return side, side
 
     def pruning_plan(self) -> PruningPlan | None:
         """The groups of both stages for this model, or None when nothing is to be dropped.

@@ -66,7 +66,7 @@ class PrunedGeneration:
         """Masks that `generate` prepares for a static cache; a prompt that is pruned makes its own, layer by layer."""
         cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
         if not is_pruned(cache):
-            if kwargs.get("is_first_iteration") and self.config.pruning_plan() is not None:
+            if kwargs.get("is_first_iteration") and self.model.plan() is not None:
                 return mask
             return create_masks_for_generate(*args, **kwargs)
         if kwargs.get("is_first_iteration"):
@@ -77,7 +77,7 @@ class PrunedGeneration:
         self, input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kw: Any
     ) -> Any:
         chunked = generation_config.prefill_chunk_size is not None
-        if chunked and _count_images(model_kwargs) and self.config.pruning_plan() is not None:
+        if chunked and _count_images(model_kwargs) and self.model.plan() is not None:
             raise ValueError(
                 f"prefill_chunk_size={generation_config.prefill_chunk_size}: pruning looks at the whole prompt, so it "
                 "cannot be prefilled in chunks. Use prefill_chunk_size=None, or model.pruning(enabled=False)."
@@ -144,7 +144,7 @@ def _reordered(images: Any, order: list[int]) -> Any:
 
 def _reordered_output(output: Any, order: list[int]) -> Any:
     chosen: dict[str, Any] = {"pooler_output": [output.pooler_output[image] for image in order]}
-    for name in ("kept_patches", "cls_features", "image_embeds"):
+    for name in ("kept_patches", "cls_features", "image_embeds", "patch_embeds"):
         if (value := getattr(output, name, None)) is not None:
             chosen[name] = value[torch.tensor(order, device=value.device)]
     return type(output)(**chosen)

@@ -5,6 +5,7 @@ reference token, CLS in the vision tower and the pseudo CLS in the language mode
 from the last layer to the first, vector times matrix, and a map is never multiplied with a map nor kept after its use.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -73,16 +74,20 @@ class GroupScores:
     group : Group
     candidates : int64 Tensor (..., k)
         Patches, on the original grid, that stood before.
-    importance : float32 Tensor (..., k)
+    importance : float32 Tensor (..., k) or None
+        None where the method ranks nothing.
     kept : int64 Tensor (..., group.keep)
-        Patches that stay.
+        Patches that stay, -1 for none.
+    mixture : float32 Tensor (..., group.keep, k) or None
+        What they become; None: they stay as they are.
     """
 
     stage: str
     group: Group
     candidates: torch.Tensor
-    importance: torch.Tensor
+    importance: torch.Tensor | None
     kept: torch.Tensor
+    mixture: torch.Tensor | None = None
 
 
 def weighted_attention(
@@ -105,21 +110,39 @@ def weighted_attention(
     float32 Tensor (B, M, K)
     """
     batch, heads, images, queries, _ = query.shape
-    keys, repeats = key.shape[2], heads // key.shape[1]
-    limit = MAP_VALUES_CPU if query.device.type == "cpu" else MAP_VALUES_DEVICE
-    chunk = max(1, min(heads, limit // max(1, batch * images * queries * keys)))
-    result = weights.new_zeros(batch, images, keys)
-    for start in range(0, heads, chunk):
-        part = query[:, start : start + chunk].flatten(2, 3)
-        kv_heads = torch.arange(start, start + part.shape[1], device=key.device) // repeats
-        # Scaled first: in half precision the products themselves may overflow.
-        logits = ((part * scale) @ key[:, kv_heads].transpose(2, 3)).float()
+    result = weights.new_zeros(batch, images, key.shape[2])
+    for logits in map_heads(query.flatten(2, 3), key, scale):
         logits = logits.unflatten(2, (images, queries))
         if visible is not None:
             logits = logits.masked_fill(~visible[:, None], float("-inf"))
         attention = logits.softmax(-1)
         result += (weights[:, None, :, None] @ attention).squeeze(3).sum(1)
     return result / heads
+
+
+def map_heads(query: torch.Tensor, key: torch.Tensor, scale: float) -> Iterator[torch.Tensor]:
+    """Yield scaled products of queries and keys, as many heads at a time as memory is meant for.
+
+    Parameters
+    ----------
+    query : Tensor (B, H, Q, dh)
+    key : Tensor (B, H_kv, K, dh)
+        H is a multiple of H_kv (grouped-query attention).
+    scale : float
+
+    Yields
+    ------
+    float32 Tensor (B, some heads, Q, K)
+    """
+    batch, heads, queries, _ = query.shape
+    keys, repeats = key.shape[2], heads // key.shape[1]
+    limit = MAP_VALUES_CPU if query.device.type == "cpu" else MAP_VALUES_DEVICE
+    chunk = max(1, min(heads, limit // max(1, batch * queries * keys)))
+    for start in range(0, heads, chunk):
+        part = query[:, start : start + chunk]
+        kv_heads = torch.arange(start, start + part.shape[1], device=key.device) // repeats
+        # Scaled first: in half precision the products themselves may overflow.
+        yield ((part * scale) @ key[:, kv_heads].transpose(2, 3)).float()
 
 
 def _on_tracked(row: torch.Tensor, columns: torch.Tensor | None) -> torch.Tensor:
@@ -239,7 +262,7 @@ def keep_most_important(scores: torch.Tensor, keep: int) -> torch.Tensor:
 
 @torch.no_grad()
 def decide(records: list[AttentionRecord], aggregation: str, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Score the visual tokens of a group and choose; the records are sealed.
+    """Score the visual tokens of a group and choose.
 
     Returns
     -------
@@ -247,8 +270,5 @@ def decide(records: list[AttentionRecord], aggregation: str, keep: int) -> tuple
     kept : int64 Tensor (B, M, keep)
         Indices into the k visual tokens, ascending.
     """
-    with torch.autocast(records[-1].key.device.type, enabled=False):
-        scores = importance(aggregate(records, aggregation), records[-1].value_norm)
-    for record in records:
-        record.seal()
+    scores = importance(aggregate(records, aggregation), records[-1].value_norm)
     return scores, keep_most_important(scores, keep)

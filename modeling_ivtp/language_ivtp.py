@@ -1,5 +1,6 @@
 """Stage 2: a decoder of LLaMA's layout that drops visual tokens under the eyes of a pseudo CLS (IVTP Sec. 3.3)."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +13,11 @@ from transformers.models.mistral.modeling_mistral import MistralAttention, Mistr
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2Model
 
 from .cache_name import CACHE, one_cache
-from .group_rollout import AttentionRecord, GroupScores, decide
+from .group_rollout import AttentionRecord, GroupScores
+from .layer_watch import LayerWatch
 from .observed_attention import Observation, ObservedAttention, visibility
 from .pruned_cache import is_pruned, layer_runs, layer_segments, padding_mask, prepare_layers
+from .pruning_policy import DecoderMoment, Policy
 from .text_relevance import pseudo_cls
 from .token_budget import Group
 from .visual_sequence import VisualSequence
@@ -27,30 +30,41 @@ class VisualPrompt:
     Attributes
     ----------
     sequence : VisualSequence
-        The prompt as it comes from the vision tower.
-    reference : Tensor (B, M, d)
-        The pseudo CLS of each image, an input embedding (Eq. 8).
-    end_positions : int64 Tensor (B, M)
-        RoPE position of the first token after each image.
-    key_tokens : bool Tensor (B, M, S) or None
-        For pooling anew at each layer: the logical columns to pool. None: the pseudo CLS propagates.
+        The prompt as it comes to the decoder.
+    policy : Policy
+        What chooses.
     groups : tuple of Group
-    aggregation : str
-        See `group_rollout.aggregate`.
-    compact : bool
-        Renumber positions without gaps.
+        At the tops of which it is asked.
+    state : any
+        What the policy prepared.
     scores : list of GroupScores or None
         Each group's decision is appended.
+    reference : Tensor (B, M, d) or None
+        The pseudo CLS of each image, an input embedding (Eq. 8), where the policy observes.
+    end_positions : int64 Tensor (B, M) or None
+        RoPE position of the first token after each image, likewise.
+    key_tokens : bool Tensor (B, M, S) or None
+        For pooling anew at each layer: the logical columns to pool. None: the pseudo CLS propagates.
     """
 
     sequence: VisualSequence
-    reference: torch.Tensor
-    end_positions: torch.Tensor
-    key_tokens: torch.Tensor | None
+    policy: Policy
     groups: tuple[Group, ...]
-    aggregation: str = "rollout"
-    compact: bool = False
+    state: Any = None
     scores: list[GroupScores] | None = None
+    reference: torch.Tensor | None = None
+    end_positions: torch.Tensor | None = None
+    key_tokens: torch.Tensor | None = None
+
+    def stages(self, layers: int) -> Iterator[tuple[int, int, Group | None]]:
+        """All layers of the decoder: the groups, and without one what lies between and above them."""
+        start = 0
+        for group in self.groups:
+            if start < group.first:
+                yield start, group.first - 1, None
+            yield group.first, group.last, group
+            start = group.last + 1
+        yield start, layers - 1, None
 
 
 @dataclass
@@ -76,27 +90,28 @@ class Numbering:
         Of the whole prompt.
     valid : Tensor (B, S) or None
         The 2D mask of the prompt.
-    ends : int64 Tensor (B, M)
-        Position of the first token after each image.
+    ends : int64 Tensor (B, M) or None
+        Position of the first token after each image, where observers need it.
     compact : bool
         Renumber without gaps.
     """
 
     position_ids: torch.Tensor
     valid: torch.Tensor | None
-    ends: torch.Tensor
+    ends: torch.Tensor | None
     compact: bool
 
     def of(
         self, sequence: VisualSequence, shift: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Positions of the sequence (B, n) and of its observers (B, M), and how far the row's end moved down (B, 1).
 
         `shift` (B, 1) is what earlier turns moved it down.
         """
         positions, ends = sequence.at_slots(self.position_ids), self.ends
         if shift is not None:
-            positions, ends = positions - shift.to(positions.device), ends - shift.to(ends.device)
+            positions = positions - shift.to(positions.device)
+            ends = None if ends is None else ends - shift.to(ends.device)
         if not self.compact:
             return positions.clamp_min(0), ends, None
         there = torch.ones_like(self.position_ids) if self.valid is None else self.valid.long()
@@ -105,8 +120,9 @@ class Numbering:
         if sequence.valid is not None:
             now = sequence.valid.long().cumsum(1) - 1
         positions = (positions - (sequence.at_slots(given) - now)).clamp_min(0)
-        last_patch = sequence.columns[..., -1].clamp_max(sequence.size - 1)
-        return positions, positions.gather(1, last_patch) + 1, given[:, -1:] - now[:, -1:]
+        if ends is not None:
+            ends = positions.gather(1, sequence.columns[..., -1].clamp_max(sequence.size - 1)) + 1
+        return positions, ends, given[:, -1:] - now[:, -1:]
 
 
 class GroupedDecoder:
@@ -270,34 +286,42 @@ class GroupedDecoder:
             past = int(cache.get_seq_length())
             known = None if attention_mask is None or past == 0 else attention_mask[:, :past].bool()
             prepare_layers(cache, len(model.layers), known, visual.sequence.length)
-        sequence, observers = visual.sequence, visual.reference.to(tokens.dtype)
+        sequence, policy = visual.sequence, visual.policy
+        observers = None if visual.reference is None else visual.reference.to(tokens.dtype)
+        sizes = None
         numbering = Numbering(
             position_ids.expand(tokens.shape[0], -1),
             None if attention_mask is None else attention_mask[:, past : past + sequence.length],
             visual.end_positions,
-            visual.compact,
+            policy.compact,
         )
-        pruned = visual.groups[-1].last + 1 if visual.groups else 0
-        stages: list[tuple[int, int, Group | None]] = [(group.first, group.last, group) for group in visual.groups]
-        for first, last, group in [*stages, (pruned, len(model.layers) - 1, None)]:
+        for first, last, group in visual.stages(len(model.layers)):
             drops = group is not None and group.keep < sequence.patches.shape[2]
+            observed = group is not None and observers is not None
             records: list[AttentionRecord] = []
+            watches: list[LayerWatch] = []
             for run in layer_runs(cache, first, last, attention_mask):
                 mask = self._causal_mask(tokens, run.begin(sequence), cache, run.first)
                 positions, ends, renumbered = numbering.of(sequence, run.layout.position_shift)
-                if group is not None:
+                if observed:
+                    assert ends is not None
                     positions = torch.cat([positions, ends], 1)
                 rotary = model.rotary_emb(tokens, position_ids=positions)
-                seen = None if group is None else visibility(sequence, run.entries, run.past_valid)
+                seen = visibility(sequence, run.entries, run.past_valid) if observed else None
                 for index in range(run.first, run.last + 1):
                     if states is not None:
                         states.append(sequence.restore(tokens))
                     if seen is None:
-                        tokens = self._layer(index, tokens, mask, rotary, cache, kwargs)
+                        options = {}
+                        if drops:
+                            watches.append(LayerWatch(run.entries, run.past_valid, sequence.valid))
+                            options["observation"] = watches[-1]
+                        tokens = self._layer(index, tokens, mask, rotary, cache, kwargs | options)
                         continue
+                    assert group is not None
+                    assert observers is not None
                     if drops:
-                        top = index == last or visual.aggregation != "rollout"
-                        records.append(AttentionRecord(reference_only=top))
+                        records.append(policy.record(group, index))
                     observation = Observation(
                         run.entries + sequence.reach,
                         run.entries,
@@ -312,14 +336,23 @@ class GroupedDecoder:
                 run.end(sequence, renumbered)
             if drops:
                 assert group is not None
-                weights, kept = decide(records, visual.aggregation, group.keep)
-                kept = kept.to(sequence.patches.device)
+                with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
+                    choice = policy.in_decoder(
+                        DecoderMoment(group, records, watches, tokens, sequence, sizes, visual.state)
+                    )
+                watched: list[Any] = [*records, *watches]
+                for layer in watched:
+                    layer.seal()
+                before, sizes = sequence, choice.sizes
+                sequence, index_kept = before.keep(choice.kept, choice.ragged)
                 if visual.scores is not None:
-                    chosen = sequence.patches.gather(2, kept)
-                    visual.scores.append(GroupScores("decoder", group, sequence.patches, weights, chosen))
-                sequence, index_kept = sequence.keep(kept)
+                    told = before.patches, choice.scores, sequence.patches, choice.mixture
+                    visual.scores.append(GroupScores("decoder", group, *told))
                 index_kept = index_kept.to(tokens.device)[..., None].expand(-1, -1, tokens.shape[-1])
+                merged = None if choice.mixture is None else choice.of(before.visual(tokens))
                 tokens = tokens.gather(1, index_kept)
+                if merged is not None:
+                    tokens = sequence.with_visual(tokens, merged)
         return tokens, sequence
 
     @staticmethod

@@ -23,8 +23,9 @@ from .checkpoint_ivtp import LlavaCheckpoint, register_weight_names
 from .configuration_ivtp import IVTPLlavaConfig
 from .generation_ivtp import PrunedGeneration
 from .language_ivtp import DECODERS
-from .prompt_ivtp import PromptPruning
+from .prompt_ivtp import PromptPruning, choose_features
 from .pruning_controls import PruningControls, PruningOptions
+from .pruning_policy import Choice, FeatureMoment
 from .trace_recorder import TraceRecorder
 from .vision_ivtp import GroupedCLIPVisionModel
 
@@ -41,16 +42,19 @@ class IVTPImageFeatures(BaseModelOutputWithPooling):
     pooler_output : list of Tensor (k, d)
         Kept patches of each image, projected for the language model.
     kept_patches : int64 Tensor (I, k)
-        Which patches they are, 0 to N - 1.
+        Which patches they are, 0 to N - 1; N behind those of an image that keeps fewer than others.
     cls_features : Tensor (I, d)
         The CLS token, projected the same way.
     image_embeds : Tensor (I, P) or None
         CLIP's embedding of the image (Eq. 6).
+    patch_embeds : Tensor (I, k, P) or None
+        The kept patches in CLIP's space, where a method compares them with the instruction.
     """
 
     kept_patches: torch.Tensor | None = None
     cls_features: torch.Tensor | None = None
     image_embeds: torch.Tensor | None = None
+    patch_embeds: torch.Tensor | None = None
 
 
 @dataclass
@@ -123,7 +127,7 @@ class IVTPLlavaModel(PromptPruning, PruningOptions, IVTPLlavaPreTrainedModel, Ll
         -------
         IVTPImageFeatures; LLaVA's own output where pruning is off.
         """
-        plan = self.config.pruning_plan()
+        policy, plan = self.policy, self.plan()
         if plan is None:
             options = {"image_sizes": image_sizes} if image_sizes is not None else {}
             return super().get_image_features(
@@ -142,22 +146,50 @@ class IVTPLlavaModel(PromptPruning, PruningOptions, IVTPLlavaPreTrainedModel, Ll
             )
         return_dict = kwargs.pop("return_dict", True)
         kwargs.pop("output_hidden_states", None)
+        embedded = self.has_text_tower and policy.embeds_image
         vision = self.vision_tower(
             pixel_values,
-            groups=plan.tower,
+            policy=policy,
+            plan=plan,
             feature_layers=[layers] if isinstance(layers, int) else layers,
-            aggregation=self.config.pruning.aggregation,
+            to_the_top=embedded,
             scores=None if recorder is None else recorder.tower,
             **kwargs,
         )
-        features = self.multi_modal_projector(vision.features)
+        patches, choice = vision.patches, None
+        if plan.features is None:
+            features = self.multi_modal_projector(vision.features)
+            cls, features = features[:, 0], features[:, 1:]
+        else:
+            moment = FeatureMoment(
+                keep=plan.features,
+                features=vision.features[:, 1:],
+                patches=patches,
+                records=vision.records,
+                pixel_values=pixel_values,
+                grid=self.config.grid,
+                project=self.multi_modal_projector,
+            )
+            cls = self.multi_modal_projector(vision.features[:, :1])[:, 0]
+            choice, patches, features = choose_features(policy, moment, recorder)
         outputs = IVTPImageFeatures(
-            pooler_output=list(features[:, 1:]),
-            kept_patches=vision.patches,
-            cls_features=features[:, 0],
-            image_embeds=self.visual_projection(vision.pooler_output) if self.has_text_tower else None,
+            pooler_output=_trimmed(features, patches < plan.patches) if choice and choice.ragged else list(features),
+            kept_patches=patches,
+            cls_features=cls,
+            image_embeds=self.visual_projection(vision.pooler_output) if embedded else None,
+            patch_embeds=self._patch_embeds(vision.features, choice) if policy.compares_patches else None,
         )
         return outputs if return_dict else outputs.to_tuple()
+
+    def _patch_embeds(self, features: torch.Tensor, choice: Choice | None) -> torch.Tensor:
+        """What is left of an image in CLIP's space (I, k, P): a feature as if it were the tower's output for CLS."""
+        if not self.has_text_tower:
+            raise ValueError(
+                "This method compares patches with the instruction and needs CLIP's text tower: "
+                "from_llava(..., clip=...) joins it."
+            )
+        left = features[:, 1:] if choice is None else choice.of(features[:, 1:])
+        return self.visual_projection(self.vision_tower.post_layernorm(left))
 
     def forward(
         self,
@@ -199,7 +231,7 @@ class IVTPLlavaModel(PromptPruning, PruningOptions, IVTPLlavaPreTrainedModel, Ll
         cache = one_cache(cache, past_key_values)
         encoded = (mm_encoder_outputs or {}).get("image")
         # Without an image there is nothing to plan: a decoding step costs no more than this look.
-        plan = None if pixel_values is None and encoded is None else self.config.pruning_plan()
+        plan = None if pixel_values is None and encoded is None else self.plan()
         if plan is None:
             options = {"mm_encoder_outputs": mm_encoder_outputs} if mm_encoder_outputs is not None else {}
             return super().forward(
@@ -232,10 +264,10 @@ class IVTPLlavaModel(PromptPruning, PruningOptions, IVTPLlavaPreTrainedModel, Ll
                 recorder=recorder,
             )
         kept = getattr(encoded, "kept_patches", None)
-        if kept is None or kept.shape[1] != plan.tower_tokens:
+        if kept is None or kept.shape[1] > plan.encoded_tokens or (kept.shape[1] < plan.encoded_tokens and plan.exact):
             raise ValueError(
                 f"mm_encoder_outputs holds {'all' if kept is None else kept.shape[1]} patches of an image, the options "
-                f"in force {plan.tower_tokens}: encode it with get_image_features under the same pruning options."
+                f"in force {plan.encoded_tokens}: encode it with get_image_features under the same pruning options."
             )
         visual, inputs_embeds = self.visual_prompt(
             plan=plan,
@@ -373,6 +405,11 @@ class IVTPLlavaForConditionalGeneration(
         )
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return result if return_dict else result.to_tuple()
+
+
+def _trimmed(features: torch.Tensor, there: torch.Tensor) -> list[torch.Tensor]:
+    """The features (I, k, d) of each image, those that are there (bool (I, k), the first ones) alone."""
+    return [image[:count] for image, count in zip(features, there.sum(1).tolist(), strict=True)]
 
 
 def _check_architecture(config: Any) -> None:

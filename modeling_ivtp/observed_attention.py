@@ -17,6 +17,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager
 
 from .cache_name import CACHE, one_cache
 from .group_rollout import AttentionRecord
+from .layer_watch import LayerWatch
 from .visual_sequence import VisualSequence
 
 
@@ -148,7 +149,7 @@ class ObservedAttention:
         position_embeddings: Any = None,
         attention_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
-        observation: Observation | None = None,
+        observation: Observation | LayerWatch | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -192,5 +193,7 @@ class ObservedAttention:
             **kwargs,
         )
         observed = observation.attend(query, key, value, observer, new_value, attention.scaling)
-        output = torch.cat([output, observed], 1).reshape(*hidden_states.shape[:-1], -1)
+        if observed is not None:
+            output = torch.cat([output, observed], 1)
+        output = output.reshape(*hidden_states.shape[:-1], -1)
         return attention.o_proj(output), weights

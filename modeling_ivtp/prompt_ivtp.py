@@ -7,11 +7,13 @@ from torch import nn
 from transformers.utils import logging
 
 from .configuration_ivtp import IVTPPruningConfig
+from .ivtp_policy import IVTPPolicy
 from .language_ivtp import VisualPrompt
+from .pruning_policy import Choice, FeatureMoment, Policy, PromptMoment
 from .text_relevance import instruction_tokens, key_tokens, map_relevance, pseudo_cls, text_similarity, token_relevance
 from .token_budget import PruningPlan
 from .trace_recorder import TraceRecorder
-from .visual_sequence import locate_images, per_row
+from .visual_sequence import VisualSequence, locate_images, per_row
 
 logger = logging.get_logger(__name__)
 
@@ -22,6 +24,23 @@ class PromptPruning:
     config: Any
     clip_text_model: Any
     get_input_embeddings: Any
+    applied_policy: Policy | None = None
+    """What prunes instead of the model's own options, for a while; `modeling_ivtp.methods` sets it."""
+
+    @property
+    def policy(self) -> Policy:
+        """What prunes: the model's own options, unless a method was applied."""
+        return self.applied_policy or IVTPPolicy(self.config.pruning)
+
+    def plan(self) -> PruningPlan | None:
+        """What stays where; None if nothing is to be dropped.
+
+        Raises
+        ------
+        ValueError
+            If the options, or the applied method, do not fit the model.
+        """
+        return self.policy.plan(self.config, self.config.num_patches)
 
     @property
     def has_text_tower(self) -> bool:
@@ -56,35 +75,61 @@ class PromptPruning:
             valid = attention_mask[:, past : past + length].to(device=device, dtype=torch.bool)
         placeholders = self.placeholders(input_ids, inputs_embeds)
         images = len(encoded.pooler_output)
-        whole = locate_images(placeholders, valid, images, plan.patches)
-        kept = per_row(encoded.kept_patches.to(device), whole)
-        sequence, index = whole.keep(kept)
-        reference, relevance, keys = self._reference(
-            encoded, whole, inputs_embeds, clip_input_ids, _spans_of(clip_spans, length, past, inputs_embeds)
-        )
-        if recorder is not None:
-            recorder.prompt(input_ids, whole, relevance, keys)
+        whole = locate_images(placeholders, valid, images, plan.patches).to(device)
+        kept, features = _by_row(encoded, whole)
+        sequence, index = whole.keep(kept, ragged=not plan.exact)
         left = inputs_embeds.gather(1, index[..., None].expand(-1, -1, inputs_embeds.shape[-1]))
-        visual = torch.zeros(left.shape[0], left.shape[1] + 1, dtype=torch.bool, device=device)
-        visual = visual.scatter(1, sequence.columns.flatten(1), True)[:, :-1]
-        features = torch.cat(list(encoded.pooler_output)).to(device, left.dtype)
-        left = left.masked_scatter(visual[..., None], features)
-        if position_ids is None:
-            position_ids = (torch.arange(length, device=device) + past)[None]
-        last_patch = whole.columns[..., -1].clamp_max(length - 1)
-        ends = position_ids.to(device).expand(last_patch.shape[0], -1).gather(1, last_patch) + 1
-        pool = self.config.pruning.pseudo_cls == "pool" and keys is not None
+        policy, state, keys, observers = self.policy, None, None, {}
+        spans = _spans_of(clip_spans, length, past, inputs_embeds)
+        if policy.observes:
+            reference, relevance, keys = self._reference(encoded, whole, inputs_embeds, clip_input_ids, spans)
+            if recorder is not None:
+                recorder.prompt(input_ids, whole, relevance, keys)
+            if position_ids is None:
+                position_ids = (torch.arange(length, device=device) + past)[None]
+            last_patch = whole.columns[..., -1].clamp_max(length - 1)
+            ends = position_ids.to(device).expand(last_patch.shape[0], -1).gather(1, last_patch) + 1
+            pool = policy.reading.pseudo_cls == "pool" and keys is not None
+            observers = {"reference": reference, "end_positions": ends, "key_tokens": keys if pool else None}
+        elif recorder is not None:
+            recorder.prompt(input_ids, whole, None, None)
+        if plan.prompt is not None and plan.prompt < sequence.patches.shape[2]:
+            choice = self._in_prompt(plan.prompt, features, encoded, whole, clip_input_ids)
+            if recorder is not None:
+                recorder.chosen("prompt", plan.prompt, sequence.patches, choice)
+            features = choice.of(features)
+            sequence, index = sequence.keep(choice.kept, choice.ragged)
+            left = left.gather(1, index[..., None].expand(-1, -1, left.shape[-1]))
+        left = sequence.with_visual(left, features.to(left.device))
+        with torch.no_grad():
+            state = policy.prepare(sequence, left)
         prompt = VisualPrompt(
             sequence=sequence,
-            reference=reference,
-            end_positions=ends,
-            key_tokens=keys if pool else None,
+            policy=policy,
             groups=plan.decoder,
-            aggregation=self.config.pruning.aggregation,
-            compact=self.config.pruning.positions == "compact",
+            state=state,
             scores=None if recorder is None else recorder.decoder,
+            **observers,
         )
         return prompt, left
+
+    def _in_prompt(
+        self, keep: int, features: torch.Tensor, encoded: Any, whole: VisualSequence, clip_input_ids: Any
+    ) -> Choice:
+        """Ask the policy before the decoder."""
+        text = windows = patches = None
+        if self.policy.compares_patches:
+            if clip_input_ids is None:
+                raise ValueError(
+                    "This method compares patches with the instruction, and clip_input_ids is missing: prepare inputs "
+                    "with IVTPLlavaProcessor and a CLIP tokenizer."
+                )
+            windows = clip_input_ids.any(-1)
+            text = self.clip_text_model(input_ids=clip_input_ids.flatten(0, 1)).text_embeds
+            text = text.unflatten(0, windows.shape)
+            patches = per_row(encoded.patch_embeds.to(features.device), whole)
+        with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
+            return self.policy.in_prompt(PromptMoment(keep, features, patches, text, windows))
 
     def placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """Where an image token stands, as a number or as its embedding: bool Tensor (B, S)."""
@@ -103,7 +148,7 @@ class PromptPruning:
         clip_spans: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """The pseudo CLS of every image (Eq. 5 to 8): (B, M, d), relevance (B, M, S) and key tokens (B, M, S)."""
-        pruning: IVTPPruningConfig = self.config.pruning
+        pruning: IVTPPruningConfig = self.policy.reading
         device = inputs_embeds.device
         fallback = per_row(encoded.cls_features.to(device), whole).to(inputs_embeds.dtype)
         if pruning.guidance == "visual_cls" or not self._has_guidance(clip_input_ids, clip_spans):
@@ -118,6 +163,11 @@ class PromptPruning:
                 keys = key_tokens(relevance, pruning.relevance_threshold)
             else:
                 assert clip_input_ids is not None
+                if encoded.image_embeds is None:
+                    raise ValueError(
+                        'mm_encoder_outputs holds no image_embeds, which guidance="clip" needs: encode the images with '
+                        "get_image_features under the same pruning options."
+                    )
                 text = self.clip_text_model.text_model(input_ids=clip_input_ids.flatten(0, 1)).last_hidden_state
                 text = self.clip_text_model.text_projection(text).unflatten(0, clip_input_ids.shape[:2]).flatten(1, 2)
                 embeds = per_row(encoded.image_embeds, whole).to(device)
@@ -128,7 +178,7 @@ class PromptPruning:
             return pseudo_cls(inputs_embeds, keys, fallback), relevance, keys
 
     def _has_guidance(self, clip_input_ids: torch.Tensor | None, clip_spans: torch.Tensor | None) -> bool:
-        guidance = self.config.pruning.guidance
+        guidance = self.policy.reading.guidance
         missing = []
         if clip_spans is None:
             missing.append("clip_spans")
@@ -143,10 +193,35 @@ class PromptPruning:
             f'guidance="{guidance}" needs {" and ".join(missing)}, so the question cannot guide the pruning. Prepare '
             "inputs with IVTPLlavaProcessor and a CLIP tokenizer."
         )
-        if self.config.pruning.strict:
+        if self.policy.reading.strict:
             raise ValueError(message)
         logger.warning_once(message + " The image's own CLS token is the reference instead (Eq. 8).")
         return False
+
+
+def choose_features(
+    policy: Policy, moment: FeatureMoment, recorder: TraceRecorder | None
+) -> tuple[Choice | None, torch.Tensor, torch.Tensor]:
+    """Ask the policy about features: the choice, None where all stay; the patches left (I, k'), and their features."""
+    if moment.keep >= moment.patches.shape[1]:
+        return None, moment.patches, moment.projected
+    with torch.no_grad(), torch.autocast(moment.features.device.type, enabled=False):
+        choice = policy.in_features(moment)
+    for record in moment.records.values():
+        record.seal()
+    if recorder is not None:
+        recorder.chosen("features", moment.keep, moment.patches, choice)
+    patches = moment.patches
+    if choice.ragged:
+        patches = nn.functional.pad(patches, (0, 1), value=moment.grid[0] * moment.grid[1])
+    return choice, patches.gather(1, choice.kept), moment.apply(choice)
+
+
+def _by_row(encoded: Any, whole: VisualSequence) -> tuple[torch.Tensor, torch.Tensor]:
+    """The patches that images come with, and their features, by row: int64 (B, M, k) and (B, M, k, d)."""
+    device = whole.columns.device
+    features = nn.utils.rnn.pad_sequence(list(encoded.pooler_output), batch_first=True).to(device)
+    return per_row(encoded.kept_patches.to(device), whole), per_row(features, whole)
 
 
 def _spans_of(spans: torch.Tensor | None, length: int, past: int, like: torch.Tensor) -> torch.Tensor | None:

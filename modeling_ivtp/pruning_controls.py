@@ -87,13 +87,13 @@ class PruningControls(PruningOptions):
         """
         if isinstance(processor, Mapping):
             processor, inputs = None, {**processor, **inputs}
-        if self.config.pruning_plan() is None:
+        model: Any = self
+        if model.model.plan() is None:
             options, patches = self.config.pruning, self.config.num_patches
             why = f"visual_tokens={options.visual_tokens} keeps all {patches} patches; allowed: 1 to {patches - 1}"
             raise ValueError(f"Nothing to explain: {why if options.enabled else 'pruning is off (enabled=False)'}")
         if inputs.get("pixel_values") is None:
             raise ValueError("Nothing to explain: the inputs hold no image (pixel_values).")
-        model: Any = self
         recorder = TraceRecorder(processor)
         fixed: dict[str, Any] = {"use_cache": True, "return_dict": True, "logits_to_keep": 1}
         earlier = one_cache(inputs.pop("cache", None), inputs.pop("past_key_values", None))

@@ -153,14 +153,14 @@ class PruningTrace:
     images : tuple of ImageTrace
     kv_bytes, kv_bytes_unpruned : int
         Size of the KV cache after the prefill, and what it would have been without pruning, over the whole batch.
-    decoder_layer_tokens : tuple of int
+    decoder_layer_tokens : tuple of int or float
         Visual tokens of one image that each decoder layer saw.
     """
 
     images: tuple[ImageTrace, ...]
     kv_bytes: int
     kv_bytes_unpruned: int
-    decoder_layer_tokens: tuple[int, ...]
+    decoder_layer_tokens: tuple[float, ...]
 
     @property
     def final_tokens(self) -> tuple[int, ...]:

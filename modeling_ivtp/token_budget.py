@@ -11,24 +11,27 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Group:
-    """Consecutive layers that are rolled out together; pruning happens on the output of the last of them.
+    """Consecutive layers that are looked at together; pruning happens on the output of the last of them.
 
     Attributes
     ----------
     first, last : int
         Layer numbers, 0-based, both inside the group.
     keep : int
-        Visual tokens of one image that stay after `last`.
+        Visual tokens of one image that stay after `last`; the most, where a method adapts the count to the image.
+    middle : bool
+        Prune between attention and MLP of `last` instead of after it; in the vision tower only.
     """
 
     first: int
     last: int
     keep: int
+    middle: bool = False
 
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """The two stages of one model: what each group keeps.
+    """What stays of an image where.
 
     Attributes
     ----------
@@ -36,16 +39,32 @@ class PruningPlan:
         Patches of one image before any pruning, N.
     tower, decoder : tuple of Group
         The groups of the vision tower and of the language model, in order.
+    features : int or None
+        Tokens that stay of the tower's features. None: as many as there are.
+    prompt : int or None
+        Tokens that stay before the decoder. None: as many as there are.
+    exact : bool
+        Whether every image keeps just so many; otherwise these are the most.
     """
 
     patches: int
-    tower: tuple[Group, ...]
-    decoder: tuple[Group, ...]
+    tower: tuple[Group, ...] = ()
+    decoder: tuple[Group, ...] = ()
+    features: int | None = None
+    prompt: int | None = None
+    exact: bool = True
+
+    @property
+    def encoded_tokens(self) -> int:
+        """What comes of an image before its prompt is looked at."""
+        if self.features is not None:
+            return self.features
+        return self.tower[-1].keep if self.tower else self.patches
 
     @property
     def tower_tokens(self) -> int:
-        """What the vision tower hands to the language model, per image."""
-        return self.tower[-1].keep if self.tower else self.patches
+        """What is handed to the language model, per image."""
+        return self.encoded_tokens if self.prompt is None else self.prompt
 
     @property
     def final_tokens(self) -> int:
@@ -54,9 +73,10 @@ class PruningPlan:
 
     def decoder_layer_tokens(self, num_layers: int) -> tuple[int, ...]:
         """Visual tokens of one image that each of the `num_layers` decoder layers sees, and its KV cache holds."""
-        counts, tokens = [], self.tower_tokens
+        counts: list[int] = []
+        tokens = self.tower_tokens
         for group in self.decoder:
-            counts += [tokens] * (group.last - group.first + 1)
+            counts += [tokens] * (group.last + 1 - len(counts))
             tokens = group.keep
         return tuple(counts + [tokens] * (num_layers - len(counts)))
 

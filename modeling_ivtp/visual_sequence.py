@@ -5,8 +5,10 @@ and filled up on the left. *Logical* columns count the prompt as it was given, *
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,16 @@ class VisualSequence:
     valid : bool Tensor (B, n) or None
         False for filler. None: there is none.
     columns : int64 Tensor (B, M, k)
-        Physical columns of each image's visual tokens, in order; n for an image that a row does not have.
+        Physical columns of each image's visual tokens, in order; n for an image that a row does not have, and behind
+        the tokens of an image that has fewer than others.
     patches : int64 Tensor (B, M, k)
-        The patches of the original grid that they are.
+        The patches of the original grid that they are; -1 for none.
     present : bool Tensor (B, M)
         Which images exist.
     ends : int64 Tensor (B, 1)
         Logical column of each row's last token.
+    ragged : bool
+        Whether images may have different numbers of visual tokens.
     """
 
     length: int
@@ -63,6 +68,7 @@ class VisualSequence:
     patches: torch.Tensor
     present: torch.Tensor
     ends: torch.Tensor
+    ragged: bool = False
 
     @property
     def size(self) -> int:
@@ -79,13 +85,39 @@ class VisualSequence:
         """Physical columns up to the end of the last image of any row."""
         return self.size - min((row.behind for row in self.rows if row.images), default=self.size)
 
-    def keep(self, kept: torch.Tensor) -> tuple["VisualSequence", torch.Tensor]:
+    @property
+    def there(self) -> torch.Tensor:
+        """Which of `columns` are visual tokens: bool (B, M, k)."""
+        return self.columns < self.size
+
+    def to(self, device: torch.device) -> "VisualSequence":
+        """The same with its tensors on another device."""
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **moved)
+
+    def visual(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The visual tokens of each image among hidden states (B, n, d): (B, M, k, d); in the place of none, any."""
+        index = self.columns.to(hidden.device).clamp_max(hidden.shape[1] - 1)
+        flat = hidden.gather(1, index.flatten(1)[..., None].expand(-1, -1, hidden.shape[2]))
+        return flat.unflatten(1, index.shape[1:])
+
+    def with_visual(self, hidden: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
+        """Hidden states (B, n, d) with the visual tokens of each image replaced by others (B, M, k, d)."""
+        wide = torch.cat([hidden, hidden.new_zeros(hidden.shape[0], 1, hidden.shape[2])], 1)
+        index = self.columns.to(hidden.device).flatten(1)[..., None].expand(-1, -1, hidden.shape[2])
+        return wide.scatter(1, index, visual.to(hidden.dtype).flatten(1, 2))[:, :-1]
+
+    def keep(self, kept: torch.Tensor, ragged: bool = False) -> tuple["VisualSequence", torch.Tensor]:
         """Drop all but some visual tokens of every image.
 
         Parameters
         ----------
         kept : int64 Tensor (B, M, k')
-            Indices into the k visual tokens of each image, ascending.
+            Indices into the k visual tokens of each image, ascending; k for none, at the end.
+        ragged : bool, default False
+            Whether images may keep different numbers. The host then has to wait for the device, to count them.
 
         Returns
         -------
@@ -93,16 +125,23 @@ class VisualSequence:
         index : int64 Tensor (B, n')
             The physical columns to gather; filler repeats column 0.
         """
-        kept = kept.to(self.columns.device)
+        kept, ragged = kept.to(self.columns.device), ragged or self.ragged
         stay = torch.ones(self.slots.shape[0], self.size + 1, dtype=torch.bool, device=self.slots.device)
         if self.valid is not None:
             stay[:, :-1] = self.valid
-        chosen = self.columns.gather(2, kept)
+        columns, patches = self.columns, self.patches
+        if ragged:
+            columns, patches = pad(columns, (0, 1), value=self.size), pad(patches, (0, 1), value=-1)
+        chosen = columns.gather(2, kept)
         stay.scatter_(1, self.columns.flatten(1), False)
         stay.scatter_(1, chosen.flatten(1), True)
         stay = stay[:, :-1]
-        fewer = self.columns.shape[2] - kept.shape[2]
-        rows = tuple(replace(row, tokens=row.tokens - row.images * fewer) for row in self.rows)
+        if ragged:
+            left = stay.sum(1).tolist()
+        else:
+            fewer = self.columns.shape[2] - kept.shape[2]
+            left = [row.tokens - row.images * fewer for row in self.rows]
+        rows = tuple(replace(row, tokens=tokens) for row, tokens in zip(self.rows, left, strict=True))
         index, target, valid = _align_right(stay, rows)
         slots = self.slots.gather(1, index)
         if valid is not None:
@@ -111,7 +150,13 @@ class VisualSequence:
         moved = torch.cat([target, target.new_full((target.shape[0], 1), index.shape[1])], 1)
         columns = moved.gather(1, chosen.flatten(1)).view_as(chosen)
         sequence = replace(
-            self, rows=rows, slots=slots, valid=valid, columns=columns, patches=self.patches.gather(2, kept)
+            self,
+            rows=rows,
+            slots=slots,
+            valid=valid,
+            columns=columns,
+            patches=patches.gather(2, kept),
+            ragged=ragged,
         )
         return sequence, index
 

@@ -109,11 +109,10 @@ def test_a_feature_layer_that_is_not_there_is_named():
 def test_several_feature_layers_stand_side_by_side():
     model = tiny_model(clip=False)
     images = prompt(BATCH[:1])["pixel_values"]
-    plan = model.config.pruning_plan()
-    tower = model.model.vision_tower
-    several = tower(images, groups=plan.tower, feature_layers=[-2, 1, 0])
+    tower, options = model.model.vision_tower, {"policy": model.model.policy, "plan": model.model.plan()}
+    several = tower(images, **options, feature_layers=[-2, 1, 0])
     for place, layer in enumerate([-2, 1, 0]):
-        alone = tower(images, groups=plan.tower, feature_layers=[layer])
+        alone = tower(images, **options, feature_layers=[layer])
         assert torch.equal(several.features[..., 32 * place : 32 * place + 32], alone.features)
         assert torch.equal(several.patches, alone.patches)
 

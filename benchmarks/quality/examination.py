@@ -86,7 +86,8 @@ class Examination:
                 row.chooser, lambda: patch_order(row.chooser, whole, self.asked, places, seed=self.seed)
             )
             return whole.keep(order, row.visual_tokens), seconds + more
-        key = (plan.tower, self.model.config.pruning.aggregation)
+        policy = self.model.model.policy
+        key = (plan.tower, policy.reading.aggregation, policy.embeds_image)
         return self._once(key, lambda: self.model.model.get_image_features(self.pixels))
 
     def _once(self, key: Any, make: Any) -> tuple[Any, float]:

@@ -5,8 +5,7 @@ image that was encoded whole; the model then runs as after a vision tower that h
 positions, masks and cache are the same code for every row.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +13,9 @@ import torch
 
 from benchmarks.quality.world import Question, Scene, oracle_order
 from benchmarks.quality.world.draws import Draws
-from modeling_ivtp.group_rollout import AttentionRecord, aggregate
+from modeling_ivtp.group_rollout import aggregate
 from modeling_ivtp.modeling_ivtp import IVTPImageFeatures
+from modeling_ivtp.pruning_policy import Policy
 from modeling_ivtp.token_budget import PruningPlan, plan_pruning
 
 BUDGETS = (192, 128, 64, 32, 16)
@@ -174,26 +174,24 @@ def encode_whole(model: Any, pixel_values: torch.Tensor) -> WholeImages:
     """
     config, inner = model.config, model.model
     tower = inner.vision_tower
-    layers = tower.encoder.layers[-(config.pruning.layers_per_group or len(tower.encoder.layers)) :]
-    records = [AttentionRecord(reference_only=True) for _ in layers]
+    last = config.pruning.layers_per_group or len(tower.encoder.layers)
     chosen = config.vision_feature_layer
-    with _recorded([layer.self_attn for layer in layers], records):
-        vision = tower(pixel_values, groups=(), feature_layers=[chosen] if isinstance(chosen, int) else chosen)
+    vision = tower(
+        pixel_values,
+        policy=_Watching(tuple(range(-last, 0))),
+        plan=PruningPlan(config.num_patches),
+        feature_layers=[chosen] if isinstance(chosen, int) else chosen,
+        to_the_top=False,
+    )
     features = inner.multi_modal_projector(vision.features)
-    return WholeImages(features[:, 1:], features[:, 0], aggregate(records, "mean")[:, 0, 1:])
+    return WholeImages(features[:, 1:], features[:, 0], aggregate(list(vision.records.values()), "mean")[:, 0, 1:])
 
 
-@contextmanager
-def _recorded(attentions: Sequence[torch.nn.Module], records: Sequence[AttentionRecord]) -> Iterator[None]:
-    """Have attention modules fill records for a while."""
+@dataclass(frozen=True)
+class _Watching(Policy):
+    """Drops nothing and notes what layers of the tower attend to."""
 
-    def handing(record: AttentionRecord) -> Any:
-        return lambda module, args, kwargs: (args, {**kwargs, "record": record})
-
-    with ExitStack() as hooks:
-        for attention, record in zip(attentions, records, strict=True):
-            hooks.callback(attention.register_forward_pre_hook(handing(record), with_kwargs=True).remove)
-        yield
+    watched_layers: tuple[int, ...]
 
 
 def patch_order(

@@ -1,0 +1,78 @@
+"""The systems that IVTP is compared with, on one engine: `with FastV(keep=64)(model): model.generate(...)`.
+
+A system is one file here, a row in `METHODS`, and a row in `tests/test_methods.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from .atp import ATPSpatial
+from .cdpruner import CDPruner
+from .divprune import DivPrune
+from .evit import EViT
+from .fastv import FastV
+from .ivtp import IVTP, IVTPV
+from .lvpruning import LVPruningTopK
+from .method import Method
+from .prumerge import PruMergePlus
+from .pyramiddrop import PyramidDrop
+from .random import Random
+from .sparsevlm import SparseVLM
+from .spatial_pooling import SpatialPooling
+from .text_attention import TextAttention
+from .tome import ToMe, ToMePlus
+from .topk import TopK, TopKPlus
+from .visionzip import VisionZip
+
+METHODS: dict[str, type[Method]] = {
+    method.name: method
+    for method in (
+        Random, TopK, TopKPlus, SpatialPooling, EViT, ToMe, ToMePlus, IVTP, IVTPV, TextAttention, FastV, PyramidDrop,
+        SparseVLM, PruMergePlus, VisionZip, DivPrune, CDPruner, LVPruningTopK, ATPSpatial,
+    )
+}  # fmt: skip
+"""Every system by its name."""
+
+
+def make(name: str, keep: int, **options: Any) -> Method:
+    """A system by its name.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name or option, naming the known ones, or an option out of range.
+    """
+    if name not in METHODS:
+        raise ValueError(f"Unknown method {name!r}; allowed: {', '.join(METHODS)}.")
+    known = [field.name for field in fields(METHODS[name]) if field.name != "keep"]
+    if unknown := sorted(set(options) - set(known)):
+        raise ValueError(f"{name} has no option {', '.join(unknown)}; allowed: {', '.join(known)}.")
+    return METHODS[name](keep, **options)
+
+
+__all__ = [
+    "IVTP",
+    "IVTPV",
+    "METHODS",
+    "ATPSpatial",
+    "CDPruner",
+    "DivPrune",
+    "EViT",
+    "FastV",
+    "LVPruningTopK",
+    "Method",
+    "PruMergePlus",
+    "PyramidDrop",
+    "Random",
+    "SparseVLM",
+    "SpatialPooling",
+    "TextAttention",
+    "ToMe",
+    "ToMePlus",
+    "TopK",
+    "TopKPlus",
+    "VisionZip",
+    "make",
+]

@@ -1,0 +1,235 @@
+"""Applying systems to a model for a while: a stock LLaVA becomes one of ours, and everything is put back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import LlavaForConditionalGeneration
+
+from ..configuration_ivtp import IVTPLlavaConfig, IVTPPruningConfig
+from ..language_ivtp import DECODERS
+from ..modeling_ivtp import IVTPLlavaForConditionalGeneration, IVTPLlavaModel
+from ..pruning_policy import STAGES, Choice, DecoderMoment, FeatureMoment, Policy, PromptMoment, TowerMoment
+from ..token_budget import PruningPlan
+from ..vision_ivtp import CLIPEncoderLayer, GroupedCLIPAttention, GroupedCLIPVisionModel
+from ..visual_sequence import VisualSequence
+
+
+@dataclass(frozen=True)
+class Applied(Policy):
+    """Systems that were applied to one model, in the order of the stages at which they act.
+
+    Attributes
+    ----------
+    parts : tuple of (Policy, stages, name)
+    """
+
+    parts: tuple[tuple[Policy, tuple[str, ...], str], ...]
+
+    def joined(self, policy: Policy, stages: tuple[str, ...], name: str) -> Applied:
+        """With one more system.
+
+        Raises
+        ------
+        ValueError
+            If it acts where another does, or between another's two stages.
+        """
+        for _, others, other in self.parts:
+            spans = [range(STAGES.index(of[0]), STAGES.index(of[-1]) + 1) for of in (others, stages)]
+            if set(spans[0]) & set(spans[1]):
+                raise ValueError(
+                    f"{name} acts at {' and '.join(stages)}, where {other} acts already ({' and '.join(others)}); two "
+                    "systems at once must act at different stages."
+                )
+        parts = sorted([*self.parts, (policy, stages, name)], key=lambda part: STAGES.index(part[1][0]))
+        return Applied(tuple(parts))
+
+    def at(self, stage: str) -> Policy | None:
+        """The system that acts at a stage."""
+        return next((policy for policy, stages, _ in self.parts if stage in stages), None)
+
+    def plan(self, config: Any, patches: int) -> PruningPlan | None:
+        """Each system on what the one before leaves."""
+        whole, tokens, exact = PruningPlan(patches), patches, True
+        for policy, _, name in self.parts:
+            plan = policy.plan(config, tokens)
+            if plan is None:
+                continue
+            if policy.watched_layers and whole.tower:
+                raise ValueError(
+                    f"{name} reads the attention of the whole picture, and patches are dropped in the tower already."
+                )
+            if policy.observes and not exact:
+                raise ValueError(
+                    f"{name} follows a system that keeps another number of every picture (adaptive=True); allowed: "
+                    "adaptive=False."
+                )
+            whole = PruningPlan(
+                patches,
+                tower=whole.tower + plan.tower,
+                decoder=whole.decoder + plan.decoder,
+                features=plan.features if whole.features is None else whole.features,
+                prompt=plan.prompt if whole.prompt is None else whole.prompt,
+                exact=whole.exact and plan.exact,
+            )
+            tokens, exact = whole.final_tokens, whole.exact
+        return whole if whole.final_tokens < patches else None
+
+    def _any(self, attribute: str) -> bool:
+        return any(getattr(policy, attribute) for policy, _, _ in self.parts)
+
+    @property
+    def observes(self) -> bool:  # type: ignore[override]
+        """Of the system in the decoder."""
+        decoder = self.at("decoder")
+        return decoder is not None and decoder.observes
+
+    @property
+    def reading(self) -> Any:
+        """Of the system in the decoder."""
+        decoder = self.at("decoder")
+        return None if decoder is None else decoder.reading
+
+    @property
+    def proportional(self) -> bool:  # type: ignore[override]
+        """Of the system in the tower."""
+        return self._any("proportional")
+
+    @property
+    def compares_patches(self) -> bool:  # type: ignore[override]
+        """Of the system before the decoder."""
+        return self._any("compares_patches")
+
+    @property
+    def embeds_image(self) -> bool:  # type: ignore[override]
+        """Of the system in the decoder."""
+        return self._any("embeds_image")
+
+    @property
+    def compact(self) -> bool:  # type: ignore[override]
+        """Whether any renumbers positions."""
+        return self._any("compact")
+
+    @property
+    def watched_layers(self) -> tuple[int, ...]:  # type: ignore[override]
+        """Of the system on the features."""
+        return tuple(layer for policy, _, _ in self.parts for layer in policy.watched_layers)
+
+    def _must(self, stage: str) -> Policy:
+        policy = self.at(stage)
+        assert policy is not None
+        return policy
+
+    def record(self, group: Any, layer: int) -> Any:
+        """As the system says whose group it is."""
+        for policy, _, _ in self.parts:
+            if policy.observes or policy.proportional or self.at("tower") is policy:
+                return policy.record(group, layer)
+        return super().record(group, layer)
+
+    def in_tower(self, moment: TowerMoment) -> Choice:
+        """Ask the system that acts here."""
+        return self._must("tower").in_tower(moment)
+
+    def in_features(self, moment: FeatureMoment) -> Choice:
+        """Ask the system that acts here."""
+        return self._must("features").in_features(moment)
+
+    def in_prompt(self, moment: PromptMoment) -> Choice:
+        """Ask the system that acts here."""
+        return self._must("prompt").in_prompt(moment)
+
+    def prepare(self, sequence: VisualSequence, embeds: torch.Tensor) -> Any:
+        """For the system in the decoder."""
+        decoder = self.at("decoder")
+        return None if decoder is None else decoder.prepare(sequence, embeds)
+
+    def in_decoder(self, moment: DecoderMoment) -> Choice:
+        """Ask the system that acts here."""
+        return self._must("decoder").in_decoder(moment)
+
+
+@contextmanager
+def applied(model: Any, method: Any) -> Iterator[Any]:
+    """Let a system prune, and nothing else; undone when left, by an exception, too. The body gets the model.
+
+    The system belongs to the model, not to the thread: a model that several threads share needs a lock around this.
+
+    Parameters
+    ----------
+    model : IVTPLlavaForConditionalGeneration or LlavaForConditionalGeneration
+    method : Method
+
+    Raises
+    ------
+    ValueError
+        If the system does not fit the model, or one that acts at the same stage is applied already. Nothing changes
+        then.
+    """
+    with _as_ours(model):
+        inner = model.model
+        before = inner.applied_policy
+        now = (before or Applied(())).joined(method.bind(model.config), method.stages, method.name)
+        now.plan(model.config, model.config.num_patches)
+        if now.compares_patches and not inner.has_text_tower:
+            raise ValueError(
+                f"{method.name} compares patches with the instruction and needs CLIP's text tower, which this model is "
+                "without: IVTPLlavaForConditionalGeneration.from_llava(..., clip=...) joins it."
+            )
+        inner.applied_policy = now
+        try:
+            yield model
+        finally:
+            if before is None:
+                del inner.applied_policy
+            else:
+                inner.applied_policy = before
+
+
+@contextmanager
+def _as_ours(model: Any) -> Iterator[None]:
+    """Change the classes of a stock LLaVA's modules and configuration to ours for a while; ours are left alone."""
+    if hasattr(type(getattr(model, "model", None)), "applied_policy"):
+        yield
+        return
+    if not isinstance(model, LlavaForConditionalGeneration):
+        raise ValueError(
+            f"{type(model).__name__} is no LLaVA; allowed: LlavaForConditionalGeneration and "
+            "IVTPLlavaForConditionalGeneration."
+        )
+    config, inner = model.config, model.model
+    vision, decoder = config.vision_config.model_type, config.text_config.model_type
+    if vision != "clip_vision_model":
+        raise ValueError(
+            f"vision_config.model_type={vision!r}: pruning needs a tower with a CLS; allowed: clip_vision_model."
+        )
+    if decoder not in DECODERS:
+        raise ValueError(f"text_config.model_type={decoder!r}; allowed: {', '.join(sorted(DECODERS))}.")
+    changes: list[tuple[Any, type]] = [
+        (config, IVTPLlavaConfig),
+        (model, IVTPLlavaForConditionalGeneration),
+        (inner, IVTPLlavaModel),
+        (inner.vision_tower, GroupedCLIPVisionModel),
+        (inner.language_model, DECODERS[decoder]),
+    ]
+    for layer in inner.vision_tower.encoder.layers:
+        changes += [(layer, CLIPEncoderLayer), (layer.self_attn, GroupedCLIPAttention)]
+    changes += [(layer.self_attn, DECODERS[decoder].attention_class) for layer in inner.language_model.layers]
+    stock = [(thing, type(thing)) for thing, _ in changes]
+    added = {"pruning": IVTPPruningConfig(enabled=False), "clip_text_config": None}
+    missing = [name for name in added if name not in vars(config)]
+    try:
+        for name in missing:
+            config.__dict__[name] = added[name]
+        for thing, ours in changes:
+            thing.__class__ = ours
+        yield
+    finally:
+        for thing, theirs in stock:
+            thing.__class__ = theirs
+        for name in missing:
+            config.__dict__.pop(name, None)

@@ -1,0 +1,81 @@
+"""ATP-LLaVA's selection at inference (Ye et al., CVPR 2025; Sec. 3.3.1): redundancy scores and a spatial sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from ..layer_watch import LayerWatch
+from ..pruning_policy import Choice, DecoderMoment
+from ..token_budget import Group, PruningPlan, geometric_schedule
+from ..visual_sequence import VisualSequence
+from .method import Method, scaled_layers
+from .selecting import behind_images, best, best_for_decoder, on_visual, ranking, received
+
+
+@dataclass(frozen=True)
+class ATPSpatial(Method):
+    """Keeps the tokens that others attend to, and a uniform sample of the grid that none of them crowds out.
+
+    The redundancy score is the mean of what a token receives from the visual tokens as logits (Eq. 3) and from the text
+    as attention (Eq. 4). ATP-LLaVA learns two thresholds for each picture and layer; here they are counts instead: a
+    share of the kept tokens is the sample, the rest goes by redundancy score.
+
+    Parameters
+    ----------
+    spatial : float, default 0.25
+        Share of the kept tokens that the uniform sample makes.
+    layers : tuple of int, optional
+        How many layers stand below each drop; default: 4, 14 and 24 of 32.
+    """
+
+    spatial: float = 0.25
+    layers: tuple[int, ...] | None = None
+
+    name: ClassVar[str] = "atp-spatial"
+    stages: ClassVar[tuple[str, ...]] = ("decoder",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_share("spatial")
+
+    def layout(self, config: Any, patches: int) -> PruningPlan:
+        """One ratio for every drop."""
+        depth = config.text_config.num_hidden_layers
+        tops = tuple(one - 1 for one in self.layers or scaled_layers((4, 14, 24), 32, depth))
+        self.check_layers(tops, depth)
+        counts = geometric_schedule(patches, self.keep, len(tops))
+        return PruningPlan(
+            patches, decoder=tuple(Group(layer, layer, count) for layer, count in zip(tops, counts, strict=True))
+        )
+
+    def in_decoder(self, moment: DecoderMoment) -> Choice:
+        """The sample first, then by redundancy score."""
+        watch, sequence = moment.watches[-1], moment.sequence
+        cross = received(watch, sequence, behind_images(sequence))
+        score = (received_logits(watch, sequence) + cross) / 2
+        tokens, keep = sequence.columns.shape[2], moment.group.keep
+        number = round(self.spatial * keep)
+        if number == 0:
+            return best_for_decoder(moment, score)
+        count = sequence.there.sum(-1, keepdim=True).to(score.device)
+        # The middle of each of `number` equal stretches of what is left, row by row.
+        sample = (torch.arange(number, device=score.device) * 2 + 1) * count // (2 * number)
+        first = torch.zeros_like(score).scatter(-1, sample.clamp_max(tokens - 1), 1.0)
+        rank = ranking(score).argsort(-1)
+        chosen = best(first * tokens - rank, keep, sequence.there if sequence.ragged else None)
+        return Choice(chosen.kept, scores=score, ragged=chosen.ragged)
+
+
+def received_logits(watch: LayerWatch, sequence: VisualSequence) -> torch.Tensor:
+    """Mean product of the visual tokens' queries with each one's key, averaged over heads (Eq. 1, 3): (B, M, k)."""
+    query, key = watch.query.float(), watch.key[:, :, watch.past :].float()
+    there = sequence.there.to(query.device)
+    weight = torch.zeros(*there.shape[:2], sequence.size + 1, device=query.device)
+    weight = weight.scatter(2, sequence.columns.to(query.device), 1.0)[..., :-1]
+    mean = torch.einsum("bmn,bhnd->bhmd", weight, query) / there.sum(-1).clamp_min(1)[:, None, :, None]
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    logits = torch.einsum("bhmd,bhnd->bmn", mean, key) * watch.scale / query.shape[1]
+    return on_visual(logits, sequence)

@@ -1,0 +1,84 @@
+"""CDPruner (Zhang et al., NeurIPS 2025): diversity conditioned on the instruction, by a determinantal point process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch.nn.functional import normalize
+
+from ..pruning_policy import Choice, PromptMoment
+from ..token_budget import PruningPlan
+from .method import Method
+
+
+@dataclass(frozen=True)
+class CDPruner(Method):
+    """Picks the visual tokens that span most, each scaled with its relevance to the instruction.
+
+    Similarity is the cosine of projected features; relevance the cosine of a patch with the instruction in CLIP's
+    space, averaged over its windows and stretched to 0 … 1 within the image. The determinant's greedy maximum is found
+    by incremental Cholesky factors.
+
+    Parameters
+    ----------
+    negated : bool, default True
+        Whether relevance enters with its sign turned, as the authors' own code has it: CLIP's patches answer to what
+        they do not show.
+    """
+
+    negated: bool = True
+
+    name: ClassVar[str] = "cdpruner"
+    stages: ClassVar[tuple[str, ...]] = ("prompt",)
+    compares_patches = True
+
+    def layout(self, config: Any, patches: int) -> PruningPlan:
+        """All at once, before the decoder."""
+        return PruningPlan(patches, prompt=self.keep)
+
+    def in_prompt(self, moment: PromptMoment) -> Choice:
+        """Pick one after the other."""
+        assert moment.patch_embeds is not None
+        assert moment.text_embeds is not None
+        assert moment.windows is not None
+        likeness = normalize(moment.patch_embeds.float(), dim=-1) @ normalize(
+            moment.text_embeds.float(), dim=-1
+        ).transpose(1, 2).unsqueeze(1)  # (B, M, k, W)
+        windows = moment.windows[:, None, None].to(likeness.device)
+        relevance = (likeness * windows).sum(-1) / windows.sum(-1).clamp_min(1)
+        scores = stretched(-relevance if self.negated else relevance)
+        unit = normalize(moment.features.float(), dim=-1)
+        kernel = scores[..., None] * (unit @ unit.transpose(-1, -2)) * scores[..., None, :]
+        kept = most_spanning(kernel.flatten(0, 1), moment.keep).sort(-1).values
+        return Choice(kept.unflatten(0, scores.shape[:2]), scores=scores)
+
+
+def stretched(values: torch.Tensor) -> torch.Tensor:
+    """Values (..., k) between 0 and 1, none quite 0."""
+    low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
+    return (values - low + 1e-6) / (high - low + 1e-6)
+
+
+def most_spanning(kernel: torch.Tensor, keep: int) -> torch.Tensor:
+    """Greedy maximum of the determinant of a positive kernel (I, k, k): picks in their order, int64 (I, keep).
+
+    What is left of a token's square length outside the span of those picked before is kept up to date; the token with
+    most of it is next, of equals the earlier.
+    """
+    kernel = kernel.double()
+    images, tokens, _ = kernel.shape
+    rows = torch.arange(images, device=kernel.device)
+    left = kernel.diagonal(dim1=1, dim2=2).clone()
+    factors = kernel.new_zeros(images, keep, tokens)
+    picked: list[torch.Tensor] = []
+    for step in range(keep):
+        picked.append(left.argmax(-1))
+        at = picked[-1]
+        before = torch.einsum("it,itk->ik", factors[rows, :step, at], factors[:, :step])
+        length = left[rows, at].clamp_min(1e-12).sqrt()
+        factors[:, step] = (kernel[rows, at] - before) / length[:, None]
+        left = left - factors[:, step].square()
+        left[rows, torch.stack(picked)] = float("-inf")
+    return torch.stack(picked, 1)

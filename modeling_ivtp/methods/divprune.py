@@ -1,0 +1,48 @@
+"""DivPrune (Alvar et al., CVPR 2025): the most diverse visual tokens, by the max-min distance problem."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch.nn.functional import normalize
+
+from ..pruning_policy import Choice, FeatureMoment
+from ..token_budget import PruningPlan
+from .method import Method
+
+
+@dataclass(frozen=True)
+class DivPrune(Method):
+    """Picks projected features greedily, each the farthest, by cosine distance, from those picked before."""
+
+    name: ClassVar[str] = "divprune"
+    stages: ClassVar[tuple[str, ...]] = ("features",)
+
+    def layout(self, config: Any, patches: int) -> PruningPlan:
+        """All at once, behind the projector."""
+        return PruningPlan(patches, features=self.keep)
+
+    def in_features(self, moment: FeatureMoment) -> Choice:
+        """Pick one after the other."""
+        unit = normalize(moment.projected.float(), dim=-1)
+        return Choice(farthest(1 - unit @ unit.transpose(1, 2), moment.keep).sort(1).values)
+
+
+def farthest(distance: torch.Tensor, keep: int) -> torch.Tensor:
+    """Greedy max-min picks from distances (I, k, k), in their order: int64 (I, keep).
+
+    The first is the one whose nearest neighbour is farthest; of equals the earlier.
+    """
+    images, tokens, _ = distance.shape
+    nobody = torch.full((tokens,), float("inf"), device=distance.device).diag()
+    picked = [(distance + nobody.nan_to_num(0)).amin(-1).argmax(-1)]
+    rows = torch.arange(images, device=distance.device)
+    gap = distance[rows, picked[0]].clone()
+    gap[rows, picked[0]] = float("-inf")
+    for _ in range(keep - 1):
+        picked.append(gap.argmax(-1))
+        gap = torch.minimum(gap, distance[rows, picked[-1]])
+        gap[rows, picked[-1]] = float("-inf")
+    return torch.stack(picked, 1)

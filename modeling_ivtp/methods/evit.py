@@ -1,0 +1,48 @@
+"""EViT (Liang et al., ICLR 2022): attentive patches stay, the others are fused into one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from ..pruning_policy import Choice, TowerMoment
+from ..token_budget import Group, PruningPlan, geometric_schedule
+from .method import Method, feature_depth
+from .selecting import cls_attention, one_hot, ranking
+
+
+@dataclass(frozen=True)
+class EViT(Method):
+    """Keeps, between attention and MLP of three layers, the patches that CLS attends to most.
+
+    The others become one token, their sum weighted with that attention (Sec. 3.2). EViT acts at layers 4, 7 and 10 of
+    12; here at the same shares of the tower's depth, with one keep rate for all three. The fused token is the last of
+    the `keep`; it stands where the most attentive of the fused patches did.
+    """
+
+    name: ClassVar[str] = "evit"
+    stages: ClassVar[tuple[str, ...]] = ("tower",)
+
+    def layout(self, config: Any, patches: int) -> PruningPlan:
+        """Three steps of one ratio."""
+        depth = feature_depth(config)
+        layers = tuple(dict.fromkeys(max(1, round(at * depth / 12)) - 1 for at in (4, 7, 10)))
+        counts = geometric_schedule(patches, self.keep, len(layers))
+        return PruningPlan(
+            patches, tower=tuple(Group(layer, layer, count, True) for layer, count in zip(layers, counts, strict=True))
+        )
+
+    def in_tower(self, moment: TowerMoment) -> Choice:
+        """The attentive patches and the fused one."""
+        attention = cls_attention(moment.records[-1])
+        tokens = attention.shape[-1]
+        order = ranking(attention)
+        stays = torch.zeros_like(attention, dtype=torch.bool).scatter(-1, order[:, : moment.group.keep - 1], True)
+        kept = order[:, : moment.group.keep].sort(-1).values
+        mixture = one_hot(kept, tokens)
+        fused = attention.masked_fill(stays, 0)
+        is_fused = ~stays.gather(-1, kept)
+        mixture = torch.where(is_fused[..., None], fused[:, None], mixture)
+        return Choice(kept, mixture=mixture, scores=attention)

@@ -1,0 +1,49 @@
+"""FastV (Chen et al., ECCV 2024): after layer K, what the last token attends to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from ..pruning_policy import Choice, DecoderMoment
+from ..token_budget import Group, PruningPlan
+from .method import Method
+from .selecting import best_for_decoder, on_visual
+
+
+@dataclass(frozen=True)
+class FastV(Method):
+    """Ranks visual tokens by the attention that the prompt's last token pays them in layer K, averaged over heads.
+
+    Parameters
+    ----------
+    layer : int, default 2
+        K: how many layers of the decoder see everything.
+    """
+
+    layer: int = 2
+
+    name: ClassVar[str] = "fastv"
+    stages: ClassVar[tuple[str, ...]] = ("decoder",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_whole("layer", 1)
+
+    def layout(self, config: Any, patches: int) -> PruningPlan:
+        """All at once behind layer K."""
+        self.check_layers((self.layer - 1,), config.text_config.num_hidden_layers)
+        return PruningPlan(patches, decoder=(Group(self.layer - 1, self.layer - 1, self.keep),))
+
+    def in_decoder(self, moment: DecoderMoment) -> Choice:
+        """By the last token's attention."""
+        return best_for_decoder(moment, received_from_last(moment))
+
+
+def received_from_last(moment: DecoderMoment) -> torch.Tensor:
+    """What visual tokens receive from the prompt's last token: float32 (B, M, k)."""
+    watch, sequence = moment.watches[-1], moment.sequence
+    one = torch.ones(*sequence.columns.shape[:2], 1, device=watch.query.device)
+    return on_visual(watch.attention(sequence.size - 1, one), sequence)

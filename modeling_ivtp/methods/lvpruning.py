@@ -1,0 +1,63 @@
+"""LVPruning's selection at inference (Sun et al., 2025; Sec. 3.3): three drops in the decoder by given scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from ..pruning_policy import Choice, DecoderMoment
+from ..token_budget import Group, PruningPlan
+from .method import Method, scaled_layers
+from .selecting import behind_images, best_for_decoder
+
+Scorer = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Scores visual tokens behind a layer: of layer, visual (B, M, k, d), hidden (B, n, d) and text (B, M, n) bool makes
+(B, M, k)."""
+
+
+def cross_similarity(layer: int, visual: torch.Tensor, hidden: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """A stand-in for the decision module that LVPruning learns: the cosine with the mean of the text."""
+    weight = text.float() / text.sum(-1, keepdim=True).clamp_min(1)
+    mean = torch.einsum("bmn,bnd->bmd", weight.to(hidden.device), hidden.float())
+    return torch.nn.functional.cosine_similarity(visual.float(), mean[:, :, None], dim=-1)
+
+
+@dataclass(frozen=True)
+class LVPruningTopK(Method):
+    """Keeps the best by a decision module's scores after layers 1, 8 and 16 of 32: ρ, ρ − 0.2 and ρ − 0.4 of them all.
+
+    Parameters
+    ----------
+    keep : int
+        What is left in the end, (ρ − 0.4) N; ρ follows from it.
+    scores : callable, optional
+        The decision module, see `Scorer`; default: `cross_similarity`, which is not learned.
+    layers : tuple of int, optional
+        How many layers stand below each drop.
+    """
+
+    scores: Scorer = cross_similarity
+    layers: tuple[int, ...] | None = None
+
+    name: ClassVar[str] = "lvpruning-topk"
+    stages: ClassVar[tuple[str, ...]] = ("decoder",)
+
+    def layout(self, config: Any, patches: int) -> PruningPlan:
+        """Equal steps of 0.2 of all patches, up from what is left in the end."""
+        depth = config.text_config.num_hidden_layers
+        tops = tuple(one - 1 for one in self.layers or scaled_layers((1, 8, 16), 32, depth))
+        self.check_layers(tops, depth)
+        counts = [min(patches, round(self.keep + 0.2 * patches * above)) for above in range(len(tops) - 1, -1, -1)]
+        return PruningPlan(
+            patches, decoder=tuple(Group(layer, layer, count) for layer, count in zip(tops, counts, strict=True))
+        )
+
+    def in_decoder(self, moment: DecoderMoment) -> Choice:
+        """By the given scores."""
+        sequence = moment.sequence
+        text = behind_images(sequence)
+        scores = self.scores(moment.group.last, sequence.visual(moment.hidden), moment.hidden, text)
+        return best_for_decoder(moment, scores.float())

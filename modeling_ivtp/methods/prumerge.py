@@ -1,0 +1,88 @@
+"""PruMerge+ (Shang et al., ICCV 2025): outliers of CLS attention, a uniform sample, and merging by key similarity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch.nn.functional import normalize
+
+from ..pruning_policy import Choice, FeatureMoment
+from ..token_budget import PruningPlan
+from .method import Method
+from .selecting import cls_attention, one_hot, patch_keys, ranking, together
+
+
+@dataclass(frozen=True)
+class PruMergePlus(Method):
+    """Keeps the patches whose CLS attention is an outlier, and patches of a regular sample over the picture.
+
+    Outliers lie above the third quartile by 1.5 times the distance of the quartiles, so their number adapts to the
+    picture. Each kept patch then takes in its nearest patches by the keys of all heads, weighted with their attention.
+    Attention and keys are those of the tower's last layer, features those that LLaVA reads.
+
+    Parameters
+    ----------
+    keep : int
+        Outliers come first, the most attended if there are more than `keep`; the sample fills up.
+    adaptive : bool, default False
+        True: the sample has three patches for every outlier, in regular steps, and `keep` is the most that stays.
+    neighbours : int, default 32
+        How many patches each one takes in.
+    """
+
+    adaptive: bool = False
+    neighbours: int = 32
+
+    name: ClassVar[str] = "prumerge+"
+    stages: ClassVar[tuple[str, ...]] = ("features",)
+    watched_layers = (-1,)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_whole("neighbours", 0)
+
+    def layout(self, config: Any, patches: int) -> PruningPlan:
+        """All at once, before the projector."""
+        return PruningPlan(patches, features=self.keep, exact=not self.adaptive)
+
+    def in_features(self, moment: FeatureMoment) -> Choice:
+        """Choose and merge, image by image."""
+        record = moment.records[-1]
+        attention = cls_attention(record)
+        keys = normalize(patch_keys(record).float().transpose(1, 2).flatten(2), dim=-1)  # (I, k, H dh)
+        chosen: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        for paid, key in zip(attention, keys, strict=True):
+            kept = outliers_and_sample(paid, moment.keep, self.adaptive)
+            chosen.append((kept, take_in(paid, key, kept, self.neighbours)))
+        return together(chosen, attention.shape[1], attention.shape[:1])
+
+
+def outliers_and_sample(attention: torch.Tensor, keep: int, adaptive: bool) -> torch.Tensor:
+    """Which patches of one image stay, from what CLS pays them (k,): int64, ascending."""
+    tokens = len(attention)
+    lower, upper = attention.quantile(torch.tensor([0.25, 0.75], device=attention.device)).unbind()
+    number = min(keep, max(1, int((attention > upper + 1.5 * (upper - lower)).sum())))
+    stays = torch.zeros(tokens, dtype=torch.bool, device=attention.device)
+    stays[ranking(attention)[:number]] = True
+    fill = min(keep, 4 * number) - number if adaptive else keep - number
+    rest = (~stays).nonzero().flatten()
+    if fill:
+        # The middle of each of `fill` equal stretches of what is left.
+        steps = (torch.arange(fill, device=attention.device) * 2 + 1) * len(rest) // (2 * fill)
+        stays[rest[steps]] = True
+    return stays.nonzero().flatten()
+
+
+def take_in(attention: torch.Tensor, keys: torch.Tensor, kept: torch.Tensor, neighbours: int) -> torch.Tensor:
+    """What the kept patches of one image become: float32 (k', k).
+
+    Itself, and its nearest patches weighted with what CLS pays them, kept ones among them.
+    """
+    tokens = len(attention)
+    mixture = one_hot(kept, tokens)
+    alike = keys[kept] @ keys.T
+    alike = alike.scatter(1, kept[:, None], float("-inf"))
+    near = ranking(alike)[:, : min(neighbours, tokens - 1)]
+    return mixture.scatter(1, near, attention[near])

@@ -1,0 +1,45 @@
+"""PyramidDrop (Xing et al., CVPR 2025): the decoder in stages, a share of the visual tokens dropped after each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ..pruning_policy import Choice, DecoderMoment
+from ..token_budget import Group, PruningPlan, geometric_schedule
+from .fastv import received_from_last
+from .method import Method, scaled_layers
+from .selecting import best_for_decoder
+
+
+@dataclass(frozen=True)
+class PyramidDrop(Method):
+    """Cuts the decoder into four equal stages and keeps one share of the visual tokens at the end of each but the last.
+
+    Ranked by the attention of the instruction's last token in the stage's last layer, averaged over heads; the share
+    is the one that leads to `keep`.
+
+    Parameters
+    ----------
+    layers : tuple of int, optional
+        How many layers stand below each drop; default: 8, 16 and 24 of 32.
+    """
+
+    layers: tuple[int, ...] | None = None
+
+    name: ClassVar[str] = "pyramiddrop"
+    stages: ClassVar[tuple[str, ...]] = ("decoder",)
+
+    def layout(self, config: Any, patches: int) -> PruningPlan:
+        """One ratio for every stage."""
+        depth = config.text_config.num_hidden_layers
+        tops = tuple(one - 1 for one in self.layers or scaled_layers((8, 16, 24), 32, depth))
+        self.check_layers(tops, depth)
+        counts = geometric_schedule(patches, self.keep, len(tops))
+        return PruningPlan(
+            patches, decoder=tuple(Group(layer, layer, count) for layer, count in zip(tops, counts, strict=True))
+        )
+
+    def in_decoder(self, moment: DecoderMoment) -> Choice:
+        """By the last token's attention."""
+        return best_for_decoder(moment, received_from_last(moment))

@@ -1,0 +1,53 @@
+"""Random sampling (IVTP Table 1): the baseline that every method has to beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from ..pruning_policy import Choice, FeatureMoment
+from ..token_budget import PruningPlan
+from .method import Method
+
+
+@dataclass(frozen=True)
+class Random(Method):
+    """Keeps patches of the finished features at random.
+
+    The draw depends on a picture's own pixels and the seed, so a picture keeps the same patches in any batch.
+
+    Parameters
+    ----------
+    seed : int, default 0
+    """
+
+    seed: int = 0
+
+    name: ClassVar[str] = "random"
+    stages: ClassVar[tuple[str, ...]] = ("features",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_whole("seed", 0)
+
+    def layout(self, config: Any, patches: int) -> PruningPlan:
+        """All at once, behind the tower."""
+        return PruningPlan(patches, features=self.keep)
+
+    def in_features(self, moment: FeatureMoment) -> Choice:
+        """Draw for each image."""
+        patches = moment.patches.shape[1]
+        kept = []
+        for pixels in moment.pixel_values:
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + fingerprint(pixels)) % 2**63)
+            kept.append(torch.randperm(patches, generator=generator)[: moment.keep].sort().values)
+        return Choice(torch.stack(kept).to(moment.patches.device))
+
+
+def fingerprint(pixels: torch.Tensor) -> int:
+    """A number that tells pictures apart, from their pixels alone."""
+    bits = pixels.detach().float().cpu().contiguous().view(torch.int32).flatten().long()
+    place = torch.arange(1, len(bits) + 1) * 2_654_435_761 % 2**31
+    return int((bits * place % 2**31).sum())

@@ -1,0 +1,178 @@
+"""SparseVLM (Zhang et al., ICML 2025): text raters, counts that go by rank, and recycling of what was dropped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from ..pruning_policy import Choice, DecoderMoment
+from ..token_budget import Group, PruningPlan, geometric_schedule
+from ..visual_sequence import VisualSequence
+from .method import Method, scaled_layers
+from .selecting import behind_images, first_reader, on_visual, one_hot, ranking, received, together
+
+RECYCLED, CLUSTERS = 0.3, 0.1
+"""Shares: of what is dropped, what is recycled; and of that, how many tokens it becomes."""
+
+
+@dataclass(frozen=True)
+class SparseVLM(Method):
+    """Drops after three layers of the decoder what the text that speaks of the picture attends to least.
+
+    *Raters* are the text tokens behind an image whose similarity with its visual tokens, before the decoder, is at
+    least the mean. Of L tokens, N = λ (L − rank) go, where rank is that of the raters' attention map. The paper tunes
+    λ; here it is what leads to the step's count at full rank, one rater each, so that raters who agree leave fewer. The
+    upper part of what goes is clustered by density peaks, and each cluster's mean stays, where its centre stood.
+
+    Parameters
+    ----------
+    layers : tuple of int, optional
+        How many layers stand below each drop; default: 3, 7 and 16 of 32.
+    adaptive : bool, default True
+        False: every image keeps the same number.
+    recycle : bool, default True
+        False: what goes is gone.
+    """
+
+    layers: tuple[int, ...] | None = None
+    adaptive: bool = True
+    recycle: bool = True
+
+    name: ClassVar[str] = "sparsevlm"
+    stages: ClassVar[tuple[str, ...]] = ("decoder",)
+
+    def layout(self, config: Any, patches: int) -> PruningPlan:
+        """One ratio for every drop."""
+        depth = config.text_config.num_hidden_layers
+        tops = tuple(one - 1 for one in self.layers or scaled_layers((3, 7, 16), 32, depth))
+        self.check_layers(tops, depth)
+        counts = geometric_schedule(patches, self.keep, len(tops))
+        groups = tuple(Group(layer, layer, count) for layer, count in zip(tops, counts, strict=True))
+        return PruningPlan(patches, decoder=groups, exact=not self.adaptive)
+
+    def prepare(self, sequence: VisualSequence, embeds: torch.Tensor) -> torch.Tensor:
+        """The raters, by logical column: bool (B, M, S)."""
+        raters = text_raters(sequence, embeds)
+        full = torch.zeros(*raters.shape[:2], sequence.length + 1, dtype=torch.bool, device=raters.device)
+        slots = sequence.slots[:, None].expand(-1, raters.shape[1], -1)
+        return full.scatter(2, slots, raters)[..., :-1]
+
+    def in_decoder(self, moment: DecoderMoment) -> Choice:
+        """Rate, count, and recycle, image by image."""
+        sequence, watch = moment.sequence, moment.watches[-1]
+        raters = sequence.at_slots(moment.state)
+        if sequence.valid is not None:
+            raters = raters & sequence.valid[:, None]
+        scores = received(watch, sequence, raters)
+        hidden = sequence.visual(moment.hidden).float()
+        first = first_reader(sequence)
+        attention = None
+        if self.adaptive:
+            rows = watch.attention_map(first)
+            attention = on_visual(rows[:, None].expand(-1, sequence.columns.shape[1], -1, -1), sequence)
+        there, tokens = sequence.there, sequence.columns.shape[2]
+        chosen: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        for row in range(scores.shape[0]):
+            for image in range(scores.shape[1]):
+                count = int(there[row, image].sum()) if sequence.ragged or not sequence.present.all() else tokens
+                if count == 0:
+                    chosen.append((torch.zeros(0, dtype=torch.int64, device=scores.device), None))
+                    continue
+                keep = min(moment.group.keep, count)
+                if attention is not None:
+                    rated = attention[row, image][raters[row, image, first:].to(attention.device)][:, :count]
+                    keep = adapted(keep, count, rank_of(rated), len(rated))
+                kept, mixture = sparsify(scores[row, image, :count], hidden[row, image, :count], keep, self.recycle)
+                if mixture is not None:
+                    mixture = torch.nn.functional.pad(mixture, (0, tokens - count))
+                chosen.append((kept, mixture))
+        return together(chosen, tokens, scores.shape[:2])
+
+
+def text_raters(sequence: VisualSequence, embeds: torch.Tensor) -> torch.Tensor:
+    """Text tokens behind each image that are as similar to its visual tokens as the mean, or more: bool (B, M, n).
+
+    Similarity is the softmax over the text of the products with each visual token, averaged over the visual tokens.
+    """
+    behind = behind_images(sequence)
+    visual = sequence.visual(embeds).float()
+    logits = torch.einsum("bmkd,bnd->bmkn", visual, embeds.float())
+    share = logits.masked_fill(~behind[:, :, None], float("-inf")).softmax(-1)
+    there = sequence.there[..., None].to(share.device)
+    similarity = (share.nan_to_num(0) * there).sum(2) / there.sum(2).clamp_min(1)
+    mean = similarity.sum(-1, keepdim=True) / behind.sum(-1, keepdim=True)
+    return behind & (similarity >= mean)
+
+
+def rank_of(attention: torch.Tensor) -> int:
+    """Rank of the raters' attention map (T, L), in float64."""
+    return int(torch.linalg.matrix_rank(attention.double()))
+
+
+def adapted(keep: int, tokens: int, rank: int, raters: int) -> int:
+    """L − λ (L − rank), with the λ that leaves `keep` where every rater has a say of its own."""
+    if rank >= raters or tokens <= raters:
+        return keep
+    scale = (tokens - keep) / (tokens - raters)
+    return max(1, tokens - round(scale * (tokens - rank)))
+
+
+def sparsify(
+    scores: torch.Tensor, hidden: torch.Tensor, keep: int, recycle: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What one image keeps: indices (k',), ascending, and their mixture (k', k) or None.
+
+    Parameters
+    ----------
+    scores : float32 Tensor (k,)
+    hidden : float32 Tensor (k, d)
+    keep : int
+        Recycled ones included.
+    recycle : bool
+    """
+    tokens = len(scores)
+    order = ranking(scores)
+    clusters = recycled_tokens(tokens, keep) if recycle else 0
+    if not clusters:
+        return order[:keep].sort().values, None
+    stays = order[: keep - clusters]
+    pool = order[keep - clusters :][: int(RECYCLED * (tokens - keep + clusters))].sort().values
+    centres, member = density_peaks(hidden[pool], clusters)
+    kept = torch.cat([stays, pool[centres]])
+    averages = torch.zeros(clusters, tokens, device=scores.device)
+    averages[member, pool] = 1.0
+    mixture = torch.cat([one_hot(stays, tokens), averages / averages.sum(1, keepdim=True)])
+    ascending = kept.argsort()
+    return kept[ascending], mixture[ascending]
+
+
+def recycled_tokens(tokens: int, keep: int) -> int:
+    """How many of `keep` tokens are recycled ones: the fewest that the shares allow, at least one; 0 if none fits."""
+    for clusters in range(1, keep):
+        recycled = int(RECYCLED * (tokens - keep + clusters))
+        if recycled < clusters:
+            return 0
+        if int(CLUSTERS * recycled) + 1 <= clusters:
+            return clusters
+    return 0
+
+
+def density_peaks(points: torch.Tensor, clusters: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clustering by density peaks with nearest neighbours: centres (clusters,), and the cluster of each point (n,).
+
+    A point is dense if its nearest neighbours, itself among them, are near; centres are dense and far from anything
+    denser. Of equal densities the earlier point counts as the denser.
+    """
+    number, width = points.shape
+    distance = torch.cdist(points, points) / width**0.5
+    nearest = distance.topk(clusters, largest=False).values
+    density = (-nearest.square().mean(-1)).exp()
+    place = torch.arange(number, device=points.device)
+    denser = (density > density[:, None]) | ((density == density[:, None]) & (place < place[:, None]))
+    apart = torch.where(denser, distance, distance.max()).amin(-1)
+    centres = ranking(apart * density)[:clusters]
+    member = distance[centres].argmin(0)
+    member[centres] = torch.arange(clusters, device=points.device)
+    return centres, member

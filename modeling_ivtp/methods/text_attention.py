@@ -1,0 +1,82 @@
+"""Text-to-visual attention in the decoder, of one layer or fused over several, in one step or progressively.
+
+This is the method that a widespread summary describes under the name of IVTP. It is not IVTP: no vision tower, no
+rollout, no CLIP; it stands here to be compared with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from ..pruning_policy import Choice, DecoderMoment
+from ..token_budget import Group, PruningPlan, geometric_schedule
+from .method import Method, scaled_layers
+from .selecting import behind_images, best_for_decoder, received
+
+
+@dataclass(frozen=True)
+class TextAttention(Method):
+    """Ranks visual tokens by the attention of the text behind their image, averaged over heads and text tokens.
+
+    Parameters
+    ----------
+    layers : tuple of int, optional
+        How many layers stand below each drop, k or k1 and k2; default: 8 of 32. Progressive drops share one ratio.
+    fuse : int, default 1
+        How many layers up to each drop are fused.
+    weights : tuple of float, optional
+        Weight of each of them, lowest layer first; default: all alike.
+    """
+
+    layers: tuple[int, ...] | None = None
+    fuse: int = 1
+    weights: tuple[float, ...] | None = None
+
+    name: ClassVar[str] = "text_attention"
+    stages: ClassVar[tuple[str, ...]] = ("decoder",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_whole("fuse", 1)
+        if self.weights is not None and (
+            len(self.weights) != self.fuse or min(self.weights) < 0 or not sum(self.weights)
+        ):
+            raise ValueError(
+                f"{self.name}: weights={self.weights}; allowed: {self.fuse} numbers (fuse) of at least 0, not all 0."
+            )
+
+    def layout(self, config: Any, patches: int) -> PruningPlan:
+        """One ratio for every drop."""
+        depth = config.text_config.num_hidden_layers
+        tops = tuple(one - 1 for one in self.layers or scaled_layers((8,), 32, depth))
+        self.check_layers(tops, depth)
+        groups: list[Group] = []
+        for top, count in zip(tops, geometric_schedule(patches, self.keep, len(tops)), strict=True):
+            first = top - self.fuse + 1
+            if first < (groups[-1].last + 1 if groups else 0):
+                raise ValueError(
+                    f"{self.name}: fuse={self.fuse} reaches below the drop before layer {top + 1}; allowed: at most "
+                    f"{top - (groups[-1].last if groups else -1)} there."
+                )
+            groups.append(Group(first, top, count))
+        return PruningPlan(patches, decoder=tuple(groups))
+
+    def in_decoder(self, moment: DecoderMoment) -> Choice:
+        """By the fused attention of the text."""
+        readers = behind_images(moment.sequence)
+        rows = [received(watch, moment.sequence, readers) for watch in moment.watches]
+        return best_for_decoder(moment, fused(rows, self.weights))
+
+
+def fused(rows: Sequence[torch.Tensor], weights: Sequence[float] | None) -> torch.Tensor:
+    """A weighted mean of several layers' rows."""
+    share = torch.tensor(weights or [1.0] * len(rows), dtype=torch.float32)
+    share = share / share.sum()
+    total = torch.zeros_like(rows[-1])
+    for one, row in zip(share.tolist(), rows, strict=True):
+        total = total + one * row.to(total.device)
+    return total

@@ -1,0 +1,151 @@
+"""ToMe and ToMe+ (Bolya et al., ICLR 2023; IVTP Tables 1 and 7): similar tokens are merged, layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch.nn.functional import normalize
+
+from ..pruning_policy import Choice, DecoderMoment, TowerMoment
+from ..token_budget import PruningPlan
+from .method import Method, feature_depth, linear_schedule, single_layers
+from .selecting import on_visual, patch_keys, ranking
+from .topk import decoder_depth
+
+
+@dataclass(frozen=True)
+class ToMe(Method):
+    """Merges, between attention and MLP of every layer of the tower, the patches whose keys are most alike.
+
+    Bipartite soft matching over the head-averaged keys; a token is the mean of its patches, and attention counts it as
+    many times as it has patches (proportional attention). CLS takes part in the alternation but is never merged.
+    """
+
+    name: ClassVar[str] = "tome"
+    stages: ClassVar[tuple[str, ...]] = ("tower",)
+    proportional = True
+
+    def layout(self, config: Any, patches: int) -> PruningPlan:
+        """As many merges at every layer; near the end no more than half of what is left can be merged."""
+        counts = halving_schedule(patches, self.keep, feature_depth(config))
+        return PruningPlan(patches, tower=single_layers(counts, middle=True))
+
+    def in_tower(self, moment: TowerMoment) -> Choice:
+        """Match the patches' keys."""
+        return merge(patch_keys(moment.records[-1]).float().mean(1), moment.group.keep, moment.sizes, first_goes=False)
+
+
+@dataclass(frozen=True)
+class ToMePlus(ToMe):
+    """ToMe continued in the decoder's first layers, on the keys of the visual tokens, by whole layers.
+
+    Attention in the decoder is left as it is, so that its fast kernels and its cache serve merged tokens, too.
+
+    Parameters
+    ----------
+    tower_tokens : int, optional
+        What the tower hands over; default: 1.875 times `keep`, as IVTP does.
+    decoder_layers : int, optional
+        Layers of the decoder that take part; default: as many as the model's own pruning, 12 of LLaVA-1.5.
+    """
+
+    tower_tokens: int | None = None
+    decoder_layers: int | None = None
+
+    name: ClassVar[str] = "tome+"
+    stages: ClassVar[tuple[str, ...]] = ("tower", "decoder")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_whole("tower_tokens", self.keep, optional=True)
+        self.check_whole("decoder_layers", 1, optional=True)
+
+    def layout(self, config: Any, patches: int) -> PruningPlan:
+        """As many merges at every layer of a stage."""
+        handed_over = min(patches, self.tower_tokens or round(1.875 * self.keep))
+        depth = decoder_depth(self, config)
+        return PruningPlan(
+            patches,
+            tower=single_layers(halving_schedule(patches, handed_over, feature_depth(config)), middle=True),
+            decoder=single_layers(halving_schedule(handed_over, self.keep, depth)),
+        )
+
+    def in_decoder(self, moment: DecoderMoment) -> Choice:
+        """Match the visual tokens' keys; sizes start anew at one, since the tower's end with the features."""
+        watch = moment.watches[-1]
+        keys = watch.key[:, :, watch.past :].float().mean(1)  # (B, n, dh)
+        width = keys.shape[-1]
+        images = moment.sequence.columns.shape[1]
+        keys = on_visual(keys.transpose(1, 2)[:, None].expand(-1, images, -1, -1), moment.sequence).transpose(2, 3)
+        sizes = None if moment.sizes is None else moment.sizes.flatten(0, 1)
+        merged = merge(keys.reshape(-1, keys.shape[2], width), moment.group.keep, sizes, first_goes=True)
+        shape = moment.sequence.columns.shape[:2]
+        assert merged.mixture is not None
+        assert merged.sizes is not None
+        return Choice(
+            merged.kept.unflatten(0, shape),
+            mixture=merged.mixture.unflatten(0, shape),
+            sizes=merged.sizes.unflatten(0, shape),
+        )
+
+
+def halving_schedule(start: int, end: int, steps: int) -> tuple[int, ...]:
+    """`linear_schedule`, but that no step takes more than half of what is there.
+
+    Raises
+    ------
+    ValueError
+        If that many halvings do not reach `end`.
+
+    Examples
+    --------
+    >>> halving_schedule(16, 2, 4)
+    (12, 8, 4, 2)
+    """
+    counts = list(linear_schedule(start, end, steps))
+    for step in range(steps - 2, -1, -1):
+        counts[step] = min(counts[step], 2 * counts[step + 1])
+    if start > 2 * counts[0]:
+        raise ValueError(
+            f"ToMe halves at most: {start} tokens cannot become {end} in {steps} layer(s); allowed: at least "
+            f"{-(-start // 2**steps)}."
+        )
+    return tuple(counts)
+
+
+def merge(metric: torch.Tensor, keep: int, sizes: torch.Tensor | None, *, first_goes: bool) -> Choice:
+    """Bipartite soft matching (Sec. 3.2): tokens alternate between two sets, and of the first set those most alike to
+    one of the second are merged into it.
+
+    Parameters
+    ----------
+    metric : float Tensor (I, k, d)
+        What likeness is told by, as a cosine.
+    keep : int
+    sizes : float32 Tensor (I, k) or None
+        How many patches each token stands for; None: one.
+    first_goes : bool
+        Whether the first token belongs to the set that is merged away; where CLS stands before it, it does not.
+
+    Returns
+    -------
+    Choice
+        A merged token stands where that of the second set did.
+    """
+    images, tokens, _ = metric.shape
+    go, stay = (slice(0, None, 2), slice(1, None, 2)) if first_goes else (slice(1, None, 2), slice(0, None, 2))
+    unit = normalize(metric, dim=-1)
+    alike, partner = (unit[:, go] @ unit[:, stay].transpose(1, 2)).max(-1)
+    gone = ranking(alike)[:, : tokens - keep]
+    place = torch.arange(tokens, device=metric.device)
+    target = place.expand(images, -1).clone()
+    target.scatter_(1, place[go][gone], place[stay][partner.gather(1, gone)])
+    left = target == place
+    kept = place.expand(images, -1)[left].view(images, keep)
+    row = (left.cumsum(1) - 1).gather(1, target)
+    sizes = torch.ones(images, tokens, device=metric.device) if sizes is None else sizes
+    mixture = torch.zeros(images, keep, tokens, device=metric.device).scatter_(1, row[:, None], sizes[:, None])
+    grown = mixture.sum(-1)
+    return Choice(kept, mixture=mixture / grown[..., None], sizes=grown)
