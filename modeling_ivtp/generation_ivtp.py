@@ -139,10 +139,11 @@ def _reordered(images: Any, order: list[int]) -> Any:
     """Pixels (I, ...) or encoder outputs, for images in another order."""
     if isinstance(images, torch.Tensor):
         return images[torch.tensor(order, device=images.device)]
-    return {kind: None if output is None else _reordered_output(output, order) for kind, output in images.items()}
+    return {kind: None if output is None else take_images(output, order) for kind, output in images.items()}
 
 
-def _reordered_output(output: Any, order: list[int]) -> Any:
+def take_images(output: Any, order: list[int]) -> Any:
+    """Encoder outputs of some of their images, which may repeat."""
     chosen: dict[str, Any] = {"pooler_output": [output.pooler_output[image] for image in order]}
     for name in ("kept_patches", "cls_features", "image_embeds", "patch_embeds"):
         if (value := getattr(output, name, None)) is not None:

@@ -17,7 +17,7 @@ from .group_rollout import AttentionRecord, GroupScores
 from .layer_watch import LayerWatch
 from .observed_attention import Observation, ObservedAttention, visibility
 from .pruned_cache import is_pruned, layer_runs, layer_segments, padding_mask, prepare_layers
-from .pruning_policy import DecoderMoment, Policy
+from .pruning_policy import DecoderMoment, Policy, full_precision
 from .text_relevance import pseudo_cls
 from .token_budget import Group
 from .visual_sequence import VisualSequence
@@ -336,7 +336,7 @@ class GroupedDecoder:
                 run.end(sequence, renumbered)
             if drops:
                 assert group is not None
-                with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
+                with torch.no_grad(), full_precision(tokens.device):
                     choice = policy.in_decoder(
                         DecoderMoment(group, records, watches, tokens, sequence, sizes, visual.state)
                     )

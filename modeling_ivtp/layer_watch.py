@@ -1,5 +1,6 @@
 """A decoder layer's attention, for methods that go by what the prompt's own tokens attend to."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,17 +65,23 @@ class LayerWatch:
         -------
         float32 Tensor (B, M, n)
         """
-        visible = self._visible(first)
         total = weights.new_zeros(*weights.shape[:2], self.key.shape[2])
-        for logits in map_heads(self.query[:, :, first:], self.key, self.scale):
-            attention = logits.masked_fill(~visible, float("-inf")).softmax(-1).nan_to_num(0)
+        for attention in self._maps(first):
             total += (weights[:, None] @ attention).sum(1)
         return total[..., self.past :] / self.query.shape[1]
 
     def attention_map(self, first: int) -> torch.Tensor:
         """The head-averaged map of the columns `first` on, over the sequence: float32 Tensor (B, n - first, n)."""
-        rows = torch.eye(self.query.shape[2] - first, device=self.query.device)
-        return self.attention(first, rows.expand(self.query.shape[0], -1, -1))
+        total = torch.zeros((), device=self.query.device)
+        for attention in self._maps(first):
+            total = total + attention.sum(1)
+        return total[..., self.past :] / self.query.shape[1]
+
+    def _maps(self, first: int) -> Iterator[torch.Tensor]:
+        """Maps of some heads at a time, from column `first` on: float32 (B, some heads, n - first, past + n)."""
+        visible = self._visible(first)
+        for logits in map_heads(self.query[:, :, first:], self.key, self.scale):
+            yield logits.masked_fill(~visible, float("-inf")).softmax(-1).nan_to_num(0)
 
     def _visible(self, first: int) -> torch.Tensor:
         """Which keys the queries from `first` on see: bool (B or 1, 1, Q, past + n)."""

@@ -9,7 +9,7 @@ from transformers.utils import logging
 from .configuration_ivtp import IVTPPruningConfig
 from .ivtp_policy import IVTPPolicy
 from .language_ivtp import VisualPrompt
-from .pruning_policy import Choice, FeatureMoment, Policy, PromptMoment
+from .pruning_policy import Choice, FeatureMoment, Policy, PromptMoment, full_precision
 from .text_relevance import instruction_tokens, key_tokens, map_relevance, pseudo_cls, text_similarity, token_relevance
 from .token_budget import PruningPlan
 from .trace_recorder import TraceRecorder
@@ -128,7 +128,7 @@ class PromptPruning:
             text = self.clip_text_model(input_ids=clip_input_ids.flatten(0, 1)).text_embeds
             text = text.unflatten(0, windows.shape)
             patches = per_row(encoded.patch_embeds.to(features.device), whole)
-        with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
+        with torch.no_grad(), full_precision(features.device):
             return self.policy.in_prompt(PromptMoment(keep, features, patches, text, windows))
 
     def placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
@@ -205,7 +205,7 @@ def choose_features(
     """Ask the policy about features: the choice, None where all stay; the patches left (I, k'), and their features."""
     if moment.keep >= moment.patches.shape[1]:
         return None, moment.patches, moment.projected
-    with torch.no_grad(), torch.autocast(moment.features.device.type, enabled=False):
+    with torch.no_grad(), full_precision(moment.features.device):
         choice = policy.in_features(moment)
     for record in moment.records.values():
         record.seal()

@@ -6,6 +6,7 @@ image, on a prompt before the decoder, and inside the decoder. IVTP is one polic
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,6 +51,11 @@ class Choice:
             return self.mixture.to(tokens.device, tokens.dtype) @ tokens
         index = self.kept.to(tokens.device).clamp_max(tokens.shape[-2] - 1)
         return tokens.gather(-2, index[..., None].expand(*index.shape, tokens.shape[-1]))
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Leaves autocast, whose fewer bits would decide what stays; there is none for tensors without data."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 @dataclass

@@ -11,7 +11,7 @@ from transformers.models.clip import modeling_clip
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPVisionModel, eager_attention_forward
 
 from .group_rollout import AttentionRecord, GroupScores
-from .pruning_policy import Choice, Policy, TowerMoment
+from .pruning_policy import Choice, Policy, TowerMoment, full_precision
 from .token_budget import Group, PruningPlan
 
 
@@ -125,7 +125,7 @@ class _Pass:
 
     def choose(self, group: Group) -> Choice:
         """Ask the policy at the top of a group, and leave out of everything but the layer's output what it does."""
-        with torch.no_grad(), torch.autocast(self.patches.device.type, enabled=False):
+        with torch.no_grad(), full_precision(self.patches.device):
             choice = self.policy.in_tower(TowerMoment(group, self.records, self.patches, self.sizes))
         for record in self.records:
             record.seal()

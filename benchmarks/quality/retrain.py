@@ -21,6 +21,7 @@ from benchmarks.quality.checkpoint import check_world, checkpoint_fingerprint
 from benchmarks.quality.loop import TrainingRun, cosine_rate, drawn_ahead, optimize, optimizers_of, set_up
 from benchmarks.quality.world import SIDE, Question, Scene, draw_scene, questions
 from modeling_ivtp import IVTPLlavaConfig
+from modeling_ivtp.generation_ivtp import take_images
 from modeling_ivtp.hub.answering import load_model, set_budget
 from modeling_ivtp.hub.folder import check_target, new_folder
 
@@ -86,8 +87,12 @@ def main(
     def one_step(step: int) -> dict[str, float]:
         inputs, labels = next(batches)
         inputs = {name: value.to(device) for name, value in inputs.items()}
+        # The questions about a scene stand side by side; the tower, which is frozen, sees it once.
+        pixels = inputs.pop("pixel_values")[::QUESTIONS]
         with torch.autocast(device.type, torch.bfloat16):
-            logits = llava(**inputs).logits[:, :-1]
+            encoded = llava.model.get_image_features(pixels)
+            images = take_images(encoded, [row // QUESTIONS for row in range(len(labels))])
+            logits = llava(**inputs, mm_encoder_outputs={"image": images}).logits[:, :-1]
         wanted = labels[:, 1:].to(device)
         at = wanted != -100
         logits, wanted = logits[at].float(), wanted[at]

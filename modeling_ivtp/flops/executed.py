@@ -1,0 +1,348 @@
+"""What really runs for one prompt, counted from shapes alone: the model itself on tensors without data.
+
+The model is built without weights and runs through `torch.utils.flop_counter`. Where a method would look at data to
+choose, it gets random tensors of the same shapes, its own work is counted apart, and the first tokens stay.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache
+
+from ..configuration_ivtp import IVTPLlavaConfig
+from ..group_rollout import AttentionRecord
+from ..ivtp_policy import IVTPPolicy
+from ..layer_watch import LayerWatch
+from ..methods.method import Method
+from ..modeling_ivtp import IVTPLlavaForConditionalGeneration
+from ..pruning_policy import Choice, DecoderMoment, FeatureMoment, Policy, PromptMoment, TowerMoment
+from ..token_budget import Group, PruningPlan
+from ..visual_sequence import VisualSequence, locate_images
+from .formula import PARTS, closed_formula, kv_cache_bytes
+
+_TEXT_BEFORE = 1
+"""Text tokens before the image; where the others stand changes next to nothing."""
+
+
+@dataclass(frozen=True)
+class Count:
+    """What one image and its prompt cost.
+
+    Attributes
+    ----------
+    parts, formula : dict of str to float
+        TFLOPs by part, executed and by the closed formula.
+    text_tokens : int
+        Of the prompt, without the image.
+    layer_tokens : tuple of int
+        Visual tokens in each layer of the decoder; the most, where a method adapts them to the image.
+    kv_cache_bytes_per_layer : tuple of int
+        Text and visual tokens, keys and values.
+    """
+
+    parts: dict[str, float]
+    formula: dict[str, float]
+    text_tokens: int
+    layer_tokens: tuple[int, ...]
+    kv_cache_bytes_per_layer: tuple[int, ...]
+
+    @property
+    def total_tflops(self) -> float:
+        """All parts, as executed."""
+        return sum(self.parts.values())
+
+    @property
+    def formula_tflops(self) -> float:
+        """All parts, by the closed formula."""
+        return sum(self.formula.values())
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Of all layers."""
+        return sum(self.kv_cache_bytes_per_layer)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {
+            "total_tflops": self.total_tflops,
+            "parts": self.parts,
+            "formula": {"total_tflops": self.formula_tflops, "parts": self.formula},
+            "kv_cache_bytes": self.kv_cache_bytes,
+            "final_tokens": self.layer_tokens[-1],
+            "layer_averaged_tokens": sum(self.layer_tokens) / len(self.layer_tokens),
+            **{name: value for name, value in asdict(self).items() if name not in ("parts", "formula")},
+        }
+
+
+def count(
+    config: Any,
+    system: Method | None = None,
+    *,
+    text_tokens: int,
+    instruction_tokens: int | None = None,
+    value_bytes: int = 2,
+) -> Count:
+    """Count what one image and its prompt cost in a prefill.
+
+    Parameters
+    ----------
+    config : IVTPLlavaConfig
+    system : Method, optional
+        What prunes; default: the configuration's own options.
+    text_tokens : int
+        Of the prompt, without the image.
+    instruction_tokens : int, optional
+        How many of CLIP's tokens the instruction has; default: as many as there are text tokens.
+    value_bytes : int, default 2
+        Of a value in the cache.
+
+    Raises
+    ------
+    ValueError
+        For counts below 1, or a system that does not fit.
+    """
+    if text_tokens < _TEXT_BEFORE + 1:
+        raise ValueError(f"text_tokens={text_tokens}; allowed: at least {_TEXT_BEFORE + 1}.")
+    policy = IVTPPolicy(config.pruning) if system is None else system.bind(config)
+    plan = policy.plan(config, config.num_patches)
+    windows = 0
+    if config.clip_text_config is not None:
+        body = config.clip_text_config.max_position_embeddings - 2
+        windows = max(1, -(-(text_tokens if instruction_tokens is None else instruction_tokens) // body))
+    parts = _run(config, policy, plan, text_tokens, windows)
+    formula = closed_formula(config, plan, policy, text_tokens=text_tokens, windows=windows, text_before=_TEXT_BEFORE)
+    visual = (plan or PruningPlan(config.num_patches)).decoder_layer_tokens(config.text_config.num_hidden_layers)
+    return Count(
+        {name: flops / 1e12 for name, flops in parts.items()},
+        {name: flops / 1e12 for name, flops in formula.items()},
+        text_tokens,
+        visual,
+        tuple(kv_cache_bytes(config, [text_tokens + tokens for tokens in visual], value_bytes)),
+    )
+
+
+@torch.no_grad()
+def _run(config: Any, policy: Policy, plan: PruningPlan | None, text_tokens: int, windows: int) -> dict[str, int]:
+    """Run the parts one after the other."""
+    parts = dict.fromkeys(PARTS, 0)
+    model = _without_weights(config.to_json_string())
+    inner: Any = model.model
+    # That a method adapts its counts to a picture is left out: it keeps the most it may.
+    plan = None if plan is None else replace(plan, exact=True)
+    dry = None if plan is None else _Dry(policy, plan, _TEXT_BEFORE, text_tokens)
+    vision = config.vision_config
+    pixels = torch.empty(1, 3, vision.image_size, vision.image_size, device="meta")
+    length = text_tokens + config.num_patches
+    ids = torch.full((1, length), config.image_token_id)
+    ids[:, :_TEXT_BEFORE] = ids[:, _TEXT_BEFORE + config.num_patches :] = 0
+    inner.applied_policy = dry
+    with model.pruning(enabled=False):
+        with _counting() as counted:
+            encoded = inner.get_image_features(pixels)
+        parts["projector"] = counted("LlavaMultiModalProjector")
+        parts["tower"] = counted() - parts["projector"] - (0 if dry is None else dry.taken())
+        embeds = inner.get_input_embeddings()(ids.to("meta"))
+        visual = None
+        if dry is None:
+            features = torch.cat(list(encoded.pooler_output))
+            embeds = torch.cat([embeds[:, : length - len(features)], features[None]], 1)
+        else:
+            with _counting() as counted:
+                visual, embeds = inner.visual_prompt(
+                    plan=plan,
+                    encoded=encoded,
+                    input_ids=ids,
+                    inputs_embeds=embeds,
+                    attention_mask=None,
+                    position_ids=None,
+                    past=0,
+                    clip_input_ids=torch.ones(1, windows, _context(config), dtype=torch.long, device="meta"),
+                    clip_spans=_spans(length, config.num_patches, windows * _context(config)),
+                    recorder=None,
+                )
+            parts["text_tower"] = counted() - dry.taken()
+        with _counting() as counted:
+            options = {} if visual is None else {"visual": visual}
+            hidden = inner.language_model(inputs_embeds=embeds, past_key_values=DynamicCache(), **options)
+        observed = 0 if dry is None else dry.taken()
+        parts["decoder"] = counted() - observed
+        left = hidden.last_hidden_state
+        if plan is not None:
+            left = left[:, : text_tokens + plan.final_tokens]
+        with _counting() as counted:
+            model.lm_head(left)
+        parts["head"] = counted()
+    parts["scoring"] = 0 if dry is None else dry.scoring
+    return parts
+
+
+@lru_cache(maxsize=2)
+def _without_weights(config: str) -> Any:
+    """The model of a configuration (JSON) on tensors without data."""
+    with torch.device("meta"):
+        return IVTPLlavaForConditionalGeneration(IVTPLlavaConfig(**json.loads(config))).eval()
+
+
+@contextmanager
+def _counting() -> Iterator[Callable[..., int]]:
+    """Count what runs inside: the whole, or what a module of a class did."""
+    mode = FlopCounterMode(display=False)
+
+    def counted(module: str | None = None) -> int:
+        if module is None:
+            return mode.get_total_flops()
+        return sum(sum(of.values()) for name, of in mode.get_flop_counts().items() if name == module)
+
+    with mode:
+        yield counted
+
+
+def _context(config: Any) -> int:
+    return 1 if config.clip_text_config is None else config.clip_text_config.max_position_embeddings
+
+
+def _spans(length: int, patches: int, clip_tokens: int) -> torch.Tensor:
+    """Text behind the image as the instruction, all of it on CLIP's first token."""
+    spans = torch.zeros(1, length, 2, dtype=torch.long)
+    spans[:, _TEXT_BEFORE + patches :, 0] = -clip_tokens
+    spans[:, _TEXT_BEFORE + patches :, 1] = 1 - clip_tokens
+    return spans.to("meta")
+
+
+class _Dry(Policy):
+    """A policy that asks another one about random tensors, counts what that costs, and keeps the first tokens.
+
+    Parameters
+    ----------
+    policy : Policy
+    plan : PruningPlan
+    before, text : int
+        Text tokens before the image, and all of them.
+    """
+
+    def __init__(self, policy: Policy, plan: PruningPlan, before: int, text: int) -> None:
+        self.policy, self.laid, self.before, self.text = policy, plan, before, text
+        for name in ("observes", "reading", "proportional", "watched_layers", "compares_patches", "embeds_image"):
+            setattr(self, name, getattr(policy, name))
+        self.compact = policy.compact
+        self.scoring, self._new = 0, 0
+        self._state: Any = None
+
+    def taken(self) -> int:
+        """What was counted since this was last asked."""
+        new, self._new = self._new, 0
+        return new
+
+    def plan(self, config: Any, patches: int) -> PruningPlan | None:
+        return self.laid
+
+    def record(self, group: Group, layer: int) -> AttentionRecord:
+        return self.policy.record(group, layer)
+
+    def in_tower(self, moment: TowerMoment) -> Choice:
+        patches = torch.arange(moment.patches.shape[1])[None]
+        real = TowerMoment(moment.group, [_real_record(one) for one in moment.records], patches, _ones(moment.sizes))
+        return self._ask(lambda: self.policy.in_tower(real), moment.group.keep)
+
+    def in_features(self, moment: FeatureMoment) -> Choice:
+        tokens = moment.patches.shape[1]
+        width = moment.project(moment.features[:, :1]).shape[-1]
+        real = FeatureMoment(
+            keep=moment.keep,
+            features=torch.randn(moment.features.shape),
+            patches=torch.arange(tokens)[None],
+            records={layer: _real_record(one) for layer, one in moment.records.items()},
+            pixel_values=torch.randn(moment.pixel_values.shape),
+            grid=moment.grid,
+            project=lambda features: torch.randn(*features.shape[:-1], width),
+        )
+        choice = self._ask(lambda: self.policy.in_features(real), moment.keep)
+        if real._projected is not None:
+            moment.projected  # noqa: B018 - what the method looks at is really projected
+        return choice
+
+    def in_prompt(self, moment: PromptMoment) -> Choice:
+        def real(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else torch.randn(tensor.shape)
+
+        features, windows = torch.randn(moment.features.shape), moment.windows
+        windows = None if windows is None else torch.ones(windows.shape, dtype=torch.bool)
+        asked = PromptMoment(moment.keep, features, real(moment.patch_embeds), real(moment.text_embeds), windows)
+        return self._ask(lambda: self.policy.in_prompt(asked), moment.keep)
+
+    def prepare(self, sequence: VisualSequence, embeds: torch.Tensor) -> Any:
+        def prepare() -> None:
+            self._state = self.policy.prepare(self._sequence(sequence), torch.randn(embeds.shape))
+
+        self._count(prepare)
+
+    def in_decoder(self, moment: DecoderMoment) -> Choice:
+        real = DecoderMoment(
+            group=moment.group,
+            records=[_real_record(one) for one in moment.records],
+            watches=[_real_watch(one) for one in moment.watches],
+            hidden=torch.randn(moment.hidden.shape),
+            sequence=self._sequence(moment.sequence),
+            sizes=_ones(moment.sizes),
+            state=self._state,
+        )
+        return self._ask(lambda: self.policy.in_decoder(real), moment.group.keep)
+
+    def _sequence(self, sequence: VisualSequence) -> VisualSequence:
+        """The same sequence with data: so many visual tokens between the text, the first ones of the image."""
+        length, tokens = sequence.length, sequence.columns.shape[2]
+        place = torch.arange(length)[None]
+        patches = length - self.text
+        image = (place >= self.before) & (place < self.before + patches)
+        return locate_images(image, None, 1, patches).keep(torch.arange(tokens)[None, None])[0]
+
+    def _count(self, work: Callable[[], Any]) -> Any:
+        with FlopCounterMode(display=False) as mode:
+            result = work()
+        self.scoring += mode.get_total_flops()
+        self._new += mode.get_total_flops()
+        return result
+
+    def _ask(self, work: Callable[[], Choice], keep: int) -> Choice:
+        choice: Choice = self._count(work)
+        lead = choice.kept.shape[:-1]
+        mixture = choice.mixture
+        return Choice(
+            torch.arange(keep).expand(*lead, -1).to("meta"),
+            mixture=None if mixture is None else torch.empty(*lead, keep, mixture.shape[-1], device="meta"),
+            sizes=None if choice.sizes is None else torch.empty(*lead, keep, device="meta"),
+        )
+
+
+def _ones(sizes: torch.Tensor | None) -> torch.Tensor | None:
+    return None if sizes is None else torch.ones(sizes.shape)
+
+
+def _real_record(record: AttentionRecord) -> AttentionRecord:
+    """A record of the same shapes with data."""
+    real, columns = AttentionRecord(record.reference_only), record.columns
+    real.fill(
+        query=torch.randn(record.query.shape),
+        key=torch.randn(record.key.shape),
+        value_norm=torch.rand(record.value_norm.shape),
+        scale=record.scale,
+        visible=None if record.visible is None else torch.ones(record.visible.shape, dtype=torch.bool),
+        columns=None if columns is None else torch.arange(columns.shape[-1]).expand(columns.shape),
+    )
+    return real
+
+
+def _real_watch(watch: LayerWatch) -> LayerWatch:
+    """A watch of the same shapes with data."""
+    real = LayerWatch(watch.past, None, None)
+    key = torch.randn(watch.key.shape)
+    real.attend(torch.randn(watch.query.shape), key, key, None, None, watch.scale)
+    return real

@@ -1,0 +1,201 @@
+"""The closed formula for what a prompt costs, by the counting rule that reproduces IVTP's Tables 3 and 9.
+
+A multiplication with its addition counts as two operations. A layer of a decoder of LLaMA's kind on n tokens, d wide
+with an MLP of m, takes `2 n (4 d² + 3 d m) + 4 n² d`, a layer of CLIP's the same with two matrices in its MLP. Of the
+tower the paper counts the layers that make the features, 23 of 24; the head counts on every token that is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..pruning_policy import Policy
+from ..token_budget import PruningPlan
+
+PARTS = ("tower", "projector", "text_tower", "scoring", "decoder", "head")
+
+
+def layer_flops(
+    tokens: Any,
+    width: int,
+    inner: int,
+    *,
+    matrices: int,
+    kv_width: int | None = None,
+    mlp_tokens: Any = None,
+    products: bool = True,
+) -> Any:
+    """One layer.
+
+    Parameters
+    ----------
+    tokens : int or array
+        n.
+    width, inner : int
+        d and m.
+    matrices : {2, 3}
+        Of the MLP.
+    kv_width : int, optional
+        Width of keys and values, where fewer heads share them.
+    mlp_tokens : int or array, optional
+        Tokens that the MLP sees, where some are dropped before it; default: n.
+    products : bool, default True
+        False leaves out the products of queries with keys and of weights with values, as counters of modules do.
+    """
+    projections = 2 * width * width + 2 * width * (width if kv_width is None else kv_width)
+    mlp = matrices * width * inner
+    total = 2 * tokens * projections + 2 * (tokens if mlp_tokens is None else mlp_tokens) * mlp
+    return total + 4 * tokens * tokens * width if products else total
+
+
+def feature_depth(config: Any) -> int:
+    """How many layers of the tower make the features that LLaVA reads."""
+    layers = config.vision_feature_layer
+    count = config.vision_config.num_hidden_layers + 1
+    return max(layer % count for layer in ([layers] if isinstance(layers, int) else layers))
+
+
+def tower_depth(config: Any, plan: PruningPlan, policy: Policy | None) -> int:
+    """How many layers of the tower run: those that make the features, drop something, or are looked at."""
+    layers = config.vision_config.num_hidden_layers
+    if policy is None or (policy.embeds_image and config.clip_text_config is not None):
+        return layers
+    watched = [layer % layers + 1 for layer in policy.watched_layers]
+    return max([feature_depth(config), *(group.last + 1 for group in plan.tower), *watched])
+
+
+def tower_flops(config: Any, plan: PruningPlan, layers: int) -> int:
+    """The first `layers` layers of the vision tower for one image, CLS included."""
+    vision = config.vision_config
+    tops = {group.last: group for group in plan.tower}
+    total, tokens = 0, config.num_patches
+    for layer in range(layers):
+        group = tops.get(layer)
+        left = tokens if group is None else min(tokens, group.keep)
+        early = left + 1 if group is not None and group.middle else None
+        total += layer_flops(tokens + 1, vision.hidden_size, vision.intermediate_size, matrices=2, mlp_tokens=early)
+        tokens = left
+    return total
+
+
+def patch_embedding_flops(config: Any) -> int:
+    """The convolution that makes patches of pixels; the paper leaves it out."""
+    vision = config.vision_config
+    return 2 * config.num_patches * 3 * vision.patch_size**2 * vision.hidden_size
+
+
+def projector_flops(config: Any, tokens: int) -> int:
+    """LLaVA's two layers over features of so many tokens, CLS among them; the paper leaves it out."""
+    feature_layers = 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
+    width = config.text_config.hidden_size
+    return 2 * tokens * (config.vision_config.hidden_size * feature_layers * width + width * width)
+
+
+def text_tower_flops(config: Any, windows: int) -> int:
+    """CLIP's text tower over an instruction of so many windows; without its projection, as the paper counts."""
+    text = config.clip_text_config
+    layer = layer_flops(text.max_position_embeddings, text.hidden_size, text.intermediate_size, matrices=2)
+    return windows * text.num_hidden_layers * layer
+
+
+def kv_width(config: Any) -> int:
+    """Width of one layer's keys: heads times their width, fewer where heads share them."""
+    text = config.text_config
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head
+
+
+def decoder_flops(config: Any, text_tokens: Any, visual_tokens: Sequence[float]) -> Any:
+    """The decoder's layers for prompts of some text tokens (int or array), with visual tokens in each layer."""
+    text = config.text_config
+    total = 0.0 * text_tokens
+    for visual in visual_tokens:
+        total = total + layer_flops(
+            text_tokens + visual, text.hidden_size, text.intermediate_size, matrices=3, kv_width=kv_width(config)
+        )
+    return total
+
+
+def head_flops(config: Any, tokens: Any) -> Any:
+    """The head over so many tokens."""
+    return 2 * tokens * config.text_config.hidden_size * config.text_config.vocab_size
+
+
+def kv_cache_bytes(config: Any, tokens: Sequence[float], value_bytes: int) -> list[int]:
+    """Keys and values of so many tokens in each layer, of values of so many bytes."""
+    return [round(2 * one * kv_width(config) * value_bytes) for one in tokens]
+
+
+def _rollout_flops(plan: PruningPlan, config: Any, policy: Policy, text_before: int) -> int:
+    """Queries with keys, and rows with maps, down every group of IVTP (Eq. 3) in both towers."""
+    reading, total = policy.reading, 0
+    stages = [
+        (plan.tower, plan.patches, config.vision_config, 0),
+        (plan.decoder, plan.tower_tokens, config.text_config, text_before + 1),
+    ]
+    for groups, tokens, sizes, more in stages:
+        for group in groups:
+            keys = 1 + tokens + more - (1 if more else 0)
+            for layer in range(group.first, group.last + 1):
+                if reading.aggregation == "last" and layer < group.last:
+                    continue
+                one_row = layer == group.last or reading.aggregation != "rollout"
+                queries = 1 if one_row else 1 + tokens
+                total += 2 * queries * keys * (sizes.hidden_size + sizes.num_attention_heads)
+            tokens = group.keep
+    return total
+
+
+def closed_formula(
+    config: Any,
+    plan: PruningPlan | None,
+    policy: Policy | None,
+    *,
+    text_tokens: int,
+    windows: int,
+    text_before: int = 1,
+) -> dict[str, int]:
+    """Everything that runs for one image and its prompt, by part.
+
+    Parameters
+    ----------
+    config : IVTPLlavaConfig
+    plan : PruningPlan or None
+        None: nothing is dropped, and stock LLaVA runs.
+    policy : Policy or None
+        What prunes. Only IVTP's scoring has a formula; the other systems' is counted as 0.
+    text_tokens : int
+        Of the prompt, without the image.
+    windows : int
+        Windows of the instruction for CLIP's text tower.
+    text_before : int, default 1
+        How many of the text tokens stand before the image.
+    """
+    pruned = plan is not None
+    laid = plan or PruningPlan(config.num_patches)
+    depth = tower_depth(config, laid, policy if pruned else None)
+    layers = config.text_config.num_hidden_layers
+    visual = laid.decoder_layer_tokens(layers)
+    clip = config.clip_text_config
+    asks_clip = pruned and clip is not None and policy is not None and (policy.embeds_image or policy.compares_patches)
+    parts = dict.fromkeys(PARTS, 0)
+    parts["tower"] = patch_embedding_flops(config) + tower_flops(config, laid, depth)
+    parts["projector"] = projector_flops(config, laid.encoded_tokens + (1 if pruned else 0))
+    if asks_clip:
+        parts["text_tower"] = text_tower_flops(config, windows) + 2 * windows * (
+            clip.max_position_embeddings * clip.hidden_size * clip.projection_dim
+        )
+        parts["tower"] += 2 * config.vision_config.hidden_size * clip.projection_dim
+    parts["decoder"] = round(decoder_flops(config, text_tokens, visual))
+    if pruned and policy is not None and policy.observes:
+        parts["scoring"] = _rollout_flops(laid, config, policy, text_before)
+        # The pseudo CLS is one more token in the layers of the groups.
+        text = config.text_config
+        observed = layer_flops(
+            1, text.hidden_size, text.intermediate_size, matrices=3, kv_width=kv_width(config), products=False
+        )
+        for layer in range(laid.decoder[-1].last + 1 if laid.decoder else 0):
+            parts["decoder"] += observed + 4 * (text_before + visual[layer] + 1) * text.hidden_size
+    parts["head"] = round(head_flops(config, text_tokens + visual[-1]))
+    return parts
