@@ -8,7 +8,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -194,6 +194,9 @@ def generate(
     prompt: PromptOption,
     image: ImageOption = None,
     visual_tokens: VisualTokens = None,
+    method: Annotated[
+        str, typer.Option(help="System that prunes: ivtp, or one to compare with, such as fastv.")
+    ] = "ivtp",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
@@ -205,23 +208,31 @@ def generate(
     pictures = _pictures(image)
     from .hub import answering
 
+    other = None if method == "ivtp" else _system(method, visual_tokens)
     loaded, processor = answering.load_model(model, device=device, dtype=dtype)
-    if visual_tokens is not None:
+    if visual_tokens is not None and other is None:
         answering.set_budget(loaded, visual_tokens)
     text = answering.as_prompt(processor, prompt, len(pictures))
-    inputs = answering.prepare(loaded, processor, pictures, text)
-    if not compare:
-        if as_json:
-            result = answering.answer(loaded, processor, inputs, max_new_tokens=max_new_tokens)
-            typer.echo(_json(result.to_dict()))
-        else:
-            typer.echo(answering.answer_text(loaded, processor, inputs, max_new_tokens=max_new_tokens))
-        return
-    unpruned, pruned = answering.compare(loaded, processor, inputs, max_new_tokens=max_new_tokens)
+    with nullcontext() if other is None else other(loaded):
+        inputs = answering.prepare(loaded, processor, pictures, text)
+        if not compare:
+            if as_json:
+                result = answering.answer(loaded, processor, inputs, max_new_tokens=max_new_tokens)
+                typer.echo(_json(result.to_dict()))
+            else:
+                typer.echo(answering.answer_text(loaded, processor, inputs, max_new_tokens=max_new_tokens))
+            return
+    unpruned, pruned = answering.compare(loaded, processor, inputs, max_new_tokens=max_new_tokens, system=other)
     if as_json:
         typer.echo(_json({"unpruned": unpruned.to_dict(), "pruned": pruned.to_dict()}))
         return
     _print(_comparison(unpruned, pruned))
+
+
+def _system(name: str, visual_tokens: int | None) -> Any:
+    from .methods import make
+
+    return make(name, 64 if visual_tokens is None else visual_tokens)
 
 
 @app.command()
@@ -266,6 +277,88 @@ def explain(
             if len(pictures) > 1:
                 path = path.with_stem(f"{path.stem}-{number + 1}")
             trace.plot(picture, number).savefig(path)
+
+
+@app.command()
+def flops(
+    preset: Annotated[
+        str | None, typer.Option(help="A published shape, such as llava-1.5-7b.", show_default=False)
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Folder of a checkpoint whose shape counts.", show_default=False)
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="System that prunes, or unpruned; may be repeated.", show_default="ivtp"),
+    ] = None,
+    text_tokens: Annotated[
+        list[int] | None, typer.Option(help="Of the prompt; may be repeated with --sweep.", show_default="512")
+    ] = None,
+    visual_tokens: Annotated[
+        list[int] | None,
+        typer.Option(help="Left in the end; may be repeated with --sweep.", show_default="the shape's own, 64"),
+    ] = None,
+    instruction_tokens: Annotated[
+        int | None, typer.Option(help="CLIP tokens of the instruction.", show_default="as many as text tokens")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the KV cache: float16, bfloat16, float32.")] = "float16",
+    sweep: Annotated[bool, typer.Option("--sweep", help="A table over methods, text and visual tokens.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Count what a prompt with one image costs, from shapes alone: no weights are needed."""
+    if (preset is None) == (model is None):
+        raise ValueError("flops needs one of --preset and --model")
+    bytes_of = {"float16": 2, "bfloat16": 2, "float32": 4}
+    if dtype not in bytes_of:
+        raise ValueError(f"--dtype={dtype}; allowed: {', '.join(bytes_of)}")
+    from . import flops as counting
+    from .configuration_ivtp import IVTPLlavaConfig
+
+    config = counting.load_shape(preset) if preset is not None else IVTPLlavaConfig.from_pretrained(model)
+    names, texts = method or ["ivtp"], text_tokens or [512]
+    budgets = visual_tokens or [config.pruning.visual_tokens]
+    if not sweep and max(len(names), len(texts), len(budgets)) > 1:
+        raise ValueError("several methods or token counts make a table: add --sweep")
+    settings = {"instruction_tokens": instruction_tokens, "value_bytes": bytes_of[dtype]}
+    counts = {
+        (name, budget, text): counting.count_named(config, name, budget, text_tokens=text, **settings)
+        for name in names
+        for budget in (budgets if name != "unpruned" else [config.num_patches])
+        for text in texts
+    }
+    if as_json:
+        rows = [
+            {"method": name, "visual_tokens": budget} | found.to_dict() for (name, budget, _), found in counts.items()
+        ]
+        typer.echo(_json(rows if sweep else rows[0]))
+        return
+    _print(_flops_sweep(counts, texts) if sweep else _flops_parts(*counts.values()))
+
+
+def _flops_parts(found: Any) -> Any:
+    from .hub.folder import human_bytes
+
+    table = _table("part", "executed, TFLOPs", "closed formula, TFLOPs")
+    for part, executed in found.parts.items():
+        table.add_row(part.replace("_", " "), f"{executed:.4f}", f"{found.formula[part]:.4f}")
+    table.add_row("all", f"{found.total_tflops:.3f}", f"{found.formula_tflops:.3f}")
+    average = sum(found.layer_tokens) / len(found.layer_tokens)
+    table.caption = (
+        f"{found.text_tokens} text tokens; visual tokens: {found.layer_tokens[-1]} final, {average:.1f} "
+        f"layer-averaged; KV cache {human_bytes(found.kv_cache_bytes)}"
+    )
+    return table
+
+
+def _flops_sweep(counts: dict[tuple[str, int, int], Any], texts: list[int]) -> Any:
+    table = _table("method", "visual tokens", "layer-averaged", *(f"{text} text tokens" for text in texts))
+    table.caption = "TFLOPs of one image and its prompt, executed"
+    for name, budget in dict.fromkeys(key[:2] for key in counts):
+        row = [counts[name, budget, text] for text in texts]
+        average = sum(row[0].layer_tokens) / len(row[0].layer_tokens)
+        table.add_row(name, str(budget), f"{average:.1f}", *(f"{found.total_tflops:.3f}" for found in row))
+    return table
 
 
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -3,10 +3,8 @@
 import numpy as np
 import pytest
 
-from benchmarks.quality.flops import decoder_flops, text_tower_flops, tower_flops
 from benchmarks.quality.intervals import bootstrap_interval, paired_interval
 from benchmarks.quality.report import METRIC, pack, right_answers, unpack
-from modeling_ivtp import IVTPLlavaConfig
 
 
 def test_the_interval_is_that_of_a_bootstrap_that_draws_questions() -> None:
@@ -54,27 +52,3 @@ def test_right_and_wrong_can_be_packed() -> None:
     right = np.random.default_rng(0).random(2001) < 0.5
     assert len(pack(right)) < 600
     assert (unpack(pack(right), 2001) == right).all()
-
-
-def test_flops_are_those_of_the_papers_tables() -> None:
-    """LLaVA-1.5-7B: Table 9's 0.202 for the pruned tower and 7.946 for the language model at 512 text tokens."""
-    config = IVTPLlavaConfig(
-        text_config={
-            "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-            "num_attention_heads": 32, "vocab_size": 32000,
-        },
-        vision_config={
-            "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
-            "num_attention_heads": 16, "image_size": 336, "patch_size": 14,
-        },
-        clip_text_config={"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12},
-    )  # fmt: skip
-    plan = config.pruning_plan()
-    assert plan is not None
-    decoder = decoder_flops(config, np.array([512, 128]), plan.decoder_layer_tokens(32)) / 1e12
-    assert decoder[0] == pytest.approx(7.946, abs=0.01)
-    assert tower_flops(config, plan, to_the_top=False) / 1e12 == pytest.approx(0.202, rel=0.01)
-    top = tower_flops(config, plan, to_the_top=True) - tower_flops(config, plan, to_the_top=False)
-    assert 0 < top < 0.02 * tower_flops(config, plan, to_the_top=True)
-    assert tower_flops(config, None, to_the_top=False) / 1e12 == pytest.approx(0.366, abs=0.01)
-    assert text_tower_flops(config, 2) == 2 * text_tower_flops(config, 1) > 0

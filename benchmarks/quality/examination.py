@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from benchmarks.quality.checkpoint import ANSWER_TOKENS
-from benchmarks.quality.flops import decoder_flops, text_tower_flops, tower_flops
 from benchmarks.quality.methods import Row, encode_whole, patch_order
 from benchmarks.quality.world import GREY, Question, Scene
+from modeling_ivtp.flops.formula import decoder_flops, feature_depth, head_flops, text_tower_flops, tower_flops
 from modeling_ivtp.token_budget import PruningPlan
 
 
@@ -114,14 +114,21 @@ def row_signature(row: Row, config: Any) -> str:
 
 
 def row_cost(row: Row, config: Any, asked: Asked) -> dict[str, Any]:
-    """Tokens and FLOPs of a row: `tflops`, `final_tokens`, `layer_averaged_tokens`."""
+    """Tokens and FLOPs of a row: `tflops`, `final_tokens`, `layer_averaged_tokens`.
+
+    FLOPs by the paper's counting rule (`modeling_ivtp.flops.formula`): the layers and the head over the prompt, not the
+    patch embedding, the projector and the few tokens of the answer.
+    """
     plan, layers = row.plan(config), config.text_config.num_hidden_layers
     visual = (config.num_patches,) * layers if plan is None else plan.decoder_layer_tokens(layers)
     # What is chosen for the decoder is no work of the tower's: it sees all patches, up to its top where CLS is asked.
     own = None if row.chooser else plan
     guided = own is not None and bool(own.decoder) and row.pruning(config).guidance == "clip"
-    tower = tower_flops(config, own, to_the_top=own is not None or row.chooser == "topk")
-    cost = tower + decoder_flops(config, np.array(asked.text_tokens), visual)
+    to_the_top = own is not None or row.chooser == "topk"
+    depth = config.vision_config.num_hidden_layers if to_the_top else feature_depth(config)
+    texts = np.array(asked.text_tokens, dtype=np.float64)
+    cost = tower_flops(config, own or PruningPlan(config.num_patches), depth)
+    cost = cost + decoder_flops(config, texts, visual) + head_flops(config, texts + visual[-1])
     if guided and config.clip_text_config is not None:
         cost = cost + np.array([text_tower_flops(config, windows) for windows in asked.windows])
     return {

@@ -1,7 +1,7 @@
 """What a configuration computes for one prompt: counted from shapes alone, and by the closed formula."""
 
-from .executed import Count, count
+from .executed import Count, count, count_named
 from .formula import closed_formula
 from .shapes import load_shape, shape_names
 
-__all__ = ["Count", "closed_formula", "count", "load_shape", "shape_names"]
+__all__ = ["Count", "closed_formula", "count", "count_named", "load_shape", "shape_names"]

@@ -6,6 +6,7 @@ choose, it gets random tensors of the same shapes, its own work is counted apart
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from ..configuration_ivtp import IVTPLlavaConfig
 from ..group_rollout import AttentionRecord
 from ..ivtp_policy import IVTPPolicy
 from ..layer_watch import LayerWatch
-from ..methods.method import Method
+from ..methods import METHODS, Method, make
 from ..modeling_ivtp import IVTPLlavaForConditionalGeneration
 from ..pruning_policy import Choice, DecoderMoment, FeatureMoment, Policy, PromptMoment, TowerMoment
 from ..token_budget import Group, PruningPlan
@@ -127,6 +128,23 @@ def count(
         visual,
         tuple(kv_cache_bytes(config, [text_tokens + tokens for tokens in visual], value_bytes)),
     )
+
+
+def count_named(config: Any, name: str, visual_tokens: int, **options: Any) -> Count:
+    """`count` for a system by its name, or `unpruned`.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name, and as `count` does.
+    """
+    if name == "unpruned":
+        config = copy.deepcopy(config)
+        config.pruning = config.pruning.changed(enabled=False)
+        return count(config, **options)
+    if name not in METHODS:
+        raise ValueError(f"Unknown method {name!r}; allowed: unpruned, {', '.join(METHODS)}.")
+    return count(config, make(name, visual_tokens), **options)
 
 
 @torch.no_grad()

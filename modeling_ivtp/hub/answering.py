@@ -161,9 +161,10 @@ def prepare(model: Any, processor: Any, images: Sequence[Any], prompt: str) -> d
     """
     inputs = processor(images=list(images) or None, text=prompt, return_tensors="pt")
     inputs = dict(inputs.to(model.device, model.dtype))
-    plan = model.config.pruning_plan() if images else None
-    missing = _missing_guidance(model, processor)
-    if plan is not None and plan.decoder and missing and not model.pruning_config.strict:
+    plan, policy = model.model.plan() if images else None, model.model.policy
+    if plan is None or not plan.decoder or not policy.observes or policy.reading.strict:
+        return inputs
+    if missing := _missing_guidance(model, processor, policy.reading.guidance):
         warnings.warn(
             f"{model.name_or_path} has no {missing}, so the image alone guides the pruning, not the question; `ivtp "
             f"convert {model.name_or_path} --clip CLIP --out FOLDER` joins it",
@@ -172,9 +173,8 @@ def prepare(model: Any, processor: Any, images: Sequence[Any], prompt: str) -> d
     return inputs
 
 
-def _missing_guidance(model: Any, processor: Any) -> str:
+def _missing_guidance(model: Any, processor: Any, guidance: str) -> str:
     """What a checkpoint lacks for the question to guide its pruning; nothing is an empty string."""
-    guidance = model.pruning_config.guidance
     if guidance == "clip" and not model.model.has_text_tower:
         return "text tower of CLIP"
     return "clip_tokenizer/" if guidance != "visual_cls" and processor.clip_tokenizer is None else ""
@@ -230,23 +230,38 @@ def answer(
 
 
 def compare(
-    model: Any, processor: Any, inputs: Mapping[str, Any], *, max_new_tokens: int = 64, repeats: int = 3
+    model: Any,
+    processor: Any,
+    inputs: Mapping[str, Any],
+    *,
+    max_new_tokens: int = 64,
+    repeats: int = 3,
+    system: Any = None,
 ) -> tuple[Answer, Answer]:
     """The same answer without and with pruning, run by turns so that both see the same machine.
+
+    Parameters
+    ----------
+    system : Method, optional
+        What prunes; default: the model's own options.
 
     Returns
     -------
     unpruned, pruned : Answer
     """
+
+    def pruning() -> Any:
+        return model.pruning(enabled=True) if system is None else system(model)
+
     runs: tuple[list[_Run], list[_Run]] = ([], [])
     for _ in range(repeats + 1):
         with model.pruning(enabled=False):
             runs[0].append(_run(model, inputs, max_new_tokens))
-        with model.pruning(enabled=True):
+        with pruning():
             runs[1].append(_run(model, inputs, max_new_tokens))
     with model.pruning(enabled=False):
         unpruned = _measured(model, processor, inputs, runs[0])
-    with model.pruning(enabled=True):
+    with pruning():
         return unpruned, _measured(model, processor, inputs, runs[1])
 
 
@@ -288,7 +303,7 @@ def _wait() -> None:
 def _measured(model: Any, processor: Any, inputs: Mapping[str, Any], runs: list[_Run]) -> Answer:
     images = 0 if inputs.get("pixel_values") is None else inputs["pixel_values"].shape[0]
     final, averaged = (model.config.num_patches,) * images, float(model.config.num_patches if images else 0)
-    if images and model.config.pruning_plan() is not None:
+    if images and model.model.plan() is not None:
         trace = explain(model, processor, inputs)
         final, averaged = trace.final_tokens, trace.layer_averaged_tokens
     return Answer(
