@@ -1,6 +1,8 @@
 """Every system of `modeling_ivtp.methods` on the engine: one contract for all of them."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -284,6 +286,18 @@ def test_a_budget_of_all_keeps_all(name, model):
         logits = model(**inputs).logits
     with model.pruning(enabled=False):
         assert torch.equal(logits, model(**inputs).logits)
+
+
+def test_the_documented_example_is_a_system(model):
+    page = (Path(methods.__file__).parent / "README.md").read_text()
+    (example,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "class " in block]
+    there: dict = {}
+    exec(example, there)
+    with there["LargestNorm"](4)(model):
+        trace = model.explain(**prompt(ROWS))
+    assert trace.final_tokens == (4,) * 5
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    assert [name for row in rows for name in re.findall(r"`(.*?)`", row)] == list(methods.METHODS)
 
 
 @torch.no_grad()
