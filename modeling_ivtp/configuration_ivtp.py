@@ -217,6 +217,13 @@ class IVTPLlavaConfig(LlavaConfig):
         side = self.vision_config.image_size // self.vision_config.patch_size
         return side, side
 
+    @property
+    def feature_depth(self) -> int:
+        """How many layers of the vision tower make the features that LLaVA reads: 23 of 24."""
+        layers = self.vision_feature_layer
+        states = self.vision_config.num_hidden_layers + 1
+        return max(layer % states for layer in ([layers] if isinstance(layers, int) else layers))
+
     def pruning_plan(self) -> PruningPlan | None:
         """The groups of both stages for this model, or None when nothing is to be dropped.
 

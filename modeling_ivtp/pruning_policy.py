@@ -210,7 +210,7 @@ class Policy:
         ValueError
             If the policy does not fit the model.
         """
-        raise NotImplementedError
+        raise self._silent("plans")
 
     def record(self, group: Group, layer: int) -> AttentionRecord:
         """What a layer of a group of the tower, or of the decoder under observers, is to leave behind."""
@@ -218,15 +218,15 @@ class Policy:
 
     def in_tower(self, moment: TowerMoment) -> Choice:
         """Choose at the top of a group of tower layers."""
-        raise NotImplementedError
+        raise self._silent("chooses in the tower")
 
     def in_features(self, moment: FeatureMoment) -> Choice:
         """Choose among the features of images."""
-        raise NotImplementedError
+        raise self._silent("chooses on features")
 
     def in_prompt(self, moment: PromptMoment) -> Choice:
         """Choose among the features of images for a prompt."""
-        raise NotImplementedError
+        raise self._silent("chooses on a prompt")
 
     def prepare(self, sequence: VisualSequence, embeds: torch.Tensor) -> Any:
         """What the decoder's moments are to know of the prompt's input embeddings (B, n, d)."""
@@ -234,4 +234,7 @@ class Policy:
 
     def in_decoder(self, moment: DecoderMoment) -> Choice:
         """Choose at the top of a group of decoder layers."""
-        raise NotImplementedError
+        raise self._silent("chooses in the decoder")
+
+    def _silent(self, does: str) -> TypeError:
+        return TypeError(f"{type(self).__name__} never {does}.")

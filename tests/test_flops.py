@@ -8,7 +8,6 @@ from modeling_ivtp import cli, methods
 from modeling_ivtp.flops import count, count_named, load_shape, shape_names
 from modeling_ivtp.flops.formula import (
     decoder_flops,
-    feature_depth,
     head_flops,
     kv_cache_bytes,
     layer_flops,
@@ -47,7 +46,7 @@ def test_totals_of_table_9_are_within_a_percent(name, printed, llava):
 
 
 def test_parts_of_table_9_follow_from_the_papers_rule(llava):
-    plan, layers = llava.pruning_plan(), feature_depth(llava)
+    plan, layers = llava.pruning_plan(), llava.feature_depth
     assert tower_flops(llava, PruningPlan(576), layers) / 1e12 == pytest.approx(0.361, rel=0.015)
     assert tower_flops(llava, plan, layers) / 1e12 == pytest.approx(0.202, rel=0.01)
     language = decoder_flops(llava, 512, (576,) * 32) + head_flops(llava, 512 + 576)

@@ -155,7 +155,7 @@ def test_rows_cost_what_their_plans_say(loaded: tuple[Any, Any]) -> None:
 
 def test_ablations_that_do_not_fit_are_told(loaded: tuple[Any, Any]) -> None:
     rows, skipped = ablation_rows(loaded[0].config, (64, 16))
-    assert {"Table 4", "Table 5", "Table 6", "Table 8", "pseudo CLS", "positions", "threshold"} == {
+    assert {"Table 4", "Table 5", "Table 6", "Table 8", "pseudo CLS", "positions", "threshold", "hand-over"} == {
         row.table for row in rows
     }
     assert {row.visual_tokens for row in rows} == {64, 16}

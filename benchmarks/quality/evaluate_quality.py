@@ -91,6 +91,7 @@ def evaluate_checkpoint(
     methods: Sequence[str] = (),
     headline: Sequence[str] = TYPES,
     reference: Path | None = None,
+    join: bool = False,
     device: str | None = None,
     dtype: str = "float32",
     seed: int = 0,
@@ -116,6 +117,8 @@ def evaluate_checkpoint(
         Question types whose answers make the accuracy; the others are told by type only.
     reference : Path, optional
         The checkpoint that this one was retrained from; its newest results on these questions are joined.
+    join : bool, default False
+        Join this checkpoint's newest results on these questions, whatever their day, instead of beginning today's.
     device, dtype : str
         As in `load_model`.
     seed : int
@@ -149,19 +152,22 @@ def evaluate_checkpoint(
                 f"{', '.join(dict.fromkeys(row.method for row in chosen))}."
             )
         # Everything is measured against the model's own unpruned self, unless it was retrained.
-        chosen = [row for row in chosen if row.method in methods or (row.method == "unpruned" and reference is None)]
+        alone = reference is None and not join
+        chosen = [row for row in chosen if row.method in methods or (row.method == "unpruned" and alone)]
     out.mkdir(parents=True, exist_ok=True)
     sample = {"split": "test", "number": number, "side": model.config.vision_config.image_size, "seed": seed}
     of = checkpoint if reference is None else checkpoint_fingerprint(Path(reference))
     told_dtype = str(model.dtype).removeprefix("torch.")
     identity = {"checkpoint": of, "world": fingerprint(), "sample": sample, "dtype": told_dtype}
-    if reference is None:
+    if reference is None and not join:
         date = datetime.date.today().isoformat()
         file, before = report.results_file(out, date, identity)
     else:
         found = report.latest_results(out, identity)
         if found is None or report.unpruned_of(found[1].get("rows", [])) is None:
-            raise ValueError(f"There are no results of {reference} on these questions in {out}; evaluate it first.")
+            raise ValueError(
+                f"There are no results of {reference or folder} on these questions in {out}; evaluate it first."
+            )
         file, before = found
         date = before["date"]
     code = code_fingerprint()
@@ -234,6 +240,9 @@ def main(
     reference: Annotated[
         Path | None, typer.Option(help="The checkpoint that this one was retrained from; joins its results.")
     ] = None,
+    join: Annotated[
+        bool, typer.Option("--join", help="Join this checkpoint's newest results instead of beginning today's.")
+    ] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …; default: what there is.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
     seed: Annotated[int, typer.Option(help="Of random patches.")] = 0,
@@ -253,6 +262,7 @@ def main(
         methods=method or (),
         headline=headline or TYPES,
         reference=reference,
+        join=join,
         device=device,
         dtype=dtype,
         seed=seed,

@@ -13,7 +13,7 @@ from PIL import Image
 from benchmarks.quality.checkpoint import ANSWER_TOKENS
 from benchmarks.quality.methods import Row, encode_whole, patch_order
 from benchmarks.quality.world import GREY, Question, Scene
-from modeling_ivtp.flops.formula import decoder_flops, feature_depth, head_flops, text_tower_flops, tower_flops
+from modeling_ivtp.flops.formula import decoder_flops, head_flops, text_tower_flops, tower_flops
 from modeling_ivtp.token_budget import PruningPlan
 
 
@@ -125,7 +125,7 @@ def row_cost(row: Row, config: Any, asked: Asked) -> dict[str, Any]:
     own = None if row.chooser else plan
     guided = own is not None and bool(own.decoder) and row.pruning(config).guidance == "clip"
     to_the_top = own is not None or row.chooser == "topk"
-    depth = config.vision_config.num_hidden_layers if to_the_top else feature_depth(config)
+    depth = config.vision_config.num_hidden_layers if to_the_top else config.feature_depth
     texts = np.array(asked.text_tokens, dtype=np.float64)
     cost = tower_flops(config, own or PruningPlan(config.num_patches), depth)
     cost = cost + decoder_flops(config, texts, visual) + head_flops(config, texts + visual[-1])

@@ -102,6 +102,7 @@ def ablation_rows(config: Any, budgets: Sequence[int] = (64,)) -> tuple[list[Row
         *(("pseudo CLS", {"pseudo_cls": how}) for how in ("propagate", "pool")),
         *(("positions", {"positions": how}) for how in ("original", "compact")),
         *(("threshold", {"relevance_threshold": tau}) for tau in (0.0, 0.1, 0.2, 0.3, 0.4)),
+        *(("hand-over", {"tower_tokens": handed}) for handed in (96, 192, 288) if handed < config.num_patches),
     ]
     rows, skipped = [], {}
     for tokens in budgets:

@@ -49,20 +49,13 @@ def layer_flops(
     return total + 4 * tokens * tokens * width if products else total
 
 
-def feature_depth(config: Any) -> int:
-    """How many layers of the tower make the features that LLaVA reads."""
-    layers = config.vision_feature_layer
-    count = config.vision_config.num_hidden_layers + 1
-    return max(layer % count for layer in ([layers] if isinstance(layers, int) else layers))
-
-
 def tower_depth(config: Any, plan: PruningPlan, policy: Policy | None) -> int:
     """How many layers of the tower run: those that make the features, drop something, or are looked at."""
     layers = config.vision_config.num_hidden_layers
     if policy is None or (policy.embeds_image and config.clip_text_config is not None):
         return layers
     watched = [layer % layers + 1 for layer in policy.watched_layers]
-    return max([feature_depth(config), *(group.last + 1 for group in plan.tower), *watched])
+    return max([config.feature_depth, *(group.last + 1 for group in plan.tower), *watched])
 
 
 def tower_flops(config: Any, plan: PruningPlan, layers: int) -> int:

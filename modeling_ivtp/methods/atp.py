@@ -9,9 +9,9 @@ import torch
 
 from ..layer_watch import LayerWatch
 from ..pruning_policy import Choice, DecoderMoment
-from ..token_budget import Group, PruningPlan, geometric_schedule
+from ..token_budget import PruningPlan, geometric_schedule
 from ..visual_sequence import VisualSequence
-from .method import Method, scaled_layers
+from .method import Method, behind
 from .selecting import behind_images, best, best_for_decoder, on_visual, ranking, received
 
 
@@ -43,13 +43,9 @@ class ATPSpatial(Method):
 
     def layout(self, config: Any, patches: int) -> PruningPlan:
         """One ratio for every drop."""
-        depth = config.text_config.num_hidden_layers
-        tops = tuple(one - 1 for one in self.layers or scaled_layers((4, 14, 24), 32, depth))
-        self.check_layers(tops, depth)
+        tops = self.tops(config, (4, 14, 24))
         counts = geometric_schedule(patches, self.keep, len(tops))
-        return PruningPlan(
-            patches, decoder=tuple(Group(layer, layer, count) for layer, count in zip(tops, counts, strict=True))
-        )
+        return PruningPlan(patches, decoder=behind(tops, counts))
 
     def in_decoder(self, moment: DecoderMoment) -> Choice:
         """The sample first, then by redundancy score."""

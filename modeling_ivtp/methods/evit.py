@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 
 from ..pruning_policy import Choice, TowerMoment
-from ..token_budget import Group, PruningPlan, geometric_schedule
-from .method import Method, feature_depth
+from ..token_budget import PruningPlan, geometric_schedule
+from .method import Method, behind
 from .selecting import cls_attention, one_hot, ranking
 
 
@@ -27,12 +27,10 @@ class EViT(Method):
 
     def layout(self, config: Any, patches: int) -> PruningPlan:
         """Three steps of one ratio."""
-        depth = feature_depth(config)
+        depth = config.feature_depth
         layers = tuple(dict.fromkeys(max(1, round(at * depth / 12)) - 1 for at in (4, 7, 10)))
         counts = geometric_schedule(patches, self.keep, len(layers))
-        return PruningPlan(
-            patches, tower=tuple(Group(layer, layer, count, True) for layer, count in zip(layers, counts, strict=True))
-        )
+        return PruningPlan(patches, tower=behind(layers, counts, middle=True))
 
     def in_tower(self, moment: TowerMoment) -> Choice:
         """The attentive patches and the fused one."""

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 
 from ..pruning_policy import Choice, DecoderMoment
-from ..token_budget import Group, PruningPlan
-from .method import Method, scaled_layers
+from ..token_budget import PruningPlan
+from .method import Method, behind
 from .selecting import behind_images, best_for_decoder
 
 Scorer = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -47,13 +47,9 @@ class LVPruningTopK(Method):
 
     def layout(self, config: Any, patches: int) -> PruningPlan:
         """Equal steps of 0.2 of all patches, up from what is left in the end."""
-        depth = config.text_config.num_hidden_layers
-        tops = tuple(one - 1 for one in self.layers or scaled_layers((1, 8, 16), 32, depth))
-        self.check_layers(tops, depth)
+        tops = self.tops(config, (1, 8, 16))
         counts = [min(patches, round(self.keep + 0.2 * patches * above)) for above in range(len(tops) - 1, -1, -1)]
-        return PruningPlan(
-            patches, decoder=tuple(Group(layer, layer, count) for layer, count in zip(tops, counts, strict=True))
-        )
+        return PruningPlan(patches, decoder=behind(tops, counts))
 
     def in_decoder(self, moment: DecoderMoment) -> Choice:
         """By the given scores."""

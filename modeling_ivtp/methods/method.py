@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -66,7 +67,7 @@ class Method(Policy):
 
     def layout(self, config: Any, patches: int) -> PruningPlan:
         """What stays where for a budget below `patches`."""
-        raise NotImplementedError
+        raise self._silent("lays out what stays where")
 
     def check_whole(self, option: str, least: int, most: int | None = None, optional: bool = False) -> None:
         """Refuse an option that is not a whole number in its range."""
@@ -86,19 +87,26 @@ class Method(Policy):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
             raise ValueError(f"{self.name}: {option}={value!r}; allowed: from 0 to 1{' or None' if optional else ''}.")
 
+    def tops(self, config: Any, default: tuple[int, ...]) -> tuple[int, ...]:
+        """The decoder layers behind which a system of several steps drops: its `layers`, or a default for 32 layers.
+
+        Raises
+        ------
+        ValueError
+            If they are not there or not ascending.
+        """
+        depth = config.text_config.num_hidden_layers
+        numbers: tuple[int, ...] | None = vars(self)["layers"]
+        tops = tuple(number - 1 for number in numbers or scaled_layers(default, 32, depth))
+        self.check_layers(tops, depth)
+        return tops
+
     def check_layers(self, layers: tuple[int, ...], there: int) -> None:
         """Refuse decoder layers that are not there or not ascending."""
         if any(not 0 <= layer < there for layer in layers) or list(layers) != sorted(set(layers)):
             raise ValueError(
                 f"{self.name}: layers={layers}; allowed: ascending layers from 0 to {there - 1} of this decoder."
             )
-
-
-def feature_depth(config: Any) -> int:
-    """How many layers of the tower make the features that LLaVA reads."""
-    layers = config.vision_feature_layer
-    count = config.vision_config.num_hidden_layers + 1
-    return max(layer % count for layer in ([layers] if isinstance(layers, int) else layers))
 
 
 def linear_schedule(start: int, end: int, steps: int) -> tuple[int, ...]:
@@ -112,9 +120,14 @@ def linear_schedule(start: int, end: int, steps: int) -> tuple[int, ...]:
     return tuple(round(start + (end - start) * step / steps) for step in range(1, steps + 1))
 
 
+def behind(layers: Sequence[int], counts: Sequence[int], *, middle: bool = False) -> tuple[Group, ...]:
+    """Groups of one layer each, with what stays behind it."""
+    return tuple(Group(layer, layer, count, middle) for layer, count in zip(layers, counts, strict=True))
+
+
 def single_layers(counts: tuple[int, ...], *, middle: bool = False) -> tuple[Group, ...]:
     """A group of one layer for each count, from the first layer on."""
-    return tuple(Group(layer, layer, count, middle) for layer, count in enumerate(counts))
+    return behind(range(len(counts)), counts, middle=middle)
 
 
 def scaled_layers(layers: tuple[int, ...], of: int, depth: int) -> tuple[int, ...]:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..pruning_policy import Choice, DecoderMoment
-from ..token_budget import Group, PruningPlan, geometric_schedule
+from ..token_budget import PruningPlan, geometric_schedule
 from .fastv import received_from_last
-from .method import Method, scaled_layers
+from .method import Method, behind
 from .selecting import best_for_decoder
 
 
@@ -32,13 +32,9 @@ class PyramidDrop(Method):
 
     def layout(self, config: Any, patches: int) -> PruningPlan:
         """One ratio for every stage."""
-        depth = config.text_config.num_hidden_layers
-        tops = tuple(one - 1 for one in self.layers or scaled_layers((8, 16, 24), 32, depth))
-        self.check_layers(tops, depth)
+        tops = self.tops(config, (8, 16, 24))
         counts = geometric_schedule(patches, self.keep, len(tops))
-        return PruningPlan(
-            patches, decoder=tuple(Group(layer, layer, count) for layer, count in zip(tops, counts, strict=True))
-        )
+        return PruningPlan(patches, decoder=behind(tops, counts))
 
     def in_decoder(self, moment: DecoderMoment) -> Choice:
         """By the last token's attention."""

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 
 from ..pruning_policy import Choice, DecoderMoment
-from ..token_budget import Group, PruningPlan, geometric_schedule
+from ..token_budget import PruningPlan, geometric_schedule
 from ..visual_sequence import VisualSequence
-from .method import Method, scaled_layers
+from .method import Method, behind
 from .selecting import behind_images, first_reader, on_visual, one_hot, ranking, received, together
 
 RECYCLED, CLUSTERS = 0.3, 0.1
@@ -45,12 +45,9 @@ class SparseVLM(Method):
 
     def layout(self, config: Any, patches: int) -> PruningPlan:
         """One ratio for every drop."""
-        depth = config.text_config.num_hidden_layers
-        tops = tuple(one - 1 for one in self.layers or scaled_layers((3, 7, 16), 32, depth))
-        self.check_layers(tops, depth)
+        tops = self.tops(config, (3, 7, 16))
         counts = geometric_schedule(patches, self.keep, len(tops))
-        groups = tuple(Group(layer, layer, count) for layer, count in zip(tops, counts, strict=True))
-        return PruningPlan(patches, decoder=groups, exact=not self.adaptive)
+        return PruningPlan(patches, decoder=behind(tops, counts), exact=not self.adaptive)
 
     def prepare(self, sequence: VisualSequence, embeds: torch.Tensor) -> torch.Tensor:
         """The raters, by logical column: bool (B, M, S)."""

@@ -14,7 +14,7 @@ import torch
 
 from ..pruning_policy import Choice, DecoderMoment
 from ..token_budget import Group, PruningPlan, geometric_schedule
-from .method import Method, scaled_layers
+from .method import Method
 from .selecting import behind_images, best_for_decoder, received
 
 
@@ -51,9 +51,7 @@ class TextAttention(Method):
 
     def layout(self, config: Any, patches: int) -> PruningPlan:
         """One ratio for every drop."""
-        depth = config.text_config.num_hidden_layers
-        tops = tuple(one - 1 for one in self.layers or scaled_layers((8,), 32, depth))
-        self.check_layers(tops, depth)
+        tops = self.tops(config, (8,))
         groups: list[Group] = []
         for top, count in zip(tops, geometric_schedule(patches, self.keep, len(tops)), strict=True):
             first = top - self.fuse + 1

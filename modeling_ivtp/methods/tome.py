@@ -10,9 +10,9 @@ from torch.nn.functional import normalize
 
 from ..pruning_policy import Choice, DecoderMoment, TowerMoment
 from ..token_budget import PruningPlan
-from .method import Method, feature_depth, linear_schedule, single_layers
+from .method import Method, linear_schedule, single_layers
 from .selecting import on_visual, patch_keys, ranking
-from .topk import decoder_depth
+from .two_stage import TwoStage
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class ToMe(Method):
 
     def layout(self, config: Any, patches: int) -> PruningPlan:
         """As many merges at every layer; near the end no more than half of what is left can be merged."""
-        counts = halving_schedule(patches, self.keep, feature_depth(config))
+        counts = halving_schedule(patches, self.keep, config.feature_depth)
         return PruningPlan(patches, tower=single_layers(counts, middle=True))
 
     def in_tower(self, moment: TowerMoment) -> Choice:
@@ -38,38 +38,22 @@ class ToMe(Method):
 
 
 @dataclass(frozen=True)
-class ToMePlus(ToMe):
+class ToMePlus(TwoStage, ToMe):
     """ToMe continued in the decoder's first layers, on the keys of the visual tokens, by whole layers.
 
     Attention in the decoder is left as it is, so that its fast kernels and its cache serve merged tokens, too.
-
-    Parameters
-    ----------
-    tower_tokens : int, optional
-        What the tower hands over; default: 1.875 times `keep`, as IVTP does.
-    decoder_layers : int, optional
-        Layers of the decoder that take part; default: as many as the model's own pruning, 12 of LLaVA-1.5.
     """
-
-    tower_tokens: int | None = None
-    decoder_layers: int | None = None
 
     name: ClassVar[str] = "tome+"
     stages: ClassVar[tuple[str, ...]] = ("tower", "decoder")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_whole("tower_tokens", self.keep, optional=True)
-        self.check_whole("decoder_layers", 1, optional=True)
-
     def layout(self, config: Any, patches: int) -> PruningPlan:
         """As many merges at every layer of a stage."""
-        handed_over = min(patches, self.tower_tokens or round(1.875 * self.keep))
-        depth = decoder_depth(self, config)
+        handed_over = self.handed_over(patches)
         return PruningPlan(
             patches,
-            tower=single_layers(halving_schedule(patches, handed_over, feature_depth(config)), middle=True),
-            decoder=single_layers(halving_schedule(handed_over, self.keep, depth)),
+            tower=single_layers(halving_schedule(patches, handed_over, config.feature_depth), middle=True),
+            decoder=single_layers(halving_schedule(handed_over, self.keep, self.depth(config))),
         )
 
     def in_decoder(self, moment: DecoderMoment) -> Choice:
