@@ -26,8 +26,9 @@ from .language_ivtp import DECODERS
 from .prompt_ivtp import PromptPruning, choose_features
 from .pruning_controls import PruningControls, PruningOptions
 from .pruning_policy import Choice, FeatureMoment
+from .token_budget import PruningPlan
 from .trace_recorder import TraceRecorder
-from .vision_ivtp import GroupedCLIPVisionModel
+from .vision_ivtp import GroupedCLIPVisionModel, PrunedVisionOutput
 
 IMAGES = "image_outputs" if "image_outputs" in LlavaModelOutputWithPast.__dataclass_fields__ else "image_hidden_states"
 """Under which name LLaVA's outputs tell of the images: the former since transformers 5.24."""
@@ -146,17 +147,23 @@ class IVTPLlavaModel(PromptPruning, PruningOptions, IVTPLlavaPreTrainedModel, Ll
             )
         return_dict = kwargs.pop("return_dict", True)
         kwargs.pop("output_hidden_states", None)
-        embedded = self.has_text_tower and policy.embeds_image
         vision = self.vision_tower(
             pixel_values,
             policy=policy,
             plan=plan,
             feature_layers=[layers] if isinstance(layers, int) else layers,
-            to_the_top=embedded,
+            to_the_top=self.has_text_tower and policy.embeds_image,
             scores=None if recorder is None else recorder.tower,
             **kwargs,
         )
-        patches, choice = vision.patches, None
+        outputs = self.image_outputs(vision, plan, pixel_values, recorder)
+        return outputs if return_dict else outputs.to_tuple()
+
+    def image_outputs(
+        self, vision: PrunedVisionOutput, plan: PruningPlan, pixel_values: torch.Tensor, recorder: Any = None
+    ) -> IVTPImageFeatures:
+        """What the language model gets of images, from what the vision tower made of them."""
+        policy, patches, choice = self.policy, vision.patches, None
         if plan.features is None:
             features = self.multi_modal_projector(vision.features)
             cls, features = features[:, 0], features[:, 1:]
@@ -172,14 +179,13 @@ class IVTPLlavaModel(PromptPruning, PruningOptions, IVTPLlavaPreTrainedModel, Ll
             )
             cls = self.multi_modal_projector(vision.features[:, :1])[:, 0]
             choice, patches, features = choose_features(policy, moment, recorder)
-        outputs = IVTPImageFeatures(
+        return IVTPImageFeatures(
             pooler_output=_trimmed(features, patches < plan.patches) if choice and choice.ragged else list(features),
             kept_patches=patches,
             cls_features=cls,
-            image_embeds=self.visual_projection(vision.pooler_output) if embedded else None,
+            image_embeds=None if vision.pooler_output is None else self.visual_projection(vision.pooler_output),
             patch_embeds=self._patch_embeds(vision.features, choice) if policy.compares_patches else None,
         )
-        return outputs if return_dict else outputs.to_tuple()
 
     def _patch_embeds(self, features: torch.Tensor, choice: Choice | None) -> torch.Tensor:
         """What is left of an image in CLIP's space (I, k, P): a feature as if it were the tower's output for CLS."""

@@ -238,3 +238,46 @@ class Policy:
 
     def _silent(self, does: str) -> TypeError:
         return TypeError(f"{type(self).__name__} never {does}.")
+
+
+class Wrapped(Policy):
+    """A policy that is as another one says; base of those that look on.
+
+    Parameters
+    ----------
+    policy : Policy
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.observes, self.reading, self.compact = policy.observes, policy.reading, policy.compact
+        self.proportional, self.watched_layers = policy.proportional, policy.watched_layers
+        self.compares_patches, self.embeds_image = policy.compares_patches, policy.embeds_image
+
+    def plan(self, config: Any, patches: int) -> PruningPlan | None:
+        """The other's."""
+        return self.policy.plan(config, patches)
+
+    def record(self, group: Group, layer: int) -> AttentionRecord:
+        """The other's."""
+        return self.policy.record(group, layer)
+
+    def in_tower(self, moment: TowerMoment) -> Choice:
+        """The other's."""
+        return self.policy.in_tower(moment)
+
+    def in_features(self, moment: FeatureMoment) -> Choice:
+        """The other's."""
+        return self.policy.in_features(moment)
+
+    def in_prompt(self, moment: PromptMoment) -> Choice:
+        """The other's."""
+        return self.policy.in_prompt(moment)
+
+    def prepare(self, sequence: VisualSequence, embeds: torch.Tensor) -> Any:
+        """The other's."""
+        return self.policy.prepare(sequence, embeds)
+
+    def in_decoder(self, moment: DecoderMoment) -> Choice:
+        """The other's."""
+        return self.policy.in_decoder(moment)

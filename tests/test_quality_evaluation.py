@@ -16,8 +16,9 @@ from benchmarks.quality.answer_log import AnswerLog
 from benchmarks.quality.checkpoint import check_world
 from benchmarks.quality.evaluate_quality import evaluate_checkpoint
 from benchmarks.quality.examination import Asked, Examination, row_cost
-from benchmarks.quality.methods import Row, ablation_rows, encode_whole, main_rows, patch_order
+from benchmarks.quality.methods import Row, ablation_rows, encode_whole, main_rows, patch_order, system_rows
 from benchmarks.quality.seeds import agreement
+from benchmarks.quality.stopwatch import Taken
 from benchmarks.quality.tokenizer import processor as miniature_processor
 from benchmarks.quality.world import (
     TYPES,
@@ -29,6 +30,7 @@ from benchmarks.quality.world import (
     sample_questions,
 )
 from modeling_ivtp import IVTPLlavaForConditionalGeneration, IVTPLlavaProcessor
+from modeling_ivtp.methods import METHODS, make
 from tests.untaught import PATCHES, SIDE, untaught
 
 
@@ -98,7 +100,7 @@ def test_more_patches_hold_the_fewer_and_random_ones_depend_on_the_question_alon
     loaded: tuple[Any, Any], examination: Examination, asked: list[Any]
 ) -> None:
     whole = encode_whole(loaded[0], examination.pixels)
-    for chooser in ("random", "topk", "oracle"):
+    for chooser in ("random", "cls-topk", "oracle"):
         order = patch_order(chooser, whole, asked, range(len(asked)))
         assert torch.equal(order.sort(1).values, torch.arange(PATCHES).expand_as(order)), chooser
         few, many = (whole.keep(order, k).kept_patches for k in (16, 64))
@@ -110,11 +112,11 @@ def test_more_patches_hold_the_fewer_and_random_ones_depend_on_the_question_alon
     for (scene, question), row in zip(asked, oracle, strict=True):
         needed = needed_patches(scene, question).flatten()
         assert needed[row[: min(16, int(needed.sum()))].numpy()].all()
-    with pytest.raises(ValueError, match="allowed: random, topk, oracle"):
+    with pytest.raises(ValueError, match="allowed: random, cls-topk, oracle"):
         patch_order("luck", whole, asked, range(11))
 
 
-@pytest.mark.parametrize("name", ["unpruned", "blind", "random", "topk", "oracle", "ivtp", "ivtp-v"])
+@pytest.mark.parametrize("name", ["unpruned", "blind", "random", "cls-topk", "oracle", "ivtp", "ivtp-v"])
 def test_a_question_gets_the_same_answer_alone_and_in_a_batch(
     loaded: tuple[Any, Any], examination: Examination, asked: list[Any], name: str
 ) -> None:
@@ -150,7 +152,41 @@ def test_rows_cost_what_their_plans_say(loaded: tuple[Any, Any]) -> None:
     assert cost["ivtp@16"]["final_tokens"] == cost["random@16"]["layer_averaged_tokens"] == 16
     assert cost["ivtp@16"]["layer_averaged_tokens"] == (30 + 30 + 16 + 16) / 4
     assert cost["ivtp-v@16"]["tflops"] < cost["ivtp@16"]["tflops"] < cost["random@64"]["tflops"]
-    assert cost["random@64"]["tflops"] == cost["oracle@64"]["tflops"] < cost["topk@64"]["tflops"]
+    assert cost["random@64"]["tflops"] == cost["oracle@64"]["tflops"] < cost["cls-topk@64"]["tflops"]
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("ivtp", "ivtp-v")])
+def test_every_system_answers_as_it_does_when_applied_by_hand(
+    loaded: tuple[Any, Any], examination: Examination, name: str
+) -> None:
+    model, processor = loaded
+    rows, skipped = system_rows(model.config, (24,))
+    assert not skipped
+    row = next(row for row in rows if row.method == name)
+    before = set(vars(model.model))
+    said, taken = examination.answers(row)
+    assert set(vars(model.model)) == before
+    assert 0 < taken.selection < taken.prefill < taken.answer
+    with make(name, 24)(model):
+        tokens = model.generate(
+            **examination.inputs, pixel_values=examination.pixels, max_new_tokens=4, do_sample=False
+        )
+    start = examination.inputs["input_ids"].shape[1]
+    assert said == processor.tokenizer.batch_decode(tokens[:, start:], skip_special_tokens=True)
+
+
+def test_selection_takes_time_in_every_row_that_selects(loaded: tuple[Any, Any], examination: Examination) -> None:
+    for row in main_rows(loaded[0].config, (24,)):
+        _, taken = examination.answers(row)
+        assert (taken.selection > 0) == (row.method not in ("unpruned", "blind")), row.method
+        assert 0 < taken.prefill < taken.answer
+
+
+def test_systems_that_do_not_fit_are_told(loaded: tuple[Any, Any]) -> None:
+    rows, skipped = system_rows(loaded[0].config, (29,))
+    assert list(skipped) == ["spatial_pooling at 29"]
+    assert "nearest: 27, 28, 30" in skipped["spatial_pooling at 29"]
+    assert "fastv" in {row.method for row in rows}
 
 
 def test_ablations_that_do_not_fit_are_told(loaded: tuple[Any, Any]) -> None:
@@ -191,7 +227,9 @@ def test_results_can_be_told_again_under_another_headline(checkpoint: Path, tmp_
     again = report.retold(every, ("corner", "larger"))
     assert again["questions"] == few["questions"]
     for one, other in zip(again["rows"], few["rows"], strict=True):
-        assert {**one, "seconds": 0} == {**other, "seconds": 0}
+        assert {k: v for k, v in one.items() if "seconds" not in k} == {
+            k: v for k, v in other.items() if "seconds" not in k
+        }
     with pytest.raises(ValueError, match="another world"):
         report.retold(every | {"world": "0"}, ("corner",))
     with pytest.raises(ValueError, match="allowed: existence"):
@@ -419,7 +457,7 @@ def few_words(_: Any) -> torch.nn.Module:
     ("options", "message"),
     [
         ({"number": 0}, "at least 1"),
-        ({"rows": "some"}, "allowed: main, ablations, all"),
+        ({"rows": "some"}, "allowed: main, systems, ablations, all"),
         ({"budgets": (0,)}, "visual_tokens=0"),
         ({"methods": ["magic"]}, "Unknown method.*allowed: unpruned, blind"),
         ({"headline": ["smell"]}, "Unknown question type"),
@@ -438,12 +476,12 @@ def test_what_is_no_checkpoint_is_told(tmp_path: Path) -> None:
 
 def test_answers_of_the_log_come_in_order_and_survive(tmp_path: Path) -> None:
     with AnswerLog(tmp_path, {"a": 1}) as log:
-        log.add("row", 1, ["c"], 2.0)
-        log.add("row", 0, ["a", "b"], 1.0)
+        log.add("row", 1, ["c"], Taken(2.0, 1.0, 0.5))
+        log.add("row", 0, ["a", "b"], Taken(1.0, 0.5, 0.25))
     with AnswerLog(tmp_path, {"a": 1}) as log:
         assert log.has("row", 1)
         assert not log.has("row", 2)
-        assert log.answers("row") == (["a", "b", "c"], 3.0)
+        assert log.answers("row") == (["a", "b", "c"], Taken(3.0, 1.5, 0.75))
     with AnswerLog(tmp_path, {"a": 2}) as log:
         assert not log.has("row", 1)
 

@@ -37,7 +37,7 @@ def followed(loaded: tuple[Any, Any]) -> dict[str, Any]:
 
 def test_patches_are_followed_through_every_group(followed: dict[str, Any]) -> None:
     steps = {method: [(one["step"], one["tokens"]) for one in found] for method, found in followed.items()}
-    assert steps["random"] == steps["topk"] == [("before the decoder", KEPT)]
+    assert steps["random"] == steps["cls-topk"] == [("before the decoder", KEPT)]
     tower = ["tower, layers 1 to 2", "tower, layers 3 to 4"]
     assert [step for step, _ in steps["ivtp-v"]] == tower
     assert [step for step, _ in steps["ivtp"]] == [*tower, "decoder, layers 1 to 2"]
@@ -98,7 +98,7 @@ def test_results_learn_where_patches_were_lost(
     assert table.strip() in capsys.readouterr().out
     assert "## Where patches are lost" in table
     assert "| ivtp | tower, layers 3 to 4 |" in table
-    with pytest.raises(ValueError, match="no rows of random, topk, ivtp-v, ivtp at 7 visual tokens"):
+    with pytest.raises(ValueError, match="no rows of random, cls-topk, ivtp-v, ivtp at 7 visual tokens"):
         survival.main(file, checkpoint, 7, 11, 4, "cpu")
     before["checkpoint"] = "another"
     report.write(file, before)

@@ -3,8 +3,11 @@
 import hashlib
 import json
 from collections import defaultdict
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
+
+from benchmarks.quality.stopwatch import Taken
 
 
 class AnswerLog:
@@ -20,7 +23,7 @@ class AnswerLog:
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
         self.path = Path(folder) / f"answers-{name}.partial.jsonl"
-        self._answers: dict[str, dict[int, tuple[list[str], float]]] = defaultdict(dict)
+        self._answers: dict[str, dict[int, tuple[list[str], Taken]]] = defaultdict(dict)
 
     def __enter__(self) -> "AnswerLog":
         self._file = self.path.open("a+b")
@@ -33,7 +36,7 @@ class AnswerLog:
                 break
             if not line.endswith(b"\n"):
                 break
-            self._answers[told["row"]][told["batch"]] = (told["said"], told["seconds"])
+            self._answers[told["row"]][told["batch"]] = (told["said"], Taken(*told["taken"]))
             whole += len(line)
         self._file.truncate(whole)
         return self
@@ -45,17 +48,17 @@ class AnswerLog:
         """Whether a row has answered a batch."""
         return batch in self._answers[row]
 
-    def add(self, row: str, batch: int, said: list[str], seconds: float) -> None:
+    def add(self, row: str, batch: int, said: list[str], taken: Taken) -> None:
         """Note what a row said to a batch."""
-        line = {"row": row, "batch": batch, "seconds": round(seconds, 4), "said": said}
+        line = {"row": row, "batch": batch, "taken": astuple(taken), "said": said}
         self._file.write(json.dumps(line).encode() + b"\n")
         self._file.flush()
-        self._answers[row][batch] = (said, seconds)
+        self._answers[row][batch] = (said, taken)
 
-    def answers(self, row: str) -> tuple[list[str], float]:
-        """All answers of a row in order, and the seconds they took."""
+    def answers(self, row: str) -> tuple[list[str], Taken]:
+        """All answers of a row in order, and what they took."""
         parts = [part for _, part in sorted(self._answers[row].items())]
-        return [one for said, _ in parts for one in said], sum(seconds for _, seconds in parts)
+        return [one for said, _ in parts for one in said], sum((taken for _, taken in parts), Taken())
 
     def finished(self) -> None:
         """The results are written: the file goes."""

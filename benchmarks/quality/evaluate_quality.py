@@ -23,7 +23,7 @@ from benchmarks.quality import report
 from benchmarks.quality.answer_log import AnswerLog
 from benchmarks.quality.checkpoint import check_world, checkpoint_fingerprint, code_fingerprint
 from benchmarks.quality.examination import Asked, Examination, row_cost, row_signature
-from benchmarks.quality.methods import BUDGETS, Row, ablation_rows, main_rows
+from benchmarks.quality.methods import BUDGETS, Row, ablation_rows, main_rows, system_rows
 from benchmarks.quality.progress import Asking
 from benchmarks.quality.world import TYPES, fingerprint, sample_questions
 from modeling_ivtp.hub.answering import load_model
@@ -37,6 +37,7 @@ class Rows(str, Enum):
     """Which rows to evaluate."""
 
     main = "main"
+    systems = "systems"
     ablations = "ablations"
     all = "all"
 
@@ -105,7 +106,7 @@ def evaluate_checkpoint(
         The checkpoint.
     out : Path
         Folder of the results.
-    rows : {"main", "ablations", "all"}
+    rows : {"main", "systems", "ablations", "all"}
     number : int
         Questions.
     batch : int
@@ -177,7 +178,7 @@ def evaluate_checkpoint(
         mode = "inference" if reference is None else "retrained"
         measured = []
         for row in chosen:
-            said, seconds = log.answers(row_signature(row, model.config))
+            said, taken = log.answers(row_signature(row, model.config))
             measured.append(
                 {
                     "method": row.method,
@@ -187,7 +188,9 @@ def evaluate_checkpoint(
                     "checkpoint": checkpoint,
                     "code": code,
                     "options": dict(row.options),
-                    "seconds": round(seconds, 2),
+                    "seconds": round(taken.answer, 2),
+                    "prefill_seconds": round(taken.prefill, 2),
+                    "selection_seconds": round(taken.selection, 3),
                     **row_cost(row, model.config, asked),
                     "right": report.pack(report.right_answers(said, [q.answer for q in asked.questions])),
                 }
@@ -220,8 +223,12 @@ def _rows(
     main = main_rows(config, budgets)
     if rows == "main":
         return main, {}
-    ablations, skipped = ablation_rows(config, ablation_budgets)
-    return (main if rows == "all" else main[:1]) + ablations, skipped
+    systems, unfit = system_rows(config, budgets) if rows in ("systems", "all") else ([], {})
+    ablations, skipped = ablation_rows(config, ablation_budgets) if rows in ("ablations", "all") else ([], {})
+    # Of methods that are in both, the system stands.
+    named = {(row.method, row.visual_tokens) for row in systems}
+    kept = [row for row in main if (row.method, row.visual_tokens) not in named] if rows == "all" else main[:1]
+    return kept + systems + ablations, unfit | skipped
 
 
 def main(
@@ -230,7 +237,9 @@ def main(
         Path, typer.Option(help="Folder of the checkpoint.", show_default="the miniature that ships")
     ] = MINIATURE,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("benchmarks/results"),
-    rows: Annotated[Rows, typer.Option(help="The methods, the paper's ablations, or both.")] = Rows.main,
+    rows: Annotated[
+        Rows, typer.Option(help="A few methods, all systems, the paper's ablations, or everything.")
+    ] = Rows.main,
     questions: Annotated[int, typer.Option(help="Held-out test questions, evenly over the types.")] = 2000,
     batch: Annotated[int, typer.Option(help="Questions answered side by side.")] = 16,
     tokens: Annotated[list[int] | None, typer.Option(help="Budgets of the methods; repeat. Default: 192 … 16.")] = None,

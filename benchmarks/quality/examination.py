@@ -3,7 +3,7 @@
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 
 from benchmarks.quality.checkpoint import ANSWER_TOKENS
-from benchmarks.quality.methods import Row, encode_whole, patch_order
+from benchmarks.quality.methods import Row, encode_whole, patch_order, see_whole, unsealed
+from benchmarks.quality.stopwatch import Stopwatch, Taken
 from benchmarks.quality.world import GREY, Question, Scene
-from modeling_ivtp.flops.formula import decoder_flops, head_flops, text_tower_flops, tower_flops
+from modeling_ivtp.flops.formula import decoder_flops, head_flops, text_tower_flops, tower_depth, tower_flops
 from modeling_ivtp.token_budget import PruningPlan
 
 
@@ -59,41 +60,58 @@ class Examination:
         self.windows = [0] * len(asked) if clip is None else clip.any(-1).sum(-1).tolist()
         self.inputs = dict(inputs.to(model.device, model.dtype))
         self.pixels = self.inputs.pop("pixel_values")
-        self._encoded: dict[Any, tuple[Any, float]] = {}
+        self._encoded: dict[Any, tuple[Any, Taken]] = {}
 
     @torch.no_grad()
-    def answers(self, row: Row) -> tuple[list[str], float]:
-        """What the model says, and the seconds it took; of a shared encoding every row bears the whole."""
-        with self.model.pruning(**row.options):
+    def answers(self, row: Row) -> tuple[list[str], Taken]:
+        """What the model says, and what it took; of a shared encoding every row bears the whole."""
+        watch = Stopwatch()
+        with row.applied(self.model), watch.watching(self.model):
             image, shared = self._image(row)
+            watch.selection = 0.0
             start = time.perf_counter()
-            return self._generate(**image), time.perf_counter() - start + shared
+            said = self._generate(**image)
+            now = time.perf_counter()
+        own = Taken(now - start, (watch.first_token or now) - start, watch.selection)
+        return said, own + shared
 
-    def _image(self, row: Row) -> tuple[dict[str, Any], float]:
-        """What `generate` gets of the images, and the seconds it took to make."""
+    def _image(self, row: Row) -> tuple[dict[str, Any], Taken]:
+        """What `generate` gets of the images, and what it took to make."""
         plan = row.plan(self.model.config)
         if plan is None:
             # Stock LLaVA encodes for itself, operation for operation.
-            return {"pixel_values": self._grey() if row.blind else self.pixels}, 0.0
-        encoded, seconds = self._encode(row, plan)
-        return {"mm_encoder_outputs": {"image": encoded}}, seconds
+            return {"pixel_values": self._grey() if row.blind else self.pixels}, Taken()
+        encoded, taken = self._encode(row, plan)
+        return {"mm_encoder_outputs": {"image": encoded}}, taken
 
-    def _encode(self, row: Row, plan: PruningPlan) -> tuple[Any, float]:
+    def _encode(self, row: Row, plan: PruningPlan) -> tuple[Any, Taken]:
+        inner = self.model.model
         if row.chooser:
-            whole, seconds = self._once("whole", lambda: encode_whole(self.model, self.pixels))
+            whole, taken = self._once("whole", lambda: encode_whole(self.model, self.pixels))
             places = range(self.first, self.first + len(self.asked))
             order, more = self._once(
                 row.chooser, lambda: patch_order(row.chooser, whole, self.asked, places, seed=self.seed)
             )
-            return whole.keep(order, row.visual_tokens), seconds + more
-        policy = self.model.model.policy
-        key = (plan.tower, policy.reading.aggregation, policy.embeds_image)
-        return self._once(key, lambda: self.model.model.get_image_features(self.pixels))
-
-    def _once(self, key: Any, make: Any) -> tuple[Any, float]:
-        if key not in self._encoded:
+            return whole.keep(order, row.visual_tokens), taken + replace(more, selection=more.prefill)
+        policy = inner.policy
+        if plan.features is not None and not plan.tower:
+            vision, taken = self._once("vision", lambda: see_whole(self.model, self.pixels))
             start = time.perf_counter()
-            self._encoded[key] = make(), time.perf_counter() - start
+            encoded = inner.image_outputs(unsealed(vision), plan, self.pixels)
+            seconds = time.perf_counter() - start
+            return encoded, taken + Taken(seconds, seconds, seconds)
+        # What prunes in the decoder alone, or by the question alone, gets of the tower what all such methods get.
+        choice = (row.system, row.visual_tokens) if plan.tower and row.system else policy.compares_patches
+        key = (plan.tower, choice, policy.embeds_image, getattr(policy.reading, "aggregation", None))
+        return self._once(key, lambda: inner.get_image_features(self.pixels))
+
+    def _once(self, key: Any, make: Any) -> tuple[Any, Taken]:
+        if key not in self._encoded:
+            watch, start = Stopwatch(), time.perf_counter()
+            with watch.watching(self.model):
+                made = make()
+            seconds = time.perf_counter() - start
+            self._encoded[key] = made, Taken(seconds, seconds, watch.selection)
         return self._encoded[key]
 
     def _grey(self) -> torch.Tensor:
@@ -109,7 +127,8 @@ class Examination:
 
 def row_signature(row: Row, config: Any) -> str:
     """Names what a row computes, so that two rows of the same options are one computation."""
-    told = repr((row.chooser, row.blind, sorted(row.pruning(config).to_dict().items())))
+    of = (row.system, row.visual_tokens) if row.system else sorted(row.pruning(config).to_dict().items())
+    told = repr((row.chooser, row.blind, of))
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
@@ -119,16 +138,20 @@ def row_cost(row: Row, config: Any, asked: Asked) -> dict[str, Any]:
     FLOPs by the paper's counting rule (`modeling_ivtp.flops.formula`): the layers and the head over the prompt, not the
     patch embedding, the projector and the few tokens of the answer.
     """
-    plan, layers = row.plan(config), config.text_config.num_hidden_layers
-    visual = (config.num_patches,) * layers if plan is None else plan.decoder_layer_tokens(layers)
+    plan, policy, layers = row.plan(config), row.policy(config), config.text_config.num_hidden_layers
+    visual = (plan or PruningPlan(config.num_patches)).decoder_layer_tokens(layers)
     # What is chosen for the decoder is no work of the tower's: it sees all patches, up to its top where CLS is asked.
-    own = None if row.chooser else plan
-    guided = own is not None and bool(own.decoder) and row.pruning(config).guidance == "clip"
-    to_the_top = own is not None or row.chooser == "topk"
-    depth = config.vision_config.num_hidden_layers if to_the_top else config.feature_depth
+    tower, depth = PruningPlan(config.num_patches), config.feature_depth
+    if row.chooser == "cls-topk":
+        depth = config.vision_config.num_hidden_layers
+    elif plan is not None and not row.chooser:
+        tower, depth = plan, tower_depth(config, plan, policy)
     texts = np.array(asked.text_tokens, dtype=np.float64)
-    cost = tower_flops(config, own or PruningPlan(config.num_patches), depth)
+    cost = tower_flops(config, tower, depth)
     cost = cost + decoder_flops(config, texts, visual) + head_flops(config, texts + visual[-1])
+    guided = (
+        plan is not None and not row.chooser and (policy.compares_patches or (policy.embeds_image and plan.decoder))
+    )
     if guided and config.clip_text_config is not None:
         cost = cost + np.array([text_tower_flops(config, windows) for windows in asked.windows])
     return {

@@ -1,12 +1,15 @@
 """The rows of the quality benchmark: how each method comes to the visual tokens it hands to the decoder.
 
-IVTP and its ablations are options of the model. The others choose once, before the decoder, among the features of an
-image that was encoded whole; the model then runs as after a vision tower that had kept just these patches, so that
-positions, masks and cache are the same code for every row.
+IVTP and its ablations are options of the model; the systems it is compared with are those of `modeling_ivtp.methods`.
+An oracle, and CLS on top of the whole tower, choose once, before the decoder, among the features of an image that was
+encoded whole; the model then runs as after a vision tower that had kept just these patches, so that positions, masks
+and cache are the same code for every row.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,12 +17,15 @@ import torch
 from benchmarks.quality.world import Question, Scene, oracle_order
 from benchmarks.quality.world.draws import Draws
 from modeling_ivtp.group_rollout import aggregate
+from modeling_ivtp.ivtp_policy import IVTPPolicy
+from modeling_ivtp.methods import METHODS, make
 from modeling_ivtp.modeling_ivtp import IVTPImageFeatures
 from modeling_ivtp.pruning_policy import Policy
-from modeling_ivtp.token_budget import PruningPlan, plan_pruning
+from modeling_ivtp.token_budget import PruningPlan
+from modeling_ivtp.vision_ivtp import PrunedVisionOutput
 
 BUDGETS = (192, 128, 64, 32, 16)
-CHOOSERS = ("random", "topk", "oracle")
+CHOOSERS = ("random", "cls-topk", "oracle")
 _RANDOM_PATCHES = 3
 
 
@@ -34,8 +40,10 @@ class Row:
         Final count per image.
     options : mapping
         Pruning options on top of the checkpoint's own.
-    chooser : {"", "random", "topk", "oracle"}
+    chooser : {"", "random", "cls-topk", "oracle"}
         What picks patches of the whole image; "": the model itself.
+    system : str
+        Name of a system of `modeling_ivtp.methods` that prunes; "": the model's own options do.
     blind : bool
         Show a grey image instead.
     table : str
@@ -46,6 +54,7 @@ class Row:
     visual_tokens: int
     options: Mapping[str, Any]
     chooser: str = ""
+    system: str = ""
     blind: bool = False
     table: str = ""
 
@@ -58,6 +67,18 @@ class Row:
         """The pruning options in force: IVTPPruningConfig."""
         return config.pruning.changed(**self.options)
 
+    def policy(self, config: Any) -> Policy:
+        """What prunes."""
+        if self.system:
+            return make(self.system, self.visual_tokens).bind(config)
+        return IVTPPolicy(self.pruning(config))
+
+    def applied(self, model: Any) -> AbstractContextManager[Any]:
+        """Have it prune a model for a while."""
+        if self.system:
+            return make(self.system, self.visual_tokens)(model)
+        return model.pruning(**self.options)
+
     def plan(self, config: Any) -> PruningPlan | None:
         """What each layer keeps; None where nothing is dropped.
 
@@ -66,8 +87,7 @@ class Row:
         ValueError
             If the options do not fit the model.
         """
-        layers = config.vision_config.num_hidden_layers, config.text_config.num_hidden_layers
-        return plan_pruning(self.pruning(config), config.num_patches, *layers)
+        return self.policy(config).plan(config, config.num_patches)
 
 
 def main_rows(config: Any, budgets: Sequence[int] = BUDGETS) -> list[Row]:
@@ -81,6 +101,30 @@ def main_rows(config: Any, budgets: Sequence[int] = BUDGETS) -> list[Row]:
             rows.append(Row("ivtp", tokens, _ivtp(tokens)))
             rows.append(Row("ivtp-v", tokens, _ivtp(tokens, decoder_layers=0, guidance="visual_cls")))
     return rows
+
+
+def system_rows(config: Any, budgets: Sequence[int] = BUDGETS) -> tuple[list[Row], dict[str, str]]:
+    """Every system that IVTP is compared with, at every budget.
+
+    Returns
+    -------
+    rows : list of Row
+    skipped : dict
+        Rows that do not fit the model, with the reason.
+    """
+    rows, skipped = [], {}
+    for tokens in budgets:
+        for name in METHODS:
+            row = Row(name, tokens, {}, system=name)
+            if tokens >= config.num_patches or name in ("ivtp", "ivtp-v"):
+                continue
+            try:
+                row.plan(config)
+            except ValueError as error:
+                skipped[f"{name} at {tokens}"] = str(error)
+            else:
+                rows.append(row)
+    return rows, skipped
 
 
 def ablation_rows(config: Any, budgets: Sequence[int] = (64,)) -> tuple[list[Row], dict[str, str]]:
@@ -173,19 +217,33 @@ def encode_whole(model: Any, pixel_values: torch.Tensor) -> WholeImages:
     model : IVTPLlavaForConditionalGeneration
     pixel_values : Tensor (I, 3, height, width)
     """
-    config, inner = model.config, model.model
-    tower = inner.vision_tower
-    last = config.pruning.layers_per_group or len(tower.encoder.layers)
-    chosen = config.vision_feature_layer
-    vision = tower(
+    groups = model.config.pruning.layers_per_group or model.config.vision_config.num_hidden_layers
+    vision = _see(model, pixel_values, tuple(range(-groups, 0)))
+    features = model.model.multi_modal_projector(vision.features)
+    return WholeImages(features[:, 1:], features[:, 0], aggregate(list(vision.records.values()), "mean")[:, 0, 1:])
+
+
+@torch.no_grad()
+def see_whole(model: Any, pixel_values: torch.Tensor) -> PrunedVisionOutput:
+    """What the tower makes of whole images, with the records of every layer that a system on the features watches."""
+    watched = {layer for system in METHODS.values() for layer in system.watched_layers}
+    return _see(model, pixel_values, tuple(sorted(watched)))
+
+
+def unsealed(vision: PrunedVisionOutput) -> PrunedVisionOutput:
+    """The same with records of its own: a system lets go of them once it has chosen."""
+    return replace(vision, records={layer: copy.copy(record) for layer, record in vision.records.items()})
+
+
+def _see(model: Any, pixel_values: torch.Tensor, layers: tuple[int, ...]) -> PrunedVisionOutput:
+    chosen = model.config.vision_feature_layer
+    return model.model.vision_tower(
         pixel_values,
-        policy=_Watching(tuple(range(-last, 0))),
-        plan=PruningPlan(config.num_patches),
+        policy=_Watching(layers),
+        plan=PruningPlan(model.config.num_patches),
         feature_layers=[chosen] if isinstance(chosen, int) else chosen,
         to_the_top=False,
     )
-    features = inner.multi_modal_projector(vision.features)
-    return WholeImages(features[:, 1:], features[:, 0], aggregate(list(vision.records.values()), "mean")[:, 0, 1:])
 
 
 @dataclass(frozen=True)
@@ -202,8 +260,9 @@ def patch_order(
 
     Parameters
     ----------
-    chooser : {"random", "topk", "oracle"}
-        `random` draws evenly; `topk` goes by `whole.cls_attention`; `oracle` knows where the objects asked about are.
+    chooser : {"random", "cls-topk", "oracle"}
+        `random` draws evenly; `cls-topk` goes by `whole.cls_attention`; `oracle` knows where the objects asked about
+        are.
     whole : WholeImages
     asked : sequence of (Scene, Question)
     places : sequence of int
@@ -218,7 +277,7 @@ def patch_order(
     patches = whole.features.shape[1]
     if chooser == "random":
         return torch.tensor([Draws(_RANDOM_PATCHES, seed, place).shuffled(list(range(patches))) for place in places])
-    if chooser == "topk":
+    if chooser == "cls-topk":
         return whole.cls_attention.sort(dim=1, descending=True, stable=True).indices
     if chooser == "oracle":
         return torch.stack([torch.from_numpy(oracle_order(scene, question)) for scene, question in asked])

@@ -11,7 +11,7 @@ _INK, _MUTED, _FAINT = "#1c2128", "#656d76", "#e7e9ec"
 _COLOURS = {
     "ivtp": "#d55e00",
     "ivtp-v": "#e69f00",
-    "topk": "#0072b2",
+    "cls-topk": "#0072b2",
     "random": "#8c959f",
     "oracle": "#009e73",
     "ivtp (retrained)": "#cc79a7",

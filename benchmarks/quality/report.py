@@ -253,15 +253,8 @@ def markdown(results: Mapping[str, Any]) -> str:
         "## Difference to unpruned in points, paired\n",
         _by_budget(main, _difference),
         "## Cost\n",
-        _grid(
-            ("method", "visual tokens", "layer-averaged", unit, "accuracy in %"),
-            [
-                (label(row), row["final_tokens"], f"{row['layer_averaged_tokens']:.1f}",
-                 f"{row['tflops'] * per_tflop:.4g}", _percent(row["accuracy"]))
-                for row in main
-            ],
-        ),
-    ]  # fmt: skip
+        _cost(main, results["sample"]["number"]),
+    ]
     parts += ["## By type, in %\n", _grid(("method", "tokens", *asked["types"]), [_typed(row) for row in main])]
     kinds = ("seen", *asked["held_out"])
     parts += [
@@ -350,6 +343,34 @@ def _seeds(other: Mapping[str, Any], main: Sequence[Mapping[str, Any]]) -> str:
 
 def _half(interval: Sequence[float]) -> float:
     return (interval[1] - interval[0]) * 50
+
+
+def _cost(main: Sequence[Mapping[str, Any]], questions: int) -> str:
+    """Tokens, computation and accuracy side by side, and what choosing took where that was timed."""
+    unit, per_tflop = flops_unit(main)
+    timed = any("selection_seconds" in row for row in main)
+    header = ("method", "visual tokens", "layer-averaged", unit, "accuracy in %", *(["selection"] if timed else []))
+    lines = [
+        (
+            label(row),
+            row["final_tokens"],
+            f"{row['layer_averaged_tokens']:.1f}",
+            f"{row['tflops'] * per_tflop:.4g}",
+            _percent(row["accuracy"]),
+            *([_selection(row, questions)] if timed else []),
+        )
+        for row in main
+    ]
+    told = "Selection: ms of one question and its share of the prefill, in batches; blank: not timed.\n"
+    return "\n".join([_grid(header, lines), *([told] if timed else [])])
+
+
+def _selection(row: Mapping[str, Any], questions: int) -> str:
+    """What choosing took of one question, in ms, and of its prefill."""
+    taken, prefill = row.get("selection_seconds"), row.get("prefill_seconds")
+    if not prefill or row["method"] in ("unpruned", "blind"):
+        return ""
+    return f"{1000 * taken / questions:.2f} ({taken / prefill:.0%})"
 
 
 def _percent(share: float | None) -> str:

@@ -25,7 +25,7 @@ from benchmarks.quality.world import Question, Scene, needed_objects, sample_que
 from modeling_ivtp.hub.answering import load_model
 from modeling_ivtp.hub.console import quiet
 
-FOLLOWED = ("random", "topk", "ivtp-v", "ivtp")
+FOLLOWED = ("random", "cls-topk", "ivtp-v", "ivtp")
 
 
 def whats_left(examination: Examination, row: Row) -> dict[str, torch.Tensor]:

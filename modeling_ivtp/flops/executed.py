@@ -24,8 +24,8 @@ from ..ivtp_policy import IVTPPolicy
 from ..layer_watch import LayerWatch
 from ..methods import METHODS, Method, make
 from ..modeling_ivtp import IVTPLlavaForConditionalGeneration
-from ..pruning_policy import Choice, DecoderMoment, FeatureMoment, Policy, PromptMoment, TowerMoment
-from ..token_budget import Group, PruningPlan
+from ..pruning_policy import Choice, DecoderMoment, FeatureMoment, Policy, PromptMoment, TowerMoment, Wrapped
+from ..token_budget import PruningPlan
 from ..visual_sequence import VisualSequence, locate_images
 from .formula import PARTS, closed_formula, kv_cache_bytes
 
@@ -235,7 +235,7 @@ def _spans(length: int, patches: int, clip_tokens: int) -> torch.Tensor:
     return spans.to("meta")
 
 
-class _Dry(Policy):
+class _Dry(Wrapped):
     """A policy that asks another one about random tensors, counts what that costs, and keeps the first tokens.
 
     Parameters
@@ -247,10 +247,8 @@ class _Dry(Policy):
     """
 
     def __init__(self, policy: Policy, plan: PruningPlan, before: int, text: int) -> None:
-        self.policy, self.laid, self.before, self.text = policy, plan, before, text
-        for name in ("observes", "reading", "proportional", "watched_layers", "compares_patches", "embeds_image"):
-            setattr(self, name, getattr(policy, name))
-        self.compact = policy.compact
+        super().__init__(policy)
+        self.laid, self.before, self.text = plan, before, text
         self.scoring, self._new = 0, 0
         self._state: Any = None
 
@@ -261,9 +259,6 @@ class _Dry(Policy):
 
     def plan(self, config: Any, patches: int) -> PruningPlan | None:
         return self.laid
-
-    def record(self, group: Group, layer: int) -> AttentionRecord:
-        return self.policy.record(group, layer)
 
     def in_tower(self, moment: TowerMoment) -> Choice:
         patches = torch.arange(moment.patches.shape[1])[None]

@@ -1,0 +1,91 @@
+"""What an answer takes: all of it, up to its first token, and for choosing what stays."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from modeling_ivtp.pruning_policy import Wrapped
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Seconds of a batch.
+
+    Attributes
+    ----------
+    answer : float
+        From pixels to the last token.
+    prefill : float
+        From pixels to the first.
+    selection : float
+        Of that, what the method takes to choose: scores, and the question's words where they guide it.
+    """
+
+    answer: float = 0.0
+    prefill: float = 0.0
+    selection: float = 0.0
+
+    def __add__(self, other: "Taken") -> "Taken":
+        return Taken(self.answer + other.answer, self.prefill + other.prefill, self.selection + other.selection)
+
+
+class Stopwatch:
+    """Times what a model does while it is watched."""
+
+    def __init__(self) -> None:
+        self.selection = 0.0
+        self.first_token: float | None = None
+        self._running = False
+
+    def timing(self, work: Callable[..., Any]) -> Callable[..., Any]:
+        """`work`, whose time counts as selection; what runs inside of it is not counted twice."""
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            if self._running:
+                return work(*args, **kwargs)
+            self._running, start = True, time.perf_counter()
+            try:
+                return work(*args, **kwargs)
+            finally:
+                self.selection += time.perf_counter() - start
+                self._running = False
+
+        return timed
+
+    @contextmanager
+    def watching(self, model: Any) -> Iterator[None]:
+        """Time a model's choices, and note when its language model has read the prompt; undone when left."""
+        inner = model.model
+        changed = {
+            "applied_policy": _Timed(inner.policy, self),
+            # What guides the choice by the question is part of choosing.
+            "_reference": self.timing(inner._reference),
+            "_in_prompt": self.timing(inner._in_prompt),
+        }
+        before = {name: vars(inner)[name] for name in changed if name in vars(inner)}
+
+        def read(*_: Any) -> None:
+            self.first_token = self.first_token or time.perf_counter()
+
+        hook = inner.language_model.register_forward_hook(read)
+        for name, value in changed.items():
+            setattr(inner, name, value)
+        try:
+            yield
+        finally:
+            hook.remove()
+            for name in changed:
+                delattr(inner, name)
+            for name, value in before.items():
+                setattr(inner, name, value)
+
+
+class _Timed(Wrapped):
+    """A policy whose choices are timed."""
+
+    def __init__(self, policy: Any, watch: Stopwatch) -> None:
+        super().__init__(policy)
+        for moment in ("in_tower", "in_features", "in_prompt", "prepare", "in_decoder"):
+            setattr(self, moment, watch.timing(getattr(policy, moment)))
