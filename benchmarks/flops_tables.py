@@ -40,6 +40,8 @@ What differs, and why:
 - `random` chooses among finished features here, so its tower sees everything: 8.15. The paper's 8.0 means that patches
   were left out on the way.
 - `topk` and `tome` go down in equal steps; the paper gives 0.190 for their tower and no schedule.
+Other papers' figures, of which no table is made here:
+
 - LVPruning's 8.38, 3.97, 3.18 and 2.79 (30 text tokens) leave out the products inside attention, as counters of modules
   do, and hold three decision modules of two blocks; ATP-LLaVA's 302.4, 75.6 and 46.2 MB are the visual tokens' keys and
   values alone, in half precision. `tests/test_flops.py` has both rules.

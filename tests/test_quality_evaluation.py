@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from benchmarks.quality import readme, report, retrain
 from benchmarks.quality.answer_log import AnswerLog
 from benchmarks.quality.checkpoint import check_world
-from benchmarks.quality.evaluate_quality import evaluate_checkpoint
+from benchmarks.quality.evaluate_quality import _well_answered, evaluate_checkpoint
 from benchmarks.quality.examination import Asked, Examination, row_cost
 from benchmarks.quality.methods import Row, ablation_rows, encode_whole, main_rows, patch_order, system_rows
 from benchmarks.quality.seeds import agreement
@@ -219,6 +219,15 @@ def test_an_evaluation_writes_results_a_table_and_plots(checkpoint: Path, tmp_pa
     assert sorted(path.name.partition(results["date"])[2] for path in tmp_path.iterdir()) == [
         "-tflops.png", "-tokens.png", ".json", ".md",
     ]  # fmt: skip
+
+
+def test_types_that_are_not_answered_well_stay_out_of_the_headline(asked: list[Any]) -> None:
+    right = np.array([question.type not in ("count", "next_to") for _, question in asked])
+    rows = [{"method": "unpruned", "mode": "inference", "right": report.pack(right)}]
+    told = Asked([question for _, question in asked])
+    assert _well_answered(rows, told) == [kind for kind in TYPES if kind not in ("count", "next_to")]
+    nothing = [rows[0] | {"right": report.pack(np.zeros(len(asked), dtype=bool))}]
+    assert _well_answered(nothing, told) == list(TYPES)
 
 
 def test_results_can_be_told_again_under_another_headline(checkpoint: Path, tmp_path: Path) -> None:

@@ -10,12 +10,13 @@ they come, so an evaluation that was interrupted goes on where it was when the s
 import datetime
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
 
@@ -31,6 +32,10 @@ from modeling_ivtp.hub.console import quiet
 
 MINIATURE = Path(__file__).parents[2] / "examples" / "miniature"
 """The checkpoint that ships with the project."""
+
+
+WELL = 0.85
+"""Share of right answers, unpruned, from which a type counts."""
 
 
 class Rows(str, Enum):
@@ -90,7 +95,7 @@ def evaluate_checkpoint(
     budgets: Sequence[int] = BUDGETS,
     ablation_budgets: Sequence[int] = (64,),
     methods: Sequence[str] = (),
-    headline: Sequence[str] = TYPES,
+    headline: Sequence[str] | None = None,
     reference: Path | None = None,
     join: bool = False,
     device: str | None = None,
@@ -114,8 +119,9 @@ def evaluate_checkpoint(
         Visual tokens of the main rows and of the ablations.
     methods : sequence of str
         Only rows of these names; default: all.
-    headline : sequence of str
-        Question types whose answers make the accuracy; the others are told by type only.
+    headline : sequence of str, optional
+        Question types whose answers make the accuracy; the others are told by type only. Default: as before, or those
+        that the unpruned model answers to 85%, and all if there are none.
     reference : Path, optional
         The checkpoint that this one was retrained from; its newest results on these questions are joined.
     join : bool, default False
@@ -139,7 +145,7 @@ def evaluate_checkpoint(
     """
     if number < 1 or batch < 1:
         raise ValueError(f"questions={number}, batch={batch}; allowed: at least 1.")
-    if unknown := sorted(set(headline) - set(TYPES)):
+    if unknown := sorted(set(headline or ()) - set(TYPES)):
         raise ValueError(f"Unknown question type(s) {', '.join(unknown)}; allowed: {', '.join(TYPES)}.")
     folder, out = Path(folder), Path(out)
     checkpoint = checkpoint_fingerprint(folder)
@@ -195,20 +201,32 @@ def evaluate_checkpoint(
                     "right": report.pack(report.right_answers(said, [q.answer for q in asked.questions])),
                 }
             )
+        rows_now = report.joined(before.get("rows", []), measured)
+        types = headline or before.get("questions", {}).get("headline") or _well_answered(rows_now, asked)
         results = {
             "date": date,
             **identity,
             "checkpoint_name": (folder if reference is None else Path(reference)).resolve().name,
-            "questions": report.describe_questions(asked.questions, headline),
+            "questions": report.describe_questions(asked.questions, types),
             "versions": report.versions(),
             "machine": report.machine(model),
             "commands": [*before.get("commands", []), command],
             "skipped": before.get("skipped", {}) | skipped,
-            "rows": report.summarised(report.joined(before.get("rows", []), measured), asked.questions, headline),
+            "rows": report.summarised(rows_now, asked.questions, types),
         }
         report.write(file, results)
         log.finished()
     return file
+
+
+def _well_answered(rows: Sequence[Mapping[str, Any]], asked: Asked) -> list[str]:
+    """The types that the unpruned model answers well enough for pruning to be told from not seeing; if none is, all."""
+    unpruned = report.unpruned_of(rows)
+    assert unpruned is not None
+    right = report.unpack(unpruned["right"], len(asked.questions))
+    types = np.array([question.type for question in asked.questions])
+    asked_of = [kind for kind in TYPES if kind in types]
+    return [kind for kind in asked_of if right[types == kind].mean() >= WELL] or asked_of
 
 
 def _rows(
@@ -245,7 +263,9 @@ def main(
     tokens: Annotated[list[int] | None, typer.Option(help="Budgets of the methods; repeat. Default: 192 … 16.")] = None,
     ablation_tokens: Annotated[list[int] | None, typer.Option(help="Budgets of the ablations. Default: 64.")] = None,
     method: Annotated[list[str] | None, typer.Option(help="Only these; repeat. Default: all.")] = None,
-    headline: Annotated[list[str] | None, typer.Option(help="Types that make the accuracy. Default: all.")] = None,
+    headline: Annotated[
+        list[str] | None, typer.Option(help="Types that make the accuracy; repeat. Default: those answered well.")
+    ] = None,
     reference: Annotated[
         Path | None, typer.Option(help="The checkpoint that this one was retrained from; joins its results.")
     ] = None,
@@ -269,7 +289,7 @@ def main(
         budgets=tokens or BUDGETS,
         ablation_budgets=ablation_tokens or (64,),
         methods=method or (),
-        headline=headline or TYPES,
+        headline=headline,
         reference=reference,
         join=join,
         device=device,

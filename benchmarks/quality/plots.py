@@ -139,7 +139,9 @@ def plot(results: Mapping[str, Any], axis: str) -> Any:
         "Accuracy against " + ("visual tokens" if axis == "tokens" else "computation"),
         loc="left", color=_INK, fontsize=14, fontweight="bold", pad=26,
     )  # fmt: skip
-    said = f"{results['sample']['number']:,} held-out questions; bands are {LEVEL:.0%} intervals"
+    asked = results["questions"]
+    number = sum(asked["types"][kind] for kind in asked["headline"])
+    said = f"{number:,} held-out questions; logarithmic scale; bands are {LEVEL:.0%} intervals"
     axes.text(0, 1.03, said, transform=axes.transAxes, color=_MUTED, fontsize=10)
     return figure
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality import report
+from benchmarks.quality.plots import unpruned_of
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -38,17 +39,31 @@ def excerpt(file: Path) -> str:
     return "\n".join(
         [
             BEGIN,
-            f"Accuracy in % with 95% intervals, {results['sample']['number']:,} held-out questions of "
+            f"Accuracy in % with 95% intervals, {report.counted(asked):,} held-out questions of "
             f"{len(asked['headline'])} types ({', '.join(asked['headline'])}), {results['date']}; guessing would reach "
-            f"{asked['chance']:.1%}.",
+            f"{asked['chance']:.1%}.{_beside(main, asked)}",
             "",
             report.accuracy_table(main),
             f"![Accuracy against visual tokens]({where}/{file.stem}-tokens.png)",
             "",
-            f"By type, cost, ablations: [{file.stem}]({where}/{file.stem}.md).",
+            f"By type, cost, ablations: [{file.stem}]({where}/{file.stem}.md); "
+            f"[accuracy against computation]({where}/{file.stem}-tflops.png).",
             END,
         ]
     )
+
+
+def _beside(main: list[Mapping[str, Any]], asked: Mapping[str, Any]) -> str:
+    """The types that do not count, with what the unpruned model reaches on them."""
+    unpruned = unpruned_of(main)
+    if unpruned is None:
+        return ""
+    told = [
+        f"{kind} ({of['accuracy']:.1%} unpruned)"
+        for kind, of in unpruned["by_type"].items()
+        if kind not in asked["headline"]
+    ]
+    return f" Told by type only, because this small model does not answer them well: {', '.join(told)}." if told else ""
 
 
 def filled(readme: str, text: str) -> str:

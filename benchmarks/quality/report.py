@@ -65,6 +65,11 @@ def describe_questions(questions: Sequence[Question], headline: Sequence[str]) -
     }
 
 
+def counted(asked: Mapping[str, Any]) -> int:
+    """How many questions make the accuracy."""
+    return sum(asked["types"][kind] for kind in asked["headline"])
+
+
 def joined(before: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows of earlier evaluations of the same questions with new ones in their places."""
 
