@@ -339,10 +339,11 @@ def _seeds(other: Mapping[str, Any], main: Sequence[Mapping[str, Any]]) -> str:
         f"The seeds do **not** agree on the order of: {'; '.join(told)}." if told else "The seeds agree on the order."
     )
     return (
-        f"Accuracy in % of this seed and of another one (`{other['checkpoint']}`), trained alike on the same world:\n\n"
+        f"Accuracy in % of this seed and of another one (`{other['checkpoint']}`), trained "
+        f"{other.get('note') or 'alike'}, on the same world:\n\n"
         + _by_budget(compared, lambda row: f"{_percent(row['own'])} / {_percent(row['accuracy'])}")
-        + f"\n{verdict} {number} pairs of methods at one budget differ by less than their intervals under a seed and "
-        "are not ordered.\n"
+        + f"\n{verdict} Pairs of methods at one budget that differ by less than their intervals under a seed, and are "
+        f"not ordered: {number}.\n"
     )
 
 

@@ -96,10 +96,11 @@ def _clear_sign(one: np.ndarray, two: np.ndarray) -> int:
 def main(
     file: Annotated[Path, typer.Argument(help="Results of one seed; they learn of the other.")],
     other: Annotated[Path, typer.Option(help="Results of the other seed, on the same questions.")],
+    note: Annotated[str, typer.Option(help="What else differs in how the other was trained.")] = "",
 ) -> None:
     """Compare two seeds."""
     results = json.loads(file.read_text())
-    results["other_seed"] = agreement(results, json.loads(other.read_text()))
+    results["other_seed"] = agreement(results, json.loads(other.read_text())) | {"note": note}
     report.write(file, results)
     print(file.with_suffix(".md").read_text())
 
