@@ -79,7 +79,8 @@ class PromptPruning:
         kept, features = _by_row(encoded, whole)
         sequence, index = whole.keep(kept, ragged=not plan.exact)
         left = inputs_embeds.gather(1, index[..., None].expand(-1, -1, inputs_embeds.shape[-1]))
-        policy, state, keys, observers = self.policy, None, None, {}
+        policy = self.policy
+        observers: dict[str, Any] = {}
         spans = _spans_of(clip_spans, length, past, inputs_embeds)
         if policy.observes:
             reference, relevance, keys = self._reference(encoded, whole, inputs_embeds, clip_input_ids, spans)
