@@ -104,7 +104,7 @@ def main_rows(config: Any, budgets: Sequence[int] = BUDGETS) -> list[Row]:
 
 
 def system_rows(config: Any, budgets: Sequence[int] = BUDGETS) -> tuple[list[Row], dict[str, str]]:
-    """Every system that IVTP is compared with, at every budget.
+    """Every system of `modeling_ivtp.methods`, at every budget: IVTP itself by its options, as in the main rows.
 
     Returns
     -------
@@ -113,11 +113,12 @@ def system_rows(config: Any, budgets: Sequence[int] = BUDGETS) -> tuple[list[Row
         Rows that do not fit the model, with the reason.
     """
     rows, skipped = [], {}
+    own = {row.key: row for row in main_rows(config, budgets) if row.method in ("ivtp", "ivtp-v")}
     for tokens in budgets:
+        if tokens >= config.num_patches:
+            continue
         for name in METHODS:
-            row = Row(name, tokens, {}, system=name)
-            if tokens >= config.num_patches or name in ("ivtp", "ivtp-v"):
-                continue
+            row = own.get(f"{name}@{tokens}") or Row(name, tokens, {}, system=name)
             try:
                 row.plan(config)
             except ValueError as error:
