@@ -93,8 +93,26 @@ def _group_size(given: str) -> int | None:
 
 @app.command()
 def convert(
-    llava: Annotated[str, typer.Argument(help="Folder or Hub id of an official-format LLaVA, or of an IVTP-LLaVA.")],
     out: Annotated[str, typer.Option("--out", "-o", help="The folder to write.")],
+    llava: Annotated[
+        str | None,
+        typer.Argument(
+            help="Folder or Hub id of an official-format LLaVA, or of an IVTP-LLaVA; by default the recipe's.",
+            show_default=False,
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="A published setting: a file, or the name of one that ships, such as ivtp-llava-1.5-7b-64. Options "
+            "beside it go before it.",
+            show_default=False,
+        ),
+    ] = None,
+    stock: Annotated[
+        bool,
+        typer.Option("--stock", help="The way back: write an official-format LLaVA without anything of IVTP's."),
+    ] = False,
     clip: Annotated[
         str | None,
         typer.Option(
@@ -162,20 +180,28 @@ def convert(
         "pseudo_cls": pseudo_cls,
         "positions": positions,
     }
-    result = join(
-        llava,
-        clip,
-        out,
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-        dry_run=dry_run,
-        overwrite=overwrite,
-        pruning={name: value for name, value in pruning.items() if value is not None} | grouping,
-        progress=progress,
-        revision=revision,
-        clip_revision=clip_revision,
-        local_files_only=offline,
-    )
+    changed = {name: value for name, value in pruning.items() if value is not None} | grouping
+    shared: dict[str, Any] = {
+        "max_shard_size": max_shard_size,
+        "dry_run": dry_run,
+        "overwrite": overwrite,
+        "progress": progress,
+        "revision": revision,
+        "local_files_only": offline,
+    }
+    if stock:
+        beside = {"--recipe": recipe, "--clip": clip, "--clip-revision": clip_revision, "--dtype": dtype} | changed
+        if given := [name for name, value in beside.items() if value is not None]:
+            raise ValueError(f"--stock changes no weight and prunes nothing; leave out {', '.join(given)}")
+        if llava is None:
+            raise ValueError("--stock needs the folder or Hub id of an IVTP-LLaVA")
+        from .hub.stock import export_stock
+
+        result = export_stock(llava, out, **shared)
+    else:
+        result = join(
+            llava, clip, out, recipe=recipe, dtype=dtype, pruning=changed, clip_revision=clip_revision, **shared
+        )
     table = _table("file", "bytes")
     for file, size in result.weight_files.items():
         table.add_row(file, human_bytes(size))

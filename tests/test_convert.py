@@ -20,6 +20,7 @@ from transformers import LlavaForConditionalGeneration
 
 from modeling_ivtp import IVTPLlavaConfig, IVTPLlavaForConditionalGeneration, IVTPLlavaProcessor
 from modeling_ivtp.hub import convert as conversion
+from modeling_ivtp.hub import shards
 from modeling_ivtp.hub.clip_checkpoint import load_clip_text
 from modeling_ivtp.hub.convert import convert
 from modeling_ivtp.hub.weights import Checkpoint
@@ -343,12 +344,12 @@ def test_a_stop_in_the_middle_leaves_nothing(parent, made, monkeypatch, error):
 
 
 def test_a_wrong_result_is_thrown_away(parent, made, monkeypatch):
-    original = conversion.write_safetensors
+    original = shards.write_safetensors
 
     def forgetful(path, tensors, *rest):
         original(path, dict(list(tensors.items())[1:]), *rest)
 
-    monkeypatch.setattr(conversion, "write_safetensors", forgetful)
+    monkeypatch.setattr(shards, "write_safetensors", forgetful)
     with pytest.raises(OSError, match="not those that were written"):
         convert(made.llava, made.clip, parent / "out", pruning=PRUNING)
     assert os.listdir(parent) == []

@@ -1,24 +1,17 @@
-"""Published shapes by name: `configuration/shapes/*.json`, which travel with the package."""
+"""Published shapes by name: `configuration/shapes/*.json`."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from ..configuration_ivtp import IVTPLlavaConfig
-
-_INSTALLED = Path(__file__).parents[1] / "shapes"
-_CLONE = Path(__file__).parents[2] / "configuration" / "shapes"
-
-
-def _folder() -> Path:
-    return _CLONE if _CLONE.is_dir() else _INSTALLED
+from ..hub.shipped import shipped
 
 
 def shape_names() -> list[str]:
     """The names that `load_shape` knows."""
-    return sorted(file.stem for file in _folder().glob("*.json"))
+    return sorted(file.stem for file in shipped("configuration/shapes").glob("*.json"))
 
 
 def load_shape(name: str) -> IVTPLlavaConfig:
@@ -31,5 +24,5 @@ def load_shape(name: str) -> IVTPLlavaConfig:
     """
     if name not in shape_names():
         raise ValueError(f"Unknown shape {name!r}; allowed: {', '.join(shape_names())}.")
-    options: dict[str, Any] = json.loads((_folder() / f"{name}.json").read_text())
+    options: dict[str, Any] = json.loads((shipped("configuration/shapes") / f"{name}.json").read_text())
     return IVTPLlavaConfig(**options)

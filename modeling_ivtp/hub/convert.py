@@ -9,33 +9,36 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
-from torch import Tensor
 
 from ..modeling_ivtp import IVTPLlavaForConditionalGeneration
 from ..processing_ivtp import IVTPLlavaProcessor
 from .clip_checkpoint import ClipText, load_clip_text
-from .console import progress_bar, quiet
+from .console import quiet
 from .folder import byte_count, check_target, new_folder
-from .llava_source import check_loading_info, empty, meta_model, read_config, warn_of_another_clip
+from .llava_source import check_loading_info, meta_model, read_config, warn_of_another_clip
+from .recipes import Recipe, load_recipe
+from .shards import Planned, Shards
 from .sources import HubOptions, local_folder, open_checkpoint, reading
-from .weights import INDEX_FILE, Checkpoint, TensorInfo, write_safetensors
+from .weights import Checkpoint, TensorInfo
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-_SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
-_CLIP_NAMES = ("model.clip_text_model.", "model.visual_projection.")
+RECIPE_FILE = "ivtp_recipe.json"
+CLIP_NAMES = ("model.clip_text_model.", "model.visual_projection.")
+# Terms that came with the weights go wherever the weights go.
+TERMS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", *TERMS)
 # Buffers that older libraries stored and newer ones compute.
 _BUFFERS = (".position_ids", ".rotary_emb.inv_freq")
 # Config, tokenizers and code: far less than this.
-_SMALL_BYTES = 50_000_000
+SMALL_BYTES = 50_000_000
 
 
 @dataclass(frozen=True)
@@ -68,17 +71,12 @@ class Conversion:
         return sum(self.weight_files.values())
 
 
-@dataclass(frozen=True)
-class _Tensor:
-    info: TensorInfo
-    read: Callable[[], Tensor]
-
-
 def convert(
-    llava: str | os.PathLike[str],
+    llava: str | os.PathLike[str] | None,
     clip: str | os.PathLike[str] | None,
     out: str | os.PathLike[str],
     *,
+    recipe: str | os.PathLike[str] | None = None,
     dtype: str | torch.dtype | None = None,
     max_shard_size: int | str = "5GB",
     dry_run: bool = False,
@@ -96,12 +94,15 @@ def convert(
 
     Parameters
     ----------
-    llava : str or path
-        A folder or Hub repository with an official-format LLaVA (`model_type: llava`), or with an IVTP-LLaVA.
+    llava : str, path or None
+        A folder or Hub repository with an official-format LLaVA (`model_type: llava`), or with an IVTP-LLaVA. None: the
+        recipe's.
     clip : str, path or None
-        Where CLIP's text half comes from, see `load_clip_text`. None keeps that of an IVTP-LLaVA.
+        Where CLIP's text half comes from, see `load_clip_text`. None: the recipe's, or that of an IVTP-LLaVA.
     out : str or path
         The folder to write. It appears whole or not at all.
+    recipe : str or path, optional
+        A published setting, by name or file, see `load_recipe`; what is given beside it goes before it.
     dtype : {"float32", "float16", "bfloat16"} or torch.dtype, optional
         Type of all weights. None: LLaVA's are stored as they are and CLIP's in the type most of LLaVA's have.
     max_shard_size : int or str
@@ -133,13 +134,21 @@ def convert(
         If a file is missing or damaged, the target exists or the disk is full.
     """
     options = HubOptions(revision, token, cache_dir, local_files_only)
+    known = None if recipe is None else load_recipe(recipe)
+    if known is not None:
+        llava, clip, dtype = llava or known.base_model, clip or known.clip, dtype or known.dtype
+        pruning = known.pruning.to_dict() | dict(pruning or {})
+    if llava is None:
+        raise ValueError("name the LLaVA to start from, or a recipe that does")
     wanted, shard_bytes = _dtype(dtype), byte_count(max_shard_size, "max_shard_size")
-    _check_not_source(out, llava, clip)
+    check_not_source(out, llava, clip)
     check_target(out, overwrite=overwrite)
     # The small files come first: a wrong model or option is not worth the download of its weights.
-    folder = local_folder(llava) or options.snapshot(str(llava), _SMALL_FILES)
+    folder = local_folder(llava) or options.snapshot(str(llava), SMALL_FILES)
     with quiet():
         config = read_config(folder, str(llava))
+        if known is not None:
+            known.check(config, str(llava))
         if pruning:
             config.pruning = config.pruning.changed(**pruning)
         config.pruning_plan()
@@ -158,7 +167,9 @@ def convert(
         )
         text.check_width(config.vision_config.hidden_size, llava)
         config.clip_text_config = text.text_config
-    checkpoint, folder = open_checkpoint(llava, options, headers_only=dry_run, extra=_SMALL_FILES)
+        if known is not None:
+            known.check(config, str(clip))
+    checkpoint, folder = open_checkpoint(llava, options, headers_only=dry_run, extra=SMALL_FILES)
     if text is not None:
         warn_of_another_clip(text, checkpoint, str(llava))
 
@@ -173,15 +184,11 @@ def convert(
     if processor.clip_tokenizer is None:
         raise ValueError(f"{llava} has no clip_tokenizer/; name the CLIP to take it from")
 
-    split = split_torch_state_dict_into_shards(
-        {name: empty(tensor.info) for name, tensor in tensors.items()}, max_shard_size=shard_bytes
-    )
-    files = split.filename_to_tensors
-    sizes = {file: sum(tensors[name].info.nbytes for name in names) for file, names in files.items()}
-    needed = sum(sizes.values()) + _SMALL_BYTES
+    shards = Shards(tensors, shard_bytes)
+    needed = sum(shards.sizes.values()) + SMALL_BYTES
     final = check_target(out, needed_bytes=needed, overwrite=overwrite)
-    of_clip = sum(name.startswith(_CLIP_NAMES) for name in tensors)
-    result = Conversion(final, sizes, main_dtype, len(tensors) - of_clip, of_clip, written=not dry_run)
+    of_clip = sum(name.startswith(CLIP_NAMES) for name in tensors)
+    result = Conversion(final, shards.sizes, main_dtype, len(tensors) - of_clip, of_clip, written=not dry_run)
     if dry_run:
         return result
 
@@ -190,21 +197,33 @@ def convert(
             # The model's own way of saving, without weights: the config, its auto_map and the code.
             model.save_pretrained(temporary, state_dict={})
             processor.save_pretrained(temporary)
-        if (folder / "generation_config.json").is_file():
-            shutil.copyfile(folder / "generation_config.json", temporary / "generation_config.json")
-        with progress_bar(result.total_bytes, progress) as wrote:
-            for file, names in files.items():
-                infos = {name: tensors[name].info for name in names}
-                write_safetensors(temporary / file, infos, lambda name: tensors[name].read(), wrote)
-        if split.is_sharded:
-            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-            (temporary / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        copy_beside(folder, temporary)
+        if known is not None:
+            _note_recipe(temporary, known, llava, clip)
+        shards.write(temporary, progress=progress)
         with quiet():
-            _check_written(temporary, tensors)
+            _check_written(temporary)
     return result
 
 
-def _check_not_source(out: str | os.PathLike[str], *sources: str | os.PathLike[str] | None) -> None:
+def copy_beside(source: Path, target: Path) -> None:
+    """Copy what goes with weights but is neither config nor processor: how to generate, and the terms of use."""
+    for pattern in ("generation_config.json", *TERMS):
+        for file in sorted(source.glob(pattern)):
+            shutil.copyfile(file, target / file.name)
+
+
+def _note_recipe(folder: Path, recipe: Recipe, llava: object, clip: object) -> None:
+    """Leave a note of what the checkpoint was built from; `ivtp push` chooses the model card by it."""
+    # A path of this machine says nothing elsewhere; a name on the Hub does.
+    stated = recipe.to_dict() | {
+        name: str(given) if given is not None and not Path(str(given)).exists() else None
+        for name, given in (("base_model", llava), ("clip", clip))
+    }
+    (folder / RECIPE_FILE).write_text(json.dumps({"recipe": recipe.name} | stated, indent=1) + "\n")
+
+
+def check_not_source(out: str | os.PathLike[str], *sources: str | os.PathLike[str] | None) -> None:
     target = Path(os.path.realpath(Path(out).expanduser()))
     for source in sources:
         path = None if source is None else Path(os.path.realpath(Path(source).expanduser()))
@@ -222,26 +241,22 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 def _tensors(
     checkpoint: Checkpoint, text: ClipText | None, wanted: torch.dtype | None, main_dtype: torch.dtype
-) -> dict[str, _Tensor]:
+) -> dict[str, Planned]:
     """Everything that is to be written: LLaVA's tensors in the order of their files, then CLIP's."""
-    tensors: dict[str, _Tensor] = {}
+    tensors: dict[str, Planned] = {}
     for name, info in checkpoint.tensors.items():
-        replaced = text is not None and name.startswith(_CLIP_NAMES)
+        replaced = text is not None and name.startswith(CLIP_NAMES)
         if replaced or name.endswith(_BUFFERS):
             continue
         dtype = wanted if wanted is not None and info.dtype.is_floating_point else info.dtype
-        tensors[name] = _Tensor(TensorInfo("", dtype, info.shape), partial(checkpoint.read, name))
+        tensors[name] = Planned(TensorInfo("", dtype, info.shape), partial(checkpoint.read, name))
     for name, shape in text.shapes.items() if text is not None else ():
-        tensors["model." + name] = _Tensor(TensorInfo("", main_dtype, shape), partial(text.read, name))  # type: ignore[union-attr]
+        tensors["model." + name] = Planned(TensorInfo("", main_dtype, shape), partial(text.read, name))  # type: ignore[union-attr]
     return tensors
 
 
-def _check_written(folder: Path, tensors: Mapping[str, _Tensor]) -> None:
-    """Read back what was written: the headers against the plan, and the whole as the model will load it."""
-    written = Checkpoint.from_folder(folder, str(folder)).tensors
-    planned = {name: (tensor.info.dtype, tensor.info.shape) for name, tensor in tensors.items()}
-    if {name: (info.dtype, info.shape) for name, info in written.items()} != planned:
-        raise OSError(f"the weights in {folder} are not those that were written; is the disk sound?")
+def _check_written(folder: Path) -> None:
+    """Read back what was written, as the model will load it."""
     loaded: Any = IVTPLlavaForConditionalGeneration.from_pretrained(
         folder, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
     )

@@ -1,0 +1,93 @@
+"""What the model cards say in numbers, from what was counted and measured: hub_cards/NAME/facts.json and README.md.
+
+    python -m benchmarks.card_facts
+
+Costs come from counting what each recipe's configuration executes; accuracies from the newest results of the quality
+benchmark on the checkpoint that the card is for. Nothing in a card is typed.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.progress import track
+
+from benchmarks.quality.checkpoint import checkpoint_fingerprint
+from benchmarks.quality.report import counted, results_in, write_atomically
+from modeling_ivtp.flops import count_named
+from modeling_ivtp.hub.cards import card_names, preview
+from modeling_ivtp.hub.recipes import Recipe, load_recipe, recipe_names
+
+ROOT = Path(__file__).parents[1]
+CARDS = ROOT / "hub_cards"
+RESULTS = ROOT / "benchmarks" / "results"
+COMMAND = "python -m benchmarks.card_facts"
+TEXT_TOKENS = 64
+"""Of the prompt whose cost the cards tell: LLaVA's words around a question of a sentence or two."""
+
+
+def costs(recipes: Mapping[int, Recipe]) -> dict[str, Any]:
+    """What one image and its prompt cost unpruned and at every budget, as executed."""
+    config = next(iter(recipes.values())).config()
+    rows = []
+    for budget in (None, *sorted(recipes, reverse=True)):
+        if budget is None:
+            found = count_named(config, "unpruned", config.num_patches, text_tokens=TEXT_TOKENS)
+        else:
+            found = count_named(recipes[budget].config(), "ivtp", budget, text_tokens=TEXT_TOKENS)
+        told = found.to_dict()
+        rows.append(
+            {
+                "visual_tokens": budget,
+                "final_tokens": told["final_tokens"],
+                "layer_averaged_tokens": round(told["layer_averaged_tokens"], 1),
+                "tflops": float(f"{told['total_tflops']:.4g}"),
+                "kv_cache_bytes": told["kv_cache_bytes"],
+            }
+        )
+    return {"text_tokens": TEXT_TOKENS, "cache_dtype": "float16", "command": COMMAND, "rows": rows}
+
+
+def quality(checkpoint: Path) -> dict[str, Any] | None:
+    """What the newest results say of a checkpoint; None if it was never examined here."""
+    of = checkpoint_fingerprint(checkpoint)
+    for file in reversed(results_in(RESULTS)):
+        results = json.loads(file.read_text())
+        if results["checkpoint"] == of:
+            return _told(results, file)
+    return None
+
+
+def _told(results: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    rows = [
+        {name: row[name] for name in ("method", "visual_tokens", "accuracy", "interval")}
+        for row in results["rows"]
+        if row["method"] in ("unpruned", "ivtp", "random") and not row["table"] and row["mode"] == "inference"
+    ]
+    asked = results["questions"]
+    return {
+        "results": str(file.relative_to(ROOT)),
+        "date": results["date"],
+        "questions": counted(asked),
+        "types": asked["headline"],
+        "chance": asked["chance"],
+        "command": results["commands"][0],
+        "rows": rows,
+    }
+
+
+def main() -> None:
+    """Write facts and cards."""
+    for name in track(card_names(), "counting"):
+        recipes = {
+            recipe.pruning.visual_tokens: recipe for recipe in map(load_recipe, recipe_names()) if recipe.card == name
+        }
+        base = Path(next(iter(recipes.values())).base_model)
+        facts = {"costs": costs(recipes), "quality": quality(base) if base.is_dir() else None}
+        write_atomically(CARDS / name / "facts.json", (json.dumps(facts, indent=1) + "\n").encode())
+        write_atomically(CARDS / name / "README.md", preview(name).encode())
+
+
+if __name__ == "__main__":
+    main()
