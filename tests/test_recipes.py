@@ -49,7 +49,8 @@ def test_a_recipe_is_a_configuration_and_back(name: str, tmp_path: Path) -> None
     assert again.pruning == recipe.pruning
     plan = again.pruning_plan()
     assert plan is not None
-    assert (plan.tower[-1].keep, plan.decoder[-1].keep) == (recipe.pruning.tower_tokens, recipe.pruning.visual_tokens)
+    budget = recipe.pruning.visual_tokens
+    assert (plan.tower[-1].keep, plan.decoder[-1].keep) == (min(576, round(1.875 * budget)), budget)
     stated = json.loads((ROOT / "configuration" / f"{name}.json").read_text())
     assert recipe.to_dict() | {"base_model": stated["base_model"]} == stated
     # What is published does not change with a default.
@@ -76,7 +77,7 @@ def test_options_beside_a_recipe_go_before_it(tmp_path: Path) -> None:
     arguments = ["convert", "--recipe", "ivtp-llava-miniature-64", "--out", str(tmp_path / "out")]
     assert main([*arguments, "--visual-tokens", "48", "--dtype", "float32", "--no-progress"]) == 0
     config = IVTPLlavaConfig.from_pretrained(tmp_path / "out")
-    assert (config.pruning.visual_tokens, config.pruning.tower_tokens) == (48, 120)
+    assert (config.pruning.visual_tokens, config.pruning.layers_per_group) == (48, 2)
     assert config.dtype == torch.float32
 
 

@@ -1,7 +1,7 @@
 """Model cards: metadata and text of a Hub page, filled from files that were counted and measured.
 
-`hub_cards/NAME/` holds `card.json` (what the card is of), `facts.json` (numbers, written by `benchmarks.card_facts`) and
-`README.md` (how it looks, for reading here); the text itself is in the templates beside them.
+`hub_cards/NAME/` holds `card.json` (what the card is of), `facts.json` (numbers, written by
+`benchmarks.card_facts`) and `README.md` (how it looks, for reading here); the text is in the templates beside them.
 """
 
 from __future__ import annotations
@@ -31,6 +31,12 @@ def card_names() -> list[str]:
 def card_images(name: str) -> dict[str, Path]:
     """The sample images that go with a card: their place in the repository, and where they are here."""
     return {f"images/{Path(source).name}": shipped(source) for source in _read(name, "card.json")["images"]}
+
+
+def sample(name: str) -> tuple[str, str]:
+    """The first of a card's examples: the image's place in the repository, and the question."""
+    first = _read(name, "card.json")["widget"][0]
+    return first["src"], first["text"]
 
 
 def preview(name: str) -> str:

@@ -1,4 +1,7 @@
-"""Pictures from files, URLs and data URLs, as upright 8-bit RGB."""
+"""Pictures from files, URLs and data URLs, as upright 8-bit RGB.
+
+The file needs nothing of this package: it also goes to the Hub beside `handler.py`, as `handler_images.py`.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ import base64
 import binascii
 import http.client
 import io
+import ipaddress
 import os
+import socket
 import ssl
 import time
 import urllib.error
@@ -15,7 +20,7 @@ import urllib.request
 import warnings
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -23,12 +28,19 @@ from PIL import Image, ImageOps
 # Pillow's own limit before it speaks of a decompression bomb: 13,377 x 13,377.
 MAX_PIXELS = 178_956_970
 MAX_DOWNLOAD = 100_000_000
+# Addresses of IPv6 that stand for one of IPv4 (RFC 6052): what counts is the address inside.
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
 # Formats that hold pixels and nothing else; Pillow would also open some by running other programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "ICO", "PPM", "TGA")
 
 
 def load_image(
-    source: str | os.PathLike[str] | Image.Image, *, timeout: float = 30.0, max_bytes: int = MAX_DOWNLOAD
+    source: str | os.PathLike[str] | Image.Image,
+    *,
+    timeout: float = 30.0,
+    max_bytes: int = MAX_DOWNLOAD,
+    max_pixels: int = MAX_PIXELS,
+    from_stranger: bool = False,
 ) -> Image.Image:
     """One picture in RGB, ready for the processor.
 
@@ -42,7 +54,12 @@ def load_image(
     timeout : float
         Seconds a download may take, all in all.
     max_bytes : int
-        Largest download.
+        Largest download or data URL.
+    max_pixels : int
+        Largest picture, at most `MAX_PIXELS`.
+    from_stranger : bool, default False
+        Whether `source` was named by somebody who must not reach what this machine reaches: files are refused then, and
+        so are addresses that are not public, by whatever name, after whatever redirect.
 
     Returns
     -------
@@ -52,26 +69,29 @@ def load_image(
     Raises
     ------
     ValueError
-        If there is no readable picture behind `source`, or one of more than `MAX_PIXELS` pixels.
+        If there is no readable picture behind `source`, one that is too large, or a source that a stranger may not
+        name.
     OSError
         If the file cannot be opened or the address does not answer.
     """
     if isinstance(source, Image.Image):
-        return _to_rgb(source, "the image")
+        return _to_rgb(source, "the image", max_pixels)
     if isinstance(source, str) and source.startswith("data:"):
-        return _decode(io.BytesIO(_data_url(source)), "the data URL")
+        return _decode(io.BytesIO(_data_url(source, max_bytes)), "the data URL", max_pixels)
     if isinstance(source, str) and "://" in source:
-        return _decode(io.BytesIO(_download(source, timeout, max_bytes)), source)
+        return _decode(io.BytesIO(_download(source, timeout, max_bytes, from_stranger)), source, max_pixels)
+    if from_stranger:
+        raise ValueError(f"{str(source)[:80]!r} is not an http, https or data URL; files of this machine are not read")
     path = Path(source).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"there is no image {str(source)!r}")
     if not path.is_file():
         raise ValueError(f"{source} is not a file")
     with open(path, "rb") as file:
-        return _decode(file, str(source))
+        return _decode(file, str(source), max_pixels)
 
 
-def _decode(file: BinaryIO, label: str) -> Image.Image:
+def _decode(file: BinaryIO, label: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
     if not file.read(1):
         raise ValueError(f"{label} is empty")
     file.seek(0)
@@ -82,20 +102,20 @@ def _decode(file: BinaryIO, label: str) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(file, formats=formats)
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{label} is too large: at most {MAX_PIXELS:,} pixels are read") from error
+        raise ValueError(f"{label} is too large: at most {max_pixels:,} pixels are read") from error
     except Image.UnidentifiedImageError as error:
         raise ValueError(f"{label} is not an image in a known format ({', '.join(formats)})") from error
     except Exception as error:
         raise ValueError(f"{label} is not a readable image: {error}") from error
     with image:
-        return _to_rgb(image, label)
+        return _to_rgb(image, label, max_pixels)
 
 
-def _to_rgb(image: Image.Image, label: str) -> Image.Image:
+def _to_rgb(image: Image.Image, label: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
     width, height = image.size
-    if width * height > MAX_PIXELS:
+    if width * height > max_pixels:
         raise ValueError(
-            f"{label} is {width:,} x {height:,} pixels; the largest picture that is read has {MAX_PIXELS:,}"
+            f"{label} is {width:,} x {height:,} pixels; the largest picture that is read has {max_pixels:,}"
         )
     if width < 1 or height < 1:
         raise ValueError(f"{label} is {width} x {height} pixels")
@@ -125,8 +145,11 @@ def _from_values(values: np.ndarray) -> Image.Image:
     return Image.fromarray(values.round().clip(0, 255).astype(np.uint8)).convert("RGB")
 
 
-def _data_url(url: str) -> bytes:
+def _data_url(url: str, max_bytes: int) -> bytes:
     header, comma, payload = url.partition(",")
+    # Base64 takes four characters for three bytes.
+    if len(payload) > max_bytes // 3 * 4 + 4:
+        raise ValueError(f"the data URL is larger than {max_bytes:,} bytes")
     if not comma:
         raise ValueError("the data URL has no comma before its data")
     if not header.endswith(";base64"):
@@ -137,14 +160,14 @@ def _data_url(url: str) -> bytes:
         raise ValueError(f"the data URL is not valid base64: {error}") from error
 
 
-def _download(url: str, timeout: float, max_bytes: int) -> bytes:
+def _download(url: str, timeout: float, max_bytes: int, public_only: bool) -> bytes:
     scheme = url.split("://", 1)[0].lower()
     if scheme not in ("http", "https"):
         raise ValueError(f"{url} is not supported; images come from files and from http, https and data URLs")
     deadline = time.monotonic() + timeout
     request = urllib.request.Request(url, headers={"User-Agent": "ivtp-llava", "Accept": "image/*"})
     try:
-        with _opener().open(request, timeout=timeout) as answer:
+        with _opener(public_only).open(request, timeout=timeout) as answer:
             announced = answer.headers.get("Content-Length", "")
             content = io.BytesIO()
             if announced.isdigit() and int(announced) > max_bytes:
@@ -159,6 +182,8 @@ def _download(url: str, timeout: float, max_bytes: int) -> bytes:
     except urllib.error.HTTPError as error:
         raise OSError(f"{url} answered {error.code} {error.reason}") from error
     except urllib.error.URLError as error:
+        if isinstance(error.reason, ValueError):
+            raise error.reason from None
         raise OSError(f"{url} cannot be reached: {error.reason}") from error
     except http.client.HTTPException as error:
         raise OSError(f"{url} gave no proper answer: {type(error).__name__} {error}") from error
@@ -166,7 +191,7 @@ def _download(url: str, timeout: float, max_bytes: int) -> bytes:
         raise TimeoutError(f"{url} took longer than {timeout:g} seconds") from error
 
 
-def _opener() -> urllib.request.OpenerDirector:
+def _opener(public_only: bool) -> urllib.request.OpenerDirector:
     """urllib's own without the handlers for files and FTP, to which a server must not be able to redirect."""
     context = ssl.create_default_context()
     with suppress(ImportError):
@@ -176,9 +201,10 @@ def _opener() -> urllib.request.OpenerDirector:
         context.load_verify_locations(certifi.where())
     opener = urllib.request.OpenerDirector()
     for handler in (
-        urllib.request.ProxyHandler(),
-        urllib.request.HTTPHandler(),
-        urllib.request.HTTPSHandler(context=context),
+        # A proxy would look names up where nobody here can check what they stand for.
+        urllib.request.ProxyHandler({} if public_only else None),
+        _PublicHTTP() if public_only else urllib.request.HTTPHandler(),
+        _PublicHTTPS(context=context) if public_only else urllib.request.HTTPSHandler(context=context),
         urllib.request.HTTPDefaultErrorHandler(),
         urllib.request.HTTPRedirectHandler(),
         urllib.request.HTTPErrorProcessor(),
@@ -186,3 +212,57 @@ def _opener() -> urllib.request.OpenerDirector:
     ):
         opener.add_handler(handler)
     return opener
+
+
+def _connect_public(host: str, port: int, timeout: Any) -> socket.socket:
+    """A connection to the very address that was checked, so that a name cannot change its mind in between."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    for *_, address in found:
+        if not _is_public(str(address[0])):
+            raise ValueError(f"{host} is not a public address; images are not fetched from there")
+    error: OSError = OSError(f"{host} has no address")
+    for family, kind, protocol, _, address in found:
+        connection = socket.socket(family, kind, protocol)
+        try:
+            if isinstance(timeout, (int, float)):
+                connection.settimeout(timeout)
+            connection.connect(address)
+            return connection
+        except OSError as failed:
+            connection.close()
+            error = failed
+    raise error
+
+
+def _is_public(address: str) -> bool:
+    # A scope, as in fe80::1%eth0, belongs to a link-local address.
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        inside = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
+        if ip in _NAT64:
+            inside = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        if inside is not None:
+            return _is_public(str(inside))
+    return ip.is_global and not ip.is_multicast
+
+
+class _PublicConnection(http.client.HTTPConnection):
+    def connect(self) -> None:
+        self.sock = _connect_public(self.host, self.port, self.timeout)
+
+
+class _PublicTLSConnection(http.client.HTTPSConnection):
+    def connect(self) -> None:
+        connection = _connect_public(self.host, self.port, self.timeout)
+        context: ssl.SSLContext = self._context  # type: ignore[attr-defined]
+        self.sock = context.wrap_socket(connection, server_hostname=self.host)
+
+
+class _PublicHTTP(urllib.request.HTTPHandler):
+    def http_open(self, req: urllib.request.Request) -> Any:
+        return self.do_open(_PublicConnection, req)
+
+
+class _PublicHTTPS(urllib.request.HTTPSHandler):
+    def https_open(self, req: urllib.request.Request) -> Any:
+        return self.do_open(_PublicTLSConnection, req, context=self._context)  # type: ignore[attr-defined]

@@ -1,0 +1,304 @@
+"""Hugging Face Inference Endpoints: JSON with an image and a question in, JSON with the answer and what it cost out.
+
+A request is `{"inputs": ONE or [ONE, …], "parameters": {…}}`. ONE is
+
+- `{"image": IMAGE, "text": QUESTION}`; `images` takes several, and `parameters` of its own go before the request's;
+- `{"messages": CHAT}` as in OpenAI's API, text and `image_url` parts, or CHAT itself.
+
+IMAGE is an http(s) address, a data URL or base64. `parameters` are those of `generate` that `PARAMETERS` lists, and
+`visual_tokens`, the budget of this request; `"visual_tokens": null` answers without pruning. One answer is
+`{"generated_text", "generated_tokens", "visual_tokens", "layer_averaged_tokens", "seconds"}`; in a list, one that
+failed is `{"error"}`, and the others are answered all the same.
+"""
+
+import base64
+import binascii
+import os
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+from handler_images import load_image
+
+PARAMETERS = {
+    "max_new_tokens": (int, 1, 2048),
+    "min_new_tokens": (int, 0, 2048),
+    "num_beams": (int, 1, 16),
+    "do_sample": (bool, None, None),
+    "temperature": (float, 0.01, 100.0),
+    "top_p": (float, 0.01, 1.0),
+    "top_k": (int, 0, 1_000_000),
+    "repetition_penalty": (float, 0.01, 100.0),
+    "seed": (int, 0, 2**63 - 1),
+}
+MAX_REQUESTS = 32
+MAX_IMAGES = 8
+MAX_TEXT = 20_000
+MAX_BYTES = 20_000_000
+MAX_PIXELS = 25_000_000
+MAX_TOGETHER = 8
+"""Requests that are answered in one batch."""
+
+
+class EndpointHandler:
+    """What the Inference Endpoints toolkit loads and calls.
+
+    Parameters
+    ----------
+    path : str
+        Folder of the checkpoint, which is that of this file.
+    """
+
+    def __init__(self, path: str = "") -> None:
+        path = path or os.path.dirname(os.path.abspath(__file__))
+        device = "auto" if torch.cuda.is_available() else "cpu"
+        self.model = AutoModelForImageTextToText.from_pretrained(
+            path, trust_remote_code=True, dtype="auto", device_map=device
+        ).eval()
+        self.processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
+        self.processor.tokenizer.padding_side = "left"
+        # The budget and the random numbers belong to the model, not to a request: one at a time.
+        self._busy = threading.Lock()
+
+    def __call__(self, data: Mapping[str, Any]) -> Any:
+        """Answer one request or several.
+
+        Parameters
+        ----------
+        data : mapping
+            As the module says.
+
+        Returns
+        -------
+        dict or list of dict
+            As `inputs` is one or a list.
+
+        Raises
+        ------
+        ValueError
+            If the only request, or what all of them share, is wrong; it says what is allowed.
+        """
+        if not isinstance(data, Mapping) or "inputs" not in data:
+            raise ValueError('a request is {"inputs": {"image": …, "text": …}, "parameters": {…}}')
+        inputs, shared = data["inputs"], data.get("parameters") or {}
+        if not isinstance(shared, Mapping):
+            raise ValueError("parameters is not an object")
+        if not isinstance(inputs, list) or _is_chat(inputs):
+            (answer,) = self._answer([inputs], shared)
+            if "error" in answer:
+                raise ValueError(answer["error"])
+            return answer
+        if not 1 <= len(inputs) <= MAX_REQUESTS:
+            raise ValueError(f"inputs has {len(inputs)} entries; allowed: 1 to {MAX_REQUESTS}")
+        return self._answer(inputs, shared)
+
+    def _answer(self, inputs: list[Any], shared: Mapping[str, Any]) -> list[dict[str, Any]]:
+        answers: list[dict[str, Any]] = [{} for _ in inputs]
+        together: dict[tuple[Any, ...], list[tuple[int, str, list[Any]]]] = {}
+        for place, one in enumerate(inputs):
+            try:
+                prompt, images, settings = self._read(one, shared)
+                together.setdefault(settings, []).append((place, prompt, images))
+            except (ValueError, OSError, TemplateError) as error:
+                answers[place] = _failed(error)
+        for settings, members in together.items():
+            for start in range(0, len(members), MAX_TOGETHER):
+                part = members[start : start + MAX_TOGETHER]
+                for (place, *_), answer in zip(part, self._together(part, dict(settings)), strict=True):
+                    answers[place] = answer
+        return answers
+
+    def _together(self, part: list[tuple[int, str, list[Any]]], settings: dict[str, Any]) -> list[dict[str, Any]]:
+        """Answer a batch; if it cannot be answered as one, each by itself, so that only who is to blame fails."""
+        try:
+            return self._generate(part, dict(settings))
+        except (ValueError, RuntimeError) as error:
+            if len(part) == 1:
+                return [_failed(error)]
+        return [answer for one in part for answer in self._together([one], settings)]
+
+    def _read(self, one: Any, shared: Mapping[str, Any]) -> tuple[str, list[Any], tuple[tuple[str, Any], ...]]:
+        """Prompt, images and settings of one request; images are fetched before anybody waits for the model."""
+        own: Mapping[str, Any] = {}
+        if _is_chat(one):
+            chat = one
+        elif isinstance(one, Mapping):
+            own = one.get("parameters") or {}
+            if not isinstance(own, Mapping):
+                raise ValueError("parameters is not an object")
+            chat = _as_chat(one)
+        else:
+            raise ValueError('an entry of inputs is {"image": …, "text": …} or {"messages": […]}')
+        settings = _checked({**shared, **own}, self.model.config.num_patches)
+        sources, messages = _split(chat, self.processor.image_token)
+        images = [_picture(source) for source in sources]
+        prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
+        return prompt, images, tuple(sorted(settings.items(), key=lambda item: item[0]))
+
+    def _generate(self, part: list[tuple[int, str, list[Any]]], settings: dict[str, Any]) -> list[dict[str, Any]]:
+        with self._busy, torch.inference_mode():
+            start = time.perf_counter()
+            images = [image for _, _, pictures in part for image in pictures]
+            inputs = self.processor(
+                images=images or None, text=[prompt for _, prompt, _ in part], padding=True, return_tensors="pt"
+            ).to(self.model.device, self.model.dtype)
+            seed = settings.pop("seed", None)
+            if seed is not None:
+                torch.manual_seed(seed)
+            with self._budget(settings):
+                plan = self.model.config.pruning_plan()
+                output = self.model.generate(**inputs, **settings)
+            new = output[:, inputs["input_ids"].shape[1] :].cpu()
+            seconds = time.perf_counter() - start
+        layers = self.model.config.text_config.num_hidden_layers
+        patches = self.model.config.num_patches
+        counts = [patches] * layers if plan is None else plan.decoder_layer_tokens(layers)
+        stop = _as_set(self.model.generation_config.eos_token_id) | _as_set(self.processor.tokenizer.pad_token_id)
+        return [
+            {
+                "generated_text": self.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip(),
+                "generated_tokens": next((n for n, token in enumerate(tokens.tolist()) if token in stop), len(tokens)),
+                "visual_tokens": [counts[-1]] * len(pictures),
+                "layer_averaged_tokens": round(sum(counts) / layers, 1) if pictures else 0.0,
+                "seconds": round(seconds, 4),
+            }
+            for tokens, (_, _, pictures) in zip(new, part, strict=True)
+        ]
+
+    @contextmanager
+    def _budget(self, settings: dict[str, Any]) -> Any:
+        if "visual_tokens" not in settings:
+            yield
+            return
+        wanted = settings.pop("visual_tokens")
+        changed = (
+            {"enabled": False} if wanted is None else {"enabled": True, "visual_tokens": wanted, "tower_tokens": None}
+        )
+        with self.model.pruning(**changed):
+            yield
+
+
+def _failed(error: Exception) -> dict[str, Any]:
+    return {"error": " ".join(str(error).split()) or type(error).__name__}
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, Mapping) and "role" in one for one in value)
+
+
+def _as_chat(one: Mapping[str, Any]) -> list[Any]:
+    """A request in either form as chat messages."""
+    known = {"image", "images", "text", "messages", "parameters"}
+    if unknown := sorted(set(map(str, one)) - known):
+        raise ValueError(f"unknown field(s) {', '.join(unknown)}; allowed: {', '.join(sorted(known))}")
+    if "messages" in one:
+        if not _is_chat(one["messages"]) or {"image", "images", "text"} & set(one):
+            raise ValueError('messages is a list of {"role": …, "content": …}, and goes without image and text')
+        return one["messages"]
+    text = one.get("text")
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError("text is missing or empty")
+    images = one.get("images") or ([one["image"]] if one.get("image") is not None else [])
+    if not isinstance(images, list):
+        raise ValueError("images is a list")
+    parts = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": text}]
+    return [{"role": "user", "content": parts}]
+
+
+def _split(chat: list[Any], image_token: str) -> tuple[list[Any], list[dict[str, Any]]]:
+    """Images of a chat in their order, and the chat with a mark in the place of each."""
+    sources: list[Any] = []
+    messages = []
+    length = 0
+    for message in chat:
+        content = message.get("content")
+        if message["role"] not in ("system", "user", "assistant"):
+            raise ValueError(f"role={message['role']!r}; allowed: system, user, assistant")
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if not isinstance(parts, list):
+            raise ValueError("the content of a message is text or a list of parts")
+        marked = []
+        for part in parts:
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            if kind == "text" and isinstance(part.get("text"), str):
+                if image_token in part["text"]:
+                    raise ValueError(f"{image_token} stands for an image and must not be in a text")
+                length += len(part["text"])
+                marked.append({"type": "text", "text": part["text"]})
+            elif kind in ("image", "image_url"):
+                source = part.get("image_url") or part.get("image") or part.get("url") or part.get("base64")
+                sources.append(source.get("url") if isinstance(source, Mapping) else source)
+                marked.append({"type": "image"})
+            else:
+                raise ValueError(
+                    'a part is {"type": "text", "text": …} or {"type": "image_url", "image_url": {"url": …}}'
+                )
+        messages.append({"role": message["role"], "content": marked})
+    if messages[-1]["role"] != "user":
+        raise ValueError("the last message is not the user's")
+    if length > MAX_TEXT:
+        raise ValueError(f"the text has {length:,} characters; at most {MAX_TEXT:,} are read")
+    if len(sources) > MAX_IMAGES:
+        raise ValueError(f"there are {len(sources)} images; at most {MAX_IMAGES} are read")
+    return sources, messages
+
+
+def _picture(source: Any) -> Any:
+    if not isinstance(source, str) or not source:
+        raise ValueError("an image is an http(s) address, a data URL or base64")
+    if "://" not in source and not source.startswith("data:"):
+        # What is left is base64, or a path, which no stranger may name.
+        if len(source) > MAX_BYTES // 3 * 4 + 4:
+            raise ValueError(f"the image is larger than {MAX_BYTES:,} bytes")
+        try:
+            base64.b64decode(source, validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise ValueError("an image is an http(s) address, a data URL or base64; files are not read") from error
+        source = f"data:image;base64,{source}"
+    return load_image(source, timeout=15, max_bytes=MAX_BYTES, max_pixels=MAX_PIXELS, from_stranger=True)
+
+
+def _checked(given: Mapping[str, Any], patches: int) -> dict[str, Any]:
+    """Settings of one request with the defaults of an endpoint: short and greedy.
+
+    Raises
+    ------
+    ValueError
+        For one that is unknown or out of range.
+    """
+    settings: dict[str, Any] = {"max_new_tokens": 128, "do_sample": False}
+    for name, value in given.items():
+        if name == "visual_tokens":
+            if value is not None and not (_is(value, int) and 1 <= value <= patches):
+                raise ValueError(f"visual_tokens={value!r}; allowed: 1 to {patches}, or null for no pruning")
+        elif name not in PARAMETERS:
+            raise ValueError(f"unknown parameter {name!r}; allowed: {', '.join([*PARAMETERS, 'visual_tokens'])}")
+        else:
+            kind, low, high = PARAMETERS[name]
+            if not _is(value, kind) or (low is not None and not low <= value <= high):
+                allowed = "true, false" if kind is bool else f"{low} to {high}"
+                raise ValueError(f"{name}={value!r}; allowed: {allowed}")
+        settings[name] = value
+    if not settings["do_sample"]:
+        for name in ("temperature", "top_p", "top_k", "seed"):
+            if name in given:
+                raise ValueError(f"{name} needs do_sample=true")
+    return settings
+
+
+def _is(value: Any, kind: type) -> bool:
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _as_set(token: Any) -> set[int]:
+    return set() if token is None else set(token) if isinstance(token, list) else {token}

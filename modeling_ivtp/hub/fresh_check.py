@@ -1,0 +1,98 @@
+"""Does a repository stand on its own? A fresh, offline process without this package answers from it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+_SCRIPT = """
+import json, sys
+
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "modeling_ivtp":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Hidden())
+folder, whole, image, question = sys.argv[1], sys.argv[2] == "whole", sys.argv[3], sys.argv[4]
+sys.path.insert(0, folder)
+if whole:
+    import base64
+    from handler import EndpointHandler
+
+    encoded = base64.b64encode(open(image, "rb").read()).decode()
+    request = {"inputs": {"image": encoded, "text": question}, "parameters": {"max_new_tokens": 4}}
+    told = EndpointHandler(folder)(request)
+else:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+    import handler
+
+    model, info = AutoModelForImageTextToText.from_pretrained(
+        folder, trust_remote_code=True, device_map="meta", output_loading_info=True
+    )
+    wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys") if info.get(kind)}
+    if wrong:
+        raise SystemExit(f"weights and code do not fit: {wrong}")
+    AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    told = {}
+print("told:" + json.dumps(told))
+"""
+# Beside the weights themselves there is what loads them.
+_ROOM = 1.3
+
+
+def check_fresh(
+    folder: Path, weight_bytes: int, image: Path, question: str, *, timeout: float = 1800
+) -> dict[str, Any]:
+    """Load a repository in a fresh process, and ask it a question if its weights fit into memory.
+
+    Parameters
+    ----------
+    folder : Path
+        The repository.
+    weight_bytes : int
+        Of all weights.
+    image : Path
+        Sample image.
+    question : str
+    timeout : float
+        Seconds.
+
+    Returns
+    -------
+    dict
+        What the endpoint handler answered; empty if only the fit of weights and code was looked at, because the memory
+        that is free does not hold the weights.
+
+    Raises
+    ------
+    ValueError
+        If it cannot be loaded or does not answer.
+    """
+    whole = weight_bytes * _ROOM < psutil.virtual_memory().available
+    with tempfile.TemporaryDirectory() as home:
+        environment = os.environ | {"HF_HOME": home, "HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"}
+        arguments = [str(folder), "whole" if whole else "meta", str(image), question]
+        try:
+            done = subprocess.run(
+                [sys.executable, "-c", _SCRIPT, *arguments],
+                cwd=home,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+            )
+        except subprocess.TimeoutExpired:
+            raise ValueError(f"a fresh process did not answer from {folder} within {timeout:g} seconds") from None
+    told = next((line[5:] for line in done.stdout.splitlines() if line.startswith("told:")), None)
+    if done.returncode or told is None:
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise ValueError(f"a fresh process cannot answer from the repository: {last}")
+    return dict(json.loads(told))

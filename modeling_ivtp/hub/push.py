@@ -1,0 +1,236 @@
+"""One command from a checkpoint folder to a Hub page: lay out, check, show, upload in one commit."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+
+from .cards import GENERIC, card_images, card_names, sample
+from .fresh_check import check_fresh
+from .staging import Repository, check_no_pickle, stage
+
+# Files of an earlier push that would be mistaken for this one's.
+_STALE = ("*.safetensors", "*.safetensors.index.json", "*.py", "*.bin", "*.bin.index.json")
+
+
+@dataclass(frozen=True)
+class Push:
+    """What is about to be uploaded, or has been.
+
+    Attributes
+    ----------
+    repo_id : str
+    repository : Repository
+    removed : tuple of str
+        Files of the repository on the Hub that go.
+    answer : str or None
+        What a fresh process answered from it; None if its weights did not fit into memory, and only fit the code.
+    exists : bool or None
+        Whether the repository is there already; None after a dry run, which does not ask.
+    revision : str or None
+        The commit; None before the upload.
+    url : str or None
+        Of the commit, or of the pull request.
+    """
+
+    repo_id: str
+    repository: Repository
+    removed: tuple[str, ...]
+    answer: str | None
+    exists: bool | None
+    revision: str | None = None
+    url: str | None = None
+
+
+def push(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    confirm: Callable[[Push], bool],
+    dry_run: bool = False,
+    card: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str = "Upload IVTP-LLaVA",
+) -> Push:
+    """Publish a checkpoint.
+
+    Parameters
+    ----------
+    folder : str or path
+        Of an IVTP-LLaVA.
+    repo_id : str
+        `owner/name`, or `name` for one of your own.
+    confirm : callable
+        Shown what is about to happen; False ends it. Not asked in a dry run.
+    dry_run : bool
+        Lay out and check, and stop before the network.
+    card : str, optional
+        See `stage`.
+    private : bool, optional
+        Of a repository that is made; default: as the account has it.
+    token : str, optional
+        Default: the one that `hf auth login` stored, or HF_TOKEN.
+    revision : str, optional
+        Branch to commit to; it is made if there is none. Default: main.
+    create_pr : bool
+        Propose it as a pull request.
+    commit_message : str
+
+    Returns
+    -------
+    Push
+
+    Raises
+    ------
+    ValueError
+        If the folder or an option is wrong, or the repository does not stand the check.
+    OSError
+        If the Hub refuses or cannot be reached; what was uploaded by then is kept there and not sent again, and the
+        repository stays as it was.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"{repo_id!r} is no name of a repository; allowed: owner/name ({_first(error)})") from error
+    if not commit_message.strip():
+        raise ValueError("commit_message is empty")
+    api, exists, head = HfApi(token=token), None, None
+    there: list[str] = []
+    if not dry_run:
+        if not (token or get_token()):
+            raise ValueError("there is no token to write with; run `hf auth login`, set HF_TOKEN, or give one")
+        with _hub(api, repo_id):
+            if "/" not in repo_id:
+                repo_id = f"{api.whoami()['name']}/{repo_id}"
+            exists, head, there = _what_is_there(api, repo_id, revision)
+    with tempfile.TemporaryDirectory(prefix="ivtp-push-") as temporary:
+        repository = stage(folder, repo_id, Path(temporary), card=card)
+        check_no_pickle(repository)
+        answer = _checked(repository)
+        removed = [name for name in there if name not in repository.files and any(fnmatch(name, p) for p in _STALE)]
+        made = Push(repo_id, repository, tuple(removed), answer, exists)
+        if dry_run or not confirm(made):
+            return made
+        with _hub(api, repo_id):
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            if revision is not None and not create_pr:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            commit = api.create_commit(
+                repo_id,
+                [
+                    *(CommitOperationAdd(name, repository.folder / name) for name in repository.files),
+                    *(CommitOperationDelete(name) for name in removed),
+                ],
+                commit_message=commit_message,
+                revision=revision,
+                create_pr=create_pr,
+                # Somebody else's commit in between is not written over.
+                parent_commit=head,
+            )
+        return Push(repo_id, repository, made.removed, answer, exists, commit.oid, commit.pr_url or commit.commit_url)
+
+
+def _what_is_there(api: HfApi, repo_id: str, revision: str | None) -> tuple[bool, str | None, list[str]]:
+    """Whether the repository exists, its last commit and its files."""
+    api.whoami()
+    try:
+        info = api.model_info(repo_id, revision=revision)
+    except RevisionNotFoundError:
+        return True, None, []
+    except RepositoryNotFoundError:
+        return False, None, []
+    return True, info.sha, [file.rfilename for file in info.siblings or ()]
+
+
+def _checked(repository: Repository) -> str | None:
+    """What a fresh process answers about the card's own example, or about the one of any checkpoint."""
+    card = repository.card if repository.card in card_names() else GENERIC
+    place, question = sample(card)
+    told = check_fresh(repository.folder, repository.weight_bytes, card_images(card)[place], question)
+    return told.get("generated_text")
+
+
+@contextmanager
+def _hub(api: HfApi, repo_id: str) -> Iterator[None]:
+    """Say what the Hub's errors mean, and what to do next."""
+    try:
+        yield
+    except OfflineModeIsEnabled as error:
+        raise OSError("HF_HUB_OFFLINE is set; unset it to upload") from error
+    except HfHubHTTPError as error:
+        raise OSError(_what_the_hub_said(error, repo_id)) from error
+    except RuntimeError as error:
+        # The upload of a large file wraps what stopped it.
+        cause = error.__cause__
+        if isinstance(cause, HfHubHTTPError):
+            raise OSError(_what_the_hub_said(cause, repo_id)) from error
+        if _is_network(cause):
+            raise OSError(_unreachable(cause)) from error
+        raise
+    except Exception as error:
+        if not _is_network(error):
+            raise
+        raise OSError(_unreachable(error)) from error
+
+
+def _is_network(error: Any) -> bool:
+    # huggingface_hub is built on httpx or, newer, on httpx2; their errors share names and no class.
+    return isinstance(error, (ConnectionError, TimeoutError)) or any(
+        base.__name__ == "TransportError" for base in type(error).__mro__
+    )
+
+
+def _unreachable(error: Any) -> str:
+    return (
+        f"the connection to {constants.ENDPOINT} failed ({_first(error)}); the repository there is as it was. Run the "
+        "same command again: what has arrived is not sent twice"
+    )
+
+
+def _what_the_hub_said(error: HfHubHTTPError, repo_id: str) -> str:
+    status = error.response.status_code if error.response is not None else 0
+    wait = error.response.headers.get("retry-after", "") if error.response is not None else ""
+    said = {
+        401: "the Hub does not accept the token; run `hf auth login` with one that may write",
+        403: f"the token may not write to {repo_id}; use one with write access to it",
+        404: f"the Hub knows no {repo_id} that this token may write to",
+        409: f"somebody else has changed {repo_id} in the meantime; look at it, then run the same command again",
+        412: f"somebody else has changed {repo_id} in the meantime; look at it, then run the same command again",
+        413: "a file is larger than the Hub takes; convert again with a smaller --max-shard-size",
+        429: f"the Hub asks to slow down; run the same command again in {wait or 'a few'} "
+        f"{'seconds' if wait.isdigit() else 'minutes'}",
+    }.get(status)
+    if said is None and status >= 500:
+        said = f"the Hub has trouble of its own ({status}); run the same command again later"
+    tail = (
+        ""
+        if status in (401, 403, 404)
+        else ". The repository there is as it was, and what has arrived is not sent twice"
+    )
+    return (said or f"the Hub refused ({status}): {_first(error)}") + tail
+
+
+def _first(error: Any) -> str:
+    """The first line that says something, without request numbers."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return re.sub(r"\s*\(Request ID:[^)]*\)", "", lines[0])

@@ -1,0 +1,187 @@
+"""A complete Hub repository from a checkpoint folder: weights, code, processor, card, terms, endpoint handler."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..processing_ivtp import IVTPLlavaProcessor
+from .cards import GENERIC, card_images, card_names, render
+from .console import quiet
+from .convert import RECIPE_FILE, TERMS, copy_beside
+from .llava_source import meta_model, read_config
+from .shipped import shipped
+from .sources import reading
+from .weights import INDEX_FILE, Checkpoint
+
+# What a git host must not diff; everything else is text.
+_ATTRIBUTES = "".join(
+    f"*.{ending} filter=lfs diff=lfs merge=lfs -text\n" for ending in ("safetensors", "png", "jpg", "model")
+)
+# In place of weights these can run code when they are opened; none of them is ever sent.
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".h5", ".msgpack")
+
+
+@dataclass(frozen=True)
+class Repository:
+    """What will be uploaded.
+
+    Attributes
+    ----------
+    folder : Path
+        Where it lies complete; weights are links to the checkpoint's.
+    card : str
+        What its model card is: a name of `hub_cards/`, or the file it comes from.
+    files : mapping of str to int
+        Bytes of every file by its place in the repository.
+    left_out : tuple of str
+        Files of the checkpoint's folder that do not go along.
+    """
+
+    folder: Path
+    card: str
+    files: Mapping[str, int]
+    left_out: tuple[str, ...]
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(size for name, size in self.files.items() if name.endswith(".safetensors"))
+
+
+def stage(source: str | os.PathLike[str], repo_id: str, target: Path, *, card: str | None = None) -> Repository:
+    """Lay out a repository in an empty folder.
+
+    Parameters
+    ----------
+    source : str or path
+        Folder of an IVTP-LLaVA.
+    repo_id : str
+        Where it goes; the card tells people to load it from there.
+    target : Path
+        An empty folder.
+    card : str, optional
+        A card of `hub_cards/` by name, or a file. Default: that of the recipe the checkpoint was built by, else the
+        folder's own README.md if it has a card's metadata, else the one for any checkpoint.
+
+    Raises
+    ------
+    ValueError
+        If the folder is no IVTP-LLaVA, lacks CLIP's text half, or there is no such card.
+    OSError
+        If a file is missing or damaged.
+    """
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {source}; ivtp convert makes one")
+    with quiet():
+        config = read_config(folder, str(source))
+    stated = json.loads((folder / "config.json").read_text())
+    if stated["model_type"] != config.model_type:
+        raise ValueError(
+            f"{source} is a stock LLaVA (model_type {stated['model_type']!r}), not an IVTP-LLaVA; ivtp convert "
+            f"{source} --clip CLIP --out FOLDER makes one of it"
+        )
+    if config.clip_text_config is None:
+        raise ValueError(f"{source} has no text tower of CLIP; ivtp convert {source} --clip CLIP --out FOLDER joins it")
+    recipe = _recipe(folder)
+    name, text = _card(folder, card, recipe, repo_id, config)
+    checkpoint = Checkpoint.from_folder(folder, str(source))
+    with quiet(), reading(source, folder):
+        model = meta_model(config, checkpoint.tensors, checkpoint.main_dtype, str(source))
+        processor = IVTPLlavaProcessor.from_pretrained(folder)
+        if processor.clip_tokenizer is None:
+            raise ValueError(
+                f"{source} has no clip_tokenizer/; ivtp convert {source} --clip CLIP --out FOLDER joins it"
+            )
+        model.save_pretrained(target, state_dict={})
+        processor.save_pretrained(target)
+    copy_beside(folder, target)
+    if recipe is not None:
+        shutil.copyfile(folder / RECIPE_FILE, target / RECIPE_FILE)
+    for file in sorted({info.file for info in checkpoint.tensors.values()}):
+        _link(folder / file, target / file)
+    if (folder / INDEX_FILE).is_file() and not (target / "model.safetensors").exists():
+        shutil.copyfile(folder / INDEX_FILE, target / INDEX_FILE)
+    (target / "README.md").write_text(text, encoding="utf-8")
+    (target / ".gitattributes").write_text(_ATTRIBUTES)
+    _terms(target)
+    _endpoint(target)
+    if name in (*card_names(), GENERIC):
+        _images(name, target)
+    files = _files(target)
+    left_out = [place for place in _files(folder) if place not in files and not place.startswith(".")]
+    return Repository(target, name, files, tuple(left_out))
+
+
+def _files(folder: Path) -> dict[str, int]:
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and "__pycache__" not in path.parts]
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
+
+
+def _recipe(folder: Path) -> dict[str, Any] | None:
+    if not (folder / RECIPE_FILE).is_file():
+        return None
+    try:
+        stated = json.loads((folder / RECIPE_FILE).read_text())
+        return {name: stated[name] for name in ("recipe", "card", "base_model", "clip")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / RECIPE_FILE} is damaged ({error}); remove it or convert again") from error
+
+
+def _card(
+    folder: Path, card: str | None, recipe: Mapping[str, Any] | None, repo_id: str, config: Any
+) -> tuple[str, str]:
+    """Which card it is, and its text."""
+    if card is not None and card not in (*card_names(), GENERIC):
+        file = Path(card).expanduser()
+        if not file.is_file():
+            allowed = ", ".join([*card_names(), GENERIC])
+            raise ValueError(f"there is no card {card!r}; allowed: a file, or one of {allowed}")
+        return str(file), file.read_text(encoding="utf-8")
+    if card is None and recipe is not None:
+        card = recipe["card"]
+    own = folder / "README.md"
+    if card is None and own.is_file() and own.read_text(encoding="utf-8").startswith("---\n"):
+        return str(own), own.read_text(encoding="utf-8")
+    return card or GENERIC, render(card or GENERIC, repo_id, config, recipe)
+
+
+def _terms(target: Path) -> None:
+    """The licence of the code, beside whatever terms came with the weights."""
+    of_weights = [file for pattern in TERMS for file in target.glob(pattern)]
+    free = "license: apache-2.0" in (target / "README.md").read_text(encoding="utf-8") and not of_weights
+    shutil.copyfile(shipped("LICENSE"), target / ("LICENSE" if free else "LICENSE-CODE"))
+
+
+def _endpoint(target: Path) -> None:
+    for name in ("handler.py", "requirements.txt"):
+        shutil.copyfile(shipped(f"hub_cards/{name}"), target / name)
+    shutil.copyfile(Path(__file__).with_name("images.py"), target / "handler_images.py")
+
+
+def _images(card: str, target: Path) -> None:
+    (target / "images").mkdir()
+    for place, file in card_images(card).items():
+        shutil.copyfile(file, target / place)
+        beside = file.with_name("LICENSES.md")
+        if beside.is_file():
+            shutil.copyfile(beside, target / "images" / beside.name)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Weights are not copied; where the system has no links for everybody (Windows), a hard link will do."""
+    try:
+        target.symlink_to(source.resolve())
+    except OSError:
+        os.link(source, target)
+
+
+def check_no_pickle(repository: Repository) -> None:
+    """Raise ValueError if anything that is sent could run code when its weights are loaded."""
+    if found := [name for name in repository.files if name.endswith(_PICKLES)]:
+        raise ValueError(f"{', '.join(found)} would be sent, but only safetensors are")
