@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,12 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    validate_repo_id,
+)
 
 from .cards import GENERIC, card_images, card_names, sample
 from .fresh_check import check_fresh
@@ -71,6 +77,7 @@ def push(
     revision: str | None = None,
     create_pr: bool = False,
     commit_message: str = "Upload IVTP-LLaVA",
+    progress: bool = True,
 ) -> Push:
     """Publish a checkpoint.
 
@@ -95,6 +102,8 @@ def push(
     create_pr : bool
         Propose it as a pull request.
     commit_message : str
+    progress : bool
+        Show progress bars on standard error if that is a terminal.
 
     Returns
     -------
@@ -131,7 +140,7 @@ def push(
         made = Push(repo_id, repository, tuple(removed), answer, exists)
         if dry_run or not confirm(made):
             return made
-        with _hub(api, repo_id):
+        with _hub(api, repo_id), _bars(progress and sys.stderr.isatty()):
             api.create_repo(repo_id, private=private, exist_ok=True)
             if revision is not None and not create_pr:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -171,6 +180,19 @@ def _checked(repository: Repository) -> str | None:
 
 
 @contextmanager
+def _bars(shown: bool) -> Iterator[None]:
+    """huggingface_hub shows its bars to everybody, pipes and log files included."""
+    if shown or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
+@contextmanager
 def _hub(api: HfApi, repo_id: str) -> Iterator[None]:
     """Say what the Hub's errors mean, and what to do next."""
     try:
@@ -202,8 +224,8 @@ def _is_network(error: Any) -> bool:
 
 def _unreachable(error: Any) -> str:
     return (
-        f"the connection to {constants.ENDPOINT} failed ({_first(error)}); the repository there is as it was. Run the "
-        "same command again: what has arrived is not sent twice"
+        f"the connection to {constants.ENDPOINT} failed ({_first(error)}); the repository there is as it was, or "
+        "complete if only the last reply was lost. To go on, run the same command again: nothing is sent twice"
     )
 
 
