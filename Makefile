@@ -8,7 +8,7 @@ SEED ?= 0
 # glibc would hand every large tensor back to the system and ask for it anew: a tenth of the time.
 TRAIN := MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=8000000000 $(RUN)/python -m benchmarks.quality
 
-.PHONY: help setup demo quality miniature test test-oldest lint clean
+.PHONY: help setup demo space cards quality miniature test test-oldest lint clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -24,6 +24,12 @@ $(STAMP): pyproject.toml
 
 demo: setup  ## ask a drawn scene three questions, unpruned beside pruned, and draw what was kept
 	$(RUN)/python -m examples.demo
+
+space: setup  ## the demonstration in the browser, on the miniature; MODEL_ID chooses another checkpoint
+	$(RUN)/python examples/space/app.py
+
+cards: setup  ## model cards anew, from what is counted and measured
+	$(RUN)/python -m benchmarks.card_facts
 
 quality: setup  ## evaluate MODEL (the miniature) on held-out questions of the drawn world: benchmarks/results
 	$(RUN)/ivtp quality --model $(MODEL) --rows all --out benchmarks/results

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
 from .trace_figure import choose_panels, draw
-from .trace_picture import square
-from .trace_words import key_words, mark
+from .trace_picture import as_image, dim, square
+from .trace_words import MarkedText, key_words, mark
 
 if TYPE_CHECKING:
     from .trace_figure import Figure
@@ -131,6 +131,11 @@ class ImageTrace:
         """The words that hold a key token, in reading order."""
         return key_words(self.tokens)
 
+    @property
+    def instruction(self) -> MarkedText:
+        """The text the image was pruned for, its key words marked by relevance."""
+        return mark(self.tokens)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, the derived numbers included."""
         return {
@@ -142,6 +147,14 @@ class ImageTrace:
             "groups": [group.to_dict() for group in self.groups],
             "tokens": [token.to_dict() for token in self.tokens],
         }
+
+
+class StagePicture(NamedTuple):
+    """What one group left of an image: what to call it, how many visual tokens, and the picture (PIL.Image.Image)."""
+
+    label: str
+    tokens: int
+    image: Any
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -252,13 +265,36 @@ class PruningTrace:
         ValueError
             If `index`, `stages`, `size` or `image` is not what is said above.
         """
-        if index not in range(len(self.images)):
-            raise ValueError(f"index={index!r}: the trace holds {_plural(len(self.images), 'image')}, counted from 0")
+        chosen = self._image(index)
         if size is not None and not (isinstance(size, int | float) and math.isfinite(size) and size > 0):
             raise ValueError(f"size={size!r}: expected the width in inches, a positive number")
-        chosen = self.images[index]
         panels = choose_panels(chosen.groups, chosen.grid, stages)
-        return draw(square(image, chosen.grid), panels, mark(chosen.tokens), self._caption(index), title, size)
+        return draw(square(image, chosen.grid), panels, chosen.instruction, self._caption(index), title, size)
+
+    def pictures(
+        self, image: Any, index: int = 0, *, stages: str | int | Sequence[int] | None = None
+    ) -> list[StagePicture]:
+        """The panels of `plot` as pictures of their own: the whole image, then what each group left of it.
+
+        Parameters
+        ----------
+        image, index, stages
+            As for `plot`.
+
+        Raises
+        ------
+        ValueError
+            As `plot`.
+        """
+        chosen = self._image(index)
+        panels = choose_panels(chosen.groups, chosen.grid, stages)
+        whole = square(image, chosen.grid)
+        return [StagePicture(label, int(mask.sum()), as_image(dim(whole, mask))) for label, mask in panels]
+
+    def _image(self, index: int) -> ImageTrace:
+        if index not in range(len(self.images)):
+            raise ValueError(f"index={index!r}: the trace holds {_plural(len(self.images), 'image')}, counted from 0")
+        return self.images[index]
 
     def _caption(self, index: int) -> list[str]:
         image = self.images[index]

@@ -91,3 +91,8 @@ def dim(picture: Any, mask: Tensor) -> Any:
     kept = mask.numpy().repeat(cell, 0).repeat(cell, 1)[..., None]
     grey = (picture @ [0.299, 0.587, 0.114])[..., None]
     return picture * kept + (0.38 * (0.82 * grey + 0.18 * picture) + 0.08) * ~kept
+
+
+def as_image(picture: Any) -> Any:
+    """Floats in 0 to 1 as a PIL.Image.Image."""
+    return plot_module("PIL.Image").fromarray((picture * 255).round().astype("uint8"))
