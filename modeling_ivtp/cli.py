@@ -386,7 +386,7 @@ def flops(
         typer.Option(help="Left in the end; may be repeated with --sweep.", show_default="the shape's own, 64"),
     ] = None,
     instruction_tokens: Annotated[
-        int | None, typer.Option(help="CLIP tokens of the instruction.", show_default="as many as text tokens")
+        int | None, typer.Option(min=0, help="CLIP tokens of the instruction.", show_default="as many as text tokens")
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of the KV cache: float16, bfloat16, float32.")] = "float16",
     sweep: Annotated[bool, typer.Option("--sweep", help="A table over methods, text and visual tokens.")] = False,
@@ -400,9 +400,8 @@ def flops(
     if dtype not in bytes_of:
         raise ValueError(f"--dtype={dtype}; allowed: {', '.join(bytes_of)}")
     from . import flops as counting
-    from .configuration_ivtp import IVTPLlavaConfig
 
-    config = counting.load_shape(preset) if preset is not None else IVTPLlavaConfig.from_pretrained(model)
+    config = counting.load_shape(preset) if preset is not None else _shape_of(model)
     names, texts = method or ["ivtp"], text_tokens or [512]
     budgets = visual_tokens or [config.pruning.visual_tokens]
     if not sweep and max(len(names), len(texts), len(budgets)) > 1:
@@ -441,6 +440,16 @@ def _show_upload(made: Any) -> None:
         typer.echo(f"checked: a fresh process loads it and answers {made.answer!r}")
     if made.repository.left_out:
         typer.echo(f"stays here: {', '.join(made.repository.left_out)}")
+
+
+def _shape_of(model: str | None) -> Any:
+    """The configuration of a checkpoint, without its weights."""
+    from .configuration_ivtp import IVTPLlavaConfig
+    from .hub.llava_source import read_config
+    from .hub.sources import local_folder
+
+    folder = local_folder(str(model))
+    return IVTPLlavaConfig.from_pretrained(model) if folder is None else read_config(folder, str(model), quantized=True)
 
 
 def _flops_parts(found: Any) -> Any:

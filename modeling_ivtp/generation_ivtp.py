@@ -26,6 +26,7 @@ class PrunedGeneration:
         **kwargs: Any,
     ) -> Any:
         """As in transformers; what only a prompt needs does not follow into the decoding steps."""
+        prompt = kwargs.pop("prompt_length", None)
         if not is_first_iteration and kwargs.get("use_cache", True):
             for name in ("mm_encoder_outputs", "clip_input_ids", "clip_spans"):
                 kwargs.pop(name, None)
@@ -33,6 +34,8 @@ class PrunedGeneration:
             if (spans := kwargs.get("clip_spans")) is not None:
                 # Tokens behind the prompt, such as an assistant's candidates, are no words of the person.
                 kwargs["clip_spans"] = nn.functional.pad(spans, (0, 0, 0, input_ids.shape[1] - spans.shape[1]))
+            if prompt is not None and input_ids.shape[1] > prompt:
+                kwargs["drafted"] = input_ids.shape[1] - prompt
             if next_sequence_length is not None:
                 self._leave_seen_images(input_ids, next_sequence_length, kwargs)
         return super().prepare_inputs_for_generation(  # type: ignore[misc]
@@ -97,6 +100,7 @@ class PrunedGeneration:
         if (spans := model_kwargs.get("clip_spans")) is not None and spans.shape[1] < marks.shape[1]:
             # Spans of the last words alone: what stands before them, say an earlier answer, has none.
             model_kwargs["clip_spans"] = nn.functional.pad(spans, (0, 0, marks.shape[1] - spans.shape[1], 0))
+        model_kwargs["prompt_length"] = marks.shape[1]
         names = ("pixel_values", "mm_encoder_outputs") if expand_size > 1 and _count_images(model_kwargs) else ()
         given = {name: model_kwargs.pop(name) for name in names if model_kwargs.get(name) is not None}
         order = self._image_order(expand_size, marks, _count_images(given), model_kwargs) if given else []
@@ -123,7 +127,7 @@ class PrunedGeneration:
         assistant, given = kwargs.get("assistant_model"), kwargs.get("model_kwargs")
         if assistant is not None and given is not None:
             taken = inspect.signature(assistant.forward).parameters
-            ours = {"clip_input_ids", "clip_spans", "pixel_values"} - set(taken)
+            ours = {"clip_input_ids", "clip_spans", "pixel_values", "prompt_length"} - set(taken)
             kwargs["model_kwargs"] = {name: value for name, value in given.items() if name not in ours}
         return super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]
 
@@ -145,7 +149,10 @@ def _reordered(images: Any, order: list[int]) -> Any:
 def take_images(output: Any, order: list[int]) -> Any:
     """Encoder outputs of some of their images, which may repeat."""
     chosen: dict[str, Any] = {"pooler_output": [output.pooler_output[image] for image in order]}
-    for name in ("kept_patches", "cls_features", "image_embeds", "patch_embeds"):
+    # Of images that keep different numbers, the one that kept most may be among those that are left out.
+    most = max(len(image) for image in chosen["pooler_output"])
+    for name, cut in (("kept_patches", True), ("cls_features", False), ("image_embeds", False), ("patch_embeds", True)):
         if (value := getattr(output, name, None)) is not None:
-            chosen[name] = value[torch.tensor(order, device=value.device)]
+            value = value[torch.tensor(order, device=value.device)]
+            chosen[name] = value[:, :most] if cut else value
     return type(output)(**chosen)

@@ -189,11 +189,6 @@ class IVTPLlavaModel(PromptPruning, PruningOptions, IVTPLlavaPreTrainedModel, Ll
 
     def _patch_embeds(self, features: torch.Tensor, choice: Choice | None) -> torch.Tensor:
         """What is left of an image in CLIP's space (I, k, P): a feature as if it were the tower's output for CLS."""
-        if not self.has_text_tower:
-            raise ValueError(
-                "This method compares patches with the instruction and needs CLIP's text tower: "
-                "from_llava(..., clip=...) joins it."
-            )
         left = features[:, 1:] if choice is None else choice.of(features[:, 1:])
         return self.visual_projection(self.vision_tower.post_layernorm(left))
 
@@ -213,6 +208,7 @@ class IVTPLlavaModel(PromptPruning, PruningOptions, IVTPLlavaPreTrainedModel, Ll
         clip_spans: torch.LongTensor | None = None,
         recorder: TraceRecorder | None = None,
         past_key_values: Cache | None = None,
+        drafted: int = 0,
         **kwargs: Any,
     ) -> Any:
         """Run LLaVA on a prompt, keeping of each image what its question needs.
@@ -228,6 +224,8 @@ class IVTPLlavaModel(PromptPruning, PruningOptions, IVTPLlavaPreTrainedModel, Ll
             Which of them overlap each token of the prompt, counted from the end.
         recorder : TraceRecorder, optional
             Collects what `explain` shows.
+        drafted : int, default 0
+            Last columns that an assistant proposes: they are no words of the prompt, and choose nothing.
 
         Returns
         -------
@@ -286,6 +284,7 @@ class IVTPLlavaModel(PromptPruning, PruningOptions, IVTPLlavaPreTrainedModel, Ll
             clip_input_ids=clip_input_ids,
             clip_spans=clip_spans,
             recorder=recorder,
+            drafted=drafted,
         )
         outputs = self.language_model(
             attention_mask=attention_mask,

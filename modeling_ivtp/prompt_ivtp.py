@@ -1,5 +1,6 @@
 """From a prompt to what the decoder prunes: placeholders, features and the pseudo CLS (IVTP Sec. 3.3)."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -60,6 +61,7 @@ class PromptPruning:
         clip_input_ids: torch.Tensor | None,
         clip_spans: torch.Tensor | None,
         recorder: TraceRecorder | None,
+        drafted: int = 0,
     ) -> tuple[VisualPrompt, torch.Tensor]:
         """Leave out the placeholders of dropped patches, fill in the features, and make the pseudo CLS."""
         if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() != 2:
@@ -74,8 +76,11 @@ class PromptPruning:
                 )
             valid = attention_mask[:, past : past + length].to(device=device, dtype=torch.bool)
         placeholders = self.placeholders(input_ids, inputs_embeds)
+        if drafted:
+            # What is looked up in the prompt may be image tokens; in the answer they stand for no image.
+            placeholders[:, length - drafted :] = False
         images = len(encoded.pooler_output)
-        whole = locate_images(placeholders, valid, images, plan.patches).to(device)
+        whole = replace(locate_images(placeholders, valid, images, plan.patches).to(device), drafted=drafted)
         kept, features = _by_row(encoded, whole)
         sequence, index = whole.keep(kept, ragged=not plan.exact)
         left = inputs_embeds.gather(1, index[..., None].expand(-1, -1, inputs_embeds.shape[-1]))
@@ -127,7 +132,7 @@ class PromptPruning:
                 )
             windows = clip_input_ids.any(-1)
             text = self.clip_text_model(input_ids=clip_input_ids.flatten(0, 1)).text_embeds
-            text = text.unflatten(0, windows.shape)
+            text = text.unflatten(0, windows.shape).to(features.device)
             patches = per_row(encoded.patch_embeds.to(features.device), whole)
         with torch.no_grad(), full_precision(features.device):
             return self.policy.in_prompt(PromptMoment(keep, features, patches, text, windows))

@@ -54,6 +54,10 @@ class PruningOptions:
 
     def _use_pruning(self, pruning: IVTPPruningConfig) -> None:
         before = self.config.pruning
+        if getattr(getattr(self, "model", self), "applied_policy", None) is not None:
+            raise ValueError(
+                "Another system prunes this model, and its own options have no say: leave that system's `with` block."
+            )
         self.config.pruning = pruning
         try:
             self.config.pruning_plan()
@@ -90,7 +94,10 @@ class PruningControls(PruningOptions):
         model: Any = self
         if model.model.plan() is None:
             options, patches = self.config.pruning, self.config.num_patches
-            why = f"visual_tokens={options.visual_tokens} keeps all {patches} patches; allowed: 1 to {patches - 1}"
+            asked = (
+                f"visual_tokens={options.visual_tokens}" if model.model.applied_policy is None else "the system applied"
+            )
+            why = f"{asked} keeps all {patches} patches; allowed: 1 to {patches - 1}"
             raise ValueError(f"Nothing to explain: {why if options.enabled else 'pruning is off (enabled=False)'}")
         if inputs.get("pixel_values") is None:
             raise ValueError("Nothing to explain: the inputs hold no image (pixel_values).")

@@ -192,6 +192,8 @@ class Policy:
         Whether CLIP's embedding of the image is needed, for which the tower runs to its top.
     compact : bool
         Whether positions are renumbered without gaps.
+    projects_all : bool
+        Whether the features' moment looks at projected features, so that those that go are projected, too.
     """
 
     observes: bool = False
@@ -201,6 +203,7 @@ class Policy:
     compares_patches: bool = False
     embeds_image: bool = False
     compact: bool = False
+    projects_all: bool = False
 
     def plan(self, config: Any, patches: int) -> PruningPlan | None:
         """What stays where, for images of `patches` tokens; None: everything.
@@ -253,6 +256,7 @@ class Wrapped(Policy):
         self.observes, self.reading, self.compact = policy.observes, policy.reading, policy.compact
         self.proportional, self.watched_layers = policy.proportional, policy.watched_layers
         self.compares_patches, self.embeds_image = policy.compares_patches, policy.embeds_image
+        self.projects_all = policy.projects_all
 
     def plan(self, config: Any, patches: int) -> PruningPlan | None:
         """The other's."""

@@ -58,6 +58,8 @@ class VisualSequence:
         Logical column of each row's last token.
     ragged : bool
         Whether images may have different numbers of visual tokens.
+    drafted : int
+        Last columns that are no words of the prompt: what an assistant proposes to go on with.
     """
 
     length: int
@@ -69,11 +71,17 @@ class VisualSequence:
     present: torch.Tensor
     ends: torch.Tensor
     ragged: bool = False
+    drafted: int = 0
 
     @property
     def size(self) -> int:
         """Physical columns, n."""
         return self.slots.shape[1]
+
+    @property
+    def asked(self) -> int:
+        """Physical columns up to the prompt's last token, which answers."""
+        return self.size - self.drafted
 
     @property
     def tail(self) -> int:
@@ -163,13 +171,14 @@ class VisualSequence:
     def restore(self, hidden: torch.Tensor) -> torch.Tensor:
         """Put hidden states (B, n, d) back to their logical columns: (B, S, d).
 
-        A dropped token leaves zeros, but for a row's last one: what the row ends with predicts the next token, so the
-        last token that is left stands there, too.
+        A dropped token leaves zeros, but for the last one of a row's prompt: what the prompt ends with predicts the
+        next token, so the last token that is left stands there, too.
         """
         full = hidden.new_zeros(hidden.shape[0], self.length + 1, hidden.shape[2])
-        slots, ends = self.slots.to(hidden.device), self.ends.to(hidden.device)
+        slots, ends = self.slots.to(hidden.device), self.ends.to(hidden.device) - self.drafted
         full = full.scatter(1, slots[..., None].expand_as(hidden), hidden)
-        return full.scatter(1, ends[..., None].expand(-1, -1, hidden.shape[2]), hidden[:, -1:])[:, :-1]
+        last = hidden[:, self.asked - 1 : self.asked]
+        return full.scatter(1, ends[..., None].expand(-1, -1, hidden.shape[2]), last)[:, :-1]
 
     def kept_tokens(self) -> torch.Tensor:
         """Which logical columns are left: bool Tensor (B, S)."""

@@ -4,11 +4,15 @@ import copy
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache, LlavaConfig, LlavaForConditionalGeneration, StaticCache
+from accelerate import dispatch_model
+from peft import LoraConfig, get_peft_model
+from transformers import DynamicCache, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration, StaticCache
 
 from modeling_ivtp import methods
+from modeling_ivtp.visual_sequence import VisualSequence
 from tests.masked import choices_of, masked_logits
 from tests.tiny import PATCHES, prompt, rows_alone, tiny_model
 
@@ -184,7 +188,8 @@ def test_a_stock_llava_is_pruned_alike_and_left_as_it_was(name, model, stock):
     before, unpruned = snapshot(stock), stock(**inputs).logits
     system = SYSTEMS[name]
     if name in ("ivtp", "ivtp-v"):  # a stock model has no options of its own, and LLaVA-1.5's do not fit six layers
-        system = type(system)(4, {"layers_per_group": 2, "decoder_layers": 4})
+        own = {"layers_per_group": 2, "decoder_layers": 4, "tower_tokens": model.pruning_config.tower_tokens}
+        system = type(system)(4, own)
     elif name in ("topk+", "tome+"):
         system = type(system)(4, decoder_layers=4)
     with system(stock):
@@ -223,14 +228,21 @@ def test_systems_at_different_stages_are_composed_in_order(model):
         (methods.IVTP(8), methods.FastV(4), "fastv acts at decoder, where ivtp acts already"),
         (methods.IVTP(8), methods.DivPrune(4), "divprune acts at features, where ivtp acts already"),
         (methods.TopK(8), methods.VisionZip(4), "visionzip reads the attention of the whole picture"),
+        (methods.TopK(8), methods.SpatialPooling(4), "spatial_pooling needs the whole grid"),
+        (methods.PruMergePlus(8), methods.CDPruner(4), None),
+        (methods.PruMergePlus(8, adaptive=True), methods.CDPruner(4), "cdpruner follows a system that keeps another"),
     ],
 )
 def test_systems_that_get_in_each_others_way_are_refused(first, second, message, model):
+    if message is None:
+        with first(model), second(model):
+            assert model.explain(**prompt(ROWS[:1])).final_tokens == (second.keep,)
+        return
     before = snapshot(model)
     with first(model):
         with pytest.raises(ValueError, match=message), second(model):
             pass
-        assert model.explain(**prompt(ROWS[:1])).final_tokens == (first.keep,)
+        assert model.explain(**prompt(ROWS[:1])).final_tokens[0] <= first.keep
     assert snapshot(model) == before
 
 
@@ -246,6 +258,21 @@ def test_systems_that_get_in_each_others_way_are_refused(first, second, message,
         (lambda: methods.VisionZip(4, contextual=5), r"visionzip: contextual=5; allowed: a whole number from 0 to 4"),
         (lambda: methods.ATPSpatial(4, spatial=1.5), r"atp-spatial: spatial=1.5; allowed: from 0 to 1"),
         (lambda: methods.TextAttention(4, fuse=2, weights=(1.0,)), r"weights=\(1.0,\); allowed: 2 numbers"),
+        (lambda: methods.TextAttention(4, fuse=2, weights=("a", "b")), r"weights=\('a', 'b'\); allowed: 2 numbers"),
+        (lambda: methods.TextAttention(4, weights=(float("nan"),)), r"weights=\(nan,\); allowed: 1 numbers"),
+        (lambda: methods.PyramidDrop(4, layers=8), r"pyramiddrop: layers=8; allowed: ascending numbers from 1 on"),
+        (lambda: methods.PyramidDrop(4, layers=()), r"layers=\(\); allowed: ascending"),
+        (lambda: methods.PyramidDrop(4, layers=(0, 2)), r"layers=\(0, 2\); allowed: ascending numbers from 1 on"),
+        (lambda: methods.PyramidDrop(4, layers=(4, 2)), r"layers=\(4, 2\); allowed: ascending"),
+        (lambda: methods.PyramidDrop(4, layers=(2.0, 4.0)), r"layers=\(2.0, 4.0\); allowed: ascending"),
+        (lambda: methods.PyramidDrop(4, layers="24"), r"layers='24'; allowed: ascending"),
+        (lambda: methods.LVPruningTopK(4, scores=3), r"lvpruning-topk: scores=3; allowed: a callable"),
+        (lambda: methods.IVTP(4, options="x"), r"ivtp: options='x'; allowed: a dict of fields"),
+        (lambda: methods.IVTP(4, options={"visual_tokens": 2}), r"allowed: a dict of fields .* other than enabled"),
+        (lambda: methods.SparseVLM(4, adaptive="no"), r"sparsevlm: adaptive='no'; allowed: True, False"),
+        (lambda: methods.PruMergePlus(4, adaptive=2), r"prumerge\+: adaptive=2; allowed: True, False"),
+        (lambda: methods.CDPruner(4, negated=None), r"cdpruner: negated=None; allowed: True, False"),
+        (lambda: methods.make(["fastv"], 4), r"Unknown method \['fastv'\]"),
         (lambda: methods.TopKPlus(4, tower_tokens=3), r"topk\+: tower_tokens=3; allowed: a whole number of at least 4"),
     ],
 )
@@ -257,8 +284,8 @@ def test_bad_options_are_named(make, message):
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        (methods.FastV(4, layer=7), r"fastv: layers=\(6,\); allowed: ascending layers from 0 to 5"),
-        (methods.PyramidDrop(4, layers=(4, 2)), r"pyramiddrop: layers=\(3, 1\); allowed: ascending"),
+        (methods.FastV(4, layer=7), r"fastv: layer=7; allowed: 1 to 6, the layers of this decoder"),
+        (methods.PyramidDrop(4, layers=(2, 7)), r"pyramiddrop: layers=\(2, 7\); allowed: 1 to 6"),
         (methods.TextAttention(4, layers=(2, 3), fuse=2), r"fuse=2 reaches below the drop"),
         (methods.SpatialPooling(7), r"keep=7 is no grid within 4 x 4 patches; nearest: 6, 8"),
         (methods.ToMePlus(1, tower_tokens=16, decoder_layers=3), r"16 tokens cannot become 1 in 3 layer"),
@@ -270,6 +297,116 @@ def test_what_does_not_fit_the_model_is_refused_before_anything_changes(method, 
     with pytest.raises(ValueError, match=message), method(model):
         pass
     assert snapshot(model) == before
+
+
+DRAFTING = {"an assistant": {}, "prompt lookup": {"prompt_lookup_num_tokens": 3}}
+
+
+@EVERY
+@pytest.mark.parametrize("how", DRAFTING)
+def test_what_an_assistant_proposes_does_not_choose(name, how, model):
+    """The last token of the prompt, and its text, are the person's; candidates that stand behind it have no say."""
+    options = dict(DRAFTING[how])
+    if not options:
+        options["assistant_model"] = LlamaForCausalLM(model.config.text_config).eval()
+        options["assistant_model"].generation_config.eos_token_id = None
+    settings = {"max_new_tokens": 6, "do_sample": False}
+    for row in ([2, "image", 4, "image", 3], [3, "image"]):
+        inputs = prompt([row])
+        if row[-1] != "image":
+            # A word again, so that there is something to look up; behind an image it is image tokens.
+            inputs["input_ids"][:, -1] = inputs["input_ids"][:, 0]
+        with SYSTEMS[name](model):
+            seen = []
+            prepare = VisualSequence.keep
+
+            def keep(self, kept, ragged=False, seen=seen, prepare=prepare):
+                sequence, index = prepare(self, kept, ragged)
+                seen.append(sequence.patches)
+                return sequence, index
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(VisualSequence, "keep", keep)
+                alone = model.generate(**inputs, **settings)
+                plain, seen[:] = list(seen), []
+                assisted = model.generate(**inputs, **settings, **options)
+        assert torch.equal(alone, assisted)
+        assert len(plain) == len(seen)
+        assert all(torch.equal(one, other) for one, other in zip(plain, seen, strict=True))
+
+
+def test_a_conversation_about_pictures_that_keep_different_numbers(model):
+    inputs = prompt([["image", 3, "image", 4]], seed=9)
+    system = methods.PruMergePlus(12, adaptive=True, neighbours=3)
+    with system(model):
+        counts = [len(one) for one in model.model.get_image_features(inputs["pixel_values"]).pooler_output]
+        assert counts[0] > counts[1]
+        cache = DynamicCache(config=model.config.text_config)
+        first = {"input_ids": inputs["input_ids"][:, :19], "pixel_values": inputs["pixel_values"][:1]}
+        model.generate(**first, past_key_values=cache, max_new_tokens=1)
+        answer = model.generate(**inputs, past_key_values=cache, max_new_tokens=2)
+    assert answer.shape[1] == inputs["input_ids"].shape[1] + 2
+
+
+@pytest.mark.parametrize("name", ["fastv", "topk", "divprune"])
+def test_a_stock_llava_under_accelerates_hooks(name, model, stock, tmp_path):
+    inputs = without_clip(prompt(ROWS))
+    with SYSTEMS[name](model):
+        expected = model(**inputs).logits
+    offloaded = copy.deepcopy(stock)
+    places = {"model.vision_tower": "cpu", "model.multi_modal_projector": "cpu", "lm_head": "cpu"}
+    dispatch_model(offloaded, places | {"model.language_model": "disk"}, offload_dir=str(tmp_path), force_hooks=True)
+    unpruned = offloaded(**inputs).logits
+    with SYSTEMS[name](offloaded):
+        assert torch.equal(offloaded(**inputs).logits, expected)
+    assert torch.equal(offloaded(**inputs).logits, unpruned)
+
+
+def test_a_peft_model_is_pruned_inside(model):
+    wrapped = get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=["q_proj"], init_lora_weights=True))
+    inputs = prompt(ROWS)
+    with methods.FastV(4)(model):
+        expected = model(**inputs).logits
+    with methods.FastV(4)(wrapped) as inside:
+        assert inside is wrapped
+        assert (wrapped(**inputs).logits - expected).abs().max() <= TOLERANCE
+
+
+def test_the_models_own_options_have_no_say_inside(model):
+    before = model.pruning_config
+    with methods.FastV(4)(model):
+        for change in (lambda: model.set_pruning(visual_tokens=8), lambda: model.pruning(enabled=False).__enter__()):
+            with pytest.raises(ValueError, match=r"Another system prunes this model"):
+                change()
+    assert model.pruning_config == before
+    with methods.FastV(PATCHES)(model), pytest.raises(ValueError, match="the system applied keeps all 16 patches"):
+        model.explain(**prompt(ROWS[:1]))
+
+
+def test_scores_of_another_shape_are_refused(model):
+    system = methods.LVPruningTopK(4, scores=lambda layer, visual, hidden, text: visual.mean(-1)[..., :3])
+    with system(model), pytest.raises(ValueError, match=r"scores made \(1, 1, 3\); allowed: \(1, 1, 16\)"):
+        model(**prompt(ROWS[:1]))
+
+
+def test_numpys_whole_numbers_are_whole(model):
+    assert methods.FastV(np.int64(4), layer=np.int32(2)) == methods.FastV(4, layer=2)
+
+
+def test_what_the_towers_attention_cannot_weigh(model, monkeypatch):
+    monkeypatch.setattr(model.config.vision_config, "_attn_implementation_internal", "flash_attention_2")
+    with (
+        pytest.raises(ValueError, match=r"tome weighs attention in the tower.*allowed: eager, sdpa"),
+        methods.ToMe(4)(model),
+    ):
+        pass
+    monkeypatch.undo()
+    monkeypatch.setattr(model.config, "vision_feature_layer", [-2, -3])
+    with pytest.raises(ValueError, match="cdpruner needs features of one layer"), methods.CDPruner(4)(model):
+        pass
+    monkeypatch.setattr(model.config, "vision_feature_select_strategy", "full")
+    with pytest.raises(ValueError, match='pruning takes "default" only'), methods.FastV(4)(model):
+        pass
 
 
 def test_only_llavas_are_taken():

@@ -161,8 +161,7 @@ def _run(config: Any, policy: Policy, plan: PruningPlan | None, text_tokens: int
     length = text_tokens + config.num_patches
     ids = torch.full((1, length), config.image_token_id)
     ids[:, :_TEXT_BEFORE] = ids[:, _TEXT_BEFORE + config.num_patches :] = 0
-    inner.applied_policy = dry
-    with model.pruning(enabled=False):
+    with _only(model, dry):
         with _counting() as counted:
             encoded = inner.get_image_features(pixels)
         parts["projector"] = counted("LlavaMultiModalProjector")
@@ -200,6 +199,20 @@ def _run(config: Any, policy: Policy, plan: PruningPlan | None, text_tokens: int
         parts["head"] = counted()
     parts["scoring"] = 0 if dry is None else dry.scoring
     return parts
+
+
+@contextmanager
+def _only(model: Any, policy: Policy | None) -> Iterator[None]:
+    """Let a policy prune a model, or nothing."""
+    if policy is None:
+        with model.pruning(enabled=False):
+            yield
+        return
+    model.model.applied_policy = policy
+    try:
+        yield
+    finally:
+        del model.model.applied_policy
 
 
 @lru_cache(maxsize=2)

@@ -157,7 +157,8 @@ def closed_formula(
     plan : PruningPlan or None
         None: nothing is dropped, and stock LLaVA runs.
     policy : Policy or None
-        What prunes. Only IVTP's scoring has a formula; the other systems' is counted as 0.
+        What prunes. Only IVTP's scoring has a formula; that of other systems, and the sums that merging ones make,
+        count as 0.
     text_tokens : int
         Of the prompt, without the image.
     windows : int
@@ -174,7 +175,10 @@ def closed_formula(
     asks_clip = pruned and clip is not None and policy is not None and (policy.embeds_image or policy.compares_patches)
     parts = dict.fromkeys(PARTS, 0)
     parts["tower"] = patch_embedding_flops(config) + tower_flops(config, laid, depth)
-    parts["projector"] = projector_flops(config, laid.encoded_tokens + (1 if pruned else 0))
+    projected = laid.encoded_tokens
+    if policy is not None and policy.projects_all:
+        projected = laid.tower[-1].keep if laid.tower else laid.patches
+    parts["projector"] = projector_flops(config, projected + (1 if pruned else 0))
     if asks_clip:
         parts["text_tower"] = text_tower_flops(config, windows) + 2 * windows * (
             clip.max_position_embeddings * clip.hidden_size * clip.projection_dim

@@ -44,7 +44,7 @@ def make(name: str, keep: int, **options: Any) -> Method:
     ValueError
         For an unknown name or option, naming the known ones, or an option out of range.
     """
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise ValueError(f"Unknown method {name!r}; allowed: {', '.join(METHODS)}.")
     known = [field.name for field in fields(METHODS[name]) if field.name != "keep"]
     if unknown := sorted(set(options) - set(known)):

@@ -63,7 +63,7 @@ class Applied(Policy):
                 raise ValueError(
                     f"{name} reads the attention of the whole picture, and patches are dropped in the tower already."
                 )
-            if policy.observes and not exact:
+            if (policy.observes or plan.prompt is not None) and not exact:
                 raise ValueError(
                     f"{name} follows a system that keeps another number of every picture (adaptive=True); allowed: "
                     "adaptive=False."
@@ -115,6 +115,11 @@ class Applied(Policy):
         return self._any("compact")
 
     @property
+    def projects_all(self) -> bool:  # type: ignore[override]
+        """Of the system on the features."""
+        return self._any("projects_all")
+
+    @property
     def watched_layers(self) -> tuple[int, ...]:  # type: ignore[override]
         """Of the system on the features."""
         return tuple(layer for policy, _, _ in self.parts for layer in policy.watched_layers)
@@ -162,6 +167,7 @@ def applied(model: Any, method: Any) -> Iterator[Any]:
     Parameters
     ----------
     model : IVTPLlavaForConditionalGeneration or LlavaForConditionalGeneration
+        Or a PEFT model around one.
     method : Method
 
     Raises
@@ -170,16 +176,13 @@ def applied(model: Any, method: Any) -> Iterator[Any]:
         If the system does not fit the model, or one that acts at the same stage is applied already. Nothing changes
         then.
     """
-    with _as_ours(model):
-        inner = model.model
+    llava = model.get_base_model() if hasattr(model, "get_base_model") else model
+    with _as_ours(llava):
+        inner, config = llava.model, llava.config
         before = inner.applied_policy
-        now = (before or Applied(())).joined(method.bind(model.config), method.stages, method.name)
-        now.plan(model.config, model.config.num_patches)
-        if now.compares_patches and not inner.has_text_tower:
-            raise ValueError(
-                f"{method.name} compares patches with the instruction and needs CLIP's text tower, which this model is "
-                "without: IVTPLlavaForConditionalGeneration.from_llava(..., clip=...) joins it."
-            )
+        now = (before or Applied(())).joined(method.bind(config), method.stages, method.name)
+        now.plan(config, config.num_patches)
+        _check_fits(now, method.name, inner, config)
         inner.applied_policy = now
         try:
             yield model
@@ -188,6 +191,28 @@ def applied(model: Any, method: Any) -> Iterator[Any]:
                 del inner.applied_policy
             else:
                 inner.applied_policy = before
+
+
+def _check_fits(policy: Policy, name: str, inner: Any, config: Any) -> None:
+    """Refuse what would only fail in the middle of a prompt."""
+    if policy.compares_patches and not inner.has_text_tower:
+        raise ValueError(
+            f"{name} compares patches with the instruction and needs CLIP's text tower, which this model is without: "
+            "IVTPLlavaForConditionalGeneration.from_llava(..., clip=...) joins it."
+        )
+    layers, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
+    if policy.compares_patches and not isinstance(layers, int):
+        raise ValueError(
+            f"{name} needs features of one layer in CLIP's space; vision_feature_layer={layers} has several."
+        )
+    if strategy != "default":
+        raise ValueError(f'vision_feature_select_strategy="{strategy}": pruning takes "default" only.')
+    attention = config.vision_config._attn_implementation
+    if policy.proportional and attention not in (None, "eager", "sdpa"):
+        raise ValueError(
+            f'{name} weighs attention in the tower, which attn_implementation="{attention}" cannot; allowed: eager, '
+            "sdpa."
+        )
 
 
 @contextmanager
@@ -227,9 +252,23 @@ def _as_ours(model: Any) -> Iterator[None]:
             config.__dict__[name] = added[name]
         for thing, ours in changes:
             thing.__class__ = ours
-        yield
+        with _hooks_follow([thing for thing, _ in changes]):
+            yield
     finally:
         for thing, theirs in stock:
             thing.__class__ = theirs
         for name in missing:
             config.__dict__.pop(name, None)
+
+
+@contextmanager
+def _hooks_follow(modules: list[Any]) -> Iterator[None]:
+    """accelerate's hooks (offload, devices) hold on to the forward of a module's former class; give them ours."""
+    held = [(module, vars(module)["_old_forward"]) for module in modules if "_old_forward" in vars(module)]
+    try:
+        for module, _ in held:
+            module._old_forward = type(module).forward.__get__(module)
+        yield
+    finally:
+        for module, forward in held:
+            module._old_forward = forward

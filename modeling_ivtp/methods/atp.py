@@ -17,11 +17,12 @@ from .selecting import behind_images, best, best_for_decoder, on_visual, ranking
 
 @dataclass(frozen=True)
 class ATPSpatial(Method):
-    """Keeps the tokens that others attend to, and a uniform sample of the grid that none of them crowds out.
+    """Keeps the tokens that others attend to, and a uniform sample of what is left that none of them crowds out.
 
     The redundancy score is the mean of what a token receives from the visual tokens as logits (Eq. 3) and from the text
     as attention (Eq. 4). ATP-LLaVA learns two thresholds for each picture and layer; here they are counts instead: a
-    share of the kept tokens is the sample, the rest goes by redundancy score.
+    share of the kept tokens is the sample, regular steps over what is left of the grid, row by row; the rest goes by
+    redundancy score. ATP-LLaVA's two-dimensional positions, which are learned with, are not part of it.
 
     Parameters
     ----------

@@ -34,6 +34,10 @@ class CDPruner(Method):
     stages: ClassVar[tuple[str, ...]] = ("prompt",)
     compares_patches = True
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_flag("negated")
+
     def layout(self, config: Any, patches: int) -> PruningPlan:
         """All at once, before the decoder."""
         return PruningPlan(patches, prompt=self.keep)

@@ -19,6 +19,7 @@ class DivPrune(Method):
 
     name: ClassVar[str] = "divprune"
     stages: ClassVar[tuple[str, ...]] = ("features",)
+    projects_all = True
 
     def layout(self, config: Any, patches: int) -> PruningPlan:
         """All at once, behind the projector."""

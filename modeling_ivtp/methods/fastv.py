@@ -34,7 +34,7 @@ class FastV(Method):
 
     def layout(self, config: Any, patches: int) -> PruningPlan:
         """All at once behind layer K."""
-        self.check_layers((self.layer - 1,), config.text_config.num_hidden_layers)
+        self.check_depth("layer", (self.layer,), config.text_config.num_hidden_layers)
         return PruningPlan(patches, decoder=(Group(self.layer - 1, self.layer - 1, self.keep),))
 
     def in_decoder(self, moment: DecoderMoment) -> Choice:
@@ -45,5 +45,7 @@ class FastV(Method):
 def received_from_last(moment: DecoderMoment) -> torch.Tensor:
     """What visual tokens receive from the prompt's last token: float32 (B, M, k)."""
     watch, sequence = moment.watches[-1], moment.sequence
-    one = torch.ones(*sequence.columns.shape[:2], 1, device=watch.query.device)
-    return on_visual(watch.attention(sequence.size - 1, one), sequence)
+    first = sequence.asked - 1
+    one = torch.zeros(*sequence.columns.shape[:2], sequence.size - first, device=watch.query.device)
+    one[..., 0] = 1.0
+    return on_visual(watch.attention(first, one), sequence)

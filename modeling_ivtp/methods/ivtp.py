@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -17,7 +18,8 @@ class IVTP(Method):
     Parameters
     ----------
     options : dict, optional
-        Any fields of `IVTPPruningConfig` on top of the model's.
+        Other fields of `IVTPPruningConfig` on top of the model's. A hand-over that the model fixes stays, unless it is
+        below `keep`.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -25,10 +27,22 @@ class IVTP(Method):
     name: ClassVar[str] = "ivtp"
     stages: ClassVar[tuple[str, ...]] = ("tower", "decoder")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        own = ("enabled", "visual_tokens", "positions")
+        if not isinstance(self.options, Mapping) or set(own) & set(self.options):
+            raise ValueError(
+                f"{self.name}: options={self.options!r}; allowed: a dict of fields of IVTPPruningConfig other than "
+                f"{', '.join(own)}."
+            )
+
     def bind(self, config: Any) -> Policy:
         """IVTP as the model's options say."""
-        fixed = {"enabled": True, "visual_tokens": self.keep, "tower_tokens": None, "positions": self.positions}
-        return IVTPPolicy(config.pruning.changed(**fixed | self.options))
+        handed_over = config.pruning.tower_tokens
+        if handed_over is not None and handed_over < self.keep:
+            handed_over = None
+        fixed = {"enabled": True, "visual_tokens": self.keep, "tower_tokens": handed_over, "positions": self.positions}
+        return IVTPPolicy(config.pruning.changed(**fixed | dict(self.options)))
 
 
 @dataclass(frozen=True)
@@ -40,5 +54,6 @@ class IVTPV(IVTP):
 
     def bind(self, config: Any) -> Policy:
         """IVTP without layers of the decoder."""
-        fixed = {"decoder_layers": 0, "guidance": "visual_cls"}
+        # The hand-over of a stage that is left out is none.
+        fixed = {"decoder_layers": 0, "guidance": "visual_cls", "tower_tokens": None}
         return IVTP(self.keep, {**self.options, **fixed}, positions=self.positions).bind(config)

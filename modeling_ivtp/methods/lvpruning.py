@@ -45,6 +45,11 @@ class LVPruningTopK(Method):
     name: ClassVar[str] = "lvpruning-topk"
     stages: ClassVar[tuple[str, ...]] = ("decoder",)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not callable(self.scores):
+            raise ValueError(f"{self.name}: scores={self.scores!r}; allowed: a callable, see `Scorer`.")
+
     def layout(self, config: Any, patches: int) -> PruningPlan:
         """Equal steps of 0.2 of all patches, up from what is left in the end."""
         tops = self.tops(config, (1, 8, 16))
@@ -56,4 +61,9 @@ class LVPruningTopK(Method):
         sequence = moment.sequence
         text = behind_images(sequence)
         scores = self.scores(moment.group.last, sequence.visual(moment.hidden), moment.hidden, text)
+        if scores.shape != sequence.columns.shape:
+            raise ValueError(
+                f"{self.name}: scores made {tuple(scores.shape)}; allowed: {tuple(sequence.columns.shape)}, one for "
+                "each visual token."
+            )
         return best_for_decoder(moment, scores.float())

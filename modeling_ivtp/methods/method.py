@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, ClassVar
 
 from ..pruning_policy import Policy
@@ -42,6 +43,8 @@ class Method(Policy):
 
     def __post_init__(self) -> None:
         self.check_whole("keep", 1)
+        if "layers" in vars(self):
+            self._check_layers_option()
         if self.positions not in ("original", "compact"):
             raise ValueError(f"{self.name}: positions={self.positions!r}; allowed: original, compact.")
 
@@ -74,10 +77,26 @@ class Method(Policy):
         value = getattr(self, option)
         if value is None and optional:
             return
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if not whole or value < least or (most is not None and value > most):
+        if not is_whole(value) or value < least or (most is not None and value > most):
             span = f"a whole number of at least {least}" if most is None else f"a whole number from {least} to {most}"
             raise ValueError(f"{self.name}: {option}={value!r}; allowed: {span}{' or None' if optional else ''}.")
+        object.__setattr__(self, option, int(value))
+
+    def check_flag(self, option: str) -> None:
+        """Refuse an option that is neither True nor False."""
+        if not isinstance(getattr(self, option), bool):
+            raise ValueError(f"{self.name}: {option}={getattr(self, option)!r}; allowed: True, False.")
+
+    def _check_layers_option(self) -> None:
+        layers: Any = vars(self)["layers"]
+        if layers is None:
+            return
+        given = isinstance(layers, (tuple, list)) and layers and all(is_whole(layer) and layer >= 1 for layer in layers)
+        if not given or list(layers) != sorted(set(layers)):
+            raise ValueError(
+                f"{self.name}: layers={layers!r}; allowed: ascending numbers from 1 on, such as (8, 16), or None."
+            )
+        object.__setattr__(self, "layers", tuple(int(layer) for layer in layers))
 
     def check_share(self, option: str, optional: bool = False) -> None:
         """Refuse an option that is not between 0 and 1."""
@@ -96,17 +115,20 @@ class Method(Policy):
             If they are not there or not ascending.
         """
         depth = config.text_config.num_hidden_layers
-        numbers: tuple[int, ...] | None = vars(self)["layers"]
-        tops = tuple(number - 1 for number in numbers or scaled_layers(default, 32, depth))
-        self.check_layers(tops, depth)
-        return tops
+        numbers: tuple[int, ...] = vars(self)["layers"] or scaled_layers(default, 32, depth)
+        self.check_depth("layers", numbers, depth)
+        return tuple(number - 1 for number in numbers)
 
-    def check_layers(self, layers: tuple[int, ...], there: int) -> None:
-        """Refuse decoder layers that are not there or not ascending."""
-        if any(not 0 <= layer < there for layer in layers) or list(layers) != sorted(set(layers)):
-            raise ValueError(
-                f"{self.name}: layers={layers}; allowed: ascending layers from 0 to {there - 1} of this decoder."
-            )
+    def check_depth(self, option: str, numbers: tuple[int, ...], there: int) -> None:
+        """Refuse numbers of layers that this decoder has not."""
+        if max(numbers) > there:
+            value = vars(self)[option] or numbers
+            raise ValueError(f"{self.name}: {option}={value}; allowed: 1 to {there}, the layers of this decoder.")
+
+
+def is_whole(value: Any) -> bool:
+    """Whether it is a whole number, NumPy's among them."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def linear_schedule(start: int, end: int, steps: int) -> tuple[int, ...]:

@@ -42,6 +42,7 @@ class PruMergePlus(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_whole("neighbours", 0)
+        self.check_flag("adaptive")
 
     def layout(self, config: Any, patches: int) -> PruningPlan:
         """All at once, before the projector."""

@@ -30,6 +30,7 @@ def best(scores: torch.Tensor, keep: int, there: torch.Tensor | None = None) -> 
     if there is None:
         kept = ranking(scores)[..., :keep]
         return Choice(kept.sort(-1).values, scores=scores)
+    there = there.to(scores.device)
     scores = scores.masked_fill(~there, float("-inf"))
     order = ranking(scores)[..., :keep]
     order = order.masked_fill(~there.gather(-1, order), scores.shape[-1])
@@ -62,8 +63,8 @@ def behind_images(sequence: VisualSequence) -> torch.Tensor:
     visual = visual.scatter(1, sequence.columns.flatten(1), True)[:, :-1]
     text = ~visual if sequence.valid is None else ~visual & sequence.valid
     last = sequence.columns.masked_fill(~sequence.there, -1).amax(-1)
-    behind = text[:, None] & (place > last[..., None])
-    alone = ~behind.any(-1, keepdim=True) & (place == sequence.size - 1)
+    behind = text[:, None] & (place > last[..., None]) & (place < sequence.asked)
+    alone = ~behind.any(-1, keepdim=True) & (place == sequence.asked - 1)
     return behind | alone
 
 
@@ -71,7 +72,8 @@ def first_reader(sequence: VisualSequence) -> int:
     """A column before which nothing stands behind an image: those from it on are all whose attention matters."""
     if any(row.images > 1 for row in sequence.rows):
         return 0
-    return max(0, sequence.size - max((max(row.behind, 1) for row in sequence.rows if row.images), default=1))
+    least = sequence.drafted + 1
+    return max(0, sequence.size - max((max(row.behind, least) for row in sequence.rows if row.images), default=least))
 
 
 def received(watch: LayerWatch, sequence: VisualSequence, readers: torch.Tensor) -> torch.Tensor:

@@ -43,6 +43,11 @@ class SparseVLM(Method):
     name: ClassVar[str] = "sparsevlm"
     stages: ClassVar[tuple[str, ...]] = ("decoder",)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_flag("adaptive")
+        self.check_flag("recycle")
+
     def layout(self, config: Any, patches: int) -> PruningPlan:
         """One ratio for every drop."""
         tops = self.tops(config, (3, 7, 16))

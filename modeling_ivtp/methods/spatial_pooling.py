@@ -25,6 +25,8 @@ class SpatialPooling(Method):
 
     def layout(self, config: Any, patches: int) -> PruningPlan:
         """All at once, behind the tower."""
+        if patches != config.num_patches:
+            raise ValueError(f"{self.name} needs the whole grid of patches, and some are dropped before it already.")
         cells(self.keep, *config.grid)
         return PruningPlan(patches, features=self.keep)
 

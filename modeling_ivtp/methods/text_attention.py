@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any, ClassVar
 
 import torch
@@ -42,9 +43,7 @@ class TextAttention(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_whole("fuse", 1)
-        if self.weights is not None and (
-            len(self.weights) != self.fuse or min(self.weights) < 0 or not sum(self.weights)
-        ):
+        if self.weights is not None and not _are_weights(self.weights, self.fuse):
             raise ValueError(
                 f"{self.name}: weights={self.weights}; allowed: {self.fuse} numbers (fuse) of at least 0, not all 0."
             )
@@ -68,6 +67,14 @@ class TextAttention(Method):
         readers = behind_images(moment.sequence)
         rows = [received(watch, moment.sequence, readers) for watch in moment.watches]
         return best_for_decoder(moment, fused(rows, self.weights))
+
+
+def _are_weights(weights: Any, number: int) -> bool:
+    if not isinstance(weights, (tuple, list)) or len(weights) != number:
+        return False
+    if not all(isinstance(one, (int, float)) and not isinstance(one, bool) and 0 <= one < inf for one in weights):
+        return False
+    return sum(weights) > 0
 
 
 def fused(rows: Sequence[torch.Tensor], weights: Sequence[float] | None) -> torch.Tensor:

@@ -16,10 +16,10 @@ from .selecting import best, cls_attention, one_hot, patch_keys
 
 @dataclass(frozen=True)
 class VisionZip(Method):
-    """Keeps the patches that CLS attends to most in the layer LLaVA reads from, and merges the others into a few.
+    """Keeps the patches that CLS attends to most in the tower's last layer but one, and merges the others into a few.
 
     Contextual tokens are regular steps among the others; every other patch joins the one whose head-averaged key is
-    most alike, and the mean of those that joined is added to it.
+    most alike, and the mean of those that joined is added to it. CLS itself is not handed over.
 
     Parameters
     ----------
