@@ -7,8 +7,8 @@ A request is `{"inputs": ONE or [ONE, …], "parameters": {…}}`. ONE is
 
 IMAGE is an http(s) address, a data URL or base64. `parameters` are those of `generate` that `PARAMETERS` lists, and
 `visual_tokens`, the budget of this request; `"visual_tokens": null` answers without pruning. One answer is
-`{"generated_text", "generated_tokens", "visual_tokens", "layer_averaged_tokens", "seconds"}`; in a list, one that
-failed is `{"error"}`, and the others are answered all the same.
+`{"generated_text", "generated_tokens", "prompt_tokens", "visual_tokens", "layer_averaged_tokens", "seconds"}`; in a
+list, one that failed is `{"error"}`, and the others are answered all the same.
 """
 
 import base64
@@ -156,6 +156,7 @@ class EndpointHandler:
             with self._budget(settings):
                 plan = self.model.config.pruning_plan()
                 output = self.model.generate(**inputs, **settings)
+            lengths = inputs["attention_mask"].sum(1).tolist()
             new = output[:, inputs["input_ids"].shape[1] :].cpu()
             seconds = time.perf_counter() - start
         layers = self.model.config.text_config.num_hidden_layers
@@ -166,11 +167,12 @@ class EndpointHandler:
             {
                 "generated_text": self.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip(),
                 "generated_tokens": next((n for n, token in enumerate(tokens.tolist()) if token in stop), len(tokens)),
+                "prompt_tokens": prompt,
                 "visual_tokens": [counts[-1]] * len(pictures),
                 "layer_averaged_tokens": round(sum(counts) / layers, 1) if pictures else 0.0,
                 "seconds": round(seconds, 4),
             }
-            for tokens, (_, _, pictures) in zip(new, part, strict=True)
+            for tokens, prompt, (_, _, pictures) in zip(new, lengths, part, strict=True)
         ]
 
     @contextmanager
