@@ -39,25 +39,33 @@ def official_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def llava_folder(
-    folder: Path, *, decoder: str = "llama", max_shard_size: str = "5GB", dtype: torch.dtype = torch.float32
+    folder: Path,
+    *,
+    decoder: str = "llama",
+    max_shard_size: str = "5GB",
+    dtype: torch.dtype = torch.float32,
+    side: int = SIDE,
+    tower_layers: int = 4,
+    decoder_layers: int = 4,
 ) -> LlavaForConditionalGeneration:
     """An official-format LLaVA with its processor; returns the model."""
-    stock = processor(size=SIDE)
+    stock = processor(size=side)
+    vision = VISION | {"image_size": side, "num_hidden_layers": tower_layers}
     torch.manual_seed(0)
     config = LlavaConfig(
-        vision_config={"model_type": "clip_vision_model", "projection_dim": PROJECTION, **VISION},
+        vision_config={"model_type": "clip_vision_model", "projection_dim": PROJECTION, **vision},
         text_config={
             "model_type": decoder,
             "hidden_size": 32,
             "intermediate_size": 64,
-            "num_hidden_layers": 4,
+            "num_hidden_layers": decoder_layers,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "vocab_size": len(stock.tokenizer) + 5,
             **({"sliding_window": None} if decoder == "mistral" else {}),
         },
         image_token_index=stock.tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=(SIDE // PATCH) ** 2,
+        image_seq_length=(side // PATCH) ** 2,
         dtype=dtype,
     )
     config.architectures = ["LlavaForConditionalGeneration"]
