@@ -16,7 +16,6 @@ _COLOURS = {
     "oracle": "#009e73",
     "ivtp (retrained)": "#cc79a7",
 }
-_OTHERS = ("#56b4e9", "#7c5cbf", "#5f6b2d", "#a0522d")
 
 
 def label(row: Mapping[str, Any]) -> str:
@@ -32,6 +31,65 @@ def unpruned_of(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
 def flops_unit(rows: Sequence[Mapping[str, Any]]) -> tuple[str, float]:
     """A unit in which computation reads well, and how many of it are one TFLOP."""
     return ("GFLOPs", 1e3) if max((row["tflops"] for row in rows), default=1.0) < 0.5 else ("TFLOPs", 1.0)
+
+
+def plot_systems(results: Mapping[str, Any], axis: str) -> Any:
+    """A small panel for every system, with IVTP and random in each: a matplotlib Figure; None without systems.
+
+    Parameters
+    ----------
+    results : mapping
+    axis : {"tokens", "tflops"}
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator, PercentFormatter
+
+    main = [row for row in results["rows"] if not row["table"] and row["mode"] == "inference"]
+    unit, per_tflop = flops_unit(main)
+    lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for row in main:
+        x = row["visual_tokens"] if axis == "tokens" else row["tflops"] * per_tflop
+        lines[row["method"]].append((x, row["accuracy"]))
+    shown = [name for name in lines if name not in (*_COLOURS, "unpruned", "blind")]
+    if not shown:
+        return None
+    columns = 4
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(10, 0.9 + 2.0 * rows), layout="constrained", facecolor="white")
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    every = sorted({x for name in (*shown, "ivtp", "random") for x, _ in lines[name]})
+    for place, axes in enumerate(grid.flat):
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.spines["bottom"].set_color(_FAINT)
+        axes.tick_params(colors=_MUTED, length=0, labelsize=8)
+        if place >= len(shown):
+            axes.set_visible(False)
+            continue
+        name = shown[place]
+        axes.grid(axis="y", color=_FAINT, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.set_xscale("log")
+        if lines["unpruned"]:
+            axes.axhline(lines["unpruned"][0][1], color=_INK, lw=0.8, ls=(0, (5, 3)))
+        for other, colour, width in (("random", _COLOURS["random"], 1.2), ("ivtp", _COLOURS["ivtp"], 1.6)):
+            axes.plot(*zip(*sorted(lines[other]), strict=True), color=colour, lw=width, alpha=0.9)
+        points = sorted(lines[name])
+        axes.plot(*zip(*points, strict=True), color="#0072b2", lw=2.0, marker="o", ms=4, zorder=4)
+        axes.set_title(name, loc="left", fontsize=10, color=_INK, fontweight="bold", pad=4)
+        axes.set_xlim(every[0] * 0.92, every[-1] * 1.08)
+        ticks = every if axis == "tokens" else [x for x in (3, 4, 6, 8, 12) if every[0] <= x <= every[-1]]
+        axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_ylim(0.2, 1.02)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        # The last panel of a column carries its numbers, even where the row below is not full.
+        axes.tick_params(labelbottom=place + columns >= len(shown))
+    what = "visual tokens of one image, in the end" if axis == "tokens" else f"{unit} of one question"
+    figure.suptitle(
+        f"Accuracy of every system (blue) against {what}\nbeside IVTP (orange), random (grey) and unpruned (dashed)",
+        x=0.01, ha="left", fontsize=11, color=_INK,
+    )  # fmt: skip
+    return figure
 
 
 def plot(results: Mapping[str, Any], axis: str) -> Any:
@@ -52,7 +110,7 @@ def plot(results: Mapping[str, Any], axis: str) -> Any:
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator, PercentFormatter
 
-    main = [row for row in results["rows"] if not row["table"]]
+    main = [row for row in results["rows"] if not row["table"] and row["method"] in (*_COLOURS, "unpruned", "blind")]
     unit, per_tflop = flops_unit(main)
 
     def at(row: Mapping[str, Any]) -> float:
@@ -71,10 +129,9 @@ def plot(results: Mapping[str, Any], axis: str) -> Any:
     axes.set_axisbelow(True)
     axes.set_xscale("log", base=2 if axis == "tokens" else 10)
     ends: list[tuple[float, float, str, str]] = []
-    spare = iter(_OTHERS * len(lines))
     for name, points in lines.items():
         points = sorted(points, key=at)
-        colour = _COLOURS.get(name) or next(spare)
+        colour = _COLOURS[name]
         x = [at(row) for row in points]
         y = [row["accuracy"] for row in points]
         lows, highs = ([row["interval"][end] for row in points] for end in (0, 1))

@@ -22,7 +22,8 @@ import typer
 
 from benchmarks.quality import command
 from benchmarks.quality.intervals import LEVEL, bootstrap_interval, paired_interval
-from benchmarks.quality.plots import flops_unit, label, plot, unpruned_of
+from benchmarks.quality.paper_tables import grid, percent, table_1, table_7, with_interval
+from benchmarks.quality.plots import flops_unit, label, plot, plot_systems, unpruned_of
 from benchmarks.quality.world import TYPES, Question, chance, fingerprint, sample_questions
 
 METRIC = Path(__file__).parent / "metrics" / "exact_word" / "exact_word.py"
@@ -195,7 +196,7 @@ def _is_of(results: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
 
 
 def write(file: Path, results: Mapping[str, Any]) -> None:
-    """Write JSON, table (.md) and plots (-tokens.png, -tflops.png); each is whole or the one before stays.
+    """Write JSON, table (.md) and plots (.png); each is whole or the one before stays.
 
     Raises
     ------
@@ -208,6 +209,10 @@ def write(file: Path, results: Mapping[str, Any]) -> None:
         picture = io.BytesIO()
         plot(results, axis).savefig(picture, format="png", dpi=144)
         write_atomically(file.with_name(f"{file.stem}-{axis}.png"), picture.getvalue())
+        if (figure := plot_systems(results, axis)) is not None:
+            picture = io.BytesIO()
+            figure.savefig(picture, format="png", dpi=144)
+            write_atomically(file.with_name(f"{file.stem}-systems-{axis}.png"), picture.getvalue())
 
 
 def retold(results: Mapping[str, Any], headline: Sequence[str]) -> dict[str, Any]:
@@ -257,17 +262,26 @@ def markdown(results: Mapping[str, Any]) -> str:
         accuracy_table(main),
         "## Difference to unpruned in points, paired\n",
         _by_budget(main, _difference),
-        "## Cost\n",
-        _cost(main, results["sample"]["number"]),
     ]
-    parts += ["## By type, in %\n", _grid(("method", "tokens", *asked["types"]), [_typed(row) for row in main])]
+    for budget in sorted({row["visual_tokens"] for row in main if row["method"] not in ("unpruned", "blind")})[::-1]:
+        parts += [
+            f"## All systems at {budget} visual tokens (Table 1's shape), in %\n",
+            table_1(main, budget, results["sample"]["number"], list(asked["types"])),
+        ]
+    if any("selection_seconds" in row for row in main):
+        parts.append(
+            "Choosing: ms of one question, and its share of the prefill, in batches; blank: not timed. Final counts "
+            "alone flatter systems that prune late: look at the layer-averaged ones and the computation.\n"
+        )
+    if stages := table_7(main, _right(main, results)):
+        parts += ["## In the vision tower alone, and in the decoder too (Table 7's shape), in %\n", stages]
     kinds = ("seen", *asked["held_out"])
     parts += [
         "## Combinations that training never showed, in %\n",
-        _grid(
+        grid(
             ("method", "tokens", *(f"{kind} (n = {_number(main, kind)})" for kind in kinds)),
             [
-                (label(r), r["visual_tokens"], *(_percent(r["by_held_out"][kind]["accuracy"]) for kind in kinds))
+                (label(r), r["visual_tokens"], *(percent(r["by_held_out"][kind]["accuracy"]) for kind in kinds))
                 for r in main
             ],
         ),
@@ -277,11 +291,11 @@ def markdown(results: Mapping[str, Any]) -> str:
         header = ("table", "setting", "visual tokens", "accuracy in %", "difference", unit, "layer-averaged")
         told = [
             (r["table"], r["method"].removeprefix("ivtp "), r["visual_tokens"],
-             f"{_percent(r['accuracy'])} ± {_half(r['interval']):.1f}", _difference(r),
+             with_interval(r), _difference(r),
              f"{r['tflops'] * per_tflop:.4g}", f"{r['layer_averaged_tokens']:.1f}")
             for r in ablations
         ]  # fmt: skip
-        parts += ["## Ablations of IVTP\n", _grid(header, told)]
+        parts += ["## Ablations of IVTP\n", grid(header, told)]
     if "survival" in results:
         parts += ["## Where patches are lost\n", _survival(results["survival"])]
     if "other_seed" in results:
@@ -295,7 +309,19 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 def accuracy_table(main: Sequence[Mapping[str, Any]]) -> str:
     """Methods against budgets: accuracy and half its interval, in %."""
-    return _by_budget(main, lambda row: f"{_percent(row['accuracy'])} ± {_half(row['interval']):.1f}")
+    return _by_budget(main, with_interval)
+
+
+def _right(main: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Which of the questions that count each row answers."""
+    sample, headline = results["sample"], results["questions"]["headline"]
+    types = [question.type for _, question in sample_questions(sample["split"], sample["number"], side=sample["side"])]
+    counts = np.isin(types, headline)
+    return {
+        f"{row['method']}@{row['visual_tokens']}": unpack(row["right"], len(types))[counts]
+        for row in main
+        if row["mode"] == "inference"
+    }
 
 
 def _survival(followed: Mapping[str, Any]) -> str:
@@ -303,21 +329,21 @@ def _survival(followed: Mapping[str, Any]) -> str:
     methods = followed["methods"]
     types = next(iter(methods.values()))["steps"][0]["by_type"]
     steps = [
-        (method, step["step"], step["tokens"], _percent(step["share"]), *map(_percent, step["by_type"].values()))
+        (method, step["step"], step["tokens"], percent(step["share"]), *map(percent, step["by_type"].values()))
         for method, found in methods.items()
         for step in found["steps"]
     ]
     answers = [
-        (method, _percent(found["accuracy"]["left"]), _percent(found["accuracy"]["gone"]))
+        (method, percent(found["accuracy"]["left"]), percent(found["accuracy"]["gone"]))
         for method, found in methods.items()
     ]
     return (
         f"Questions in % that still have a patch of every object they ask about and are answered from, after each step "
         f"on the way to {followed['visual_tokens']} tokens; the first {followed['questions']} questions, those that "
         "ask about nothing in the picture left out.\n\n"
-        + _grid(("method", "after", "tokens", "headline", *types), steps)
+        + grid(("method", "after", "tokens", "headline", *types), steps)
         + "\nAccuracy in % of the headline's questions among them:\n\n"
-        + _grid(("method", "all objects left", "an object gone"), answers)
+        + grid(("method", "all objects left", "an object gone"), answers)
     )
 
 
@@ -341,46 +367,10 @@ def _seeds(other: Mapping[str, Any], main: Sequence[Mapping[str, Any]]) -> str:
     return (
         f"Accuracy in % of this seed and of another one (`{other['checkpoint']}`), trained "
         f"{other.get('note') or 'alike'}, on the same world:\n\n"
-        + _by_budget(compared, lambda row: f"{_percent(row['own'])} / {_percent(row['accuracy'])}")
+        + _by_budget(compared, lambda row: f"{percent(row['own'])} / {percent(row['accuracy'])}")
         + f"\n{verdict} Pairs of methods at one budget that differ by less than their intervals under a seed, and are "
         f"not ordered: {number}.\n"
     )
-
-
-def _half(interval: Sequence[float]) -> float:
-    return (interval[1] - interval[0]) * 50
-
-
-def _cost(main: Sequence[Mapping[str, Any]], questions: int) -> str:
-    """Tokens, computation and accuracy side by side, and what choosing took where that was timed."""
-    unit, per_tflop = flops_unit(main)
-    timed = any("selection_seconds" in row for row in main)
-    header = ("method", "visual tokens", "layer-averaged", unit, "accuracy in %", *(["selection"] if timed else []))
-    lines = [
-        (
-            label(row),
-            row["final_tokens"],
-            f"{row['layer_averaged_tokens']:.1f}",
-            f"{row['tflops'] * per_tflop:.4g}",
-            _percent(row["accuracy"]),
-            *([_selection(row, questions)] if timed else []),
-        )
-        for row in main
-    ]
-    told = "Selection: ms of one question and its share of the prefill, in batches; blank: not timed.\n"
-    return "\n".join([_grid(header, lines), *([told] if timed else [])])
-
-
-def _selection(row: Mapping[str, Any], questions: int) -> str:
-    """What choosing took of one question, in ms, and of its prefill."""
-    taken, prefill = row.get("selection_seconds"), row.get("prefill_seconds")
-    if not prefill or row["method"] in ("unpruned", "blind"):
-        return ""
-    return f"{1000 * taken / questions:.2f} ({taken / prefill:.0%})"
-
-
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.1f}"
 
 
 def _difference(row: Mapping[str, Any]) -> str:
@@ -394,21 +384,12 @@ def _number(rows: Sequence[Mapping[str, Any]], kind: str) -> int:
     return rows[0]["by_held_out"][kind]["n"] if rows else 0
 
 
-def _typed(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return label(row), row["visual_tokens"], *(_percent(part["accuracy"]) for part in row["by_type"].values())
-
-
 def _by_budget(rows: Sequence[Mapping[str, Any]], cell: Callable[[Mapping[str, Any]], str]) -> str:
     budgets = sorted({row["visual_tokens"] for row in rows}, reverse=True)
     cells: dict[str, dict[int, str]] = defaultdict(dict)
     for row in rows:
         cells[label(row)][row["visual_tokens"]] = cell(row)
-    return _grid(("method", *budgets), [(name, *(at.get(k, "") for k in budgets)) for name, at in cells.items()])
-
-
-def _grid(header: Sequence[Any], lines: Sequence[Sequence[Any]]) -> str:
-    ruled = [header, ["---"] + ["---:"] * (len(header) - 1), *lines]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in ruled) + "\n"
+    return grid(("method", *budgets), [(name, *(at.get(k, "") for k in budgets)) for name, at in cells.items()])
 
 
 def main(
