@@ -497,6 +497,76 @@ def _flops_sweep(counts: dict[tuple[str, int, int], Any], texts: list[int]) -> A
     return table
 
 
+@app.command()
+def bench(
+    shape: Annotated[
+        str | None,
+        typer.Option(help="A published shape with random weights, such as llava-1.5-7b.", show_default=False),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="A checkpoint instead.", show_default=False)
+    ] = None,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What to time against stock LLaVA: a system and its budget, or off (pruning off); may be repeated.",
+            show_default="off and ivtp@64",
+        ),
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="May be repeated.", show_default="1")] = None,
+    text_tokens: Annotated[list[int] | None, typer.Option(help="May be repeated.", show_default="64")] = None,
+    new_tokens: Annotated[int, typer.Option(help="Length of the answers.")] = 128,
+    repeats: Annotated[int, typer.Option(help="Pairs of runs.")] = 7,
+    device: DeviceOption = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    attention: Annotated[str, typer.Option(help="sdpa, eager, flash_attention_2; of all arms.")] = "sdpa",
+    threads: Annotated[int | None, typer.Option(help="Of the CPU.", show_default="PyTorch's")] = None,
+    out: Annotated[str, typer.Option("--out", "-o", help="Folder of the results.")] = "speed",
+    progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
+    debug: Debug = False,
+) -> None:
+    """Time pruning against stock LLaVA on this machine, in interleaved pairs."""
+    import shlex
+
+    import torch
+
+    from .flops import load_shape
+    from .hub.console import quiet, steps_bar
+    from .hub.sources import local_folder
+    from .speed import bench as speed
+    from .speed import report
+
+    if (shape is None) == (model is None):
+        raise ValueError("bench needs one of --shape and --model")
+    settings = speed.Settings(
+        arms=tuple(arm or ("off", "ivtp@64")),
+        batches=tuple(batch or (1,)),
+        text_tokens=tuple(text_tokens or (64,)),
+        new_tokens=new_tokens,
+        repeats=repeats,
+        dtype=dtype,
+        attention=attention,
+    )
+    if threads is not None:
+        torch.set_num_threads(threads)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    loaded, config = None, None if shape is None else load_shape(shape)
+    if model is not None:
+        from .hub.answering import load_model
+
+        local_folder(model)
+        loaded, _ = load_model(model, device=str(place), dtype=dtype)
+        loaded.generation_config.eos_token_id = None
+        config = loaded.config
+    with quiet(), steps_bar(settings.runs, "timing", progress) as advance:
+        rows = speed.bench(config, settings, device=place, model=loaded, advance=advance)
+    name = shape or Path(str(model)).name
+    told = speed.results(name, config, settings, rows, place, shlex.join(["ivtp", *sys.argv[1:]]))
+    file = report.write(told, Path(out))
+    typer.echo(report.markdown(told))
+    typer.echo(f"written: {file}, and beside it .md and .png")
+
+
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def quality(context: typer.Context) -> None:
     """Measure what pruning costs in accuracy, on the drawn world of the quality benchmark (from a clone)."""

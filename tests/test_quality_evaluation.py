@@ -18,7 +18,6 @@ from benchmarks.quality.evaluate_quality import _well_answered, evaluate_checkpo
 from benchmarks.quality.examination import Asked, Examination, row_cost
 from benchmarks.quality.methods import Row, ablation_rows, encode_whole, main_rows, patch_order, system_rows
 from benchmarks.quality.seeds import agreement
-from benchmarks.quality.stopwatch import Taken
 from benchmarks.quality.tokenizer import processor as miniature_processor
 from benchmarks.quality.world import (
     TYPES,
@@ -31,6 +30,7 @@ from benchmarks.quality.world import (
 )
 from modeling_ivtp import IVTPLlavaForConditionalGeneration, IVTPLlavaProcessor
 from modeling_ivtp.methods import METHODS, make
+from modeling_ivtp.speed.stopwatch import Taken
 from tests.untaught import PATCHES, SIDE, untaught
 
 

@@ -133,7 +133,10 @@ def test_a_recipe_takes_a_base_of_its_shape_and_no_other(
     ("change", "said"),
     [
         ({"extra": 1}, "unknown field(s) extra"),
-        ({"shape": "llava-2"}, "shape='llava-2'; allowed: llava-1.5-13b, llava-1.5-7b, miniature"),
+        (
+            {"shape": "llava-2"},
+            "shape='llava-2'; allowed: llava-1.5-13b, llava-1.5-7b, llava-tinyllama-1.1b, miniature, tiny",
+        ),
         ({"dtype": "int8"}, "dtype='int8'; allowed: float16, bfloat16, float32"),
         ({"clip": 3}, "clip=3"),
         ({"pruning": {"visual_tokens": 0}}, "visual_tokens=0"),

@@ -7,7 +7,7 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.stopwatch import Taken
+from modeling_ivtp.speed.stopwatch import Taken
 
 
 class AnswerLog:

@@ -7,7 +7,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from transformers.utils import logging as transformers_logging
 
 _OURS = logging.getLogger(__name__.partition(".")[0])
@@ -45,3 +53,16 @@ def progress_bar(total: int, shown: bool) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("writing", total=total)
         yield lambda nbytes: bar.advance(task, nbytes)
+
+
+@contextmanager
+def steps_bar(total: int, what: str, shown: bool) -> Iterator[Callable[[], None]]:
+    """A bar over steps on standard error; yields the function that moves it by one."""
+    console = Console(stderr=True)
+    if not (shown and console.is_terminal):
+        yield lambda: None
+        return
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda: bar.advance(task)

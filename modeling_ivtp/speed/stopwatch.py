@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from modeling_ivtp.pruning_policy import Wrapped
+from ..pruning_policy import Wrapped
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,222 @@
+"""The speed benchmark: stock LLaVA, IVTP and other systems over batches and prompt lengths, with what FLOPs imply."""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..flops import count_named
+from ..methods import make
+from .models import DTYPES, bytes_needed, check_room, prompt, random_model, stock_twin
+from .timing import PARTS, Arm, interleaved, ratio, selection_share
+
+STOCK, OFF = "stock", "off"
+"""The baseline, and one of ours that prunes nothing."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is to be measured.
+
+    Attributes
+    ----------
+    arms : tuple of str
+        `off`, a budget of IVTP as in `ivtp@64`, or any system as in `fastv@64`; `stock` always runs.
+    batches, text_tokens : tuple of int
+    new_tokens : int
+        Length of the answers, at least 2.
+    repeats : int
+        Pairs.
+    dtype : str
+    attention : str
+        For all arms alike, the baseline among them.
+    instruction_tokens : int or None
+        Of the prompt, for CLIP; None: as many as there are text tokens, at most 64.
+    """
+
+    arms: tuple[str, ...] = (OFF, "ivtp@64")
+    batches: tuple[int, ...] = (1,)
+    text_tokens: tuple[int, ...] = (64,)
+    new_tokens: int = 128
+    repeats: int = 7
+    dtype: str = "float32"
+    attention: str = "sdpa"
+    instruction_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("new_tokens", 2), ("repeats", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}; allowed: at least {least}.")
+        for name, least in (("batches", 1), ("text_tokens", 4)):
+            values = getattr(self, name)
+            if not values or min(values) < least:
+                raise ValueError(f"{name}={values}; allowed: numbers of at least {least}.")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r}; allowed: {', '.join(DTYPES)}.")
+        for arm in self.arms:
+            if arm not in (STOCK, OFF):
+                split(arm)
+
+    @property
+    def runs(self) -> int:
+        """How many runs of an arm there are in all."""
+        return len(self.batches) * len(self.text_tokens) * (self.repeats + 1) * len(self.named)
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """All arms, the baseline first."""
+        return tuple(dict.fromkeys((STOCK, *self.arms)))
+
+    def spoken(self, text_tokens: int) -> int:
+        """How many tokens of a prompt are the person's."""
+        wanted = 64 if self.instruction_tokens is None else self.instruction_tokens
+        return max(1, min(wanted, text_tokens - 3))
+
+
+def split(arm: str) -> tuple[str, int]:
+    """The system and the budget of an arm.
+
+    Raises
+    ------
+    ValueError
+        If it is not of the form `fastv@64`, or there is no such system.
+    """
+    name, _, budget = arm.partition("@")
+    if not budget.isdecimal() or int(budget) < 1:
+        raise ValueError(f"arm {arm!r}; allowed: {OFF}, or a system and its budget, such as ivtp@64 or fastv@128.")
+    make(name, int(budget))
+    return name, int(budget)
+
+
+def bench(
+    config: Any,
+    settings: Settings,
+    *,
+    device: torch.device,
+    model: Any = None,
+    advance: Callable[[], None] = lambda: None,
+) -> list[dict[str, Any]]:
+    """Measure all arms in all cases.
+
+    Parameters
+    ----------
+    config : IVTPLlavaConfig
+    settings : Settings
+    device : torch.device
+    model : IVTPLlavaForConditionalGeneration, optional
+        Default: one of random weights.
+    advance : callable
+        Told of every run.
+
+    Returns
+    -------
+    list of dict
+        One for each arm and case.
+
+    Raises
+    ------
+    ValueError
+        If a system does not fit the model, or the machine cannot hold the largest case.
+    """
+    dtype = DTYPES[settings.dtype]
+    systems = {arm: make(*split(arm)) for arm in settings.named if arm not in (STOCK, OFF)}
+    for system in systems.values():
+        system.bind(config).plan(config, config.num_patches)
+    most = {"batch": max(settings.batches), "text_tokens": max(settings.text_tokens), "new_tokens": settings.new_tokens}
+    check_room(bytes_needed(config, dtype=dtype, **most), device, f"batch {most['batch']} in {settings.dtype}")
+    if model is None:
+        model = random_model(config, dtype=dtype, device=device, attention=settings.attention)
+    arms = [Arm(STOCK, stock_twin(model))]
+    for name in settings.named[1:]:
+        applied = partial(model.pruning, enabled=False) if name == OFF else partial(systems[name], model)
+        arms.append(Arm(name, model, applied))
+    rows = []
+    for batch, text in _cases(settings):
+        spoken = settings.spoken(text)
+        inputs = prompt(model, batch=batch, text_tokens=text, instruction_tokens=spoken)
+        told = interleaved(arms, inputs, new_tokens=settings.new_tokens, repeats=settings.repeats, advance=advance)
+        for arm in arms:
+            share = selection_share(arm, inputs) if arm.name in systems else None
+            case = {"arm": arm.name, "batch": batch, "text_tokens": text, "selection_share": share}
+            rows.append(case | _summary(told[arm.name], told[STOCK]) | _implied(config, arm.name, text, spoken))
+    return rows
+
+
+def _cases(settings: Settings) -> Iterator[tuple[int, int]]:
+    for batch in settings.batches:
+        for text in settings.text_tokens:
+            yield batch, text
+
+
+def _summary(told: Sequence[Mapping[str, float]], stock: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Medians, spread, and paired ratios to the baseline."""
+    found: dict[str, Any] = {"kv_bytes": int(told[-1]["kv_bytes"]), "peak_bytes": None}
+    if "peak_bytes" in told[0]:
+        found["peak_bytes"] = int(max(one["peak_bytes"] for one in told))
+    for part in PARTS:
+        seconds = [one[part] for one in told]
+        found[part] = {
+            "seconds": float(np.median(seconds)),
+            "quartiles": [float(value) for value in np.quantile(seconds, [0.25, 0.75])],
+            "speed_up": list(ratio([one[part] for one in stock], seconds)),
+            "all": [round(one, 6) for one in seconds],
+        }
+    return found
+
+
+def _implied(config: Any, arm: str, text_tokens: int, instruction_tokens: int) -> dict[str, Any]:
+    """The speed-up of the prefill that FLOPs imply: all that runs, and the head over the last token alone."""
+    options: dict[str, Any] = {"text_tokens": text_tokens, "instruction_tokens": instruction_tokens}
+    stock = count_named(config, "unpruned", config.num_patches, **options)
+    found = stock if arm in (STOCK, OFF) else count_named(config, *split(arm), **options)
+    total, own = (sum(one.parts.values()) - one.parts["head"] for one in (stock, found))
+    return {
+        "tflops": own,
+        "implied": total / own,
+        "final_tokens": found.layer_tokens[-1],
+        "layer_averaged_tokens": sum(found.layer_tokens) / len(found.layer_tokens),
+    }
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Where it ran."""
+    cpu = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            named = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+        cpu = named[0] if named else cpu
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(terse=True),
+        "versions": {name: version(name) for name in ("torch", "transformers", "ivtp-llava")}
+        | {"python": platform.python_version()},
+    }
+
+
+def results(
+    shape: str, config: Any, settings: Settings, rows: Sequence[Mapping[str, Any]], device: torch.device, command: str
+) -> dict[str, Any]:
+    """Everything about one benchmark, ready for JSON."""
+    told = copy.deepcopy(vars(settings)) | {
+        name: list(getattr(settings, name)) for name in ("arms", "batches", "text_tokens")
+    }
+    return {
+        "date": datetime.date.today().isoformat(),
+        "shape": shape,
+        "command": command,
+        "settings": told,
+        "machine": machine(device),
+        "rows": list(rows),
+    }

@@ -1,0 +1,125 @@
+"""What a speed benchmark says: JSON of record, a table for people, a plot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..hub.folder import human_bytes
+
+_INK, _MUTED, _FAINT = "#1c2128", "#656d76", "#e7e9ec"
+_COLOURS = ("#d55e00", "#0072b2", "#009e73", "#e69f00", "#cc79a7", "#56b4e9", "#5f6b2d", "#7c5cbf")
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """The tables, for people."""
+    machine, settings = results["machine"], results["settings"]
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    lines = [
+        f"# Speed, {results['shape']}, {results['date']}\n",
+        f"{machine['device']}, {machine['threads']} of {machine['cpus']} CPUs' threads; {versions}; "
+        f"{settings['dtype']}, {settings['attention']} in all arms; answers of {settings['new_tokens']} tokens; "
+        f"medians of {settings['repeats']} interleaved runs, each paired with stock's; 95% bootstrap intervals.\n",
+        f"`{results['command']}`\n",
+        "## Speed-up over stock LLaVA\n",
+        _grid(
+            ("arm", "batch", "text", "prefill", "implied", "reached", "decode per token", "end to end", "tower"),
+            [
+                (row["arm"], row["batch"], row["text_tokens"], _times(row["prefill"]), f"{row['implied']:.2f}",
+                 reached(row), *(_times(row[part]) for part in ("decode", "end_to_end", "tower")))
+                for row in results["rows"] if row["arm"] != "stock"
+            ],
+        ),
+        "Implied: what FLOPs of the prefill say; reached: the share of it.\n",
+        "## What it takes\n",
+        _grid(
+            ("arm", "batch", "text", "final tokens", "layer-averaged", "tower, ms", "prefill, ms", "choosing",
+             "decode, ms", "end to end, s", "KV cache", "peak memory"),
+            [
+                (row["arm"], row["batch"], row["text_tokens"], row["final_tokens"],
+                 f"{row['layer_averaged_tokens']:.1f}", *(_spread(row[part]) for part in ("tower", "prefill")),
+                 "" if row["selection_share"] is None else f"{row['selection_share']:.1%}", _spread(row["decode"]),
+                 f"{row['end_to_end']['seconds']:.2f}", human_bytes(row["kv_bytes"]),
+                 "" if row["peak_bytes"] is None else human_bytes(row["peak_bytes"]))
+                for row in results["rows"]
+            ],
+        ),
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def reached(row: Mapping[str, Any]) -> str:
+    """The share of the implied speed-up that was measured, in %; nothing where none is implied."""
+    return "" if row["implied"] < 1.005 else f"{row['prefill']['speed_up'][0] / row['implied']:.0%}"
+
+
+def _times(part: Mapping[str, Any]) -> str:
+    value, low, high = part["speed_up"]
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _spread(part: Mapping[str, Any]) -> str:
+    low, high = (1000 * value for value in part["quartiles"])
+    return f"{1000 * part['seconds']:.1f} ({low:.1f} to {high:.1f})"
+
+
+def _grid(header: Sequence[Any], lines: Sequence[Sequence[Any]]) -> str:
+    ruled = [header, ["---"] + ["---:"] * (len(header) - 1), *lines]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in ruled) + "\n"
+
+
+def plot(results: Mapping[str, Any]) -> Any:
+    """Prefill and end-to-end speed-up of every arm against batch, or text tokens where there is one batch: a Figure."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
+
+    rows = [row for row in results["rows"] if row["arm"] != "stock"]
+    axis = "batch" if len({row["batch"] for row in rows}) > 1 else "text_tokens"
+    figure = Figure(figsize=(9, 4), layout="constrained", facecolor="white")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, part, title in zip(panels, ("prefill", "end_to_end"), ("Prefill", "End to end"), strict=True):
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.spines["bottom"].set_color(_MUTED)
+        axes.tick_params(colors=_MUTED, length=0)
+        axes.grid(axis="y", color=_FAINT)
+        axes.set_axisbelow(True)
+        axes.axhline(1, color=_INK, lw=1, ls=(0, (5, 3)))
+        axes.set_xscale("log", base=2)
+        for number, arm in enumerate(dict.fromkeys(row["arm"] for row in rows)):
+            points = sorted((row for row in rows if row["arm"] == arm), key=lambda row: row[axis])
+            x, colour = [row[axis] for row in points], _COLOURS[number % len(_COLOURS)]
+            y, low, high = zip(*(row[part]["speed_up"] for row in points), strict=True)
+            axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+            axes.plot(x, y, color=colour, marker="o", ms=4, lw=2, label=arm)
+            if part == "prefill":
+                axes.plot(x, [row["implied"] for row in points], color=colour, lw=1, ls=":")
+        every = sorted({row[axis] for row in rows})
+        axes.set_xticks(every, [str(value) for value in every])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel(axis.replace("_", " "), color=_MUTED)
+        axes.set_title(title, loc="left", color=_INK, fontweight="bold")
+    panels[0].set_ylabel("times as fast as stock", color=_MUTED)
+    panels[1].legend(frameon=False, labelcolor=_INK)
+    figure.suptitle(
+        f"{results['shape']}, {results['machine']['device']}; dotted: what FLOPs imply", x=0.01, ha="left", fontsize=10,
+        color=_MUTED,
+    )  # fmt: skip
+    return figure
+
+
+def write(results: Mapping[str, Any], out: Path) -> Path:
+    """Write JSON, table and plot into a folder; earlier results are never written over. The JSON's path."""
+    out.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        stem = f"speed-{results['shape']}-{results['date']}{'' if number == 1 else f'-{number}'}"
+        file = out / f"{stem}.json"
+        if not file.exists():
+            break
+        number += 1
+    file.write_text(json.dumps(results, indent=1) + "\n")
+    file.with_suffix(".md").write_text(markdown(results))
+    plot(results).savefig(file.with_suffix(".png"), dpi=144)
+    return file

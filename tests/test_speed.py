@@ -1,0 +1,146 @@
+"""The speed benchmark: what it compares is comparable, and what it tells is what it measured."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlavaForConditionalGeneration
+
+from modeling_ivtp.cli import main
+from modeling_ivtp.flops import load_shape
+from modeling_ivtp.flops.formula import kv_cache_bytes
+from modeling_ivtp.speed.bench import Settings, bench
+from modeling_ivtp.speed.models import bytes_needed, check_room, prompt, random_model, stock_twin
+from modeling_ivtp.speed.report import markdown
+from modeling_ivtp.speed.timing import Arm, interleaved, ratio, run
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    torch.manual_seed(0)
+    return random_model(load_shape("tiny"), dtype=torch.float32, device=CPU, attention="sdpa")
+
+
+@pytest.fixture(scope="module")
+def inputs(model: Any) -> dict[str, Any]:
+    return prompt(model, batch=2, text_tokens=20, instruction_tokens=10)
+
+
+def test_the_baseline_is_stock_llava_on_the_same_weights(model: Any, inputs: dict[str, Any]) -> None:
+    twin = stock_twin(model)
+    assert type(twin) is LlavaForConditionalGeneration
+    assert twin.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()
+    assert all(tensor.device.type == "cpu" for tensor in [*twin.parameters(), *twin.buffers()])
+    given = {name: value for name, value in inputs.items() if not name.startswith("clip_")}
+    with model.pruning(enabled=False):
+        assert torch.equal(twin(**given).logits, model(**inputs).logits)
+    assert not torch.equal(twin(**given).logits, model(**inputs).logits)
+
+
+def test_prompts_are_what_they_say(model: Any, inputs: dict[str, Any]) -> None:
+    assert inputs["input_ids"].shape == (2, 20 + 576)
+    assert (inputs["input_ids"] == model.config.image_token_id).sum() == 2 * 576
+    spans = inputs["clip_spans"]
+    assert (spans[..., 0] < 0).sum(1).tolist() == [10, 10]
+    assert spans[0, -1].tolist() == [0, 0]
+    two = prompt(model, batch=1, text_tokens=200, instruction_tokens=100)
+    assert two["clip_input_ids"].shape == (1, 2, 77)
+
+
+def test_a_run_tells_its_parts(model: Any, inputs: dict[str, Any]) -> None:
+    told = run(Arm("ivtp", model, lambda: model.pruning(visual_tokens=64)), inputs, 4)
+    assert 0 < told["tower"] < told["end_to_end"]
+    assert told["prefill"] + 3 * told["decode"] == pytest.approx(told["end_to_end"])
+    with model.pruning(visual_tokens=64):
+        plan = model.model.plan()
+    layers = [23 + tokens for tokens in plan.decoder_layer_tokens(6)]
+    assert told["kv_bytes"] == 2 * sum(kv_cache_bytes(model.config, layers, 4))
+
+
+def test_arms_take_turns(model: Any, inputs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    arms = [Arm(name, model, lambda name=name: (order.append(name), model.pruning())[1]) for name in "ab"]
+    steps: list[int] = []
+    told = interleaved(arms, inputs, new_tokens=2, repeats=3, advance=lambda: steps.append(1))
+    assert order == list("ab" + "ab" + "ba" + "ab")
+    assert len(steps) == 8
+    assert [len(told[name]) for name in "ab"] == [3, 3]
+
+
+def test_ratios_are_paired() -> None:
+    draws = np.random.default_rng(0)
+    noise = draws.lognormal(0, 1, 40)
+    middle, low, high = ratio(2 * noise, noise)
+    assert (middle, low, high) == (2, 2, 2)
+    middle, low, high = ratio(2 * noise, draws.permutation(noise))
+    assert low < middle < high
+
+
+def test_the_command_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["bench", "--shape", "tiny", "--arm", "ivtp@64", "--arm", "fastv@64", "--batch", "1", "--batch", "2"]
+    arguments += ["--new-tokens", "3", "--repeats", "2", "--dtype", "float32", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    (file,) = tmp_path.glob("speed-tiny-*.json")
+    told = json.loads(file.read_text())
+    assert file.with_suffix(".md").read_text() == markdown(told)
+    assert file.with_suffix(".png").stat().st_size > 10_000
+    assert [(row["arm"], row["batch"]) for row in told["rows"]] == [
+        (arm, batch) for batch in (1, 2) for arm in ("stock", "ivtp@64", "fastv@64")
+    ]
+    for row in told["rows"]:
+        assert all(len(row[part]["all"]) == 2 for part in ("tower", "prefill", "decode", "end_to_end"))
+        assert (row["implied"] > 1.5) == (row["arm"] != "stock")
+        assert row["final_tokens"] == (576 if row["arm"] == "stock" else 64)
+        assert (row["selection_share"] is None) == (row["arm"] == "stock")
+    assert told["machine"]["versions"]["torch"]
+    assert "reached" in capsys.readouterr().out
+    # A second one stands beside the first.
+    assert main(arguments) == 0
+    assert len(list(tmp_path.glob("speed-tiny-*.json"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"arms": ("ivtp",)}, "arm 'ivtp'; allowed: off, or a system and its budget"),
+        ({"arms": ("fastw@64",)}, "Unknown method 'fastw'"),
+        ({"arms": ("ivtp@0",)}, "arm 'ivtp@0'"),
+        ({"batches": (0,)}, "batches"),
+        ({"text_tokens": ()}, "text_tokens"),
+        ({"new_tokens": 1}, "new_tokens=1; allowed: at least 2"),
+        ({"repeats": 0}, "repeats=0"),
+        ({"dtype": "int8"}, "dtype='int8'; allowed: float32, bfloat16, float16"),
+    ],
+)
+def test_bad_settings(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=".") as raised:  # noqa: RUF043
+        Settings(**options)
+    assert said in str(raised.value)
+
+
+def test_what_the_machine_cannot_hold_is_refused_before_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_shape("llava-1.5-13b")
+    needed = bytes_needed(config, dtype=torch.float32, batch=32, text_tokens=64, new_tokens=128)
+    assert 53e9 < bytes_needed(config, dtype=torch.float32, batch=1, text_tokens=64, new_tokens=128) < needed
+    with pytest.raises(ValueError, match=r"batch 32 needs at least .* TB|GB.* are free on cpu"):
+        check_room(10**13, CPU, "batch 32")
+
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("it was made")
+
+    monkeypatch.setattr("modeling_ivtp.speed.bench.random_model", never)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 8_000_000_000})())
+    with pytest.raises(ValueError, match=r"batch 1 in float32 needs at least .* GB, and 8 GB are free"):
+        bench(config, Settings(), device=CPU)
+
+
+def test_one_of_shape_and_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench"]) == 1
+    assert "one of --shape and --model" in capsys.readouterr().err
+    assert main(["bench", "--shape", "llava"]) == 1
+    assert "allowed: llava-1.5-13b" in capsys.readouterr().err
