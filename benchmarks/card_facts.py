@@ -18,6 +18,7 @@ from benchmarks.quality.report import counted, results_in, write_atomically
 from modeling_ivtp.flops import count_named
 from modeling_ivtp.hub.cards import card_names, preview
 from modeling_ivtp.hub.recipes import Recipe, load_recipe, recipe_names
+from modeling_ivtp.hub.weights import Checkpoint
 
 ROOT = Path(__file__).parents[1]
 CARDS = ROOT / "hub_cards"
@@ -55,7 +56,7 @@ def quality(checkpoint: Path) -> dict[str, Any] | None:
     for file in reversed(results_in(RESULTS)):
         results = json.loads(file.read_text())
         if results["checkpoint"] == of:
-            return _told(results, file)
+            return _told(results, file) | {"weights": Checkpoint.from_folder(checkpoint, str(checkpoint)).digest()}
     return None
 
 

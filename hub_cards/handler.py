@@ -7,7 +7,8 @@ A request is `{"inputs": ONE or [ONE, …], "parameters": {…}}`. ONE is
 
 IMAGE is an http(s) address, a data URL or base64. `parameters` are those of `generate` that `PARAMETERS` lists, and
 `visual_tokens`, the budget of this request; `"visual_tokens": null` answers without pruning. One answer is
-`{"generated_text", "generated_tokens", "prompt_tokens", "visual_tokens", "layer_averaged_tokens", "seconds"}`; in a
+`{"generated_text", "generated_tokens", "prompt_tokens", "finish_reason", "visual_tokens", "layer_averaged_tokens",
+"seconds"}`; in a
 list, one that failed is `{"error"}`, and the others are answered all the same.
 """
 
@@ -19,6 +20,7 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,10 +42,19 @@ PARAMETERS = {
     "seed": (int, 0, 2**63 - 1),
 }
 MAX_REQUESTS = 32
-MAX_IMAGES = 8
+MAX_IMAGES = 32
+"""Of a request and of all requests that come at once."""
 MAX_TEXT = 20_000
 MAX_BYTES = 20_000_000
-MAX_PIXELS = 25_000_000
+MAX_PIXELS = 16_000_000
+MAX_SHAPE = 20
+"""How many times as long as wide an image may be; the processor scales the short side."""
+LONG_SIDE = 2048
+"""Larger images are shrunk as soon as they are read, so that they do not wait for the model at full size."""
+MAX_SECONDS = 60
+"""For fetching all images of a request."""
+MAX_NEW = 4096
+"""Tokens times beams of an answer."""
 MAX_TOGETHER = 8
 """Requests that are answered in one batch."""
 
@@ -55,18 +66,25 @@ class EndpointHandler:
     ----------
     path : str
         Folder of the checkpoint, which is that of this file.
+    trust_remote_code : bool, default True
+        False where the installed package has the classes, so that no code of the folder runs.
     """
 
-    def __init__(self, path: str = "") -> None:
+    def __init__(self, path: str = "", *, trust_remote_code: bool = True) -> None:
         path = path or os.path.dirname(os.path.abspath(__file__))
-        device = "auto" if torch.cuda.is_available() else "cpu"
+        on_gpu = torch.cuda.is_available()
+        weights = sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
+        # Half precision has no fast kernels on most CPUs; a small model is better off twice as large.
+        dtype = "auto" if on_gpu or weights > 4e9 else torch.float32
         self.model = AutoModelForImageTextToText.from_pretrained(
-            path, trust_remote_code=True, dtype="auto", device_map=device
+            path, trust_remote_code=trust_remote_code, dtype=dtype, device_map="auto" if on_gpu else "cpu"
         ).eval()
-        self.processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
+        self.processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
         self.processor.tokenizer.padding_side = "left"
         # The budget and the random numbers belong to the model, not to a request: one at a time.
         self._busy = threading.Lock()
+        # A picture is many times as large open as closed: few at a time.
+        self._opening = threading.Semaphore(4)
 
     def __call__(self, data: Mapping[str, Any]) -> Any:
         """Answer one request or several.
@@ -103,16 +121,22 @@ class EndpointHandler:
     def _answer(self, inputs: list[Any], shared: Mapping[str, Any]) -> list[dict[str, Any]]:
         answers: list[dict[str, Any]] = [{} for _ in inputs]
         together: dict[tuple[Any, ...], list[tuple[int, str, list[Any]]]] = {}
+        ends, seen = time.monotonic() + MAX_SECONDS, 0
         for place, one in enumerate(inputs):
             try:
-                prompt, images, settings = self._read(one, shared)
-                together.setdefault(settings, []).append((place, prompt, images))
-            except (ValueError, OSError, TemplateError) as error:
+                prompt, images, settings = self._read(one, shared, ends, MAX_IMAGES - seen)
+                seen += len(images)
+                # What is drawn at random with a seed must not depend on who else asks.
+                alone = (("alone", place),) if any(name == "seed" for name, _ in settings) else ()
+                together.setdefault(settings + alone, []).append((place, prompt, images))
+            except Exception as error:
+                # Whatever a request makes some library stumble over is that request's own failure.
                 answers[place] = _failed(error)
-        for settings, members in together.items():
+        for key, members in together.items():
+            settings = {name: value for name, value in key if name != "alone"}
             for start in range(0, len(members), MAX_TOGETHER):
                 part = members[start : start + MAX_TOGETHER]
-                for (place, *_), answer in zip(part, self._together(part, dict(settings)), strict=True):
+                for (place, *_), answer in zip(part, self._together(part, settings), strict=True):
                     answers[place] = answer
         return answers
 
@@ -120,12 +144,14 @@ class EndpointHandler:
         """Answer a batch; if it cannot be answered as one, each by itself, so that only who is to blame fails."""
         try:
             return self._generate(part, dict(settings))
-        except (ValueError, RuntimeError) as error:
+        except Exception as error:
             if len(part) == 1:
                 return [_failed(error)]
         return [answer for one in part for answer in self._together([one], settings)]
 
-    def _read(self, one: Any, shared: Mapping[str, Any]) -> tuple[str, list[Any], tuple[tuple[str, Any], ...]]:
+    def _read(
+        self, one: Any, shared: Mapping[str, Any], ends: float, most: int
+    ) -> tuple[str, list[Any], tuple[tuple[str, Any], ...]]:
         """Prompt, images and settings of one request; images are fetched before anybody waits for the model."""
         own: Mapping[str, Any] = {}
         if _is_chat(one):
@@ -139,9 +165,21 @@ class EndpointHandler:
             raise ValueError('an entry of inputs is {"image": …, "text": …} or {"messages": […]}')
         settings = _checked({**shared, **own}, self.model.config.num_patches)
         sources, messages = _split(chat, self.processor.image_token)
-        images = [_picture(source) for source in sources]
+        if len(sources) > most:
+            raise ValueError(f"there are more than {MAX_IMAGES} images; at most so many are read at once")
+        images = [self._picture(source, ends) for source in sources]
         prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
         return prompt, images, tuple(sorted(settings.items(), key=lambda item: item[0]))
+
+    def _picture(self, source: Any, ends: float) -> Any:
+        left = ends - time.monotonic()
+        if left <= 0:
+            raise ValueError(f"fetching the images took longer than {MAX_SECONDS} seconds")
+        with self._opening:
+            image = _picture(source, min(15.0, left))
+            if max(image.size) > LONG_SIDE:
+                image.thumbnail((LONG_SIDE, LONG_SIDE))
+        return image
 
     def _generate(self, part: list[tuple[int, str, list[Any]]], settings: dict[str, Any]) -> list[dict[str, Any]]:
         with self._busy, torch.inference_mode():
@@ -150,10 +188,11 @@ class EndpointHandler:
             inputs = self.processor(
                 images=images or None, text=[prompt for _, prompt, _ in part], padding=True, return_tensors="pt"
             ).to(self.model.device, self.model.dtype)
+            self._check_length(inputs["input_ids"].shape[1], settings)
             seed = settings.pop("seed", None)
-            if seed is not None:
-                torch.manual_seed(seed)
-            with self._budget(settings):
+            with self._budget(settings), torch.random.fork_rng(enabled=seed is not None):
+                if seed is not None:
+                    torch.manual_seed(seed)
                 plan = self.model.config.pruning_plan()
                 output = self.model.generate(**inputs, **settings)
             lengths = inputs["attention_mask"].sum(1).tolist()
@@ -168,6 +207,7 @@ class EndpointHandler:
                 "generated_text": self.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip(),
                 "generated_tokens": next((n for n, token in enumerate(tokens.tolist()) if token in stop), len(tokens)),
                 "prompt_tokens": prompt,
+                "finish_reason": "stop" if any(token in stop for token in tokens.tolist()) else "length",
                 "visual_tokens": [counts[-1]] * len(pictures),
                 "layer_averaged_tokens": round(sum(counts) / layers, 1) if pictures else 0.0,
                 "seconds": round(seconds, 4),
@@ -175,21 +215,33 @@ class EndpointHandler:
             for tokens, prompt, (_, _, pictures) in zip(new, lengths, part, strict=True)
         ]
 
+    def _check_length(self, prompt: int, settings: Mapping[str, Any]) -> None:
+        there = getattr(self.model.config.text_config, "max_position_embeddings", None)
+        if there is not None and prompt + settings["max_new_tokens"] > there:
+            raise ValueError(
+                f"prompt and answer have {prompt} + {settings['max_new_tokens']} tokens; the model takes {there} in all"
+            )
+
     @contextmanager
     def _budget(self, settings: dict[str, Any]) -> Any:
         if "visual_tokens" not in settings:
             yield
             return
-        wanted = settings.pop("visual_tokens")
-        changed = (
-            {"enabled": False} if wanted is None else {"enabled": True, "visual_tokens": wanted, "tower_tokens": None}
-        )
+        wanted, handed_over = settings.pop("visual_tokens"), self.model.pruning_config.tower_tokens
+        changed: dict[str, Any] = {"enabled": False}
+        if wanted is not None:
+            # A hand-over that the checkpoint fixes below the budget gives way.
+            fits = handed_over is not None and handed_over >= wanted
+            changed = {"enabled": True, "visual_tokens": wanted, "tower_tokens": handed_over if fits else None}
         with self.model.pruning(**changed):
             yield
 
 
 def _failed(error: Exception) -> dict[str, Any]:
-    return {"error": " ".join(str(error).split()) or type(error).__name__}
+    said = " ".join(str(error).split())[:500] or type(error).__name__
+    if not isinstance(error, (ValueError, OSError, RuntimeError, TemplateError)):
+        said = f"{type(error).__name__}: {said}"
+    return {"error": said.encode("utf-8", "backslashreplace").decode()}
 
 
 def _is_chat(value: Any) -> bool:
@@ -223,7 +275,7 @@ def _split(chat: list[Any], image_token: str) -> tuple[list[Any], list[dict[str,
     for message in chat:
         content = message.get("content")
         if message["role"] not in ("system", "user", "assistant"):
-            raise ValueError(f"role={message['role']!r}; allowed: system, user, assistant")
+            raise ValueError("a role is none of those allowed: system, user, assistant")
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if not isinstance(parts, list):
             raise ValueError("the content of a message is text or a list of parts")
@@ -233,7 +285,7 @@ def _split(chat: list[Any], image_token: str) -> tuple[list[Any], list[dict[str,
             if kind == "text" and isinstance(part.get("text"), str):
                 if image_token in part["text"]:
                     raise ValueError(f"{image_token} stands for an image and must not be in a text")
-                length += len(part["text"])
+                length += len(part["text"].encode())  # refuses half characters, which JSON can hold
                 marked.append({"type": "text", "text": part["text"]})
             elif kind in ("image", "image_url"):
                 source = part.get("image_url") or part.get("image") or part.get("url") or part.get("base64")
@@ -247,25 +299,27 @@ def _split(chat: list[Any], image_token: str) -> tuple[list[Any], list[dict[str,
     if messages[-1]["role"] != "user":
         raise ValueError("the last message is not the user's")
     if length > MAX_TEXT:
-        raise ValueError(f"the text has {length:,} characters; at most {MAX_TEXT:,} are read")
-    if len(sources) > MAX_IMAGES:
-        raise ValueError(f"there are {len(sources)} images; at most {MAX_IMAGES} are read")
+        raise ValueError(f"the text has {length:,} bytes; at most {MAX_TEXT:,} are read")
     return sources, messages
 
 
-def _picture(source: Any) -> Any:
+def _picture(source: Any, seconds: float) -> Any:
     if not isinstance(source, str) or not source:
         raise ValueError("an image is an http(s) address, a data URL or base64")
     if "://" not in source and not source.startswith("data:"):
         # What is left is base64, or a path, which no stranger may name.
         if len(source) > MAX_BYTES // 3 * 4 + 4:
             raise ValueError(f"the image is larger than {MAX_BYTES:,} bytes")
+        source = "".join(source.split())
         try:
             base64.b64decode(source, validate=True)
         except (binascii.Error, ValueError) as error:
             raise ValueError("an image is an http(s) address, a data URL or base64; files are not read") from error
         source = f"data:image;base64,{source}"
-    return load_image(source, timeout=15, max_bytes=MAX_BYTES, max_pixels=MAX_PIXELS, from_stranger=True)
+    image = load_image(source, timeout=seconds, max_bytes=MAX_BYTES, max_pixels=MAX_PIXELS, from_stranger=True)
+    if max(image.size) > MAX_SHAPE * min(image.size):
+        raise ValueError(f"the image is more than {MAX_SHAPE} times as long as wide")
+    return image
 
 
 def _checked(given: Mapping[str, Any], patches: int) -> dict[str, Any]:
@@ -282,13 +336,17 @@ def _checked(given: Mapping[str, Any], patches: int) -> dict[str, Any]:
             if value is not None and not (_is(value, int) and 1 <= value <= patches):
                 raise ValueError(f"visual_tokens={value!r}; allowed: 1 to {patches}, or null for no pruning")
         elif name not in PARAMETERS:
-            raise ValueError(f"unknown parameter {name!r}; allowed: {', '.join([*PARAMETERS, 'visual_tokens'])}")
+            raise ValueError(
+                f"unknown parameter {str(name)[:40]!r}; allowed: {', '.join([*PARAMETERS, 'visual_tokens'])}"
+            )
         else:
             kind, low, high = PARAMETERS[name]
             if not _is(value, kind) or (low is not None and not low <= value <= high):
                 allowed = "true, false" if kind is bool else f"{low} to {high}"
-                raise ValueError(f"{name}={value!r}; allowed: {allowed}")
+                raise ValueError(f"{name}={value!r:.40}; allowed: {allowed}")
         settings[name] = value
+    if settings["max_new_tokens"] * settings.get("num_beams", 1) > MAX_NEW:
+        raise ValueError(f"max_new_tokens times num_beams is above {MAX_NEW}")
     if not settings["do_sample"]:
         for name in ("temperature", "top_p", "top_k", "seed"):
             if name in given:

@@ -7,8 +7,11 @@ import io
 import json
 import random
 import re
+import struct
 import sys
 import threading
+import time
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,6 +21,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from PIL import Image
 
 from benchmarks.quality.world import Question, draw_scene, questions
@@ -143,8 +147,68 @@ def test_a_bad_one_does_not_sink_the_others(handler: Any, asked: list[Any], monk
 
 
 def test_sampling_is_repeatable(handler: Any, asked: list[Any]) -> None:
-    request = short({"image": asked[0][0], "text": asked[0][1].text}, do_sample=True, temperature=3.0, seed=5)
-    assert handler(request)["generated_text"] == handler(request)["generated_text"]
+    one = {"image": asked[0][0], "text": asked[0][1].text}
+    request = short(one, do_sample=True, temperature=3.0, seed=5)
+    alone = handler(request)["generated_text"]
+    assert handler(request)["generated_text"] == alone
+    # Neither who else asks, nor what was asked before, has a say, and a seed is not left behind.
+    together = handler(short([one, one, one], do_sample=True, temperature=3.0, seed=5))
+    assert [answer["generated_text"] for answer in together] == [alone] * 3
+    before = torch.get_rng_state()
+    handler(request)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_it_says_why_an_answer_ended(handler: Any, asked: list[Any]) -> None:
+    image, question = asked[0]
+    for length, reason in ((1, "length"), (4, "stop")):
+        answer = handler(short({"image": image, "text": question.text}, max_new_tokens=length))
+        assert answer["finish_reason"] == reason
+
+
+def test_base64_may_have_line_breaks(handler: Any, asked: list[Any]) -> None:
+    image, question = asked[0]
+    broken = base64.encodebytes(base64.b64decode(image)).decode()
+    assert handler(short({"image": broken, "text": question.text}))["generated_text"] == question.answer
+
+
+def test_large_pictures_do_not_wait_at_full_size(handler: Any) -> None:
+    image = encoded(Image.new("L", (4000, 4000)))
+    sizes = []
+    original = handler._generate
+
+    def watched(part: Any, settings: Any) -> Any:
+        sizes.extend(picture.size for _, _, pictures in part for picture in pictures)
+        return original(part, settings)
+
+    handler._generate = watched
+    try:
+        handler(short([{"images": [image] * 2, "text": "x"}] * 4, max_new_tokens=1))
+    finally:
+        del handler._generate
+    assert sizes == [(2048, 2048)] * 8
+
+
+def _tiled_tiff() -> str:
+    """A TIFF of 100 x 100 pixels in one tile of 46,000 x 46,000, a kilobyte in all."""
+    tags = [
+        (256, 4, 100), (257, 4, 100), (258, 3, 8), (259, 3, 8), (262, 3, 1), (277, 3, 1), (322, 4, 46000),
+        (323, 4, 46000), (324, 4, 8), (325, 4, 10),
+    ]  # fmt: skip
+    body = b"II*\0" + struct.pack("<I", 32) + zlib.compress(b"\0" * 100)[:24].ljust(24, b"\0")
+    body += struct.pack("<H", len(tags)) + b"".join(
+        struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags
+    )
+    return base64.b64encode(body + struct.pack("<I", 0)).decode()
+
+
+def _many_scans() -> str:
+    """A progressive JPEG with its last scan again and again: few bytes, much work."""
+    file = io.BytesIO()
+    Image.new("L", (900, 900)).save(file, "JPEG", progressive=True)
+    content = file.getvalue()
+    last = content.rindex(b"\xff\xda")
+    return base64.b64encode(content[:-2] + content[last:-2] * 300 + b"\xff\xd9").decode()
 
 
 BOMB = "bomb"
@@ -165,12 +229,25 @@ HOSTILE: dict[str, tuple[Any, str]] = {
     "no picture": ({"image": base64.b64encode(b"hello there").decode(), "text": "x"}, "not an image"),
     "too many pixels": (BOMB, "pixels"),
     "too many bytes": ({"image": "A" * 27_000_000, "text": "x"}, "larger than 20,000,000 bytes"),
+    "a tile larger than its picture": ({"image": _tiled_tiff(), "text": "x"}, "not an image in a known format"),
+    "an icon": ({"image": encoded(Image.new("RGB", (16, 16)), "ICO"), "text": "x"}, "not an image in a known format"),
+    "many scans": ({"image": _many_scans(), "text": "x"}, "more than 100 scans"),
+    "a ribbon": ({"image": encoded(Image.new("RGB", (4000, 20))), "text": "x"}, "20 times as long as wide"),
+    "many images": ({"images": ["AAAA"] * 40, "text": "x"}, "more than 32 images"),
+    "half a character": ({"text": "a\ud800b"}, "surrogates not allowed"),
+    "a port that is none": ({"image": "http://8.8.8.8:99999999999999999999999/x", "text": "x"}, ""),
+    "a cloud's metadata": ({"image": "http://168.63.129.16/x.png", "text": "x"}, "not a public address"),
+    "another cloud's": ({"image": "http://192.0.0.192/x.png", "text": "x"}, "not a public address"),
+    "site-local": ({"image": "http://[fec0::1]/x.png", "text": "x"}, "not a public address"),
+    "IPv4 under an old IPv6": ({"image": "http://[::127.0.0.1]/x.png", "text": "x"}, "not a public address"),
+    "local NAT64": ({"image": "http://[64:ff9b:1::7f00:1]/x.png", "text": "x"}, "not a public address"),
+    "more than the context": ({"text": "word " * 3000}, "the model takes 2048 in all"),
     "no text": ({"image": "AAAA"}, "text is missing"),
     "a number": (7, "an entry of inputs is"),
     "an image in the text": ({"text": "<image> what is this?"}, "must not be in a text"),
     "too much text": ({"text": "x" * 30_000}, "at most 20,000"),
     "an unknown field": ({"text": "x", "path": "y"}, "unknown field(s) path; allowed: image"),
-    "an unknown role": ([{"role": "root", "content": "x"}], "allowed: system, user, assistant"),
+    "an unknown role": ([{"role": "root", "content": "x"}], "none of those allowed: system, user, assistant"),
     "an unknown part": ([{"role": "user", "content": [{"type": "video"}]}], "a part is"),
     "the answer is there": ([{"role": "assistant", "content": "x"}], "the last message is not the user's"),
 }
@@ -196,6 +273,7 @@ def test_hostile_requests_are_refused(handler: Any, name: str) -> None:
         ({"visual_tokens": 600}, "allowed: 1 to 576"),
         ({"visual_tokens": True}, "allowed: 1 to 576"),
         ({"max_new_tokens": 10**6}, "allowed: 1 to 2048"),
+        ({"num_beams": 16, "max_new_tokens": 2048}, "max_new_tokens times num_beams is above 4096"),
         ({"temperature": 0.5}, "temperature needs do_sample=true"),
         ({"do_sample": 1}, "allowed: true, false"),
         ({"output_attentions": True}, "unknown parameter 'output_attentions'; allowed: max_new_tokens"),
@@ -217,6 +295,15 @@ class _Redirecting(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         status, location, body = self.places[self.path]
+        while not status:
+            # A header that never ends, one letter at a time; the client hangs up.
+            try:
+                self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Wait: " if not body else b"x")
+                body += b"x"
+                time.sleep(0.1)
+            except OSError:
+                self.close_connection = True
+                return
         self.send_response(status)
         if location:
             self.send_header("Location", location)
@@ -246,7 +333,10 @@ def public(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]
     thread.join()
 
 
-def test_addresses_are_followed_to_where_they_lead(handler: Any, asked: list[Any], public: str) -> None:
+def test_addresses_are_followed_to_where_they_lead(
+    module: ModuleType, handler: Any, asked: list[Any], public: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_SECONDS", 2)
     image, question = asked[0]
     port = public.rpartition(":")[2]
     _Redirecting.places = {
@@ -257,6 +347,7 @@ def test_addresses_are_followed_to_where_they_lead(handler: Any, asked: list[Any
         "/circle": (302, f"{public}/circle", b""),
         "/endless": (200, "", b"x" * 30_000_000),
         "/nothing": (404, "", b""),
+        "/drip": (0, "", b""),
     }
     for path in ("/picture", "/moved"):
         assert handler(short({"image": public + path, "text": question.text}))["generated_text"] == question.answer
@@ -266,6 +357,7 @@ def test_addresses_are_followed_to_where_they_lead(handler: Any, asked: list[Any
         ("/circle", "302"),
         ("/endless", "larger than 20,000,000 bytes"),
         ("/nothing", "404"),
+        ("/drip", "longer than"),
     ):
         with pytest.raises(ValueError, match=re.escape(said)):
             handler(short({"image": public + path, "text": "x"}))

@@ -35,7 +35,6 @@ ELSEWHERE = {
     "make space": "tests/test_space.py",
     "make test": "this is it",
     "make help": "test_make_help_lists_what_there_is",
-    "pip install 'ivtp-llava[serve]'": "test_the_wheel_holds_what_the_package_reads",
 }
 """What is run by another test, and which."""
 

@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +14,12 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard, constants
+from safetensors.torch import load_file, save_file
 
 from modeling_ivtp.cli import main
 from modeling_ivtp.hub import push as pushing
 from modeling_ivtp.hub.convert import convert
+from modeling_ivtp.hub.staging import stage
 from tests.checkpoints import clip_folder, llava_folder
 from tests.hub_server import OWNER, READER, TOKEN, Fault, Hub, running_hub
 from tests.stranger import HIDE
@@ -177,6 +181,80 @@ def test_branches_and_pull_requests(hub: Hub, made: Any, capsys: pytest.CaptureF
     assert "discussions/1" in out
     assert "config.json" not in hub.head(NAME)
     assert "config.json" in hub.repos[NAME].commits[hub.repos[NAME].pulls[0]]
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_new_branch_holds_nothing_of_the_old_weights(hub: Hub, made: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """A branch begins as a copy of main, whose single file transformers would load before any shard."""
+    hub.publish(NAME, {"model.safetensors": b"old", "old_code.py": b"", "scripts/train.py": b"", "notes.md": b"mine"})
+    status, _, _ = push(capsys, made.miniature, NAME, "--yes", "--revision", "b32")
+    assert status == 0
+    tree = hub.head(NAME, "b32")
+    assert not {"model.safetensors", "old_code.py"} & set(tree)
+    assert {"scripts/train.py", "notes.md"} <= set(tree)
+    assert "model.safetensors" in hub.head(NAME)
+    # The card of a branch loads and pins that branch.
+    card = tree["README.md"].decode()
+    assert f'repo, revision = "{NAME}", "b32"' in card
+    assert f'model_info("{NAME}", revision="b32").sha' in card
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_the_repository_says_of_large_files_stays(hub: Hub, made: Any) -> None:
+    hub.publish(NAME, {".gitattributes": b"*.gguf filter=lfs diff=lfs merge=lfs -text"})
+    assert main(["push", str(made.miniature), NAME, "--yes"]) == 0
+    assert hub.head(NAME)[".gitattributes"].startswith(b"*.gguf")
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_the_hubs_own_words_are_passed_on(hub: Hub, made: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    for status, reason in ((403, "storage limit reached"), (400, "license is not known")):
+        hub.faults[:] = [Fault("POST", "/commit/", status=status, headers={"X-Error-Message": reason})]
+        _, _, err = push(capsys, made.miniature, NAME, "--yes")
+        assert reason in err
+    hub.faults[:] = [
+        Fault("POST", "/objects/batch", status=429, headers={"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"})
+    ]
+    assert "again in a few minutes" in push(capsys, made.miniature, NAME, "--yes")[2]
+
+
+@pytest.mark.parametrize("change", ["weights", "pruning", "off"])
+def test_a_card_speaks_of_the_weights_and_options_it_was_measured_on(
+    made: Any, tmp_path: Path, change: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, target = tmp_path / "changed", tmp_path / "repository"
+    shutil.copytree(made.miniature, folder)
+    target.mkdir()
+    if change == "weights":
+        file = next(folder.glob("model-00001*.safetensors"))
+        tensors = load_file(file)
+        name = next(iter(tensors))
+        tensors[name] += 1
+        save_file(tensors, file, metadata={"format": "pt"})
+    else:
+        config = json.loads((folder / "config.json").read_text())
+        config["pruning"] |= {"enabled": False} if change == "off" else {"aggregation": "mean"}
+        (folder / "config.json").write_text(json.dumps(config))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        stage(folder, NAME, target)
+    card = ModelCard((target / "README.md").read_text())
+    assert card.data.eval_results is None
+    assert "accuracy in %" not in card.text
+    assert any("are not those that recipe" in str(one.message) for one in warned) == (change == "weights")
+    (tmp_path / "untouched").mkdir()
+    stage(made.miniature, NAME, tmp_path / "untouched")
+    assert ModelCard((tmp_path / "untouched" / "README.md").read_text()).data.eval_results
+
+
+def test_llama_2s_terms_go_along(made: Any, tmp_path: Path) -> None:
+    convert(made.stock, made.clip, tmp_path / "own", pruning={"layers_per_group": 2, "decoder_layers": 4})
+    (tmp_path / "repository").mkdir()
+    with pytest.warns(UserWarning, match="Llama 2 licence asks for a copy of itself"):
+        stage(tmp_path / "own", NAME, tmp_path / "repository", card="ivtp-llava-1.5-7b")
+    assert "Copyright (c) Meta Platforms" in (tmp_path / "repository" / "NOTICE").read_text()
+    text = (tmp_path / "repository" / "README.md").read_text()
+    assert "TFLOPs" not in text  # it has not the shape that was counted
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -190,6 +190,13 @@ def test_without_our_extras_a_folder_is_an_official_llava(tmp_path: Path, made: 
     assert (tmp_path / "stock" / "LICENSE.txt").is_file()
 
 
+def test_recipes_without_their_base_are_not_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installed package has no miniature beside it."""
+    shutil.copytree(ROOT / "configuration", tmp_path / "configuration")
+    monkeypatch.setattr("modeling_ivtp.hub.recipes.shipped", lambda name: tmp_path / name)
+    assert {name.rpartition("-")[0] for name in recipe_names()} == {"ivtp-llava-1.5-7b", "ivtp-llava-1.5-13b"}
+
+
 def test_the_way_back_refuses_what_makes_no_sense(
     tmp_path: Path, made: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -208,6 +215,8 @@ def test_the_way_back_refuses_what_makes_no_sense(
     ]
     assert main(wrong) == 1
     assert "leave out --clip, visual_tokens" in capsys.readouterr().err
+    assert main(["convert", str(made.llava), "--stock", "--out", str(tmp_path / "out")]) == 1
+    assert "is a stock LLaVA already" in capsys.readouterr().err
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
     assert main(["convert", str(tmp_path), "--stock", "--out", str(tmp_path / "out")]) == 1
     assert "has no config.json" in capsys.readouterr().err

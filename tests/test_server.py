@@ -1,6 +1,7 @@
 """The OpenAI-shaped server, asked by OpenAI's own client; and why transformers' server is no way in."""
 
 import base64
+import json
 import socket
 import threading
 from collections.abc import Iterator
@@ -125,9 +126,25 @@ def test_bad_requests_say_what_is_allowed(client: Any, changes: dict[str, Any], 
 
 
 def test_what_is_not_there(client: Any) -> None:
+    none: dict[str, Any] = {"n": None, "stop": None, "frequency_penalty": 0, "max_completion_tokens": None}
+    done = client.chat.completions.create(model="mini", messages=messages(), max_tokens=4, extra_body=none)
+    assert done.choices[0].message.content == "yellow"
     with pytest.raises(openai.NotFoundError, match="there is no model 'gpt'; allowed: mini"):
         client.chat.completions.create(model="gpt", messages=messages())
     assert [model.id for model in client.models.list()] == ["mini"]
+
+
+def test_no_code_that_came_with_a_checkpoint_runs(tmp_path: Path) -> None:
+    convert(None, None, tmp_path / "made", recipe="ivtp-llava-miniature-64", progress=False)
+    for file in (tmp_path / "made").glob("*.py"):
+        file.write_text("raise RuntimeError('code of the checkpoint ran')")
+    assert load_handler(tmp_path / "made")({"inputs": {"text": "Well?"}, "parameters": {"max_new_tokens": 1}})
+    (tmp_path / "evil").mkdir()
+    evil = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.EvilConfig"}}
+    (tmp_path / "evil" / "config.json").write_text(json.dumps(evil))
+    (tmp_path / "evil" / "evil.py").write_text("raise RuntimeError('code of the checkpoint ran')")
+    with pytest.raises(ValueError, match="is of model_type 'evil'"):
+        load_handler(tmp_path / "evil")
 
 
 def test_a_request_that_is_too_large_is_cut_off(client: Any) -> None:

@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from .folder import human_bytes
+from .recipes import load_recipe
 from .shipped import shipped
 
 GENERIC = "generic"
@@ -41,15 +42,22 @@ def sample(name: str) -> tuple[str, str]:
 
 def preview(name: str) -> str:
     """A card of its own as it would look in a repository of the same name at the paper's budget."""
-    from .recipes import load_recipe
-
     recipe = load_recipe(f"{name}-64")
     base = {"base_model": recipe.base_model if "/" in recipe.base_model and recipe.base_model[0] != "/" else None}
-    return render(name, f"OWNER/{name}", recipe.config(), recipe.to_dict() | base | {"recipe": recipe.name})
+    built = recipe.to_dict() | base | {"recipe": recipe.name}
+    return render(name, f"OWNER/{name}", recipe.config(), built, weights=(_facts(name)["quality"] or {}).get("weights"))
 
 
-def render(name: str, repo_id: str, config: Any, recipe: Mapping[str, Any] | None) -> str:
-    """A card as the README.md of a repository.
+def render(
+    name: str,
+    repo_id: str,
+    config: Any,
+    recipe: Mapping[str, Any] | None,
+    *,
+    weights: str | None,
+    revision: str = "main",
+) -> str:
+    """A card as the README.md of a repository. It says of a checkpoint only what was counted or measured of it.
 
     Parameters
     ----------
@@ -61,6 +69,10 @@ def render(name: str, repo_id: str, config: Any, recipe: Mapping[str, Any] | Non
         Of the checkpoint; its budget is the one that the card speaks of.
     recipe : mapping, optional
         What the checkpoint was built from, as noted in its folder.
+    weights : str or None
+        Their digest: accuracies stand only where these very weights were examined.
+    revision : str, default "main"
+        The branch that it is pushed to.
 
     Raises
     ------
@@ -70,7 +82,11 @@ def render(name: str, repo_id: str, config: Any, recipe: Mapping[str, Any] | Non
     if name != GENERIC and name not in card_names():
         raise ValueError(f"there is no card {name!r}; allowed: {', '.join([*card_names(), GENERIC])}")
     card = _read(name, "card.json")
-    facts = _read(name, "facts.json") if (_folder(name) / "facts.json").is_file() else {"costs": None, "quality": None}
+    facts = _facts(name)
+    if not _is_of_recipes(name, config):
+        facts = {"costs": None, "quality": None}
+    if (facts["quality"] or {}).get("weights") != weights:
+        facts = facts | {"quality": None}
     recipe = dict(recipe or {})
     small = max((row["tflops"] for row in (facts["costs"] or {"rows": ()})["rows"]), default=1.0) < 0.5
     templates = Environment(
@@ -89,7 +105,7 @@ def render(name: str, repo_id: str, config: Any, recipe: Mapping[str, Any] | Non
         quality=facts["quality"],
         accuracy=_accuracy(facts["quality"]),
         repo_id=repo_id,
-        short=repo_id.partition("/")[2] or repo_id,
+        revision=revision,
         pruning=config.pruning,
         patches=config.num_patches,
         groups=_groups(config),
@@ -98,6 +114,24 @@ def render(name: str, repo_id: str, config: Any, recipe: Mapping[str, Any] | Non
         recipe=recipe.get("recipe"),
     )
     return f"---\n{_metadata(card, facts, repo_id, config, recipe).to_yaml()}\n---\n\n{text}"
+
+
+def _facts(name: str) -> dict[str, Any]:
+    there = (_folder(name) / "facts.json").is_file()
+    return _read(name, "facts.json") if there else {"costs": None, "quality": None}
+
+
+def _is_of_recipes(name: str, config: Any) -> bool:
+    """Whether a configuration is that of the card's recipes, but for the budget: only then its costs are theirs."""
+    if name == GENERIC:
+        return False
+    recipe = load_recipe(f"{name}-64")
+    try:
+        recipe.check(config, name)
+    except ValueError:
+        return False
+    pruning = config.pruning
+    return pruning.tower_tokens is None and pruning.changed(visual_tokens=64) == recipe.pruning
 
 
 def _metadata(

@@ -198,9 +198,9 @@ def convert(
             model.save_pretrained(temporary, state_dict={})
             processor.save_pretrained(temporary)
         copy_beside(folder, temporary)
+        shards.write(temporary, progress=progress)
         if known is not None:
             _note_recipe(temporary, known, llava, clip)
-        shards.write(temporary, progress=progress)
         with quiet():
             _check_written(temporary)
     return result
@@ -220,6 +220,8 @@ def _note_recipe(folder: Path, recipe: Recipe, llava: object, clip: object) -> N
         name: str(given) if given is not None and not Path(str(given)).exists() else None
         for name, given in (("base_model", llava), ("clip", clip))
     }
+    # Whoever trains on in this folder makes it another model, which the recipe's card says nothing about.
+    stated |= {"weights": Checkpoint.from_folder(folder, str(folder)).digest()}
     (folder / RECIPE_FILE).write_text(json.dumps({"recipe": recipe.name} | stated, indent=1) + "\n")
 
 

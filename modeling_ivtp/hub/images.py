@@ -13,12 +13,15 @@ import ipaddress
 import os
 import socket
 import ssl
+import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 import warnings
+from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,8 +33,29 @@ MAX_PIXELS = 178_956_970
 MAX_DOWNLOAD = 100_000_000
 # Addresses of IPv6 that stand for one of IPv4 (RFC 6052): what counts is the address inside.
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# Beyond what Python calls private, which differs between its releases: metadata services of clouds, and networks of
+# IPv6 that stand for addresses of IPv4 or for a site's own.
+_NOT_PUBLIC = [
+    ipaddress.ip_network(name)
+    for name in (
+        "100.64.0.0/10",
+        "168.63.129.16/32",
+        "192.0.0.0/24",
+        "198.18.0.0/15",
+        "::/96",
+        "::ffff:0:0:0/96",
+        "64:ff9b:1::/48",
+        "fec0::/10",
+    )
+]
 # Formats that hold pixels and nothing else; Pillow would also open some by running other programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "ICO", "PPM", "TGA")
+
+
+# What strangers may send: formats whose size is known before anything is decoded, and that are cheap to decode.
+STRANGERS_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+MAX_SCANS = 100
+"""Scans of a progressive JPEG from a stranger; each of them is work over the whole picture, however few its bytes."""
 
 
 def load_image(
@@ -59,7 +83,8 @@ def load_image(
         Largest picture, at most `MAX_PIXELS`.
     from_stranger : bool, default False
         Whether `source` was named by somebody who must not reach what this machine reaches: files are refused then, and
-        so are addresses that are not public, by whatever name, after whatever redirect.
+        so are addresses that are not public, by whatever name, after whatever redirect, and formats that take more to
+        read than they weigh.
 
     Returns
     -------
@@ -76,10 +101,15 @@ def load_image(
     """
     if isinstance(source, Image.Image):
         return _to_rgb(source, "the image", max_pixels)
-    if isinstance(source, str) and source.startswith("data:"):
-        return _decode(io.BytesIO(_data_url(source, max_bytes)), "the data URL", max_pixels)
-    if isinstance(source, str) and "://" in source:
-        return _decode(io.BytesIO(_download(source, timeout, max_bytes, from_stranger)), source, max_pixels)
+    formats = STRANGERS_FORMATS if from_stranger else FORMATS
+    if isinstance(source, str) and (source.startswith("data:") or "://" in source):
+        if source.startswith("data:"):
+            content, label = _data_url(source, max_bytes), "the data URL"
+        else:
+            content, label = _download(source, timeout, max_bytes, from_stranger), source
+        if from_stranger and content.startswith(b"\xff\xd8") and content.count(b"\xff\xda") > MAX_SCANS:
+            raise ValueError(f"{label} is a JPEG of more than {MAX_SCANS} scans")
+        return _decode(io.BytesIO(content), label, max_pixels, formats)
     if from_stranger:
         raise ValueError(f"{str(source)[:80]!r} is not an http, https or data URL; files of this machine are not read")
     path = Path(source).expanduser()
@@ -91,12 +121,12 @@ def load_image(
         return _decode(file, str(source), max_pixels)
 
 
-def _decode(file: BinaryIO, label: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def _decode(file: BinaryIO, label: str, max_pixels: int = MAX_PIXELS, allowed: Sequence[str] = FORMATS) -> Image.Image:
     if not file.read(1):
         raise ValueError(f"{label} is empty")
     file.seek(0)
     Image.init()
-    formats = [name for name in FORMATS if name in Image.OPEN]
+    formats = [name for name in allowed if name in Image.OPEN]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -164,34 +194,101 @@ def _download(url: str, timeout: float, max_bytes: int, public_only: bool) -> by
     scheme = url.split("://", 1)[0].lower()
     if scheme not in ("http", "https"):
         raise ValueError(f"{url} is not supported; images come from files and from http, https and data URLs")
-    deadline = time.monotonic() + timeout
     request = urllib.request.Request(url, headers={"User-Agent": "ivtp-llava", "Accept": "image/*"})
-    try:
-        with _opener(public_only).open(request, timeout=timeout) as answer:
-            announced = answer.headers.get("Content-Length", "")
-            content = io.BytesIO()
-            if announced.isdigit() and int(announced) > max_bytes:
-                raise ValueError(f"{url} is {int(announced):,} bytes; at most {max_bytes:,} are downloaded")
-            while piece := answer.read1(1 << 16):
-                content.write(piece)
-                if content.tell() > max_bytes:
-                    raise ValueError(f"{url} is larger than {max_bytes:,} bytes")
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"{url} took longer than {timeout:g} seconds")
-            return content.getvalue()
-    except urllib.error.HTTPError as error:
-        raise OSError(f"{url} answered {error.code} {error.reason}") from error
-    except urllib.error.URLError as error:
-        if isinstance(error.reason, ValueError):
-            raise error.reason from None
-        raise OSError(f"{url} cannot be reached: {error.reason}") from error
-    except http.client.HTTPException as error:
-        raise OSError(f"{url} gave no proper answer: {type(error).__name__} {error}") from error
-    except TimeoutError as error:
-        raise TimeoutError(f"{url} took longer than {timeout:g} seconds") from error
+    with _Clock(timeout) as clock:
+        try:
+            return _fetch(request, clock, max_bytes, public_only)
+        except ValueError as error:
+            # Also what http.client says of addresses with a port or letters that no address has.
+            raise ValueError(str(error) if url in str(error) or public_only else f"{url}: {error}") from error
+        except urllib.error.HTTPError as error:
+            raise OSError(f"{url} answered {error.code} {error.reason}") from error
+        except (OSError, http.client.HTTPException, OverflowError) as error:
+            if clock.over or isinstance(error, TimeoutError) or isinstance(getattr(error, "reason", 0), TimeoutError):
+                raise TimeoutError(f"{url} took longer than {timeout:g} seconds") from error
+            if isinstance(error, urllib.error.URLError):
+                if isinstance(error.reason, ValueError):
+                    raise error.reason from None
+                raise OSError(f"{url} cannot be reached: {error.reason}") from error
+            if isinstance(error, http.client.HTTPException):
+                raise OSError(f"{url} gave no proper answer: {type(error).__name__} {error}") from error
+            raise OSError(f"{url} cannot be reached: {error}") from error
 
 
-def _opener(public_only: bool) -> urllib.request.OpenerDirector:
+def _fetch(request: urllib.request.Request, clock: _Clock, max_bytes: int, public_only: bool) -> bytes:
+    url = request.full_url
+    with _opener(clock, public_only).open(request, timeout=clock.left) as answer:
+        announced = answer.headers.get("Content-Length", "")
+        content = io.BytesIO()
+        if announced.isdigit() and int(announced) > max_bytes:
+            raise ValueError(f"{url} is {int(announced):,} bytes; at most {max_bytes:,} are downloaded")
+        while piece := answer.read1(1 << 16):
+            content.write(piece)
+            if content.tell() > max_bytes:
+                raise ValueError(f"{url} is larger than {max_bytes:,} bytes")
+        if clock.over:
+            # What was closed in time looks like what has ended.
+            raise TimeoutError(url)
+        return content.getvalue()
+
+
+class _Clock:
+    """One deadline from the first lookup of a name to the last byte; when it is over, whatever is open is closed."""
+
+    def __init__(self, seconds: float) -> None:
+        self._ends = time.monotonic() + seconds
+        self._open: list[socket.socket] = []
+        self._timer = threading.Timer(seconds, self._close)
+        self._timer.daemon = True
+
+    def __enter__(self) -> _Clock:
+        self._timer.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._timer.cancel()
+
+    @property
+    def left(self) -> float:
+        """Seconds; never quite none, which sockets would take for no limit."""
+        return max(0.01, self._ends - time.monotonic())
+
+    @property
+    def over(self) -> bool:
+        """Whether time is up."""
+        return time.monotonic() >= self._ends
+
+    def watch(self, connection: Any) -> None:
+        """Have a connection closed in time."""
+        connection.settimeout(self.left)
+        self._open.append(connection)
+
+    def _close(self) -> None:
+        for connection in self._open:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def resolve(self, host: str, port: int) -> list[Any]:
+        """What a name stands for; the system's own resolver knows no limit."""
+        found: list[Any] = []
+
+        def look_up() -> None:
+            try:
+                found.append(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+            except (OSError, UnicodeError, OverflowError) as error:
+                found.append(error)
+
+        worker = threading.Thread(target=look_up, daemon=True)
+        worker.start()
+        worker.join(self.left)
+        if not found:
+            raise TimeoutError(f"{host} was not found in time")
+        if isinstance(found[0], Exception):
+            raise OSError(f"{host} is not known: {found[0]}")
+        return list(found[0])
+
+
+def _opener(clock: _Clock, public_only: bool) -> urllib.request.OpenerDirector:
     """urllib's own without the handlers for files and FTP, to which a server must not be able to redirect."""
     context = ssl.create_default_context()
     with suppress(ImportError):
@@ -203,8 +300,8 @@ def _opener(public_only: bool) -> urllib.request.OpenerDirector:
     for handler in (
         # A proxy would look names up where nobody here can check what they stand for.
         urllib.request.ProxyHandler({} if public_only else None),
-        _PublicHTTP() if public_only else urllib.request.HTTPHandler(),
-        _PublicHTTPS(context=context) if public_only else urllib.request.HTTPSHandler(context=context),
+        _HTTP(clock, public_only),
+        _HTTPS(clock, public_only, context),
         urllib.request.HTTPDefaultErrorHandler(),
         urllib.request.HTTPRedirectHandler(),
         urllib.request.HTTPErrorProcessor(),
@@ -214,18 +311,19 @@ def _opener(public_only: bool) -> urllib.request.OpenerDirector:
     return opener
 
 
-def _connect_public(host: str, port: int, timeout: Any) -> socket.socket:
+def _connect_public(host: str, port: int, clock: _Clock) -> socket.socket:
     """A connection to the very address that was checked, so that a name cannot change its mind in between."""
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    found = clock.resolve(host, port)
     for *_, address in found:
         if not _is_public(str(address[0])):
             raise ValueError(f"{host} is not a public address; images are not fetched from there")
     error: OSError = OSError(f"{host} has no address")
     for family, kind, protocol, _, address in found:
+        if clock.over:
+            break
         connection = socket.socket(family, kind, protocol)
         try:
-            if isinstance(timeout, (int, float)):
-                connection.settimeout(timeout)
+            clock.watch(connection)
             connection.connect(address)
             return connection
         except OSError as failed:
@@ -237,6 +335,8 @@ def _connect_public(host: str, port: int, timeout: Any) -> socket.socket:
 def _is_public(address: str) -> bool:
     # A scope, as in fe80::1%eth0, belongs to a link-local address.
     ip = ipaddress.ip_address(address.partition("%")[0])
+    if any(ip.version == network.version and ip in network for network in _NOT_PUBLIC):
+        return False
     if isinstance(ip, ipaddress.IPv6Address):
         inside = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
         if ip in _NAT64:
@@ -246,23 +346,47 @@ def _is_public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast
 
 
-class _PublicConnection(http.client.HTTPConnection):
+class _Connection(http.client.HTTPConnection):
+    def __init__(self, *args: Any, clock: _Clock, public_only: bool, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.clock, self.public_only = clock, public_only
+
     def connect(self) -> None:
-        self.sock = _connect_public(self.host, self.port, self.timeout)
+        if self.public_only:
+            self.sock = _connect_public(self.host, self.port, self.clock)
+        else:
+            super().connect()
+        self.clock.watch(self.sock)
 
 
-class _PublicTLSConnection(http.client.HTTPSConnection):
+class _TLSConnection(http.client.HTTPSConnection):
+    def __init__(self, *args: Any, clock: _Clock, public_only: bool, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.clock, self.public_only = clock, public_only
+
     def connect(self) -> None:
-        connection = _connect_public(self.host, self.port, self.timeout)
-        context: ssl.SSLContext = self._context  # type: ignore[attr-defined]
-        self.sock = context.wrap_socket(connection, server_hostname=self.host)
+        if self.public_only:
+            connection = _connect_public(self.host, self.port, self.clock)
+            context: ssl.SSLContext = self._context  # type: ignore[attr-defined]
+            self.sock = context.wrap_socket(connection, server_hostname=self.host)
+        else:
+            super().connect()
+        self.clock.watch(self.sock)
 
 
-class _PublicHTTP(urllib.request.HTTPHandler):
+class _HTTP(urllib.request.HTTPHandler):
+    def __init__(self, clock: _Clock, public_only: bool) -> None:
+        super().__init__()
+        self.connection: Any = partial(_Connection, clock=clock, public_only=public_only)
+
     def http_open(self, req: urllib.request.Request) -> Any:
-        return self.do_open(_PublicConnection, req)
+        return self.do_open(self.connection, req)
 
 
-class _PublicHTTPS(urllib.request.HTTPSHandler):
+class _HTTPS(urllib.request.HTTPSHandler):
+    def __init__(self, clock: _Clock, public_only: bool, context: ssl.SSLContext) -> None:
+        super().__init__(context=context)
+        self.connection: Any = partial(_TLSConnection, clock=clock, public_only=public_only)
+
     def https_open(self, req: urllib.request.Request) -> Any:
-        return self.do_open(_PublicTLSConnection, req, context=self._context)  # type: ignore[attr-defined]
+        return self.do_open(self.connection, req, context=self._context)  # type: ignore[attr-defined]

@@ -32,8 +32,20 @@ from .cards import GENERIC, card_images, card_names, sample
 from .fresh_check import check_fresh
 from .staging import Repository, check_no_pickle, stage
 
-# Files of an earlier push that would be mistaken for this one's.
-_STALE = ("*.safetensors", "*.safetensors.index.json", "*.py", "*.bin", "*.bin.index.json")
+# Files of an earlier push that would be mistaken for this one's; only in the root, where transformers looks.
+_STALE = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.bin",
+    "*.bin.index.json",
+    "*.py",
+    "adapter_config.json",
+    "preprocessor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 
 
 @dataclass(frozen=True)
@@ -133,10 +145,10 @@ def push(
                 repo_id = f"{api.whoami()['name']}/{repo_id}"
             exists, head, there = _what_is_there(api, repo_id, revision)
     with tempfile.TemporaryDirectory(prefix="ivtp-push-") as temporary:
-        repository = stage(folder, repo_id, Path(temporary), card=card)
+        repository = stage(folder, repo_id, Path(temporary), card=card, revision=revision or "main")
         check_no_pickle(repository)
         answer = _checked(repository)
-        removed = [name for name in there if name not in repository.files and any(fnmatch(name, p) for p in _STALE)]
+        removed = [name for name in there if name not in repository.files and _is_stale(name)]
         made = Push(repo_id, repository, tuple(removed), answer, exists)
         if dry_run or not confirm(made):
             return made
@@ -144,10 +156,12 @@ def push(
             api.create_repo(repo_id, private=private, exist_ok=True)
             if revision is not None and not create_pr:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
+            # A repository that is there knows best which of its files are large.
+            sent = [name for name in repository.files if not (name == ".gitattributes" and name in there)]
             commit = api.create_commit(
                 repo_id,
                 [
-                    *(CommitOperationAdd(name, repository.folder / name) for name in repository.files),
+                    *(CommitOperationAdd(name, repository.folder / name) for name in sent),
                     *(CommitOperationDelete(name) for name in removed),
                 ],
                 commit_message=commit_message,
@@ -160,15 +174,20 @@ def push(
 
 
 def _what_is_there(api: HfApi, repo_id: str, revision: str | None) -> tuple[bool, str | None, list[str]]:
-    """Whether the repository exists, its last commit and its files."""
+    """Whether the repository exists, the commit that this one will follow, and the files that are there then."""
     api.whoami()
     try:
         info = api.model_info(repo_id, revision=revision)
     except RevisionNotFoundError:
-        return True, None, []
+        # A new branch begins as a copy of main.
+        info = api.model_info(repo_id)
     except RepositoryNotFoundError:
         return False, None, []
     return True, info.sha, [file.rfilename for file in info.siblings or ()]
+
+
+def _is_stale(name: str) -> bool:
+    return "/" not in name and any(fnmatch(name, pattern) for pattern in _STALE)
 
 
 def _checked(repository: Repository) -> str | None:
@@ -225,13 +244,15 @@ def _is_network(error: Any) -> bool:
 def _unreachable(error: Any) -> str:
     return (
         f"the connection to {constants.ENDPOINT} failed ({_first(error)}); the repository there is as it was, or "
-        "complete if only the last reply was lost. To go on, run the same command again: nothing is sent twice"
+        "complete if only the last reply was lost. To go on, run the same command again: files that arrived whole are "
+        "not sent twice"
     )
 
 
 def _what_the_hub_said(error: HfHubHTTPError, repo_id: str) -> str:
     status = error.response.status_code if error.response is not None else 0
     wait = error.response.headers.get("retry-after", "") if error.response is not None else ""
+    reason = f" ({error.server_message})" if getattr(error, "server_message", None) else ""
     said = {
         401: "the Hub does not accept the token; run `hf auth login` with one that may write",
         403: f"the token may not write to {repo_id}; use one with write access to it",
@@ -239,17 +260,14 @@ def _what_the_hub_said(error: HfHubHTTPError, repo_id: str) -> str:
         409: f"somebody else has changed {repo_id} in the meantime; look at it, then run the same command again",
         412: f"somebody else has changed {repo_id} in the meantime; look at it, then run the same command again",
         413: "a file is larger than the Hub takes; convert again with a smaller --max-shard-size",
-        429: f"the Hub asks to slow down; run the same command again in {wait or 'a few'} "
-        f"{'seconds' if wait.isdigit() else 'minutes'}",
+        429: "the Hub asks to slow down; run the same command again in "
+        f"{f'{wait} seconds' if wait.isdigit() else 'a few minutes'}",
     }.get(status)
     if said is None and status >= 500:
         said = f"the Hub has trouble of its own ({status}); run the same command again later"
-    tail = (
-        ""
-        if status in (401, 403, 404)
-        else ". The repository there is as it was, and what has arrived is not sent twice"
-    )
-    return (said or f"the Hub refused ({status}): {_first(error)}") + tail
+    kept = ". The repository there is as it was, and files that arrived whole are not sent twice"
+    said = said + reason if said is not None else f"the Hub refused ({status}): {reason.strip(' ()') or _first(error)}"
+    return said + ("" if status in (401, 403, 404) else kept)
 
 
 def _first(error: Any) -> str:

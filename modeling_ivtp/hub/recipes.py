@@ -115,8 +115,14 @@ class Recipe:
 
 
 def recipe_names() -> list[str]:
-    """The recipes that ship."""
-    return sorted(file.stem for file in shipped("configuration").glob("*.json"))
+    """The recipes that ship; those whose base lies in a clone of the project, only there."""
+    files = shipped("configuration").glob("*.json")
+    return sorted(file.stem for file in files if _has_base(json.loads(file.read_text()), file.parent))
+
+
+def _has_base(stated: Mapping[str, Any], folder: Path) -> bool:
+    base = str(stated["base_model"])
+    return not base.startswith(".") or (folder / base).is_dir()
 
 
 def load_recipe(recipe: str | os.PathLike[str]) -> Recipe:

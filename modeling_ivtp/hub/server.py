@@ -17,13 +17,16 @@ from typing import Any
 from huggingface_hub import snapshot_download
 
 from . import images
+from .llava_source import read_config
 from .shipped import shipped
 from .sources import local_folder
 
 MAX_BODY = 40_000_000
 """Bytes of a request: two images at the handler's limit, as base64."""
 _GENERATION = ("temperature", "top_p", "seed")
-_IGNORED = ("model", "messages", "stream", "stream_options", "n", "stop", "max_tokens", "max_completion_tokens", "user")
+_READ = ("model", "messages", "stream", "stream_options", "n", "stop", "max_tokens", "max_completion_tokens", "user")
+_NONE = ("frequency_penalty", "presence_penalty", "logprobs")
+"""What clients send without meaning anything by it; any other value is refused."""
 
 
 def load_handler(model: str | os.PathLike[str], revision: str | None = None) -> Any:
@@ -42,13 +45,15 @@ def load_handler(model: str | os.PathLike[str], revision: str | None = None) -> 
         If there is no such checkpoint, or it cannot be loaded.
     """
     folder = local_folder(model) or Path(snapshot_download(str(model), revision=revision))
+    read_config(folder, str(model), quantized=True)
     sys.modules.setdefault("handler_images", images)
     spec = importlib.util.spec_from_file_location("ivtp_endpoint_handler", shipped("hub_cards/handler.py"))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.EndpointHandler(str(folder))
+    # The package has the classes: no code that came with a checkpoint runs.
+    return module.EndpointHandler(str(folder), trust_remote_code=False)
 
 
 def build(handler: Any, name: str) -> Any:
@@ -69,6 +74,7 @@ def build(handler: Any, name: str) -> Any:
 
     def refused(message: str, status: int = 400) -> Any:
         kind = "invalid_request_error" if status < 500 else "server_error"
+        message = message.encode("utf-8", "backslashreplace").decode()[:1000]
         return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": None}}, status)
 
     @app.get("/health")
@@ -97,8 +103,8 @@ def build(handler: Any, name: str) -> Any:
             answer = await run_in_threadpool(handler, wanted)
         except ValueError as error:
             return refused(str(error))
-        except RuntimeError as error:
-            return refused(str(error), 500)
+        except Exception as error:
+            return refused(f"{type(error).__name__}: {error}", 500)
         told = _completion(answer, name, asked)
         if asked.get("stream"):
             return StreamingResponse(_events(told), media_type="text/event-stream")
@@ -117,9 +123,12 @@ def _request(asked: Any) -> dict[str, Any]:
     """
     if not isinstance(asked, Mapping):
         raise ValueError("the request is not a JSON object")
-    if unknown := sorted(set(asked) - {*_IGNORED, *_GENERATION, "visual_tokens"}):
-        allowed = ", ".join([*_IGNORED, *_GENERATION, "visual_tokens"])
-        raise ValueError(f"unknown field(s) {', '.join(unknown)}; allowed: {allowed}")
+    # A null is what is not there, but for the budget, of which it says something.
+    asked = {name: value for name, value in asked.items() if value is not None or name == "visual_tokens"}
+    meant = {name for name in asked if name not in _NONE or asked[name]}
+    if unknown := sorted(meant - {*_READ, *_GENERATION, "visual_tokens"}):
+        allowed = ", ".join([*_READ, *_GENERATION, "visual_tokens"])
+        raise ValueError(f"unknown field(s) {', '.join(unknown)[:200]}; allowed: {allowed}")
     if asked.get("n", 1) != 1:
         raise ValueError(f"n={asked['n']!r}; allowed: 1")
     stop = asked.get("stop")
@@ -131,9 +140,9 @@ def _request(asked: Any) -> dict[str, Any]:
     longest = asked.get("max_completion_tokens", asked.get("max_tokens"))
     if longest is not None:
         parameters["max_new_tokens"] = longest
-    # Greedy unless a temperature asks for more, as LLaVA is used.
-    if asked.get("temperature"):
-        parameters |= {name: asked[name] for name in _GENERATION if asked.get(name) is not None}
+    # Greedy unless a temperature or top_p asks for more, as LLaVA is used.
+    if asked.get("temperature", 1.0 if "top_p" in asked else 0):
+        parameters |= {name: asked[name] for name in _GENERATION if name in asked}
         parameters["do_sample"] = True
     return {"inputs": {"messages": asked.get("messages")}, "parameters": parameters}
 
@@ -143,15 +152,14 @@ def _completion(answer: Mapping[str, Any], name: str, asked: Mapping[str, Any]) 
     cut = min(
         (text.find(one) for one in ([stop] if isinstance(stop, str) else stop) if one and one in text), default=None
     )
-    longest = asked.get("max_completion_tokens", asked.get("max_tokens"))
-    full = longest is not None and answer["generated_tokens"] >= longest
     message = {"role": "assistant", "content": text if cut is None else text[:cut]}
+    reason = answer["finish_reason"] if cut is None else "stop"
     return {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
         "object": "chat.completion",
         "created": int(time.time()),
         "model": name,
-        "choices": [{"index": 0, "message": message, "finish_reason": "length" if full and cut is None else "stop"}],
+        "choices": [{"index": 0, "message": message, "finish_reason": reason}],
         "usage": {
             "prompt_tokens": answer["prompt_tokens"],
             "completion_tokens": answer["generated_tokens"],

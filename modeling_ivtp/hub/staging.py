@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,11 @@ from .weights import INDEX_FILE, Checkpoint
 _ATTRIBUTES = "".join(
     f"*.{ending} filter=lfs diff=lfs merge=lfs -text\n" for ending in ("safetensors", "png", "jpg", "model")
 )
+_LLAMA_2 = (
+    "Llama 2 is licensed under the LLAMA 2 Community License, Copyright (c) Meta Platforms, Inc. All Rights Reserved.\n"
+)
+"""The notice that the Llama 2 Community License (1.b.iii) asks for."""
+
 # In place of weights these can run code when they are opened; none of them is ever sent.
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".h5", ".msgpack")
 
@@ -53,7 +60,9 @@ class Repository:
         return sum(size for name, size in self.files.items() if name.endswith(".safetensors"))
 
 
-def stage(source: str | os.PathLike[str], repo_id: str, target: Path, *, card: str | None = None) -> Repository:
+def stage(
+    source: str | os.PathLike[str], repo_id: str, target: Path, *, card: str | None = None, revision: str = "main"
+) -> Repository:
     """Lay out a repository in an empty folder.
 
     Parameters
@@ -67,6 +76,8 @@ def stage(source: str | os.PathLike[str], repo_id: str, target: Path, *, card: s
     card : str, optional
         A card of `hub_cards/` by name, or a file. Default: that of the recipe the checkpoint was built by, else the
         folder's own README.md if it has a card's metadata, else the one for any checkpoint.
+    revision : str, default "main"
+        The branch; the card tells people to load it.
 
     Raises
     ------
@@ -88,9 +99,15 @@ def stage(source: str | os.PathLike[str], repo_id: str, target: Path, *, card: s
         )
     if config.clip_text_config is None:
         raise ValueError(f"{source} has no text tower of CLIP; ivtp convert {source} --clip CLIP --out FOLDER joins it")
-    recipe = _recipe(folder)
-    name, text = _card(folder, card, recipe, repo_id, config)
     checkpoint = Checkpoint.from_folder(folder, str(source))
+    weights, recipe = checkpoint.digest(), _recipe(folder)
+    if recipe is not None and recipe["weights"] != weights:
+        warnings.warn(
+            f"the weights in {source} are not those that recipe {recipe['recipe']} made; its card is not theirs",
+            stacklevel=2,
+        )
+        recipe = None
+    name, text = _card(folder, card, recipe, repo_id, config, weights, revision)
     with quiet(), reading(source, folder):
         model = meta_model(config, checkpoint.tensors, checkpoint.main_dtype, str(source))
         processor = IVTPLlavaProcessor.from_pretrained(folder)
@@ -128,13 +145,19 @@ def _recipe(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         stated = json.loads((folder / RECIPE_FILE).read_text())
-        return {name: stated[name] for name in ("recipe", "card", "base_model", "clip")}
+        return {name: stated[name] for name in ("recipe", "card", "base_model", "clip", "weights")}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / RECIPE_FILE} is damaged ({error}); remove it or convert again") from error
 
 
 def _card(
-    folder: Path, card: str | None, recipe: Mapping[str, Any] | None, repo_id: str, config: Any
+    folder: Path,
+    card: str | None,
+    recipe: Mapping[str, Any] | None,
+    repo_id: str,
+    config: Any,
+    weights: str,
+    revision: str,
 ) -> tuple[str, str]:
     """Which card it is, and its text."""
     if card is not None and card not in (*card_names(), GENERIC):
@@ -148,11 +171,21 @@ def _card(
     own = folder / "README.md"
     if card is None and own.is_file() and own.read_text(encoding="utf-8").startswith("---\n"):
         return str(own), own.read_text(encoding="utf-8")
-    return card or GENERIC, render(card or GENERIC, repo_id, config, recipe)
+    name = card or GENERIC
+    return name, render(name, repo_id, config, recipe, weights=weights, revision=revision)
 
 
 def _terms(target: Path) -> None:
-    """The licence of the code, beside whatever terms came with the weights."""
+    """The licence of the code, beside whatever terms came with the weights, and what Llama 2's ask for."""
+    if "license: llama2" in (target / "README.md").read_text(encoding="utf-8"):
+        if not any(target.glob("NOTICE*")):
+            (target / "NOTICE").write_text(_LLAMA_2)
+        if not any(target.glob("LICEN[SC]E*")):
+            warnings.warn(
+                "the Llama 2 licence asks for a copy of itself wherever the weights go, and the base came without one: "
+                "put it into the folder as LICENSE.txt, and it goes along",
+                stacklevel=3,
+            )
     of_weights = [file for pattern in TERMS for file in target.glob(pattern)]
     free = "license: apache-2.0" in (target / "README.md").read_text(encoding="utf-8") and not of_weights
     shutil.copyfile(shipped("LICENSE"), target / ("LICENSE" if free else "LICENSE-CODE"))
@@ -174,11 +207,12 @@ def _images(card: str, target: Path) -> None:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Weights are not copied; where the system has no links for everybody (Windows), a hard link will do."""
-    try:
-        target.symlink_to(source.resolve())
-    except OSError:
-        os.link(source, target)
+    """Weights are linked; where the system has no links for everybody (Windows), a hard link or a copy has to do."""
+    for make in (lambda: target.symlink_to(source.resolve()), lambda: os.link(source, target)):
+        with suppress(OSError):
+            make()
+            return
+    shutil.copyfile(source, target)
 
 
 def check_no_pickle(repository: Repository) -> None:

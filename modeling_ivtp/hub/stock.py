@@ -64,6 +64,8 @@ def export_stock(
     checkpoint, folder = open_checkpoint(source, options, headers_only=dry_run, extra=SMALL_FILES)
     with quiet():
         config = read_config(folder, str(source))
+    if json.loads((folder / "config.json").read_text())["model_type"] != config.model_type:
+        raise ValueError(f"{source} is a stock LLaVA already; copy it as it is")
     tensors = {
         name: Planned(info, partial(checkpoint.read, name))
         for name, info in checkpoint.tensors.items()

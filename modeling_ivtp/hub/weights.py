@@ -6,6 +6,7 @@ read but the headers until a tensor is asked for, so that a 7B model never has t
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -103,6 +104,20 @@ class Checkpoint:
             if info.dtype.is_floating_point:
                 sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
         return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else torch.float32
+
+    def digest(self) -> str:
+        """What identifies these weights, however they are split into files: names, types, shapes and numbers.
+
+        Returns
+        -------
+        str
+            64 hexadecimal digits.
+        """
+        found = hashlib.sha256()
+        for name, info in sorted(self.tensors.items()):
+            found.update(f"{name} {DTYPE_NAMES[info.dtype]} {info.shape}".encode())
+            found.update(self.read(name).contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return found.hexdigest()
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Checkpoint:
