@@ -101,7 +101,11 @@ class Examination:
             seconds = time.perf_counter() - start
             return encoded, taken + Taken(seconds, seconds, seconds)
         # What prunes in the decoder alone, or by the question alone, gets of the tower what all such methods get.
-        choice = (row.system, row.visual_tokens) if plan.tower and row.system else policy.compares_patches
+        choice = (
+            (row.system, row.visual_tokens, *row.options.items())
+            if plan.tower and row.system
+            else policy.compares_patches
+        )
         key = (plan.tower, choice, policy.embeds_image, getattr(policy.reading, "aggregation", None))
         return self._once(key, lambda: inner.get_image_features(self.pixels))
 
@@ -127,7 +131,11 @@ class Examination:
 
 def row_signature(row: Row, config: Any) -> str:
     """Names what a row computes, so that two rows of the same options are one computation."""
-    of = (row.system, row.visual_tokens) if row.system else sorted(row.pruning(config).to_dict().items())
+    of = (
+        (row.system, row.visual_tokens, *row.options.items())
+        if row.system
+        else sorted(row.pruning(config).to_dict().items())
+    )
     told = repr((row.chooser, row.blind, of))
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 

@@ -25,6 +25,9 @@ from modeling_ivtp.token_budget import PruningPlan
 from modeling_ivtp.vision_ivtp import PrunedVisionOutput
 
 BUDGETS = (192, 128, 64, 32, 16)
+VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (("cdpruner", {"negated": False}), ("fastv", {"layer": 6}))
+"""Systems with other options than their papers', where these do not suit a small model: its CLIP's patches answer to
+what they show, and its second layer does not know yet what is asked."""
 CHOOSERS = ("random", "cls-topk", "oracle")
 _RANDOM_PATCHES = 3
 
@@ -39,7 +42,7 @@ class Row:
     visual_tokens : int
         Final count per image.
     options : mapping
-        Pruning options on top of the checkpoint's own.
+        Pruning options on top of the checkpoint's own, or the system's.
     chooser : {"", "random", "cls-topk", "oracle"}
         What picks patches of the whole image; "": the model itself.
     system : str
@@ -70,13 +73,13 @@ class Row:
     def policy(self, config: Any) -> Policy:
         """What prunes."""
         if self.system:
-            return make(self.system, self.visual_tokens).bind(config)
+            return make(self.system, self.visual_tokens, **self.options).bind(config)
         return IVTPPolicy(self.pruning(config))
 
     def applied(self, model: Any) -> AbstractContextManager[Any]:
         """Have it prune a model for a while."""
         if self.system:
-            return make(self.system, self.visual_tokens)(model)
+            return make(self.system, self.visual_tokens, **self.options)(model)
         return model.pruning(**self.options)
 
     def plan(self, config: Any) -> PruningPlan | None:
@@ -117,12 +120,14 @@ def system_rows(config: Any, budgets: Sequence[int] = BUDGETS) -> tuple[list[Row
     for tokens in budgets:
         if tokens >= config.num_patches:
             continue
-        for name in METHODS:
-            row = own.get(f"{name}@{tokens}") or Row(name, tokens, {}, system=name)
+        named: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in METHODS]
+        for name, options in (*named, *VARIANTS):
+            label = " ".join([name, *(f"{option}={value}" for option, value in options.items())])
+            row = own.get(f"{label}@{tokens}") or Row(label, tokens, options, system=name)
             try:
                 row.plan(config)
             except ValueError as error:
-                skipped[f"{name} at {tokens}"] = str(error)
+                skipped[f"{label} at {tokens}"] = str(error)
             else:
                 rows.append(row)
     return rows, skipped

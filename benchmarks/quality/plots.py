@@ -77,7 +77,7 @@ def plot_systems(results: Mapping[str, Any], axis: str) -> Any:
         axes.plot(*zip(*points, strict=True), color="#0072b2", lw=2.0, marker="o", ms=4, zorder=4)
         axes.set_title(name, loc="left", fontsize=10, color=_INK, fontweight="bold", pad=4)
         axes.set_xlim(every[0] * 0.92, every[-1] * 1.08)
-        ticks = every if axis == "tokens" else [x for x in (3, 4, 6, 8, 12) if every[0] <= x <= every[-1]]
+        ticks = every if axis == "tokens" else [x for x in (2, 3, 4, 6, 8, 12) if every[0] <= x <= every[-1]]
         axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_ylim(0.2, 1.02)
