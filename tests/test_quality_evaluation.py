@@ -217,7 +217,7 @@ def test_an_evaluation_writes_results_a_table_and_plots(checkpoint: Path, tmp_pa
     assert same["ivtp"] == same["ivtp relevance_threshold=0.2"] == same["ivtp guidance=clip"]
     assert "## Ablations of IVTP" in file.with_suffix(".md").read_text()
     assert sorted(path.name.partition(results["date"])[2] for path in tmp_path.iterdir()) == [
-        "-tflops.png", "-tokens.png", ".json", ".md",
+        "-systems-tflops.png", "-systems-tokens.png", "-tflops.png", "-tokens.png", ".json", ".md",
     ]  # fmt: skip
 
 

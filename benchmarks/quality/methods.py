@@ -25,9 +25,6 @@ from modeling_ivtp.token_budget import PruningPlan
 from modeling_ivtp.vision_ivtp import PrunedVisionOutput
 
 BUDGETS = (192, 128, 64, 32, 16)
-VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (("cdpruner", {"negated": False}), ("fastv", {"layer": 6}))
-"""Systems with other options than their papers', where these do not suit a small model: its CLIP's patches answer to
-what they show, and its second layer does not know yet what is asked."""
 CHOOSERS = ("random", "cls-topk", "oracle")
 _RANDOM_PATCHES = 3
 
@@ -106,6 +103,14 @@ def main_rows(config: Any, budgets: Sequence[int] = BUDGETS) -> list[Row]:
     return rows
 
 
+def variants(config: Any) -> list[tuple[str, dict[str, Any]]]:
+    """Systems with other options than their papers', where those do not suit a small model.
+
+    The miniature's CLIP has patches that answer to what they show; its second layer does not know yet what is asked.
+    """
+    return [("cdpruner", {"negated": False}), ("fastv", {"layer": config.text_config.num_hidden_layers // 2})]
+
+
 def system_rows(config: Any, budgets: Sequence[int] = BUDGETS) -> tuple[list[Row], dict[str, str]]:
     """Every system of `modeling_ivtp.methods`, at every budget: IVTP itself by its options, as in the main rows.
 
@@ -121,7 +126,7 @@ def system_rows(config: Any, budgets: Sequence[int] = BUDGETS) -> tuple[list[Row
         if tokens >= config.num_patches:
             continue
         named: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in METHODS]
-        for name, options in (*named, *VARIANTS):
+        for name, options in (*named, *variants(config)):
             label = " ".join([name, *(f"{option}={value}" for option, value in options.items())])
             row = own.get(f"{label}@{tokens}") or Row(label, tokens, options, system=name)
             try:
