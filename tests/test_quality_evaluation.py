@@ -322,6 +322,7 @@ def test_a_retrained_checkpoint_joins_the_results_of_the_one_it_came_from(
 def test_the_projects_own_readme_tells_the_newest_results() -> None:
     page = (readme.ROOT / "README.md").read_text()
     assert readme.filled(page, readme.excerpt(readme.newest())) == page
+    assert readme.filled(page, readme.systems_excerpt(readme.newest())) == page
 
 
 def results_of(right: dict[tuple[str, int], np.ndarray], checkpoint: str) -> dict[str, Any]:

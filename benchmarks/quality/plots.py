@@ -17,6 +17,9 @@ _COLOURS = {
     "ivtp (retrained)": "#cc79a7",
 }
 
+MAIN = tuple(_COLOURS)
+"""The methods of the main comparison; every other one is a system beside them."""
+
 
 def label(row: Mapping[str, Any]) -> str:
     """What a row is called."""
