@@ -235,7 +235,7 @@ HOSTILE: dict[str, tuple[Any, str]] = {
     "a ribbon": ({"image": encoded(Image.new("RGB", (4000, 20))), "text": "x"}, "20 times as long as wide"),
     "many images": ({"images": ["AAAA"] * 40, "text": "x"}, "more than 32 images"),
     "half a character": ({"text": "a\ud800b"}, "surrogates not allowed"),
-    "a port that is none": ({"image": "http://8.8.8.8:99999999999999999999999/x", "text": "x"}, ""),
+    "a port that is none": ({"image": "http://8.8.8.8:99999999999999999999999/x", "text": "x"}, "cannot be reached"),
     "a cloud's metadata": ({"image": "http://168.63.129.16/x.png", "text": "x"}, "not a public address"),
     "another cloud's": ({"image": "http://192.0.0.192/x.png", "text": "x"}, "not a public address"),
     "site-local": ({"image": "http://[fec0::1]/x.png", "text": "x"}, "not a public address"),
