@@ -121,7 +121,7 @@ def run(hub: Any, folder: Path, steps: list[tuple[str, str]], *, stranger: bool 
 def test_the_readme(hub: Any, tmp_path: Path) -> None:
     text = (ROOT / "README.md").read_text()
     steps = blocks(text)
-    assert len(steps) == 7
+    assert len(steps) == 8
     told = run(hub, tmp_path, steps)
     assert (tmp_path / "kept.png").is_file()
     assert 'revision="' in told

@@ -9,6 +9,8 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
+from benchmarks.quality.readme import ROOT, filled
+from benchmarks.speed_readme import excerpt
 from modeling_ivtp.cli import main
 from modeling_ivtp.flops import load_shape
 from modeling_ivtp.flops.formula import kv_cache_bytes
@@ -137,6 +139,12 @@ def test_what_the_machine_cannot_hold_is_refused_before_it_is_made(monkeypatch: 
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 8_000_000_000})())
     with pytest.raises(ValueError, match=r"batch 1 in float32 needs at least .* GB, and 8 GB are free"):
         bench(config, Settings(), device=CPU)
+
+
+def test_the_readme_tells_the_newest_speeds() -> None:
+    page = (ROOT / "README.md").read_text()
+    assert filled(page, excerpt()) == page
+    assert "llava-tinyllama-1.1b" in excerpt()
 
 
 def test_one_of_shape_and_model(capsys: pytest.CaptureFixture[str]) -> None:
