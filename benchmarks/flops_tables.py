@@ -3,12 +3,12 @@
 python -m benchmarks.flops_tables
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.progress import track
 
 from modeling_ivtp.flops import Count, count_named, load_shape
+from modeling_ivtp.hub.tables import markdown_table
 
 OUT = Path(__file__).parent / "results" / "flops.md"
 LLAVA_7B, LLAVA_13B = "llava-1.5-7b", "llava-1.5-13b"
@@ -40,18 +40,13 @@ What differs, and why:
 - `random` chooses among finished features here, so its tower sees everything: 8.15. The paper's 8.0 means that patches
   were left out on the way.
 - `topk` and `tome` go down in equal steps; the paper gives 0.190 for their tower and no schedule.
+
 Other papers' figures, of which no table is made here:
 
 - LVPruning's 8.38, 3.97, 3.18 and 2.79 (30 text tokens) leave out the products inside attention, as counters of modules
   do, and hold three decision modules of two blocks; ATP-LLaVA's 302.4, 75.6 and 46.2 MB are the visual tokens' keys and
   values alone, in half precision. `tests/test_flops.py` has both rules.
 """
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, numbers to the right."""
-    lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def beside(executed: float, printed: float, digits: int) -> str:
@@ -90,20 +85,24 @@ def main() -> None:
     ]
     OUT.write_text(
         "\n\n".join(
-            [
+            part.rstrip("\n")
+            for part in [
                 "# FLOPs of the papers' tables",
                 "TFLOPs of one image at 64 of 576 visual tokens and its prompt, executed here / printed in IVTP's "
                 "paper (deviation). Executed: the model itself on tensors without data; written by "
                 "`python -m benchmarks.flops_tables`.",
                 "## Table 3: LLaVA-1.5-7B by text tokens",
-                table(["method", "128", "256", "512", "1024"], third),
+                markdown_table(["method", "128", "256", "512", "1024"], third),
                 "## Table 9: by part, at 512 text tokens",
-                table(["method", "tower and projector", "decoder and head", "text tower and scoring", "all"], ninth),
+                markdown_table(
+                    ["method", "tower and projector", "decoder and head", "text tower and scoring", "all"], ninth
+                ),
                 "## Tables 1 and 2: at 512 text tokens",
-                table(["method", "7B", "13B"], both),
+                markdown_table(["method", "7B", "13B"], both),
                 NOTES,
             ]
         )
+        + "\n"
     )
     print(OUT.read_text())
 

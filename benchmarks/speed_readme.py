@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.paper_tables import grid
 from benchmarks.quality.readme import RESULTS, ROOT, filled
 from benchmarks.quality.report import write_atomically
-from modeling_ivtp.speed.report import reached
+from modeling_ivtp.hub.tables import markdown_table
+from modeling_ivtp.speed.report import reached, times
 
 BEGIN, END = "<!-- speed: written by benchmarks/speed_readme.py -->", "<!-- /speed -->"
 
@@ -27,7 +27,7 @@ def excerpt(folder: Path = RESULTS) -> str:
 def _told(results: Mapping[str, Any], file: Path) -> str:
     machine, settings = results["machine"], results["settings"]
     rows = [
-        (row["arm"], row["batch"], *(_times(row[part]) for part in ("prefill", "decode", "end_to_end")),
+        (row["arm"], row["batch"], *(times(row[part]) for part in ("prefill", "decode", "end_to_end")),
          f"{row['implied']:.2f}", reached(row))
         for row in results["rows"] if row["arm"] != "stock"
     ]  # fmt: skip
@@ -37,14 +37,9 @@ def _told(results: Mapping[str, Any], file: Path) -> str:
         f"{settings['dtype']}: {results['shape']} with random weights, one image and {settings['text_tokens'][0]} text "
         f"tokens, answers of {settings['new_tokens']} tokens; {machine['device']}, {machine['threads']} threads, "
         f"{results['date']}; medians of {settings['repeats']} interleaved pairs with 95% intervals.\n\n"
-        f"{grid(header, rows)}\n"
+        f"{markdown_table(header, rows)}\n"
         f"[What each part takes, and the command]({file.parent.relative_to(ROOT)}/{file.stem}.md)."
     )
-
-
-def _times(part: Mapping[str, Any]) -> str:
-    value, low, high = part["speed_up"]
-    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
 
 if __name__ == "__main__":

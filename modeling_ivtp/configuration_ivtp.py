@@ -27,7 +27,8 @@ AUTO_MAP = {
 }
 
 
-def _is_int(value: Any) -> bool:
+def is_whole(value: Any) -> bool:
+    """Whether it is a whole number, NumPy's among them."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
@@ -94,7 +95,7 @@ class IVTPPruningConfig:
             ("decoder_layers", 0, False),
         ):
             value = getattr(self, name)
-            if not (value is None and optional) and not (_is_int(value) and value >= minimum):
+            if not (value is None and optional) and not (is_whole(value) and value >= minimum):
                 allowed = f"an integer of at least {minimum}" + (", or None" if optional else "")
                 raise ValueError(f"pruning.{name}={value!r}; allowed: {allowed}.")
             object.__setattr__(self, name, None if value is None else int(value))

@@ -5,16 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-HIDE = """
-import sys
-
-class Hidden:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "modeling_ivtp":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, Hidden())
-"""
+from modeling_ivtp.hub.fresh_check import HIDE
 
 
 def run(script: str, *arguments: object, home: Path) -> str:

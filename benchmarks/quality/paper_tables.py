@@ -5,17 +5,12 @@ from typing import Any
 
 from benchmarks.quality.intervals import paired_interval
 from benchmarks.quality.plots import flops_unit, label
+from modeling_ivtp.hub.tables import markdown_table
 
 STAGES = (("topk", "topk+"), ("tome", "tome+"), ("ivtp-v", "ivtp"))
 """Systems in the vision tower, and the same continued in the decoder."""
 
 Row = Mapping[str, Any]
-
-
-def grid(header: Sequence[Any], lines: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table, numbers to the right."""
-    ruled = [header, ["---"] + ["---:"] * (len(header) - 1), *lines]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in ruled) + "\n"
 
 
 def percent(share: float | None) -> str:
@@ -67,7 +62,7 @@ def table_1(main: Sequence[Row], budget: int, questions: int, types: Sequence[st
         )
         for row in rows
     ]
-    return grid(header, lines)
+    return markdown_table(header, lines)
 
 
 def selection(row: Row, questions: int) -> str:
@@ -109,4 +104,4 @@ def table_7(main: Sequence[Row], right: Mapping[str, Any]) -> str:
                 )
             )
     header = ("systems", "tokens", "vision", "vision and language", "adds", f"{unit}, vision", f"{unit}, both")
-    return grid(header, lines) if lines else ""
+    return markdown_table(header, lines) if lines else ""

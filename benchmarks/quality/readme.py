@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality import report
-from benchmarks.quality.paper_tables import grid, with_interval
+from benchmarks.quality.paper_tables import with_interval
 from benchmarks.quality.plots import MAIN, flops_unit, unpruned_of
+from modeling_ivtp.hub.tables import markdown_table
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -77,7 +78,7 @@ def systems_excerpt(file: Path) -> str:
             SYSTEMS_BEGIN,
             f"On the miniature at {BUDGET} visual tokens, from the least computation to the most:",
             "",
-            grid(("system", "final tokens", "layer-averaged", unit, "accuracy in %"), lines),
+            markdown_table(("system", "final tokens", "layer-averaged", unit, "accuracy in %"), lines),
             f"[All budgets, types and times]({where}/{file.stem}.md); "
             f"[every system's curve]({where}/{file.stem}-systems-tflops.png).",
             SYSTEMS_END,

@@ -22,9 +22,10 @@ import typer
 
 from benchmarks.quality import command
 from benchmarks.quality.intervals import LEVEL, bootstrap_interval, paired_interval
-from benchmarks.quality.paper_tables import grid, percent, table_1, table_7, with_interval
+from benchmarks.quality.paper_tables import percent, table_1, table_7, with_interval
 from benchmarks.quality.plots import flops_unit, label, plot, plot_systems, unpruned_of
 from benchmarks.quality.world import TYPES, Question, chance, fingerprint, sample_questions
+from modeling_ivtp.hub.tables import markdown_table
 
 METRIC = Path(__file__).parent / "metrics" / "exact_word" / "exact_word.py"
 _PACKAGES = ("torch", "transformers", "evaluate", "numpy", "ivtp-llava")
@@ -278,7 +279,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     kinds = ("seen", *asked["held_out"])
     parts += [
         "## Combinations that training never showed, in %\n",
-        grid(
+        markdown_table(
             ("method", "tokens", *(f"{kind} (n = {_number(main, kind)})" for kind in kinds)),
             [
                 (label(r), r["visual_tokens"], *(percent(r["by_held_out"][kind]["accuracy"]) for kind in kinds))
@@ -295,7 +296,7 @@ def markdown(results: Mapping[str, Any]) -> str:
              f"{r['tflops'] * per_tflop:.4g}", f"{r['layer_averaged_tokens']:.1f}")
             for r in ablations
         ]  # fmt: skip
-        parts += ["## Ablations of IVTP\n", grid(header, told)]
+        parts += ["## Ablations of IVTP\n", markdown_table(header, told)]
     if "survival" in results:
         parts += ["## Where patches are lost\n", _survival(results["survival"])]
     if "other_seed" in results:
@@ -341,9 +342,9 @@ def _survival(followed: Mapping[str, Any]) -> str:
         f"Questions in % that still have a patch of every object they ask about and are answered from, after each step "
         f"on the way to {followed['visual_tokens']} tokens; the first {followed['questions']} questions, those that "
         "ask about nothing in the picture left out.\n\n"
-        + grid(("method", "after", "tokens", "headline", *types), steps)
+        + markdown_table(("method", "after", "tokens", "headline", *types), steps)
         + "\nAccuracy in % of the headline's questions among them:\n\n"
-        + grid(("method", "all objects left", "an object gone"), answers)
+        + markdown_table(("method", "all objects left", "an object gone"), answers)
     )
 
 
@@ -389,7 +390,9 @@ def _by_budget(rows: Sequence[Mapping[str, Any]], cell: Callable[[Mapping[str, A
     cells: dict[str, dict[int, str]] = defaultdict(dict)
     for row in rows:
         cells[label(row)][row["visual_tokens"]] = cell(row)
-    return grid(("method", *budgets), [(name, *(at.get(k, "") for k in budgets)) for name, at in cells.items()])
+    return markdown_table(
+        ("method", *budgets), [(name, *(at.get(k, "") for k in budgets)) for name, at in cells.items()]
+    )
 
 
 def main(

@@ -12,8 +12,8 @@ from typing import Any
 
 import psutil
 
-_SCRIPT = """
-import json, sys
+HIDE = """
+import sys
 
 class Hidden:
     def find_spec(self, name, path=None, target=None):
@@ -21,6 +21,11 @@ class Hidden:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Hidden())
+"""
+"""Python that keeps this package from being imported, however it is installed."""
+
+_SCRIPT = """
+import json
 folder, whole, image, question = sys.argv[1], sys.argv[2] == "whole", sys.argv[3], sys.argv[4]
 sys.path.insert(0, folder)
 if whole:
@@ -82,7 +87,7 @@ def check_fresh(
         arguments = [str(folder), "whole" if whole else "meta", str(image), question]
         try:
             done = subprocess.run(
-                [sys.executable, "-c", _SCRIPT, *arguments],
+                [sys.executable, "-c", HIDE + _SCRIPT, *arguments],
                 cwd=home,
                 env=environment,
                 capture_output=True,

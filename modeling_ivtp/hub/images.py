@@ -346,32 +346,37 @@ def _is_public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast
 
 
-class _Connection(http.client.HTTPConnection):
+class _Clocked:
+    """Mixin for connections that keep to a clock and, if told so, to public addresses."""
+
+    host: str
+    port: int
+
     def __init__(self, *args: Any, clock: _Clock, public_only: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.clock, self.public_only = clock, public_only
 
     def connect(self) -> None:
         if self.public_only:
-            self.sock = _connect_public(self.host, self.port, self.clock)
+            self.sock = self.secured(_connect_public(self.host, self.port, self.clock))
         else:
-            super().connect()
+            super().connect()  # type: ignore[misc]
         self.clock.watch(self.sock)
 
+    def secured(self, connection: socket.socket) -> socket.socket:
+        return connection
 
-class _TLSConnection(http.client.HTTPSConnection):
-    def __init__(self, *args: Any, clock: _Clock, public_only: bool, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.clock, self.public_only = clock, public_only
 
-    def connect(self) -> None:
-        if self.public_only:
-            connection = _connect_public(self.host, self.port, self.clock)
-            context: ssl.SSLContext = self._context  # type: ignore[attr-defined]
-            self.sock = context.wrap_socket(connection, server_hostname=self.host)
-        else:
-            super().connect()
-        self.clock.watch(self.sock)
+class _Connection(_Clocked, http.client.HTTPConnection):
+    """HTTP."""
+
+
+class _TLSConnection(_Clocked, http.client.HTTPSConnection):
+    """HTTPS."""
+
+    def secured(self, connection: socket.socket) -> socket.socket:
+        context: ssl.SSLContext = self._context  # type: ignore[attr-defined]
+        return context.wrap_socket(connection, server_hostname=self.host)
 
 
 class _HTTP(urllib.request.HTTPHandler):

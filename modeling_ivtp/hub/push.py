@@ -30,7 +30,7 @@ from huggingface_hub.utils import (
 
 from .cards import GENERIC, card_images, card_names, sample
 from .fresh_check import check_fresh
-from .staging import Repository, check_no_pickle, stage
+from .staging import Repository, stage
 
 # Files of an earlier push that would be mistaken for this one's; only in the root, where transformers looks.
 _STALE = (
@@ -146,7 +146,6 @@ def push(
             exists, head, there = _what_is_there(api, repo_id, revision)
     with tempfile.TemporaryDirectory(prefix="ivtp-push-") as temporary:
         repository = stage(folder, repo_id, Path(temporary), card=card, revision=revision or "main")
-        check_no_pickle(repository)
         answer = _checked(repository)
         removed = [name for name in there if name not in repository.files and _is_stale(name)]
         made = Push(repo_id, repository, tuple(removed), answer, exists)

@@ -30,9 +30,6 @@ _LLAMA_2 = (
 )
 """The notice that the Llama 2 Community License (1.b.iii) asks for."""
 
-# In place of weights these can run code when they are opened; none of them is ever sent.
-_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".h5", ".msgpack")
-
 
 @dataclass(frozen=True)
 class Repository:
@@ -100,7 +97,9 @@ def stage(
     if config.clip_text_config is None:
         raise ValueError(f"{source} has no text tower of CLIP; ivtp convert {source} --clip CLIP --out FOLDER joins it")
     checkpoint = Checkpoint.from_folder(folder, str(source))
-    weights, recipe = checkpoint.digest(), _recipe(folder)
+    recipe = _recipe(folder)
+    # Reading 7B takes a while: only where something was said of these very weights.
+    weights = checkpoint.digest() if recipe is not None or card in card_names() else None
     if recipe is not None and recipe["weights"] != weights:
         warnings.warn(
             f"the weights in {source} are not those that recipe {recipe['recipe']} made; its card is not theirs",
@@ -156,7 +155,7 @@ def _card(
     recipe: Mapping[str, Any] | None,
     repo_id: str,
     config: Any,
-    weights: str,
+    weights: str | None,
     revision: str,
 ) -> tuple[str, str]:
     """Which card it is, and its text."""
@@ -213,9 +212,3 @@ def _link(source: Path, target: Path) -> None:
             make()
             return
     shutil.copyfile(source, target)
-
-
-def check_no_pickle(repository: Repository) -> None:
-    """Raise ValueError if anything that is sent could run code when its weights are loaded."""
-    if found := [name for name in repository.files if name.endswith(_PICKLES)]:
-        raise ValueError(f"{', '.join(found)} would be sent, but only safetensors are")

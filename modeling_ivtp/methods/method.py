@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from numbers import Integral
 from typing import Any, ClassVar
 
+from ..configuration_ivtp import is_whole
 from ..pruning_policy import Policy
 from ..token_budget import Group, PruningPlan
 
@@ -124,11 +124,6 @@ class Method(Policy):
         if max(numbers) > there:
             value = vars(self)[option] or numbers
             raise ValueError(f"{self.name}: {option}={value}; allowed: 1 to {there}, the layers of this decoder.")
-
-
-def is_whole(value: Any) -> bool:
-    """Whether it is a whole number, NumPy's among them."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def linear_schedule(start: int, end: int, steps: int) -> tuple[int, ...]:

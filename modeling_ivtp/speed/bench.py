@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import datetime
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -209,14 +208,11 @@ def results(
     shape: str, config: Any, settings: Settings, rows: Sequence[Mapping[str, Any]], device: torch.device, command: str
 ) -> dict[str, Any]:
     """Everything about one benchmark, ready for JSON."""
-    told = copy.deepcopy(vars(settings)) | {
-        name: list(getattr(settings, name)) for name in ("arms", "batches", "text_tokens")
-    }
     return {
         "date": datetime.date.today().isoformat(),
         "shape": shape,
         "command": command,
-        "settings": told,
+        "settings": asdict(settings),
         "machine": machine(device),
         "rows": list(rows),
     }

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..hub.folder import human_bytes
+from ..hub.tables import markdown_table
 
 _INK, _MUTED, _FAINT = "#1c2128", "#656d76", "#e7e9ec"
 _COLOURS = ("#d55e00", "#0072b2", "#009e73", "#e69f00", "#cc79a7", "#56b4e9", "#5f6b2d", "#7c5cbf")
@@ -24,17 +25,17 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"medians of {settings['repeats']} interleaved runs, each paired with stock's; 95% bootstrap intervals.\n",
         f"`{results['command']}`\n",
         "## Speed-up over stock LLaVA\n",
-        _grid(
+        markdown_table(
             ("arm", "batch", "text", "prefill", "implied", "reached", "decode per token", "end to end", "tower"),
             [
-                (row["arm"], row["batch"], row["text_tokens"], _times(row["prefill"]), f"{row['implied']:.2f}",
-                 reached(row), *(_times(row[part]) for part in ("decode", "end_to_end", "tower")))
+                (row["arm"], row["batch"], row["text_tokens"], times(row["prefill"]), f"{row['implied']:.2f}",
+                 reached(row), *(times(row[part]) for part in ("decode", "end_to_end", "tower")))
                 for row in results["rows"] if row["arm"] != "stock"
             ],
         ),
         "Implied: what FLOPs of the prefill say; reached: the share of it.\n",
         "## What it takes\n",
-        _grid(
+        markdown_table(
             ("arm", "batch", "text", "final tokens", "layer-averaged", "tower, ms", "prefill, ms", "choosing",
              "decode, ms", "end to end, s", "KV cache", "peak memory"),
             [
@@ -55,7 +56,8 @@ def reached(row: Mapping[str, Any]) -> str:
     return "" if row["implied"] < 1.005 else f"{row['prefill']['speed_up'][0] / row['implied']:.0%}"
 
 
-def _times(part: Mapping[str, Any]) -> str:
+def times(part: Mapping[str, Any]) -> str:
+    """A speed-up with its interval."""
     value, low, high = part["speed_up"]
     return f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
@@ -63,11 +65,6 @@ def _times(part: Mapping[str, Any]) -> str:
 def _spread(part: Mapping[str, Any]) -> str:
     low, high = (1000 * value for value in part["quartiles"])
     return f"{1000 * part['seconds']:.1f} ({low:.1f} to {high:.1f})"
-
-
-def _grid(header: Sequence[Any], lines: Sequence[Sequence[Any]]) -> str:
-    ruled = [header, ["---"] + ["---:"] * (len(header) - 1), *lines]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in ruled) + "\n"
 
 
 def plot(results: Mapping[str, Any]) -> Any:

@@ -1,0 +1,12 @@
+"""Tables for pages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def markdown_table(header: Sequence[Any], lines: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table, the first column to the left and the others to the right."""
+    ruled = [header, ["---"] + ["---:"] * (len(header) - 1), *lines]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in ruled) + "\n"
