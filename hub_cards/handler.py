@@ -14,6 +14,7 @@ list, one that failed is `{"error"}`, and the others are answered all the same.
 
 import base64
 import binascii
+import logging
 import os
 import sys
 import threading
@@ -29,6 +30,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from handler_images import load_image
+
+logger = logging.getLogger(__name__)
 
 PARAMETERS = {
     "max_new_tokens": (int, 1, 2048),
@@ -239,6 +242,9 @@ class EndpointHandler:
 
 def _failed(error: Exception) -> dict[str, Any]:
     said = " ".join(str(error).split())[:500] or type(error).__name__
+    if not isinstance(error, (ValueError, OSError, TemplateError)):
+        # No fault of the request's: whoever runs the endpoint has to see where it came from.
+        logger.error("a request failed", exc_info=error)
     if not isinstance(error, (ValueError, OSError, RuntimeError, TemplateError)):
         said = f"{type(error).__name__}: {said}"
     return {"error": said.encode("utf-8", "backslashreplace").decode()}

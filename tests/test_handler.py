@@ -125,13 +125,16 @@ def test_a_batch_is_answered_as_its_requests_are_alone(handler: Any, asked: list
     assert len({one["generated_text"] for one in together}) > 3
 
 
-def test_a_bad_one_does_not_sink_the_others(handler: Any, asked: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bad_one_does_not_sink_the_others(
+    handler: Any, asked: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     image, question = asked[0]
     good = {"image": image, "text": question.text}
     bad = [{"image": "/etc/passwd", "text": "x"}, {"text": ""}, 7, {**good, "parameters": {"visual_tokens": 0}}]
     answers = handler(short([good, *bad, good]))
     assert answers[0]["generated_text"] == answers[-1]["generated_text"] == question.answer
     assert all(set(answer) == {"error"} for answer in answers[1:-1])
+    assert not caplog.records
     # One that only fails inside the model is found out, too.
     original = handler.model.generate
 
@@ -141,8 +144,11 @@ def test_a_bad_one_does_not_sink_the_others(handler: Any, asked: list[Any], monk
         return original(**inputs)
 
     monkeypatch.setattr(handler.model, "generate", failing)
+    caplog.clear()
     answers = handler(short([good, {**good, "text": "And here? " * 60}, good]))
     assert answers[1] == {"error": "out of memory"}
+    # The one who runs the endpoint is told where it came from; of a bad request there is nothing to tell.
+    assert [record.exc_info[0] for record in caplog.records] == [RuntimeError]
     assert answers[0]["generated_text"] == answers[2]["generated_text"] == question.answer
 
 
