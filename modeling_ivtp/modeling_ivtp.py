@@ -22,8 +22,10 @@ from .cache_name import CACHE, cache_of, one_cache
 from .checkpoint_ivtp import LlavaCheckpoint, register_weight_names
 from .configuration_ivtp import IVTPLlavaConfig
 from .generation_ivtp import PrunedGeneration
+from .instruction_cache import InstructionCache
 from .language_ivtp import DECODERS
 from .prompt_ivtp import PromptPruning, choose_features
+from .prompt_reading import PromptReading
 from .pruning_controls import PruningControls, PruningOptions
 from .pruning_policy import Choice, FeatureMoment
 from .token_budget import PruningPlan
@@ -97,6 +99,7 @@ class IVTPLlavaModel(PromptPruning, PruningOptions, IVTPLlavaPreTrainedModel, Ll
         self.vision_tower = GroupedCLIPVisionModel._from_config(config.vision_config)
         self.multi_modal_projector = LlavaMultiModalProjector(config)
         self.language_model = DECODERS[config.text_config.model_type]._from_config(config.text_config)
+        self.instruction_cache = InstructionCache()
         if config.clip_text_config is not None:
             # These choose tokens; no gradient comes through a choice, so training leaves them as they are.
             self.clip_text_model = CLIPTextModelWithProjection._from_config(config.clip_text_config)
@@ -209,6 +212,7 @@ class IVTPLlavaModel(PromptPruning, PruningOptions, IVTPLlavaPreTrainedModel, Ll
         recorder: TraceRecorder | None = None,
         past_key_values: Cache | None = None,
         drafted: int = 0,
+        reading: PromptReading | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run LLaVA on a prompt, keeping of each image what its question needs.
@@ -226,6 +230,9 @@ class IVTPLlavaModel(PromptPruning, PruningOptions, IVTPLlavaPreTrainedModel, Ll
             Collects what `explain` shows.
         drafted : int, default 0
             Last columns that an assistant proposes: they are no words of the prompt, and choose nothing.
+        reading : PromptReading, optional
+            What `read` told of this very prompt, so that the host does not wait for the device here. `generate` passes
+            it.
 
         Returns
         -------
@@ -256,6 +263,21 @@ class IVTPLlavaModel(PromptPruning, PruningOptions, IVTPLlavaPreTrainedModel, Ll
         if pixel_values is not None and encoded is not None:
             raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
         return_dict = kwargs.pop("return_dict", None)
+        past = 0 if cache is None else int(cache.get_seq_length())
+        if reading is None or torch.compiler.is_compiling():
+            reading = self.read(
+                plan=plan,
+                images=pixel_values.shape[0] if encoded is None else len(encoded.pooler_output),  # type: ignore[union-attr]
+                input_ids=input_ids,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past=past,
+                clip_input_ids=clip_input_ids,
+                drafted=drafted,
+                known=reading,
+            )
+        if reading.sequence.valid is None and past == 0:
+            attention_mask = None  # where nothing is padded, no layer has to look for it
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         assert inputs_embeds is not None
@@ -275,16 +297,15 @@ class IVTPLlavaModel(PromptPruning, PruningOptions, IVTPLlavaPreTrainedModel, Ll
             )
         visual, inputs_embeds = self.visual_prompt(
             plan=plan,
+            reading=reading,
             encoded=encoded,
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
             position_ids=position_ids,
-            past=0 if cache is None else int(cache.get_seq_length()),
+            past=past,
             clip_input_ids=clip_input_ids,
             clip_spans=clip_spans,
             recorder=recorder,
-            drafted=drafted,
         )
         outputs = self.language_model(
             attention_mask=attention_mask,

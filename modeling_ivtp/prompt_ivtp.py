@@ -1,6 +1,5 @@
 """From a prompt to what the decoder prunes: placeholders, features and the pseudo CLS (IVTP Sec. 3.3)."""
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,13 +7,15 @@ from torch import nn
 from transformers.utils import logging
 
 from .configuration_ivtp import IVTPPruningConfig
+from .instruction_cache import InstructionCache
 from .ivtp_policy import IVTPPolicy
 from .language_ivtp import VisualPrompt
+from .prompt_reading import PromptReading, read_prompt
 from .pruning_policy import Choice, FeatureMoment, Policy, PromptMoment, full_precision
 from .text_relevance import instruction_tokens, key_tokens, map_relevance, pseudo_cls, text_similarity, token_relevance
 from .token_budget import PruningPlan
 from .trace_recorder import TraceRecorder
-from .visual_sequence import VisualSequence, locate_images, per_row
+from .visual_sequence import VisualSequence, per_row
 
 logger = logging.get_logger(__name__)
 
@@ -25,6 +26,9 @@ class PromptPruning:
     config: Any
     clip_text_model: Any
     get_input_embeddings: Any
+    training: bool
+    instruction_cache: InstructionCache
+    """CLIP's features of the last instructions; not asked in training."""
     applied_policy: Policy | None = None
     """What prunes instead of the model's own options, for a while; `modeling_ivtp.methods` sets it."""
 
@@ -48,39 +52,62 @@ class PromptPruning:
         """Whether CLIP's text tower is part of this model."""
         return hasattr(self, "clip_text_model")
 
-    def visual_prompt(
+    def read(
         self,
         *,
         plan: PruningPlan,
-        encoded: Any,
+        images: int,
         input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor,
+        inputs_embeds: torch.Tensor | None,
         attention_mask: Any,
-        position_ids: torch.Tensor | None,
         past: int,
         clip_input_ids: torch.Tensor | None,
-        clip_spans: torch.Tensor | None,
-        recorder: TraceRecorder | None,
         drafted: int = 0,
-    ) -> tuple[VisualPrompt, torch.Tensor]:
-        """Leave out the placeholders of dropped patches, fill in the features, and make the pseudo CLS."""
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() != 2:
-            raise ValueError(f"Under pruning attention_mask must be 2D (batch, length), not {attention_mask.dim()}D.")
-        length, device = inputs_embeds.shape[1], inputs_embeds.device
-        valid = None
+        known: PromptReading | None = None,
+    ) -> PromptReading:
+        """What the host has to know of a prompt; see `read_prompt`."""
+        placeholders = self.placeholders(input_ids, inputs_embeds)
+        length, valid = placeholders.shape[1], None
         if attention_mask is not None:
+            if attention_mask.dim() != 2:
+                raise ValueError(
+                    f"Under pruning attention_mask must be 2D (batch, length), not {attention_mask.dim()}D."
+                )
             if attention_mask.shape[1] < past + length:
                 raise ValueError(
                     f"attention_mask has {attention_mask.shape[1]} columns; the cache and the new tokens need "
                     f"{past} + {length}."
                 )
-            valid = attention_mask[:, past : past + length].to(device=device, dtype=torch.bool)
-        placeholders = self.placeholders(input_ids, inputs_embeds)
-        if drafted:
-            # What is looked up in the prompt may be image tokens; in the answer they stand for no image.
-            placeholders[:, length - drafted :] = False
-        images = len(encoded.pooler_output)
-        whole = replace(locate_images(placeholders, valid, images, plan.patches).to(device), drafted=drafted)
+            valid = attention_mask[:, past : past + length].to(device=placeholders.device, dtype=torch.bool)
+        policy = self.policy
+        words = policy.observes and policy.reading.guidance == "clip" and self.has_text_tower
+        return read_prompt(
+            placeholders,
+            valid,
+            images=images,
+            patches=plan.patches,
+            drafted=drafted,
+            clip_input_ids=clip_input_ids if words else None,
+            known=known,
+        )
+
+    def visual_prompt(
+        self,
+        *,
+        plan: PruningPlan,
+        reading: PromptReading,
+        encoded: Any,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        past: int,
+        clip_input_ids: torch.Tensor | None,
+        clip_spans: torch.Tensor | None,
+        recorder: TraceRecorder | None,
+    ) -> tuple[VisualPrompt, torch.Tensor]:
+        """Leave out the placeholders of dropped patches, fill in the features, and make the pseudo CLS."""
+        length, device = inputs_embeds.shape[1], inputs_embeds.device
+        whole = reading.sequence.to(device)
         kept, features = _by_row(encoded, whole)
         sequence, index = whole.keep(kept, ragged=not plan.exact)
         left = inputs_embeds.gather(1, index[..., None].expand(-1, -1, inputs_embeds.shape[-1]))
@@ -88,7 +115,9 @@ class PromptPruning:
         observers: dict[str, Any] = {}
         spans = _spans_of(clip_spans, length, past, inputs_embeds)
         if policy.observes:
-            reference, relevance, keys = self._reference(encoded, whole, inputs_embeds, clip_input_ids, spans)
+            reference, relevance, keys = self._reference(
+                encoded, whole, inputs_embeds, clip_input_ids, spans, reading.windows
+            )
             if recorder is not None:
                 recorder.prompt(input_ids, whole, relevance, keys)
             if position_ids is None:
@@ -152,6 +181,7 @@ class PromptPruning:
         inputs_embeds: torch.Tensor,
         clip_input_ids: torch.Tensor | None,
         clip_spans: torch.Tensor | None,
+        windows: tuple[tuple[int, ...], ...] | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """The pseudo CLS of every image (Eq. 5 to 8): (B, M, d), relevance (B, M, S) and key tokens (B, M, S)."""
         pruning: IVTPPruningConfig = self.policy.reading
@@ -174,14 +204,33 @@ class PromptPruning:
                         'mm_encoder_outputs holds no image_embeds, which guidance="clip" needs: encode the images with '
                         "get_image_features under the same pruning options."
                     )
-                text = self.clip_text_model.text_model(input_ids=clip_input_ids.flatten(0, 1)).last_hidden_state
-                text = self.clip_text_model.text_projection(text).unflatten(0, clip_input_ids.shape[:2]).flatten(1, 2)
+                text = self.text_features(clip_input_ids, windows)
                 embeds = per_row(encoded.image_embeds, whole).to(device)
                 relevance = map_relevance(token_relevance(text.to(device), embeds), clip_spans)
                 keys = key_tokens(relevance, pruning.relevance_threshold)
             if whole.valid is not None:
                 keys = keys & whole.valid[:, None]
             return pseudo_cls(inputs_embeds, keys, fallback), relevance, keys
+
+    def text_features(
+        self, clip_input_ids: torch.Tensor, windows: tuple[tuple[int, ...], ...] | None = None
+    ) -> torch.Tensor:
+        """CLIP's features of the instruction's tokens (Eq. 5): (B, W, C) to (B, W x C, P).
+
+        With `windows`, which the host has read, padding is not run through the tower and gets zeros, and outside of
+        training what is known is not run again.
+        """
+        tower, ids = self.clip_text_model, clip_input_ids.flatten(0, 1)
+
+        def encode(ids: torch.Tensor) -> torch.Tensor:
+            return tower.text_projection(tower.text_model(input_ids=ids).last_hidden_state)
+
+        if windows is None:
+            features = encode(ids)
+        else:
+            cache = InstructionCache(0) if self.training else self.instruction_cache
+            features = cache.features(tower, ids, windows, encode)
+        return features.unflatten(0, clip_input_ids.shape[:2]).flatten(1, 2)
 
     def _has_guidance(self, clip_input_ids: torch.Tensor | None, clip_spans: torch.Tensor | None) -> bool:
         guidance = self.policy.reading.guidance
@@ -226,7 +275,9 @@ def choose_features(
 def _by_row(encoded: Any, whole: VisualSequence) -> tuple[torch.Tensor, torch.Tensor]:
     """The patches that images come with, and their features, by row: int64 (B, M, k) and (B, M, k, d)."""
     device = whole.columns.device
-    features = nn.utils.rnn.pad_sequence(list(encoded.pooler_output), batch_first=True).to(device)
+    images = list(encoded.pooler_output)
+    alike = len({image.shape[0] for image in images}) == 1
+    features = (torch.stack(images) if alike else nn.utils.rnn.pad_sequence(images, batch_first=True)).to(device)
     return per_row(encoded.kept_patches.to(device), whole), per_row(features, whole)
 
 

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 @dataclass(frozen=True)
 class RowCounts:
-    """What the host knows of one row, read once per prompt so that no later step waits for the device.
+    """What the host knows of one row, so that no step of a prompt waits for the device.
 
     Attributes
     ----------
@@ -60,6 +60,9 @@ class VisualSequence:
         Whether images may have different numbers of visual tokens.
     drafted : int
         Last columns that are no words of the prompt: what an assistant proposes to go on with.
+    counted : bool
+        Whether `rows` was read from the prompt. False: nothing was, and `tokens` is the most there can be, `behind` and
+        `tail` the least.
     """
 
     length: int
@@ -72,6 +75,7 @@ class VisualSequence:
     ends: torch.Tensor
     ragged: bool = False
     drafted: int = 0
+    counted: bool = True
 
     @property
     def size(self) -> int:
@@ -134,6 +138,11 @@ class VisualSequence:
             The physical columns to gather; filler repeats column 0.
         """
         kept, ragged = kept.to(self.columns.device), ragged or self.ragged
+        if ragged and not self.counted:
+            raise ValueError(
+                "This method keeps different numbers of tokens of images, so shapes depend on what is in them, and the "
+                "prompt cannot be compiled to one graph: compile with fullgraph=False, or decoding steps only."
+            )
         stay = torch.ones(self.slots.shape[0], self.size + 1, dtype=torch.bool, device=self.slots.device)
         if self.valid is not None:
             stay[:, :-1] = self.valid
@@ -150,7 +159,8 @@ class VisualSequence:
             fewer = self.columns.shape[2] - kept.shape[2]
             left = [row.tokens - row.images * fewer for row in self.rows]
         rows = tuple(replace(row, tokens=tokens) for row, tokens in zip(self.rows, left, strict=True))
-        index, target, valid = _align_right(stay, rows)
+        full = self.valid is None if not self.counted else len({row.tokens for row in rows}) == 1
+        index, target, valid = _align_right(stay, max(row.tokens for row in rows), full)
         slots = self.slots.gather(1, index)
         if valid is not None:
             slots = slots.masked_fill(~valid, self.length)
@@ -193,27 +203,20 @@ class VisualSequence:
         return values.gather(-1, index.expand(*values.shape[:-1], -1))
 
 
-def _align_right(
-    stay: torch.Tensor, rows: tuple[RowCounts, ...]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Columns to gather (B, n'), where each old column goes (B, n), and the validity of the new ones."""
-    size = max(row.tokens for row in rows)
+def _align_right(stay: torch.Tensor, size: int, full: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Columns to gather (B, n'), where each old column goes (B, n), and which new ones are tokens; `full`: all are."""
     rank = stay.long().cumsum(1)
     target = torch.where(stay, rank - 1 + (size - rank[:, -1:]), size)
     source = torch.arange(stay.shape[1], device=stay.device).expand_as(target)
     index = torch.zeros(stay.shape[0], size + 1, dtype=torch.int64, device=stay.device).scatter(1, target, source)
-    valid = None
-    if any(row.tokens != size for row in rows):
-        valid = torch.arange(size, device=stay.device) >= size - rank[:, -1:]
+    valid = None if full else torch.arange(size, device=stay.device) >= size - rank[:, -1:]
     return index[:, :-1], target, valid
 
 
-@torch.compiler.disable(
-    reason="How many images a row has decides shapes. Compile decoding steps, as generate does with a static cache; a "
-    "whole prompt compiles with fullgraph=False."
-)
-def locate_images(placeholders: torch.Tensor, valid: torch.Tensor | None, images: int, patches: int) -> VisualSequence:
-    """Find the visual tokens of a prompt.
+def count_rows(
+    placeholders: torch.Tensor, valid: torch.Tensor | None, images: int, patches: int
+) -> tuple[RowCounts, ...]:
+    """Count what is in each row. The host waits for the device: ask before there is work for it.
 
     Parameters
     ----------
@@ -226,32 +229,66 @@ def locate_images(placeholders: torch.Tensor, valid: torch.Tensor | None, images
     patches : int
         Patches of an image, N: each image needs as many placeholders.
 
-    Returns
-    -------
-    VisualSequence
-        With nothing dropped yet.
-
     Raises
     ------
     ValueError
         If placeholders and images do not match.
     """
     length = placeholders.shape[1]
-    if valid is not None:
-        placeholders = placeholders & valid
-    place = torch.arange(1, length + 1, device=placeholders.device)
     there = torch.ones_like(placeholders) if valid is None else valid
+    placeholders = placeholders & there
+    place = torch.arange(1, length + 1, device=placeholders.device)
     last_image = (placeholders * place).amax(1, keepdim=True)
     last_gap = torch.maximum(last_image, (~there * place).amax(1, keepdim=True))
     behind = (there & (place > last_image)).sum(1)
     counts = torch.stack([there.sum(1), placeholders.sum(1), behind, length - last_gap[:, 0]], 1).tolist()
-    total = sum(count[1] for count in counts)
-    if total != images * patches or any(count[1] % patches for count in counts):
+    if sum(count[1] for count in counts) != images * patches or any(count[1] % patches for count in counts):
         raise ValueError(
             f"Image features and image tokens do not match: {images} image(s) need {images * patches} image tokens, "
             f"{patches} each, and the rows of the prompt have {[count[1] for count in counts]}."
         )
-    rows = tuple(RowCounts(count[0], count[1] // patches, count[2], count[3]) for count in counts)
+    return tuple(RowCounts(count[0], count[1] // patches, count[2], count[3]) for count in counts)
+
+
+def uncounted_rows(placeholders: torch.Tensor, images: tuple[int, ...], patches: int) -> tuple[RowCounts, ...]:
+    """Rows of which nothing but the number of their images is known, for a prompt that is compiled to one graph.
+
+    Shapes then depend on nothing but the prompt's length. A row with other image tokens fails when the graph runs.
+    """
+    expected = torch.tensor(images, device=placeholders.device) * patches
+    torch._assert_async((placeholders.sum(1) == expected).all(), "Image features and image tokens do not match.")
+    return tuple(RowCounts(placeholders.shape[1], count, 0, 0) for count in images)
+
+
+def locate_images(
+    placeholders: torch.Tensor,
+    valid: torch.Tensor | None,
+    rows: tuple[RowCounts, ...],
+    patches: int,
+    counted: bool = True,
+) -> VisualSequence:
+    """Find the visual tokens of a prompt.
+
+    Parameters
+    ----------
+    placeholders : bool Tensor (B, S)
+        Where an image token stands.
+    valid : bool Tensor (B, S) or None
+        The 2D attention mask; None: no padding.
+    rows : tuple of RowCounts
+        From `count_rows`, or `uncounted_rows` with `counted=False`.
+    patches : int
+        Patches of an image, N.
+
+    Returns
+    -------
+    VisualSequence
+        With nothing dropped yet.
+    """
+    length = placeholders.shape[1]
+    there = torch.ones_like(placeholders) if valid is None else valid
+    placeholders = placeholders & there
+    place = torch.arange(1, length + 1, device=placeholders.device)
     most = max(row.images for row in rows)
     order = torch.where(placeholders, placeholders.long().cumsum(1) - 1, most * patches)
     columns = torch.full((placeholders.shape[0], most * patches + 1), length, device=placeholders.device)
@@ -265,6 +302,7 @@ def locate_images(placeholders: torch.Tensor, valid: torch.Tensor | None, images
         patches=torch.arange(patches, device=placeholders.device).expand_as(columns),
         present=columns[..., 0] < length,
         ends=(there * place).amax(1, keepdim=True) - 1,
+        counted=counted,
     )
 
 

@@ -26,7 +26,7 @@ from ..methods import METHODS, Method, make
 from ..modeling_ivtp import IVTPLlavaForConditionalGeneration
 from ..pruning_policy import Choice, DecoderMoment, FeatureMoment, Policy, PromptMoment, TowerMoment, Wrapped
 from ..token_budget import PruningPlan
-from ..visual_sequence import VisualSequence, locate_images
+from ..visual_sequence import VisualSequence, count_rows, locate_images
 from .formula import PARTS, closed_formula, kv_cache_bytes
 
 _TEXT_BEFORE = 1
@@ -173,17 +173,17 @@ def _run(config: Any, policy: Policy, plan: PruningPlan | None, text_tokens: int
             embeds = torch.cat([embeds[:, : length - len(features)], features[None]], 1)
         else:
             with _counting() as counted:
+                asked = {"input_ids": ids, "inputs_embeds": embeds, "past": 0}
+                reading = inner.read(plan=plan, images=1, attention_mask=None, clip_input_ids=None, **asked)
                 visual, embeds = inner.visual_prompt(
                     plan=plan,
+                    reading=reading,
                     encoded=encoded,
-                    input_ids=ids,
-                    inputs_embeds=embeds,
-                    attention_mask=None,
                     position_ids=None,
-                    past=0,
                     clip_input_ids=torch.ones(1, windows, _context(config), dtype=torch.long, device="meta"),
                     clip_spans=_spans(length, config.num_patches, windows * _context(config)),
                     recorder=None,
+                    **asked,
                 )
             parts["text_tower"] = counted() - dry.taken()
         with _counting() as counted:
@@ -328,7 +328,8 @@ class _Dry(Wrapped):
         place = torch.arange(length)[None]
         patches = length - self.text
         image = (place >= self.before) & (place < self.before + patches)
-        return locate_images(image, None, 1, patches).keep(torch.arange(tokens)[None, None])[0]
+        rows = count_rows(image, None, 1, patches)
+        return locate_images(image, None, rows, patches).keep(torch.arange(tokens)[None, None])[0]
 
     def _count(self, work: Callable[[], Any]) -> Any:
         with FlopCounterMode(display=False) as mode:

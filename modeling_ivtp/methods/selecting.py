@@ -70,7 +70,7 @@ def behind_images(sequence: VisualSequence) -> torch.Tensor:
 
 def first_reader(sequence: VisualSequence) -> int:
     """A column before which nothing stands behind an image: those from it on are all whose attention matters."""
-    if any(row.images > 1 for row in sequence.rows):
+    if not sequence.counted or any(row.images > 1 for row in sequence.rows):
         return 0
     least = sequence.drafted + 1
     return max(0, sequence.size - max((max(row.behind, least) for row in sequence.rows if row.images), default=least))
