@@ -16,6 +16,7 @@ class PrunedGeneration:
 
     config: Any
     model: Any
+    dtype: torch.dtype
 
     def prepare_inputs_for_generation(
         self,
@@ -38,13 +39,44 @@ class PrunedGeneration:
                 kwargs["drafted"] = input_ids.shape[1] - prompt
             if next_sequence_length is not None:
                 self._leave_seen_images(input_ids, next_sequence_length, kwargs)
-        return super().prepare_inputs_for_generation(  # type: ignore[misc]
+        given = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids,
             next_sequence_length=next_sequence_length,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
+        cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
+        if is_first_iteration:
+            if cache is not None:
+                cache.rows_are_whole = mask is None or bool(mask.all())
+            self._read_ahead(given, mask)
+        elif _needs_no_mask(cache) and getattr(given.get("attention_mask"), "ndim", 0) == 2:
+            given["attention_mask"] = None
+        return given
+
+    def _read_ahead(self, given: dict[str, Any], mask: torch.Tensor | None) -> None:
+        """Before the prompt's work begins: what the host has to know of it, and the memory of a static cache."""
+        plan = self.model.plan() if _count_images(given) else None
+        if plan is None:
+            return
+        cache = given.get(CACHE)
+        past = 0 if cache is None else int(cache.get_seq_length())
+        names = ("input_ids", "inputs_embeds", "clip_input_ids")
+        reading = given["reading"] = self.model.read(
+            plan=plan,
+            images=_count_images(given),
+            attention_mask=mask,
+            past=past,
+            drafted=given.get("drafted", 0),
+            **{name: given.get(name) for name in names},
+        )
+        devices = {parameter.device for parameter in self.model.language_model.parameters()}
+        ready = len(devices) == 1 and not any(
+            torch.is_autocast_enabled(one.type) or one.type == "meta" for one in devices
+        )
+        if past == 0 and plan.exact and ready:
+            self.model.language_model.allocate(cache, plan, reading.sequence, self.dtype, devices.pop())
 
     def _leave_seen_images(self, input_ids: torch.Tensor, new: int, kwargs: dict[str, Any]) -> None:
         """Of a whole conversation's images keep those of the `new` last tokens: the others are in the cache."""
@@ -74,6 +106,7 @@ class PrunedGeneration:
             return create_masks_for_generate(*args, **kwargs)
         if kwargs.get("is_first_iteration"):
             return mask
+        mask = None if _needs_no_mask(cache) else mask
         return self.model.language_model.masks_for_pruned_cache(kwargs["inputs_embeds"], mask, cache)
 
     def _prefill(
@@ -130,6 +163,11 @@ class PrunedGeneration:
             ours = {"clip_input_ids", "clip_spans", "pixel_values", "prompt_length"} - set(taken)
             kwargs["model_kwargs"] = {name: value for name, value in given.items() if name not in ours}
         return super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]
+
+
+def _needs_no_mask(cache: Any) -> bool:
+    """Whether a decoding step sees every entry of a pruned cache, in every row."""
+    return is_pruned(cache) and getattr(cache, "rows_are_whole", False)
 
 
 def _count_images(kwargs: dict[str, Any]) -> int:

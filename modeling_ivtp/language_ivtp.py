@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaModel
@@ -16,10 +16,18 @@ from .cache_name import CACHE, one_cache
 from .group_rollout import AttentionRecord, GroupScores
 from .layer_watch import LayerWatch
 from .observed_attention import Observation, ObservedAttention, visibility
-from .pruned_cache import is_pruned, layer_runs, layer_segments, padding_mask, prepare_layers
+from .pruned_cache import (
+    PrunedDynamicLayer,
+    allocate,
+    is_pruned,
+    layer_runs,
+    layer_segments,
+    padding_mask,
+    prepare_layers,
+)
 from .pruning_policy import DecoderMoment, Policy, full_precision
 from .text_relevance import pseudo_cls
-from .token_budget import Group
+from .token_budget import Group, PruningPlan
 from .visual_sequence import VisualSequence
 
 
@@ -224,6 +232,42 @@ class GroupedDecoder:
             kept_tokens=kept_tokens,
         )
 
+    def allocate(
+        self, cache: Cache | None, plan: PruningPlan, sequence: VisualSequence, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Give an empty static cache the memory that a prompt and what follows it will need; see `allocate`.
+
+        Parameters
+        ----------
+        cache : Cache or None
+            None, and one that is not static, are left alone.
+        plan : PruningPlan
+            One that keeps exact numbers.
+        sequence : VisualSequence
+            The prompt before anything is dropped.
+        dtype, device
+            Of keys and values.
+        """
+        config: Any = self.config  # type: ignore[attr-defined]
+        static = all(isinstance(layer, StaticLayer) for layer in getattr(cache, "layers", ()))
+        if cache is None or not cache.layers or not static or getattr(cache, "offloading", False):
+            return
+        layers = config.num_hidden_layers
+        prepare_layers(cache, layers, None, sequence.length)
+        entries = [
+            max(row.tokens - row.images * (plan.patches - tokens) for row in sequence.rows)
+            for tokens in plan.decoder_layer_tokens(layers)
+        ]
+        heads = config.num_attention_heads
+        allocate(
+            cache,
+            entries,
+            length=sequence.length,
+            heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            like=torch.empty(sequence.slots.shape[0], dtype=dtype, device=device),
+        )
+
     def masks_for_pruned_cache(
         self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache
     ) -> dict[int, Any]:
@@ -383,8 +427,16 @@ class GroupedDecoder:
         )
 
     def _causal_mask(self, hidden: torch.Tensor, padding: torch.Tensor | None, cache: Cache | None, layer: int) -> Any:
+        """The mask of a layer, None where the attention's own causal pattern, or no pattern at all, is right."""
+        config: Any = self.config  # type: ignore[attr-defined]
+        new = hidden.shape[1]
+        if padding is None:
+            keys = new if cache is None else cache.layers[layer].get_mask_sizes(new)[0]
+            filled = cache is None or isinstance(cache.layers[layer], PrunedDynamicLayer)
+            if (new == 1 and filled) or (keys == new and config._attn_implementation != "eager"):
+                return None
         return create_causal_mask(
-            config=self.config,  # type: ignore[attr-defined]
+            config=config,
             inputs_embeds=hidden,
             attention_mask=padding,
             position_ids=None,

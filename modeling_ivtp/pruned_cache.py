@@ -5,7 +5,7 @@ the first *logically*, as if nothing had been dropped, and the second *physicall
 by the difference; so generation, masks and RoPE positions go on as for an unpruned cache.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,6 +81,9 @@ class PrunedDynamicLayer(DynamicLayer):
 class PrunedStaticLayer(StaticLayer):
     """`StaticLayer` sized for the entries that are kept instead of for all tokens.
 
+    While nothing is stored, it takes a prompt as a dynamic layer does: what attends are the new tokens alone, so that
+    attention keeps its causal kernels, and what is known of it is known without a look at the device.
+
     Parameters
     ----------
     max_cache_len : int
@@ -91,6 +94,8 @@ class PrunedStaticLayer(StaticLayer):
 
     is_pruned = True
     is_initialized: bool
+    empty: bool = True
+    """Whether nothing is stored yet."""
 
     def __init__(self, max_cache_len: int, logical_len: int, layout: KeyLayout | None = None, **kwargs: Any) -> None:
         super().__init__(max_cache_len, **kwargs)
@@ -99,21 +104,29 @@ class PrunedStaticLayer(StaticLayer):
 
     @property
     def entries(self) -> int:
-        """Entries that are stored now. Reads a tensor: not for compiled code."""
-        return int(self.cumulative_length) if self.is_initialized else 0
+        """Entries that are stored now. Reads a tensor unless it is empty: only a first prompt compiles."""
+        return 0 if self.empty else int(self.cumulative_length)
 
     def leave_out(self, tokens: int) -> None:
         """Make room for `tokens` fewer, as long as nothing is allocated."""
         if not self.is_initialized:
             self.max_cache_len -= tokens
 
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Store keys and values; those to attend to: all entries, or the new ones alone where there were none."""
+        stored = super().update(key_states, value_states, *args, **kwargs)
+        if not self.empty:
+            return stored
+        self.empty = False
+        return key_states, value_states
+
     def get_seq_length(self) -> Any:
         """Logical length: what the sequence would have without pruning."""
-        return super().get_seq_length() + self.layout.dropped
+        return self.layout.dropped + (0 if self.empty else super().get_seq_length())
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """All entries, and how far they lie behind the logical count."""
-        return self.max_cache_len, self.layout.dropped
+        """Entries that are attended to, and how far they lie behind the logical count."""
+        return query_length if self.empty else self.max_cache_len, self.layout.dropped
 
     def get_max_length(self) -> int:
         """Tokens, counted logically, for which there is room."""
@@ -132,7 +145,7 @@ class PrunedStaticLayer(StaticLayer):
         if self.is_initialized:
             self.cumulative_length.zero_()
         self.keys = self.values = None
-        self.is_initialized = False
+        self.is_initialized, self.empty = False, True
         self.max_cache_len = self.logical_len
         self.layout = KeyLayout()
 
@@ -152,8 +165,8 @@ def is_pruned(cache: Cache | None) -> bool:
     """
     if cache is None or not getattr(cache, "layers", ()):
         return False
-    last = cache.layers[-1]
-    return getattr(last, "is_pruned", False) and last.is_initialized
+    last: Any = cache.layers[-1]
+    return getattr(last, "is_pruned", False) and last.is_initialized and not getattr(last, "empty", False)
 
 
 def layer_segments(cache: Cache) -> list[tuple[int, int]]:
@@ -202,7 +215,7 @@ def prepare_layers(cache: Cache, num_layers: int, past_mask: torch.Tensor | None
     held = fresh
     for index, layer in enumerate(cache.layers):
         if getattr(layer, "is_pruned", False):
-            if not layer.is_initialized:
+            if not layer.is_initialized or getattr(layer, "empty", False):
                 layer.layout = fresh
             continue
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer):
@@ -211,6 +224,33 @@ def prepare_layers(cache: Cache, num_layers: int, past_mask: torch.Tensor | None
         if past and held.stored != past:
             held = KeyLayout(stored=past, tail=past, key_mask=past_mask)
         cache.layers[index] = _adopt(layer, held if past else fresh, capacity)
+
+
+def allocate(
+    cache: Cache, entries: Sequence[int], *, length: int, heads: int, head_dim: int, like: torch.Tensor
+) -> None:
+    """Give a static cache that is empty its memory ahead of a prompt, layer by layer for what each will keep.
+
+    A graph that is compiled or captured needs its addresses before it runs.
+
+    Parameters
+    ----------
+    cache : Cache
+        From `prepare_layers`; dynamic layers are left alone.
+    entries : sequence of int
+        What each layer will store of the prompt.
+    length : int
+        Tokens of the prompt, counted logically.
+    heads, head_dim : int
+        Of keys and values.
+    like : Tensor (B, ...)
+        For its rows, dtype and device.
+    """
+    for layer, left in zip(cache.layers, entries, strict=True):
+        if isinstance(layer, PrunedStaticLayer) and not layer.is_initialized:
+            layer.leave_out(length - left)
+            shape = like.new_empty(like.shape[0], heads, 0, head_dim)
+            layer.lazy_initialization(shape, shape)
 
 
 def _adopt(layer: CacheLayerMixin, layout: KeyLayout, capacity: int) -> PrunedLayer:
@@ -223,6 +263,7 @@ def _adopt(layer: CacheLayerMixin, layout: KeyLayout, capacity: int) -> PrunedLa
         pruned = PrunedStaticLayer(capacity, capacity, layout)
         carried += ["batch_size", "num_heads", "k_head_dim", "v_head_dim"]
         pruned.cumulative_length = layer.cumulative_length
+        pruned.empty = not layer.is_initialized or int(layer.cumulative_length) == 0
     else:
         pruned = PrunedDynamicLayer(layout)
     if layer.is_initialized:
