@@ -2,19 +2,16 @@
 
 Rollout multiplies the attention maps of a group (Eq. 3), yet importance needs one row of the product only: that of the
 reference token, CLS in the vision tower and the pseudo CLS in the language model. So the row is carried down the group
-from the last layer to the first, vector times matrix, and a map is never multiplied with a map nor kept after its use.
+from the last layer to the first, vector times matrix, and a map is never multiplied with a map. What a layer leaves for
+that are queries and keys, or its map averaged over heads where its output was computed with it anyway.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 
+from .attention_maps import weighted_attention
 from .token_budget import Group
-
-# A head's attention map is built, used and dropped; this bounds how many float32 values of maps exist at a time.
-MAP_VALUES_CPU = 2**20
-MAP_VALUES_DEVICE = 2**26
 
 
 @dataclass
@@ -39,6 +36,8 @@ class AttentionRecord:
         L2 norm of the visual tokens' value vectors, all heads together.
     scale : float
         What the products of queries and keys are multiplied with, 1 / sqrt(dh).
+    averaged_map : float32 Tensor (B, K, K) or None
+        The attention map averaged over heads, where all of K are tracked; None: it follows from queries and keys.
     """
 
     reference_only: bool
@@ -48,6 +47,7 @@ class AttentionRecord:
     scale: float = field(init=False)
     visible: torch.Tensor | None = field(init=False, repr=False, default=None)
     columns: torch.Tensor | None = field(init=False, repr=False, default=None)
+    averaged_map: torch.Tensor | None = field(init=False, repr=False, default=None)
     # Gradient checkpointing runs a layer again in the backward pass, long after its group was scored.
     sealed: bool = field(init=False, default=False)
 
@@ -59,7 +59,7 @@ class AttentionRecord:
 
     def seal(self) -> None:
         """Let go of the tensors and accept no more."""
-        for name in ("query", "key", "value_norm", "visible", "columns"):
+        for name in ("query", "key", "value_norm", "visible", "columns", "averaged_map"):
             self.__dict__.pop(name, None)
         self.sealed = True
 
@@ -88,61 +88,6 @@ class GroupScores:
     importance: torch.Tensor | None
     kept: torch.Tensor
     mixture: torch.Tensor | None = None
-
-
-def weighted_attention(
-    weights: torch.Tensor, query: torch.Tensor, key: torch.Tensor, scale: float, visible: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Row vectors times the head-averaged attention map of Eq. 2, `weights @ mean_h softmax(q_h k_h^T * scale)`.
-
-    Parameters
-    ----------
-    weights : float32 Tensor (B, M, Q)
-        One row vector per image.
-    query : Tensor (B, H, M, Q, dh)
-    key : Tensor (B, H_kv, K, dh)
-        H is a multiple of H_kv (grouped-query attention).
-    scale : float
-    visible : bool Tensor (B, M, Q, K), optional
-
-    Returns
-    -------
-    float32 Tensor (B, M, K)
-    """
-    batch, heads, images, queries, _ = query.shape
-    result = weights.new_zeros(batch, images, key.shape[2])
-    for logits in map_heads(query.flatten(2, 3), key, scale):
-        logits = logits.unflatten(2, (images, queries))
-        if visible is not None:
-            logits = logits.masked_fill(~visible[:, None], float("-inf"))
-        attention = logits.softmax(-1)
-        result += (weights[:, None, :, None] @ attention).squeeze(3).sum(1)
-    return result / heads
-
-
-def map_heads(query: torch.Tensor, key: torch.Tensor, scale: float) -> Iterator[torch.Tensor]:
-    """Yield scaled products of queries and keys, as many heads at a time as memory is meant for.
-
-    Parameters
-    ----------
-    query : Tensor (B, H, Q, dh)
-    key : Tensor (B, H_kv, K, dh)
-        H is a multiple of H_kv (grouped-query attention).
-    scale : float
-
-    Yields
-    ------
-    float32 Tensor (B, some heads, Q, K)
-    """
-    batch, heads, queries, _ = query.shape
-    keys, repeats = key.shape[2], heads // key.shape[1]
-    limit = MAP_VALUES_CPU if query.device.type == "cpu" else MAP_VALUES_DEVICE
-    chunk = max(1, min(heads, limit // max(1, batch * queries * keys)))
-    for start in range(0, heads, chunk):
-        part = query[:, start : start + chunk]
-        kv_heads = torch.arange(start, start + part.shape[1], device=key.device) // repeats
-        # Scaled first: in half precision the products themselves may overflow.
-        yield ((part * scale) @ key[:, kv_heads].transpose(2, 3)).float()
 
 
 def _on_tracked(row: torch.Tensor, columns: torch.Tensor | None) -> torch.Tensor:
@@ -176,8 +121,11 @@ def roll_down(row: torch.Tensor, record: AttentionRecord, *, residual: bool) -> 
         Weight that flows to tokens before the image can never come back to its patches under a causal mask, so the
         columns of tracked tokens are all that is needed.
     """
-    product = weighted_attention(row, record.query, record.key, record.scale, record.visible)
-    product = _on_tracked(product, record.columns)
+    if record.averaged_map is not None:
+        product = row @ record.averaged_map
+    else:
+        product = weighted_attention(row, record.query, record.key, record.scale, record.visible)
+        product = _on_tracked(product, record.columns)
     return (product + row) / 2 if residual else product
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .group_rollout import map_heads
+from .attention_maps import map_heads
 
 
 @dataclass

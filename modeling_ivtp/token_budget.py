@@ -5,7 +5,6 @@ ratio per group, with a hand-over of 120 between the stages, reproduces its FLOP
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 
@@ -113,7 +112,6 @@ def grouped(num_layers: int, layers_per_group: int | None, start: int, end: int,
     return tuple(Group(g * size, (g + 1) * size - 1, keep) for g, keep in enumerate(counts))
 
 
-@lru_cache(maxsize=256)
 def plan_pruning(pruning: Any, patches: int, tower_layers: int, decoder_layers: int) -> PruningPlan | None:
     """Lay out the groups of both stages for a model.
 

@@ -10,6 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip import modeling_clip
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPVisionModel, eager_attention_forward
 
+from .attention_maps import attend_with_map
 from .group_rollout import AttentionRecord, GroupScores
 from .pruning_policy import Choice, Policy, TowerMoment, full_precision
 from .token_budget import Group, PruningPlan
@@ -59,6 +60,12 @@ class GroupedCLIPAttention(CLIPAttention):
             value_norm=value[:, None, :, 1:].float().square().sum((2, 4)).sqrt(),
             scale=self.scale,
         )
+        plain = attention_mask is None and not torch.is_grad_enabled()
+        if plain and hidden_states.device.type == "cpu" and not record.reference_only:
+            # A CPU computes attention by way of its maps anyway: one that is made here is not made again for scoring.
+            output, averaged = attend_with_map(query, key, value, self.scale)
+            record.fill(averaged_map=averaged)
+            return self.out_proj(output.flatten(2)), None
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = attend(
             self,

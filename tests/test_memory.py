@@ -81,11 +81,12 @@ def test_the_peak_of_a_pruned_prompt_lies_below_the_unpruned_one(vit_l):
 
 @torch.no_grad()
 def test_no_attention_map_outlives_its_use(vit_l):
+    """A head's map goes with its layer; the average over heads, if a CPU makes one, when its group was scored."""
     model, inputs = vit_l
     alive, seen = [], []
     layers = [*model.model.vision_tower.encoder.layers, *model.model.language_model.layers]
     with LiveTensors(model) as tensors:
-        hooks = [layer.register_forward_hook(lambda *_: alive.extend(tensors.maps(60))) for layer in layers]
+        hooks = [layer.register_forward_hook(lambda *_: alive.append(tensors.maps(60))) for layer in layers]
         original = torch.Tensor.softmax
         try:
             torch.Tensor.softmax = lambda self, *a, **k: (seen.append(tuple(self.shape)), original(self, *a, **k))[1]
@@ -95,7 +96,11 @@ def test_no_attention_map_outlives_its_use(vit_l):
             for hook in hooks:
                 hook.remove()
     assert any(shape[-1] == shape[-2] == 577 for shape in seen)  # maps do exist, for as long as a head needs one
-    assert alive == []
+    assert all(len(shape) == 3 for shapes in alive for shape in shapes)
+    groups = [alive[first : first + 3] for first in range(0, 24, 3)]
+    # Two layers of a group leave their averages, and the first of the next group begins without them.
+    assert all([len(shapes) for shapes in group] == [1, 2, 2] for group in groups)
+    assert all(not shapes for shapes in alive[24:])
     # The last layer of a group needs the reference token's row alone.
     rows = [shape for shape in seen if shape[-2] == 1]
     assert len(rows) == 8 + 2

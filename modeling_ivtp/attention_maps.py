@@ -1,0 +1,104 @@
+"""Attention maps (IVTP Eq. 2) for as long as they are needed: a few heads at a time, averaged, or never written at all.
+
+The layers' own output comes from the attention kernels of the model. What scoring needs besides is a vector times the
+head-averaged map. There are three ways to get it, and each is the fastest somewhere: on a CPU a layer's maps are made
+once, for its output and for scoring; on a GPU a kernel makes them tile by tile from queries and keys and keeps nothing
+(`fused_attention`); otherwise they are made anew, a few heads at a time.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from .fused_attention import fused_weighted_attention, is_served
+
+# A head's attention map is built, used and dropped; this bounds how many float32 values of maps exist at a time.
+MAP_VALUES_CPU = 2**20
+MAP_VALUES_DEVICE = 2**26
+
+
+def weighted_attention(
+    weights: torch.Tensor, query: torch.Tensor, key: torch.Tensor, scale: float, visible: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Row vectors times the head-averaged attention map of Eq. 2, `weights @ mean_h softmax(q_h k_h^T * scale)`.
+
+    Parameters
+    ----------
+    weights : float32 Tensor (B, M, Q)
+        One row vector per image.
+    query : Tensor (B, H, M, Q, dh)
+    key : Tensor (B, H_kv, K, dh)
+        H is a multiple of H_kv (grouped-query attention).
+    scale : float
+    visible : bool Tensor (B, M, Q, K), optional
+
+    Returns
+    -------
+    float32 Tensor (B, M, K)
+    """
+    batch, heads, images, queries, _ = query.shape
+    if visible is None and images == 1 and is_served(query, key):
+        return fused_weighted_attention(weights[:, 0], query[:, :, 0], key, scale)[:, None]
+    result = weights.new_zeros(batch, images, key.shape[2])
+    for logits in map_heads(query.flatten(2, 3), key, scale):
+        logits = logits.unflatten(2, (images, queries))
+        if visible is not None:
+            logits = logits.masked_fill(~visible[:, None], float("-inf"))
+        attention = logits.softmax(-1)
+        result += (weights[:, None, :, None] @ attention).squeeze(3).sum(1)
+    return result / heads
+
+
+def map_heads(query: torch.Tensor, key: torch.Tensor, scale: float) -> Iterator[torch.Tensor]:
+    """Yield scaled products of queries and keys, as many heads at a time as memory is meant for.
+
+    Parameters
+    ----------
+    query : Tensor (B, H, Q, dh)
+    key : Tensor (B, H_kv, K, dh)
+        H is a multiple of H_kv (grouped-query attention).
+    scale : float
+
+    Yields
+    ------
+    float32 Tensor (B, some heads, Q, K)
+    """
+    batch, heads, queries, _ = query.shape
+    keys, repeats = key.shape[2], heads // key.shape[1]
+    limit = MAP_VALUES_CPU if query.device.type == "cpu" else MAP_VALUES_DEVICE
+    chunk = max(1, min(heads, limit // max(1, batch * queries * keys)))
+    for start in range(0, heads, chunk):
+        part = query[:, start : start + chunk]
+        kv_heads = torch.arange(start, start + part.shape[1], device=key.device) // repeats
+        # Scaled first: in half precision the products themselves may overflow.
+        yield ((part * scale) @ key[:, kv_heads].transpose(2, 3)).float()
+
+
+def attend_with_map(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention without a mask, and its map averaged over heads: each head's map is made once and serves both.
+
+    Not differentiable.
+
+    Parameters
+    ----------
+    query, key, value : Tensor (B, H, N, dh)
+    scale : float
+
+    Returns
+    -------
+    output : Tensor (B, N, H, dh)
+    averaged : float32 Tensor (B, N, N)
+    """
+    batch, heads, tokens, _ = query.shape
+    output = query.new_empty(batch, tokens, heads, value.shape[3])
+    averaged = torch.zeros(batch, tokens, tokens, device=query.device)
+    first = 0
+    for logits in map_heads(query, key, scale):
+        attention = logits.softmax(-1)
+        last = first + attention.shape[1]
+        averaged += attention.sum(1)
+        output[:, :, first:last] = (attention.to(value.dtype) @ value[:, first:last]).transpose(1, 2)
+        first = last
+    return output, averaged / heads
