@@ -36,16 +36,18 @@ def weighted_attention(
     -------
     float32 Tensor (B, M, K)
     """
-    batch, heads, images, queries, _ = query.shape
+    _, heads, images, queries, _ = query.shape
     if visible is None and images == 1 and is_served(query, key):
         return fused_weighted_attention(weights[:, 0], query[:, :, 0], key, scale)[:, None]
-    result = weights.new_zeros(batch, images, key.shape[2])
+    result: torch.Tensor | None = None
     for logits in map_heads(query.flatten(2, 3), key, scale):
         logits = logits.unflatten(2, (images, queries))
         if visible is not None:
             logits = logits.masked_fill(~visible[:, None], float("-inf"))
         attention = logits.softmax(-1)
-        result += (weights[:, None, :, None] @ attention).squeeze(3).sum(1)
+        part = (weights[:, None, :, None] @ attention).squeeze(3).sum(1)
+        result = part if result is None else result + part
+    assert result is not None
     return result / heads
 
 
@@ -63,15 +65,18 @@ def map_heads(query: torch.Tensor, key: torch.Tensor, scale: float) -> Iterator[
     ------
     float32 Tensor (B, some heads, Q, K)
     """
-    batch, heads, queries, _ = query.shape
-    keys, repeats = key.shape[2], heads // key.shape[1]
+    batch, heads, queries, width = query.shape
+    kv_heads, keys = key.shape[1:3]
+    repeats = heads // kv_heads
+    # Heads that share a key are rows of one product, so that no key is copied.
+    shared = query.reshape(batch, kv_heads, repeats * queries, width)
     limit = MAP_VALUES_CPU if query.device.type == "cpu" else MAP_VALUES_DEVICE
-    chunk = max(1, min(heads, limit // max(1, batch * queries * keys)))
-    for start in range(0, heads, chunk):
-        part = query[:, start : start + chunk]
-        kv_heads = torch.arange(start, start + part.shape[1], device=key.device) // repeats
+    chunk = max(1, min(kv_heads, limit // max(1, batch * repeats * queries * keys)))
+    for start in range(0, kv_heads, chunk):
+        part = slice(start, start + chunk)
         # Scaled first: in half precision the products themselves may overflow.
-        yield ((part * scale) @ key[:, kv_heads].transpose(2, 3)).float()
+        logits = ((shared[:, part] * scale) @ key[:, part].transpose(2, 3)).float()
+        yield logits.view(batch, -1, queries, keys)
 
 
 def attend_with_map(

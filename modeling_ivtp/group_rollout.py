@@ -32,8 +32,10 @@ class AttentionRecord:
         Which keys each query sees; None: all.
     columns : int64 Tensor (B, M, 1 + k) or None
         Where the tracked tokens stand among the keys; None: in order, K = 1 + k.
-    value_norm : Tensor (B, M, k)
-        L2 norm of the visual tokens' value vectors, all heads together.
+    value : Tensor (B, H_kv, n, dh)
+        Values among which those of the visual tokens are.
+    value_columns : int64 Tensor (B, M, k) or None
+        Where they stand; None: in order, behind the first.
     scale : float
         What the products of queries and keys are multiplied with, 1 / sqrt(dh).
     averaged_map : float32 Tensor (B, K, K) or None
@@ -43,7 +45,8 @@ class AttentionRecord:
     reference_only: bool
     query: torch.Tensor = field(init=False, repr=False)
     key: torch.Tensor = field(init=False, repr=False)
-    value_norm: torch.Tensor = field(init=False, repr=False)
+    value: torch.Tensor = field(init=False, repr=False)
+    value_columns: torch.Tensor | None = field(init=False, repr=False, default=None)
     scale: float = field(init=False)
     visible: torch.Tensor | None = field(init=False, repr=False, default=None)
     columns: torch.Tensor | None = field(init=False, repr=False, default=None)
@@ -57,9 +60,19 @@ class AttentionRecord:
             for name, value in tensors.items():
                 setattr(self, name, value.detach() if isinstance(value, torch.Tensor) else value)
 
+    @property
+    def value_norm(self) -> torch.Tensor:
+        """L2 norm of the visual tokens' value vectors, all heads together: float32 (B, M, k)."""
+        # One kernel, accumulating in float32.
+        norms = torch.linalg.vector_norm(self.value, dim=(1, 3), dtype=torch.float32)
+        if self.value_columns is None:
+            return norms[:, None, 1:]
+        columns = self.value_columns.to(norms.device)
+        return norms.gather(1, columns.flatten(1)).view_as(columns)
+
     def seal(self) -> None:
         """Let go of the tensors and accept no more."""
-        for name in ("query", "key", "value_norm", "visible", "columns", "averaged_map"):
+        for name in ("query", "key", "value", "value_columns", "visible", "columns", "averaged_map"):
             self.__dict__.pop(name, None)
         self.sealed = True
 

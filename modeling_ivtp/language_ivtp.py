@@ -1,7 +1,7 @@
 """Stage 2: a decoder of LLaMA's layout that drops visual tokens under the eyes of a pseudo CLS (IVTP Sec. 3.3)."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2Model
 from .cache_name import CACHE, one_cache
 from .group_rollout import AttentionRecord, GroupScores
 from .layer_watch import LayerWatch
-from .observed_attention import Observation, ObservedAttention, visibility
+from .observed_attention import Observation, ObservedAttention
 from .pruned_cache import (
     PrunedDynamicLayer,
     allocate,
@@ -344,6 +344,7 @@ class GroupedDecoder:
             observed = group is not None and observers is not None
             records: list[AttentionRecord] = []
             watches: list[LayerWatch] = []
+            both: torch.Tensor | None = None
             for run in layer_runs(cache, first, last, attention_mask):
                 mask = self._causal_mask(tokens, run.begin(sequence), cache, run.first)
                 positions, ends, renumbered = numbering.of(sequence, run.layout.position_shift)
@@ -351,7 +352,7 @@ class GroupedDecoder:
                     assert ends is not None
                     positions = torch.cat([positions, ends], 1)
                 rotary = model.rotary_emb(tokens, position_ids=positions)
-                seen = visibility(sequence, run.entries, run.past_valid) if observed else None
+                seen = Observation.of(sequence, run.entries, run.past_valid) if observed else None
                 for index in range(run.first, run.last + 1):
                     if states is not None:
                         states.append(sequence.restore(tokens))
@@ -366,15 +367,10 @@ class GroupedDecoder:
                     assert observers is not None
                     if drops:
                         records.append(policy.record(group, index))
-                    observation = Observation(
-                        run.entries + sequence.reach,
-                        run.entries,
-                        sequence.columns,
-                        seen,
-                        records[-1] if drops else None,
-                    )
-                    observers = self._observers(observers, tokens, visual.key_tokens, sequence)
-                    both = torch.cat([tokens, observers], 1)
+                    observation = replace(seen, record=records[-1] if drops else None)
+                    if both is None or visual.key_tokens is not None:
+                        observers = self._observers(observers, tokens, visual.key_tokens, sequence)
+                        both = torch.cat([tokens, observers], 1)
                     both = self._layer(index, both, mask, rotary, cache, kwargs | {"observation": observation})
                     tokens, observers = both.split([tokens.shape[1], observers.shape[1]], 1)
                 run.end(sequence, renumbered)

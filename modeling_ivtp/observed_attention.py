@@ -39,9 +39,9 @@ def visibility(sequence: VisualSequence, past: int, past_mask: torch.Tensor | No
     return torch.cat([visible, itself.expand(columns.shape[0], -1, -1, -1)], 3)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Observation:
-    """What the attention of one layer needs for the observers, and where it leaves what rollout needs.
+    """What the attention of a layer needs for the observers, and where it leaves what rollout needs.
 
     The observers see, and are counted among, the first `reach` keys followed by the observers themselves.
 
@@ -49,21 +49,31 @@ class Observation:
     ----------
     reach : int
         Keys of the cache and the sequence up to the end of the last image.
-    past : int
-        How many of them were in the cache before.
     columns : int64 Tensor (B, M, k)
         The visual tokens' columns in the sequence.
+    places : int64 Tensor (B, M, 1 + k)
+        Where each observer, first, and its visual tokens are among the keys.
     visible : bool Tensor (B, M, 1 + k, reach + M)
-        What the observer, first, and the visual tokens of each image see.
+        What they see.
     record : AttentionRecord or None
         None where the group drops nothing.
     """
 
     reach: int
-    past: int
     columns: torch.Tensor
+    places: torch.Tensor
     visible: torch.Tensor
-    record: AttentionRecord | None
+    record: AttentionRecord | None = None
+
+    @classmethod
+    def of(cls, sequence: VisualSequence, past: int, past_mask: torch.Tensor | None) -> "Observation":
+        """For layers that have `past` entries of which `past_mask` (bool (B, past) or None: all) are tokens."""
+        reach, observers = past + sequence.reach, sequence.columns.shape[1]
+        # An image that a row does not have stands behind the end.
+        there = sequence.columns.clamp_max(sequence.size - 1)
+        own = reach + torch.arange(observers, device=there.device)
+        places = torch.cat([own[None, :, None].expand(*there.shape[:2], 1), past + there], 2)
+        return cls(reach, there, places.clamp_max(reach + observers - 1), visibility(sequence, past, past_mask))
 
     @property
     def count(self) -> int:
@@ -121,21 +131,18 @@ class Observation:
     ) -> None:
         assert self.record is not None
         columns = self.columns.to(query.device)
-        there = columns.clamp_max(query.shape[2] - 1)  # an image that a row does not have stands behind the end
-        observers = self.reach + torch.arange(self.count, device=columns.device)
         tracked = own_query[:, :, :, None]
         if not self.record.reference_only:
-            index = there.flatten(1)[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+            index = columns.flatten(1)[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
             visual = query.gather(2, index).unflatten(2, columns.shape[1:])
             tracked = torch.cat([tracked, visual], 3)
-        norms = new_value.float().square().sum((1, 3)).sqrt()
-        places = torch.cat([observers[None, :, None].expand(*columns.shape[:2], 1), self.past + there], 2)
         self.record.fill(
             query=tracked,
             key=keys,
             visible=visible[:, :, : tracked.shape[3]],
-            columns=places.clamp_max(keys.shape[2] - 1),
-            value_norm=norms.gather(1, there.flatten(1)).view_as(there),
+            columns=self.places.to(query.device),
+            value=new_value,
+            value_columns=columns,
             scale=scale,
         )
 

@@ -57,7 +57,7 @@ class GroupedCLIPAttention(CLIPAttention):
         record.fill(
             query=query[:, :, None, :1] if record.reference_only else query[:, :, None],
             key=key,
-            value_norm=value[:, None, :, 1:].float().square().sum((2, 4)).sqrt(),
+            value=value,
             scale=self.scale,
         )
         plain = attention_mask is None and not torch.is_grad_enabled()

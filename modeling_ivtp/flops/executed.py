@@ -359,7 +359,10 @@ def _real_record(record: AttentionRecord) -> AttentionRecord:
     real.fill(
         query=torch.randn(record.query.shape),
         key=torch.randn(record.key.shape),
-        value_norm=torch.rand(record.value_norm.shape),
+        value=torch.rand(record.value.shape),
+        value_columns=None
+        if record.value_columns is None
+        else torch.zeros(record.value_columns.shape, dtype=torch.long),
         scale=record.scale,
         visible=None if record.visible is None else torch.ones(record.visible.shape, dtype=torch.bool),
         columns=None if columns is None else torch.arange(columns.shape[-1]).expand(columns.shape),
