@@ -428,9 +428,15 @@ class GroupedDecoder:
         new = hidden.shape[1]
         if padding is None:
             keys = new if cache is None else cache.layers[layer].get_mask_sizes(new)[0]
-            filled = cache is None or isinstance(cache.layers[layer], PrunedDynamicLayer)
+            filled = cache is None or not isinstance(cache.layers[layer], StaticLayer)
             if (new == 1 and filled) or (keys == new and config._attn_implementation != "eager"):
                 return None
+        elif config._attn_implementation == "sdpa" and (cache is None or not _waits(cache.layers[layer])):
+            # transformers would look whether anything is padded at all, and wait for the device.
+            dropped = 0 if cache is None else cache.layers[layer].layout.dropped
+            there = padding[:, dropped:].to(hidden.device)
+            keys = torch.arange(there.shape[1], device=hidden.device)
+            return (keys <= keys[-new:, None]) & there[:, None, None]
         return create_causal_mask(
             config=config,
             inputs_embeds=hidden,
@@ -466,6 +472,11 @@ class GroupedDecoder:
                 f"The sequence has {past + new} tokens and the decoder's sliding window {window}: pruning supports "
                 "sequences up to the window. Shorten the prompt, or switch pruning off: model.pruning(enabled=False)."
             )
+
+
+def _waits(layer: Any) -> bool:
+    """Whether only the device knows how many entries a cache layer holds."""
+    return isinstance(layer, StaticLayer) and not getattr(layer, "empty", False)
 
 
 class ObservedLlamaAttention(ObservedAttention, LlamaAttention):

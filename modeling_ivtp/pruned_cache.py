@@ -94,8 +94,10 @@ class PrunedStaticLayer(StaticLayer):
 
     is_pruned = True
     is_initialized: bool
+    max_cache_len: int
     empty: bool = True
     """Whether nothing is stored yet."""
+    _spare: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __init__(self, max_cache_len: int, logical_len: int, layout: KeyLayout | None = None, **kwargs: Any) -> None:
         super().__init__(max_cache_len, **kwargs)
@@ -140,10 +142,28 @@ class PrunedStaticLayer(StaticLayer):
             self.layout = self.layout.cropped(self.entries + tokens_to_remove)
             self.cumulative_length.add_(tokens_to_remove)  # in place: compiled code knows its address
 
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Allocate, or take what was allocated before a `reset` if the prompt is as large: compiled code knows it."""
+        spare, self._spare = self._spare, None
+        entries: int = self.max_cache_len
+        fits = spare is not None and all(
+            old.shape == (*new.shape[:2], entries, new.shape[3]) and (old.dtype, old.device) == (new.dtype, new.device)
+            for old, new in zip(spare, (key_states, value_states), strict=True)
+        )
+        if not fits:
+            del spare
+            super().lazy_initialization(key_states, value_states)
+            return
+        self.keys, self.values = spare  # type: ignore[misc]
+        self.keys.zero_()
+        self.values.zero_()  # an infinite value would count, even where nothing attends to it
+        self.is_initialized = True
+
     def reset(self) -> None:
         """Forget everything and take the stock size again: the next prompt may drop less."""
         if self.is_initialized:
             self.cumulative_length.zero_()
+            self._spare = self.keys, self.values
         self.keys = self.values = None
         self.is_initialized, self.empty = False, True
         self.max_cache_len = self.logical_len

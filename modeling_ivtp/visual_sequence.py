@@ -54,6 +54,8 @@ class VisualSequence:
         The patches of the original grid that they are; -1 for none.
     present : bool Tensor (B, M)
         Which images exist.
+    order : int64 Tensor (B, M) or None
+        Which of the images of the batch they are; some other one where a row does not have so many. None: in order.
     ends : int64 Tensor (B, 1)
         Logical column of each row's last token.
     ragged : bool
@@ -72,6 +74,7 @@ class VisualSequence:
     columns: torch.Tensor
     patches: torch.Tensor
     present: torch.Tensor
+    order: torch.Tensor | None
     ends: torch.Tensor
     ragged: bool = False
     drafted: int = 0
@@ -290,6 +293,13 @@ def locate_images(
     placeholders = placeholders & there
     place = torch.arange(1, length + 1, device=placeholders.device)
     most = max(row.images for row in rows)
+    images = sum(row.images for row in rows)
+    shown, first = None, 0
+    if images != most * len(rows):
+        shown = []
+        for row in rows:
+            shown.append([min(first + image, images - 1) for image in range(most)])
+            first += row.images
     order = torch.where(placeholders, placeholders.long().cumsum(1) - 1, most * patches)
     columns = torch.full((placeholders.shape[0], most * patches + 1), length, device=placeholders.device)
     columns = columns.scatter(1, order, (place - 1).expand_as(order))[:, :-1].unflatten(1, (most, patches))
@@ -301,6 +311,7 @@ def locate_images(
         columns=columns,
         patches=torch.arange(patches, device=placeholders.device).expand_as(columns),
         present=columns[..., 0] < length,
+        order=None if shown is None else torch.tensor(shown, device=placeholders.device),
         ends=(there * place).amax(1, keepdim=True) - 1,
         counted=counted,
     )
@@ -311,11 +322,6 @@ def per_row(values: torch.Tensor, sequence: VisualSequence) -> torch.Tensor:
 
     An image that a row does not have gets the values of some other image; `VisualSequence.present` tells.
     """
-    batch, most = sequence.present.shape
-    if values.shape[0] == batch * most:
-        return values.unflatten(0, (batch, most))
-    first, index = 0, []
-    for row in sequence.rows:
-        index.append([min(first + image, values.shape[0] - 1) for image in range(most)])
-        first += row.images
-    return values[torch.tensor(index, device=values.device)]
+    if sequence.order is None:
+        return values.unflatten(0, sequence.present.shape)
+    return values[sequence.order.to(values.device)]

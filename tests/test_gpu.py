@@ -1,9 +1,11 @@
-"""What only a GPU can show: the same answers there, with its caches and its attention kernels."""
+"""What only a GPU can show: the same answers there, its kernels, caches and graphs, and a host that waits for nothing."""
 
 import pytest
 import torch
 from transformers.utils import is_flash_attn_2_available
 
+from modeling_ivtp.attention_maps import weighted_attention
+from modeling_ivtp.fused_attention import fused_weighted_attention, is_served
 from tests.tiny import prompt, tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -40,3 +42,94 @@ def test_flash_attention_gives_close_logits():
     expected = tiny_model().cuda().bfloat16()(**inputs).logits[:, -1]
     flash = tiny_model(attention="flash_attention_2").cuda().bfloat16()(**inputs).logits[:, -1]
     assert torch.nn.functional.cosine_similarity(flash.float(), expected.float()).min() > 0.9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(2, 16, 16, 577, 577, 64), (3, 8, 2, 65, 130, 80), (1, 4, 4, 33, 7, 16)])
+def test_the_kernel_is_weights_times_the_averaged_map(dtype, shape):
+    batch, heads, kv_heads, queries, keys, width = shape
+    draws = torch.Generator("cuda").manual_seed(0)
+    query = torch.randn(batch, queries, heads, width, generator=draws, device="cuda", dtype=dtype).transpose(1, 2)
+    key = torch.randn(batch, keys, kv_heads, width, generator=draws, device="cuda", dtype=dtype).transpose(1, 2)
+    weights = torch.rand(batch, queries, generator=draws, device="cuda")
+    assert is_served(query, key)
+    found = fused_weighted_attention(weights, query, key, width**-0.5)
+    # The same numbers in float64 on the CPU.
+    query, key = query.cpu().double(), key.cpu().double().repeat_interleave(heads // kv_heads, 1)
+    attention = (query @ key.transpose(2, 3) * width**-0.5).softmax(-1).mean(1)
+    expected = (weights.cpu().double()[:, None] @ attention)[:, 0]
+    torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-4, atol=1e-6)
+    assert torch.equal(
+        found, fused_weighted_attention(weights, *(x.cuda().to(dtype) for x in (query, key)), width**-0.5)
+    )
+
+
+def test_the_kernel_writes_no_map(monkeypatch):
+    query = torch.randn(8, 16, 577, 64, device="cuda", dtype=torch.bfloat16)
+    weights = torch.rand(8, 1, 577, device="cuda")
+
+    def peak():
+        weighted_attention(weights, query[:, :, None], query, 0.125)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        weighted_attention(weights, query[:, :, None], query, 0.125)
+        return torch.cuda.max_memory_allocated() - before
+
+    one_map = 8 * 577 * 577 * 4
+    assert peak() < one_map / 2
+    monkeypatch.setattr("modeling_ivtp.attention_maps.is_served", lambda *_: False)
+    assert peak() > 16 * one_map
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("rows", [ROWS[:1], ROWS])
+@torch.no_grad()
+def test_a_prompt_is_run_without_waiting_for_the_gpu(rows, cache):
+    model, inputs = tiny_model().cuda(), on_gpu(prompt(rows))
+    answer(model, inputs)  # what is made once is made
+    generation = model.prepare_inputs_for_generation
+    given = []
+
+    def prepared(*args, **kwargs):
+        told = generation(*args, **kwargs)
+        if kwargs.get("is_first_iteration"):
+            given.append(told)
+            torch.cuda.set_sync_debug_mode("error")
+        return told
+
+    original = type(model).forward
+
+    def forward(self, *args, **kwargs):
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    model.prepare_inputs_for_generation = prepared
+    type(model).forward = forward
+    try:
+        answer(model, inputs, cache_implementation=cache)
+    finally:
+        type(model).forward = original
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(given) == 1
+    # The control: what the host has to know makes it wait.
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            model(**inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_cuda_graphs_of_prompt_and_decoding_give_the_same_answer():
+    model, inputs = tiny_model().cuda(), on_gpu(prompt([[3, "image", 7], [4, "image", 6]]))
+    others = on_gpu(prompt([[3, "image", 7], [4, "image", 6]], seed=5))
+    expected = [answer(model, one) for one in (inputs, others)]
+    model.forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
+    try:
+        for _ in range(3):
+            for one, right in zip((inputs, others), expected, strict=True):
+                assert torch.equal(answer(model, one, cache_implementation="static"), right)
+    finally:
+        torch._dynamo.reset()
