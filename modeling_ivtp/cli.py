@@ -520,6 +520,9 @@ def bench(
     device: DeviceOption = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
     attention: Annotated[str, typer.Option(help="sdpa, eager, flash_attention_2; of all arms.")] = "sdpa",
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Run all arms compiled, with static caches; on a GPU as CUDA graphs.")
+    ] = False,
     threads: Annotated[int | None, typer.Option(help="Of the CPU.", show_default="PyTorch's")] = None,
     out: Annotated[str, typer.Option("--out", "-o", help="Folder of the results.")] = "speed",
     progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
@@ -546,6 +549,7 @@ def bench(
         repeats=repeats,
         dtype=dtype,
         attention=attention,
+        compiled=compiled,
     )
     if threads is not None:
         torch.set_num_threads(threads)

@@ -17,7 +17,6 @@ from .group_rollout import AttentionRecord, GroupScores
 from .layer_watch import LayerWatch
 from .observed_attention import Observation, ObservedAttention
 from .pruned_cache import (
-    PrunedDynamicLayer,
     allocate,
     is_pruned,
     layer_runs,

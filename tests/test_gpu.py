@@ -1,4 +1,4 @@
-"""What only a GPU can show: the same answers there, its kernels, caches and graphs, and a host that waits for nothing."""
+"""What only a GPU can show: the same answers there, its kernels, caches and graphs, and that the host never waits."""
 
 import pytest
 import torch

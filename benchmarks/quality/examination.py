@@ -68,7 +68,7 @@ class Examination:
         watch = Stopwatch()
         with row.applied(self.model), watch.watching(self.model):
             image, shared = self._image(row)
-            watch.selection = 0.0
+            watch.restart()
             start = time.perf_counter()
             said = self._generate(**image)
             now = time.perf_counter()

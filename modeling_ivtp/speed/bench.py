@@ -6,21 +6,24 @@ import datetime
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
 import torch
+from transformers.utils import is_flash_attn_2_available
 
 from ..flops import count_named
 from ..methods import make
+from .compiling import compiled, static_cache
+from .growth import growth
 from .models import DTYPES, bytes_needed, check_room, prompt, random_model, stock_twin
-from .timing import PARTS, Arm, interleaved, ratio, selection_share
+from .timing import PARTS, Arm, interleaved, ratio, selection_shares
 
-STOCK, OFF = "stock", "off"
-"""The baseline, and one of ours that prunes nothing."""
+STOCK, STOCK_FLASH, OFF = "stock", "stock, flash_attention_2", "off"
+"""The baseline, the same with another kernel where it is installed, and one of ours that prunes nothing."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Settings:
         For all arms alike, the baseline among them.
     instruction_tokens : int or None
         Of the prompt, for CLIP; None: as many as there are text tokens, at most 64.
+    compiled : bool
+        Whether prompts and decoding steps of all arms run compiled, with a static cache; on a GPU as CUDA graphs.
     """
 
     arms: tuple[str, ...] = (OFF, "ivtp@64")
@@ -51,6 +56,7 @@ class Settings:
     dtype: str = "float32"
     attention: str = "sdpa"
     instruction_tokens: int | None = None
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("new_tokens", 2), ("repeats", 1)):
@@ -74,7 +80,8 @@ class Settings:
     @property
     def named(self) -> tuple[str, ...]:
         """All arms, the baseline first."""
-        return tuple(dict.fromkeys((STOCK, *self.arms)))
+        flash = is_flash_attn_2_available() and self.attention == "sdpa" and self.dtype != "float32"
+        return tuple(dict.fromkeys((STOCK, *((STOCK_FLASH,) if flash else ()), *self.arms)))
 
     def spoken(self, text_tokens: int) -> int:
         """How many tokens of a prompt are the person's."""
@@ -128,25 +135,37 @@ def bench(
         If a system does not fit the model, or the machine cannot hold the largest case.
     """
     dtype = DTYPES[settings.dtype]
-    systems = {arm: make(*split(arm)) for arm in settings.named if arm not in (STOCK, OFF)}
+    systems = {arm: make(*split(arm)) for arm in settings.named if arm not in (STOCK, STOCK_FLASH, OFF)}
     for system in systems.values():
         system.bind(config).plan(config, config.num_patches)
     most = {"batch": max(settings.batches), "text_tokens": max(settings.text_tokens), "new_tokens": settings.new_tokens}
     check_room(bytes_needed(config, dtype=dtype, **most), device, f"batch {most['batch']} in {settings.dtype}")
     if model is None:
         model = random_model(config, dtype=dtype, device=device, attention=settings.attention)
-    arms = [Arm(STOCK, stock_twin(model))]
-    for name in settings.named[1:]:
-        applied = partial(model.pruning, enabled=False) if name == OFF else partial(systems[name], model)
-        arms.append(Arm(name, model, applied))
+    arms = []
+    for name in settings.named:
+        if name in systems:
+            arms.append(Arm(name, model, partial(systems[name], model)))
+        elif name == OFF:
+            arms.append(Arm(name, model, partial(model.pruning, enabled=False)))
+        else:
+            arms.append(Arm(name, stock_twin(model, "flash_attention_2" if name == STOCK_FLASH else None)))
     rows = []
     for batch, text in _cases(settings):
         spoken = settings.spoken(text)
         inputs = prompt(model, batch=batch, text_tokens=text, instruction_tokens=spoken)
-        told = interleaved(arms, inputs, new_tokens=settings.new_tokens, repeats=settings.repeats, advance=advance)
+        shares = {arm.name: selection_shares(arm, inputs) for arm in arms if arm.name in systems}
+        options: dict[str, Any] = {"new_tokens": settings.new_tokens, "repeats": settings.repeats, "advance": advance}
+        if settings.compiled:
+            room = inputs["input_ids"].shape[1] + settings.new_tokens
+            with compiled([replace(arm, cache=static_cache(arm.model, batch, room)) for arm in arms]) as ready:
+                told = interleaved(ready, inputs, **options)
+        else:
+            told = interleaved(arms, inputs, **options)
         for arm in arms:
-            share = selection_share(arm, inputs) if arm.name in systems else None
-            case = {"arm": arm.name, "batch": batch, "text_tokens": text, "selection_share": share}
+            choosing, words = shares.get(arm.name, (None, None))
+            case = {"arm": arm.name, "batch": batch, "text_tokens": text}
+            case |= {"selection_share": choosing, "words_share": words}
             rows.append(case | _summary(told[arm.name], told[STOCK]) | _implied(config, arm.name, text, spoken))
     return rows
 
@@ -177,7 +196,7 @@ def _implied(config: Any, arm: str, text_tokens: int, instruction_tokens: int) -
     """The speed-up of the prefill that FLOPs imply: all that runs, and the head over the last token alone."""
     options: dict[str, Any] = {"text_tokens": text_tokens, "instruction_tokens": instruction_tokens}
     stock = count_named(config, "unpruned", config.num_patches, **options)
-    found = stock if arm in (STOCK, OFF) else count_named(config, *split(arm), **options)
+    found = stock if arm in (STOCK, STOCK_FLASH, OFF) else count_named(config, *split(arm), **options)
     total, own = (sum(one.parts.values()) - one.parts["head"] for one in (stock, found))
     return {
         "tflops": own,
@@ -199,9 +218,16 @@ def machine(device: torch.device) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "system": platform.platform(terse=True),
-        "versions": {name: version(name) for name in ("torch", "transformers", "ivtp-llava")}
+        "versions": {name: _version(name) for name in ("torch", "transformers", "ivtp-llava")}
         | {"python": platform.python_version()},
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "from its sources"
 
 
 def results(
@@ -215,4 +241,5 @@ def results(
         "settings": asdict(settings),
         "machine": machine(device),
         "rows": list(rows),
+        "growth": growth(rows),
     }

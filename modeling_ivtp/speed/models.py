@@ -26,13 +26,16 @@ def random_model(config: Any, *, dtype: torch.dtype, device: torch.device, atten
     return model.eval().requires_grad_(False)
 
 
-def stock_twin(model: Any) -> Any:
-    """The stock LLaVA on the very weights of one of ours: LlavaForConditionalGeneration; no memory of its own."""
+def stock_twin(model: Any, attention: str | None = None) -> Any:
+    """The stock LLaVA on the very weights of one of ours: LlavaForConditionalGeneration; no memory of its own.
+
+    `attention` is its kernel; None: that of ours.
+    """
     stated = {name: value for name, value in model.config.to_dict().items() if name not in _OURS}
     config = LlavaConfig(**stated)
     with torch.device("meta"):
         stock = LlavaForConditionalGeneration._from_config(
-            config, attn_implementation=model.config._attn_implementation, dtype=model.dtype
+            config, attn_implementation=attention or model.config._attn_implementation, dtype=model.dtype
         )
     weights = model.state_dict()
     stock.load_state_dict({name: weights[name] for name in stock.state_dict()}, assign=True)

@@ -21,7 +21,8 @@ def markdown(results: Mapping[str, Any]) -> str:
     lines = [
         f"# Speed, {results['shape']}, {results['date']}\n",
         f"{machine['device']}, {machine['threads']} of {machine['cpus']} CPUs' threads; {versions}; "
-        f"{settings['dtype']}, {settings['attention']} in all arms; answers of {settings['new_tokens']} tokens; "
+        f"{settings['dtype']}, {settings['attention']} in all arms{_graphs(settings)}; "
+        f"answers of {settings['new_tokens']} tokens; "
         f"medians of {settings['repeats']} interleaved runs, each paired with stock's; 95% bootstrap intervals.\n",
         f"`{results['command']}`\n",
         "## Speed-up over stock LLaVA\n",
@@ -36,19 +37,40 @@ def markdown(results: Mapping[str, Any]) -> str:
         "Implied: what FLOPs of the prefill say; reached: the share of it.\n",
         "## What it takes\n",
         markdown_table(
-            ("arm", "batch", "text", "final tokens", "layer-averaged", "tower, ms", "prefill, ms", "choosing",
+            ("arm", "batch", "text", "final tokens", "layer-averaged", "tower, ms", "prefill, ms", "choosing", "words",
              "decode, ms", "end to end, s", "KV cache", "peak memory"),
             [
                 (row["arm"], row["batch"], row["text_tokens"], row["final_tokens"],
                  f"{row['layer_averaged_tokens']:.1f}", *(_spread(row[part]) for part in ("tower", "prefill")),
-                 "" if row["selection_share"] is None else f"{row['selection_share']:.1%}", _spread(row["decode"]),
+                 *("" if row[share] is None else f"{row[share]:.1%}" for share in ("selection_share", "words_share")),
+                 _spread(row["decode"]),
                  f"{row['end_to_end']['seconds']:.2f}", human_bytes(row["kv_bytes"]),
                  "" if row["peak_bytes"] is None else human_bytes(row["peak_bytes"]))
                 for row in results["rows"]
             ],
         ),
+        "Choosing: the share of the prefill that scoring and selecting take; words: that of CLIP's text tower, which "
+        "reads the instruction anew in every run here.\n",
     ]  # fmt: skip
+    if results["growth"]:
+        lines += [
+            "## Growth\n",
+            "Prefill time as a line over the FLOPs of all cases of an arm: fixed time, rate, and how far the cases lie "
+            "from the line.\n",
+            markdown_table(
+                ("arm", "fixed, ms", "TFLOP/s", "cases", "furthest below", "furthest above", "typical distance"),
+                [
+                    (fit["arm"], f"{1000 * fit['fixed']:.1f}", f"{fit['rate']:.3g}", len(shares), f"{min(shares):+.1%}",
+                     f"{max(shares):+.1%}", f"{sorted(map(abs, shares))[len(shares) // 2]:.1%}")
+                    for fit in results["growth"] for shares in [[one["share"] for one in fit["residuals"]]]
+                ],
+            ),
+        ]  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def _graphs(settings: Mapping[str, Any]) -> str:
+    return ", all compiled, with static caches" if settings["compiled"] else ""
 
 
 def reached(row: Mapping[str, Any]) -> str:
@@ -111,7 +133,8 @@ def write(results: Mapping[str, Any], out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     number = 1
     while True:
-        stem = f"speed-{results['shape']}-{results['date']}{'' if number == 1 else f'-{number}'}"
+        graphs = "-compiled" if results["settings"]["compiled"] else ""
+        stem = f"speed-{results['shape']}{graphs}-{results['date']}{'' if number == 1 else f'-{number}'}"
         file = out / f"{stem}.json"
         if not file.exists():
             break

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from ..pruning_policy import Wrapped
 
 
@@ -32,25 +34,57 @@ class Taken:
 
 
 class Stopwatch:
-    """Times what a model does while it is watched."""
+    """Times what a model does while it is watched.
+
+    On a GPU it notes moments in the stream of work, so that nothing is held up, and reads them when asked.
+    """
 
     def __init__(self) -> None:
-        self.selection = 0.0
-        self.first_token: float | None = None
-        self._running = False
+        self._running: set[str] = set()
+        self._gpu = False
+        self.restart()
 
-    def timing(self, work: Callable[..., Any]) -> Callable[..., Any]:
-        """`work`, whose time counts as selection; what runs inside of it is not counted twice."""
+    def restart(self) -> None:
+        """Forget what was timed so far."""
+        self.first_token: float | None = None
+        self._spans: dict[str, list[tuple[Any, Any]]] = {"selection": [], "words": []}
+
+    @property
+    def selection(self) -> float:
+        """Seconds that choosing took, the question's words among them."""
+        return self._total("selection")
+
+    @property
+    def words(self) -> float:
+        """Seconds of that in CLIP's text tower."""
+        return self._total("words")
+
+    def _total(self, what: str) -> float:
+        if not self._gpu:
+            return sum(end - start for start, end in self._spans[what])
+        torch.cuda.synchronize()
+        return sum(start.elapsed_time(end) for start, end in self._spans[what]) / 1000
+
+    def _now(self) -> Any:
+        if not self._gpu:
+            return time.perf_counter()
+        moment = torch.cuda.Event(enable_timing=True)
+        moment.record()
+        return moment
+
+    def timing(self, work: Callable[..., Any], what: str = "selection") -> Callable[..., Any]:
+        """`work`, whose time counts; what runs inside of it is not counted twice."""
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            if self._running:
+            if what in self._running:
                 return work(*args, **kwargs)
-            self._running, start = True, time.perf_counter()
+            self._running.add(what)
+            start = self._now()
             try:
                 return work(*args, **kwargs)
             finally:
-                self.selection += time.perf_counter() - start
-                self._running = False
+                self._spans[what].append((start, self._now()))
+                self._running.discard(what)
 
         return timed
 
@@ -58,11 +92,13 @@ class Stopwatch:
     def watching(self, model: Any) -> Iterator[None]:
         """Time a model's choices, and note when its language model has read the prompt; undone when left."""
         inner = model.model
+        self._gpu = model.device.type == "cuda"
         changed = {
             "applied_policy": _Timed(inner.policy, self),
             # What guides the choice by the question is part of choosing.
             "_reference": self.timing(inner._reference),
             "_in_prompt": self.timing(inner._in_prompt),
+            "text_features": self.timing(inner.text_features, "words"),
         }
         before = {name: vars(inner)[name] for name in changed if name in vars(inner)}
 

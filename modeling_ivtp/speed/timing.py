@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from ..cache_name import cache_of
+from ..cache_name import CACHE, cache_of
 from ..hub.answering import kv_bytes
 from .stopwatch import Stopwatch
 
@@ -30,11 +30,14 @@ class Arm:
     model : LlavaForConditionalGeneration or IVTPLlavaForConditionalGeneration
     applied : callable
         Makes the context in which it prunes as it is to.
+    cache : StaticCache, optional
+        To answer with, over and over; default: a dynamic one that grows.
     """
 
     name: str
     model: Any
     applied: Callable[[], AbstractContextManager[Any]] = nullcontext
+    cache: Any = None
 
 
 class _Moments(StoppingCriteria):
@@ -70,7 +73,12 @@ def run(arm: Arm, inputs: Mapping[str, Any], new_tokens: int) -> dict[str, float
     ours = hasattr(arm.model, "pruning")
     given = {name: value for name, value in inputs.items() if ours or not name.startswith("clip_")}
     device = arm.model.device
-    wait = torch.cuda.synchronize if device.type == "cuda" else _no_wait
+    wait = _wait_for(device)
+    if arm.cache is not None:
+        arm.cache.reset()
+        given[CACHE] = arm.cache
+    if ours:
+        arm.model.model.instruction_cache.clear()  # every question is a new one
     with arm.applied():
         wait()
         start = time.perf_counter()
@@ -104,6 +112,10 @@ def run(arm: Arm, inputs: Mapping[str, Any], new_tokens: int) -> dict[str, float
     return told
 
 
+def _wait_for(device: torch.device) -> Callable[[], None]:
+    return torch.cuda.synchronize if device.type == "cuda" else _no_wait
+
+
 def _no_wait() -> None:
     """A CPU is done when it returns."""
 
@@ -135,19 +147,22 @@ def interleaved(
 
 
 @torch.inference_mode()
-def selection_share(arm: Arm, inputs: Mapping[str, Any], repeats: int = 3) -> float:
-    """Share of the prefill that scoring and choosing take, the question's words among it: the median of some runs.
-
-    Timed apart, because looking at a GPU's clock in the middle holds it up.
-    """
+def selection_shares(arm: Arm, inputs: Mapping[str, Any], repeats: int = 5) -> tuple[float, float]:
+    """Shares of the prefill that choosing takes, and that CLIP's text tower takes for it: medians of some runs."""
+    wait = _wait_for(arm.model.device)
     shares = []
     for _ in range(repeats):
         watch = Stopwatch()
+        arm.model.model.instruction_cache.clear()
         with arm.applied(), watch.watching(arm.model):
+            wait()
             start = time.perf_counter()
             arm.model(**inputs, use_cache=True, logits_to_keep=1)
-            shares.append(watch.selection / (time.perf_counter() - start))
-    return float(np.median(shares))
+            wait()
+            whole = time.perf_counter() - start
+            shares.append(((watch.selection - watch.words) / whole, watch.words / whole))
+    choosing, words = np.median(shares, axis=0)
+    return float(choosing), float(words)
 
 
 def ratio(baseline: Sequence[float], arm: Sequence[float], *, resamples: int = 2000) -> tuple[float, float, float]:

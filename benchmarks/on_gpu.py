@@ -1,0 +1,66 @@
+"""Everything about speed that needs a GPU, in one run that needs nothing but the repository.
+
+python -m benchmarks.on_gpu --out FOLDER
+
+Runs the GPU tests, then `ivtp bench` on LLaVA-1.5-7B's shape with random weights: prefills over batches and prompt
+lengths, whole answers, and small batches as CUDA graphs. What is finished is written at once, so a run may be cut short.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+_SHAPE = ("--shape", "llava-1.5-7b", "--dtype", "bfloat16")
+_BUDGETS = ("--arm", "ivtp@64", "--arm", "ivtp@128", "--arm", "ivtp@256")
+
+
+def _repeated(option: str, *values: int) -> list[str]:
+    return [word for value in values for word in (option, str(value))]
+
+
+STEPS: dict[str, list[str]] = {
+    "tests": ["pytest", "-m", "gpu", "-q", "tests"],
+    "prefill": [
+        *("modeling_ivtp.cli", "bench", *_SHAPE, "--arm", "off", *_BUDGETS, "--arm", "ivtp@448"),
+        *_repeated("--batch", 1, 2, 4, 8, 16, 32),
+        *("--new-tokens", "2", "--repeats", "20"),
+    ],
+    "answers": [
+        *("modeling_ivtp.cli", "bench", *_SHAPE, *_BUDGETS),
+        *_repeated("--batch", 1, 8, 32),
+        *("--new-tokens", "128", "--repeats", "5"),
+    ],
+    "growth": [
+        *("modeling_ivtp.cli", "bench", *_SHAPE, "--arm", "ivtp@64"),
+        *_repeated("--batch", 1, 4, 16),
+        *_repeated("--text-tokens", 64, 256, 1024, 2048),
+        *("--new-tokens", "2", "--repeats", "5"),
+    ],
+    "graphs": [
+        *("modeling_ivtp.cli", "bench", *_SHAPE, "--arm", "ivtp@64", "--compile"),
+        *_repeated("--batch", 1),
+        *("--new-tokens", "64", "--repeats", "10"),
+    ],
+}
+
+
+def main() -> int:
+    """Run the steps; the number of those that failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--steps", nargs="+", choices=list(STEPS), default=list(STEPS))
+    asked = parser.parse_args()
+    failed = 0
+    for step in asked.steps:
+        out = ["--out", str(asked.out / step)] if "bench" in STEPS[step] else []
+        start = time.monotonic()
+        status = subprocess.run([sys.executable, "-m", *STEPS[step], *out]).returncode
+        failed += status != 0
+        print(f"{step}: {'failed' if status else 'done'} in {time.monotonic() - start:.0f} s", flush=True)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

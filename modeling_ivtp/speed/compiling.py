@@ -1,0 +1,46 @@
+"""Arms that run compiled: prompts and decoding steps as graphs, with a static cache whose addresses stay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch._dynamo
+from transformers import StaticCache
+
+from .timing import Arm
+
+
+def static_cache(model: Any, batch: int, room: int) -> Any:
+    """A static cache for `room` tokens a row; a stock model's has its memory already, ours gets it with the prompt."""
+    config = model.config.text_config
+    cache = StaticCache(config=config, max_cache_len=room)
+    if not hasattr(model, "pruning"):
+        heads = config.num_attention_heads
+        cache.early_initialization(
+            batch,
+            getattr(config, "num_key_value_heads", None) or heads,
+            getattr(config, "head_dim", None) or config.hidden_size // heads,
+            model.dtype,
+            model.device,
+        )
+    return cache
+
+
+@contextmanager
+def compiled(arms: Sequence[Arm]) -> Iterator[Sequence[Arm]]:
+    """Compile the models of some arms; undone when left."""
+    mode = "reduce-overhead" if arms[0].model.device.type == "cuda" else None
+    models = list({id(arm.model): arm.model for arm in arms}.values())
+    # Every arm that shares a model is a variant of its graph, and so is every case.
+    with torch._dynamo.config.patch(recompile_limit=64):
+        for model in models:
+            model.forward = torch.compile(model.forward, mode=mode)
+        try:
+            yield arms
+        finally:
+            for model in models:
+                del model.forward
+            torch._dynamo.reset()

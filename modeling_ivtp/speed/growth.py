@@ -1,0 +1,40 @@
+"""Whether time grows as FLOPs say: a line through the prefills of each arm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+
+def growth(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Fit `seconds = fixed + work / rate` to the prefills of every arm, by the least squares of relative errors.
+
+    Parameters
+    ----------
+    rows : sequence of mapping
+        As `bench` returns them.
+
+    Returns
+    -------
+    list of dict
+        For each arm of at least three cases: `fixed` (seconds), `rate` (TFLOP/s), and `residuals`, for each case how
+        far its median lies above the line, as a share of it.
+    """
+    fits = []
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        cases = [row for row in rows if row["arm"] == arm]
+        if len(cases) < 3:
+            continue
+        work = np.array([row["batch"] * row["tflops"] for row in cases])
+        seconds = np.array([row["prefill"]["seconds"] for row in cases])
+        system = np.stack([1 / seconds, work / seconds], axis=1)
+        fixed, slope = np.linalg.lstsq(system, np.ones(len(cases)), rcond=None)[0]
+        line = fixed + slope * work
+        residuals = [
+            {"batch": row["batch"], "text_tokens": row["text_tokens"], "share": float(share)}
+            for row, share in zip(cases, seconds / line - 1, strict=True)
+        ]
+        fits.append({"arm": arm, "fixed": float(fixed), "rate": float(1 / slope), "residuals": residuals})
+    return fits
