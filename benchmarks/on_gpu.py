@@ -3,7 +3,7 @@
 python -m benchmarks.on_gpu --out FOLDER
 
 Runs the GPU tests, then `ivtp bench` on LLaVA-1.5-7B's shape with random weights: prefills over batches and prompt
-lengths, whole answers, and small batches as CUDA graphs. What is finished is written at once, so a run may be cut short.
+lengths, whole answers, and small batches as CUDA graphs. What is finished is written at once: a run may be cut short.
 """
 
 import argparse

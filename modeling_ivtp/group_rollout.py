@@ -72,8 +72,8 @@ class AttentionRecord:
 
     def seal(self) -> None:
         """Let go of the tensors and accept no more."""
-        for name in ("query", "key", "value", "value_columns", "visible", "columns", "averaged_map"):
-            self.__dict__.pop(name, None)
+        self.query = self.key = self.value = None  # type: ignore[assignment]
+        self.value_columns = self.visible = self.columns = self.averaged_map = None
         self.sealed = True
 
 

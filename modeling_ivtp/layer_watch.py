@@ -48,8 +48,7 @@ class LayerWatch:
 
     def seal(self) -> None:
         """Let go of the tensors and accept no more."""
-        for name in ("query", "key"):
-            self.__dict__.pop(name, None)
+        self.query = self.key = None  # type: ignore[assignment]
         self.sealed = True
 
     def attention(self, first: int, weights: torch.Tensor) -> torch.Tensor:

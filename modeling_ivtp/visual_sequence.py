@@ -5,7 +5,6 @@ and filled up on the left. *Logical* columns count the prompt as it was given, *
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch.nn.functional import pad
@@ -98,7 +97,8 @@ class VisualSequence:
     @property
     def reach(self) -> int:
         """Physical columns up to the end of the last image of any row."""
-        return self.size - min((row.behind for row in self.rows if row.images), default=self.size)
+        behind = [row.behind for row in self.rows if row.images]
+        return self.size - min(behind) if behind else 0
 
     @property
     def there(self) -> torch.Tensor:
@@ -107,10 +107,18 @@ class VisualSequence:
 
     def to(self, device: torch.device) -> "VisualSequence":
         """The same with its tensors on another device."""
-        moved: dict[str, Any] = {
-            name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
-        }
-        return replace(self, **moved)
+        if self.slots.device == device:
+            return self
+        return replace(
+            self,
+            slots=self.slots.to(device),
+            valid=None if self.valid is None else self.valid.to(device),
+            columns=self.columns.to(device),
+            patches=self.patches.to(device),
+            present=self.present.to(device),
+            order=None if self.order is None else self.order.to(device),
+            ends=self.ends.to(device),
+        )
 
     def visual(self, hidden: torch.Tensor) -> torch.Tensor:
         """The visual tokens of each image among hidden states (B, n, d): (B, M, k, d); in the place of none, any."""
