@@ -73,6 +73,8 @@ def prompt(model: Any, *, batch: int, text_tokens: int, instruction_tokens: int,
         windows = -(-instruction_tokens // body)
         words = torch.randint(1, clip.bos_token_id, (batch, windows, clip.max_position_embeddings), generator=draws)
         words[..., 0], words[..., -1] = clip.bos_token_id, clip.eos_token_id
+        # CLIP's own padding is the token that ends a text.
+        words[:, -1, 1 + instruction_tokens - (windows - 1) * body :] = clip.eos_token_id
         spans = torch.zeros(batch, ids.shape[1], 2, dtype=torch.long)
         total = windows * clip.max_position_embeddings
         for number in range(instruction_tokens):
