@@ -14,36 +14,35 @@ from pathlib import Path
 
 _SHAPE = ("--shape", "llava-1.5-7b", "--dtype", "bfloat16")
 _BUDGETS = ("--arm", "ivtp@64", "--arm", "ivtp@128", "--arm", "ivtp@256")
+_REPLAYED = ("--arm", "stock+graphs", "--arm", "ivtp@64+graphs")
 
 
 def _repeated(option: str, *values: int) -> list[str]:
     return [word for value in values for word in (option, str(value))]
 
 
+def _bench(*options: str) -> list[str]:
+    return ["modeling_ivtp.cli", "bench", *_SHAPE, *options]
+
+
 STEPS: dict[str, list[str]] = {
-    "tests": ["pytest", "-m", "gpu", "-q", "tests"],
-    "prefill": [
-        *("modeling_ivtp.cli", "bench", *_SHAPE, "--arm", "off", *_BUDGETS, "--arm", "ivtp@448"),
+    "tests": ["pytest", "-m", "gpu", "-q", "tests/test_gpu.py"],
+    "prefill": _bench(
+        *_BUDGETS, "--arm", "off", "--arm", "ivtp@448", "--new-tokens", "2", "--repeats", "20",
         *_repeated("--batch", 1, 2, 4, 8, 16, 32),
-        *("--new-tokens", "2", "--repeats", "20"),
-    ],
-    "answers": [
-        *("modeling_ivtp.cli", "bench", *_SHAPE, *_BUDGETS),
-        *_repeated("--batch", 1, 8, 32),
-        *("--new-tokens", "128", "--repeats", "5"),
-    ],
-    "growth": [
-        *("modeling_ivtp.cli", "bench", *_SHAPE, "--arm", "ivtp@64"),
-        *_repeated("--batch", 1, 4, 16),
-        *_repeated("--text-tokens", 64, 256, 1024, 2048),
-        *("--new-tokens", "2", "--repeats", "5"),
-    ],
-    "graphs": [
-        *("modeling_ivtp.cli", "bench", *_SHAPE, "--arm", "ivtp@64", "--compile"),
-        *_repeated("--batch", 1),
-        *("--new-tokens", "64", "--repeats", "10"),
-    ],
-}
+    ),
+    "graphs": _bench(
+        *_BUDGETS, *_REPLAYED, "--new-tokens", "2", "--repeats", "10", *_repeated("--batch", 1, 2, 4, 8),
+    ),
+    "answers": _bench(
+        "--arm", "ivtp@64", *_REPLAYED, "--new-tokens", "128", "--repeats", "5", *_repeated("--batch", 1, 8, 32),
+    ),
+    "growth": _bench(
+        "--arm", "ivtp@64", "--new-tokens", "2", "--repeats", "5",
+        *_repeated("--batch", 1, 4, 16), *_repeated("--text-tokens", 64, 256, 1024, 2048),
+    ),
+    "compiled": _bench("--arm", "ivtp@64", "--compile", "--new-tokens", "64", "--repeats", "5"),
+}  # fmt: skip
 
 
 def main() -> int:

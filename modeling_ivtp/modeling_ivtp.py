@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPTextModelWithProjection
@@ -23,9 +23,10 @@ from .checkpoint_ivtp import LlavaCheckpoint, register_weight_names
 from .configuration_ivtp import IVTPLlavaConfig
 from .generation_ivtp import PrunedGeneration
 from .instruction_cache import InstructionCache
-from .language_ivtp import DECODERS
+from .language_ivtp import DECODERS, PrunedDecoderOutput
 from .prompt_ivtp import PromptPruning, choose_features
 from .prompt_reading import PromptReading
+from .prompt_replay import PromptCapture, PromptReplay
 from .pruning_controls import PruningControls, PruningOptions
 from .pruning_policy import Choice, FeatureMoment
 from .token_budget import PruningPlan
@@ -80,7 +81,7 @@ class IVTPLlavaPreTrainedModel(LlavaPreTrainedModel):
     config: Any
 
 
-class IVTPLlavaModel(PromptPruning, PruningOptions, IVTPLlavaPreTrainedModel, LlavaModel):
+class IVTPLlavaModel(PromptReplay, PromptPruning, PruningOptions, IVTPLlavaPreTrainedModel, LlavaModel):
     """LLaVA without language model head, pruning its visual tokens in the vision tower and in the decoder.
 
     Parameters
@@ -150,16 +151,24 @@ class IVTPLlavaModel(PromptPruning, PruningOptions, IVTPLlavaPreTrainedModel, Ll
             )
         return_dict = kwargs.pop("return_dict", True)
         kwargs.pop("output_hidden_states", None)
-        vision = self.vision_tower(
-            pixel_values,
-            policy=policy,
-            plan=plan,
-            feature_layers=[layers] if isinstance(layers, int) else layers,
-            to_the_top=self.has_text_tower and policy.embeds_image,
-            scores=None if recorder is None else recorder.tower,
-            **kwargs,
-        )
-        outputs = self.image_outputs(vision, plan, pixel_values, recorder)
+        wanted = (layers,) if isinstance(layers, int) else tuple(layers)
+
+        def encode(pixel_values: torch.Tensor) -> IVTPImageFeatures:
+            vision = self.vision_tower(
+                pixel_values,
+                policy=policy,
+                plan=plan,
+                feature_layers=wanted,
+                to_the_top=self.has_text_tower and policy.embeds_image,
+                scores=None if recorder is None else recorder.tower,
+                **kwargs,
+            )
+            return self.image_outputs(vision, plan, pixel_values, recorder)
+
+        if recorder is None and self.replay_serves({"pixel_values": pixel_values}, kwargs):
+            outputs = self.replay_images(encode, pixel_values, wanted)
+        else:
+            outputs = encode(pixel_values)
         return outputs if return_dict else outputs.to_tuple()
 
     def image_outputs(
@@ -278,9 +287,6 @@ class IVTPLlavaModel(PromptPruning, PruningOptions, IVTPLlavaPreTrainedModel, Ll
             )
         if reading.sequence.valid is None and past == 0:
             attention_mask = None  # where nothing is padded, no layer has to look for it
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-        assert inputs_embeds is not None
         if encoded is None:
             encoded = self.get_image_features(
                 pixel_values,  # type: ignore[arg-type]
@@ -295,26 +301,32 @@ class IVTPLlavaModel(PromptPruning, PruningOptions, IVTPLlavaPreTrainedModel, Ll
                 f"mm_encoder_outputs holds {'all' if kept is None else kept.shape[1]} patches of an image, the options "
                 f"in force {plan.encoded_tokens}: encode it with get_image_features under the same pruning options."
             )
-        visual, inputs_embeds = self.visual_prompt(
-            plan=plan,
-            reading=reading,
-            encoded=encoded,
-            input_ids=input_ids,
-            inputs_embeds=inputs_embeds,
-            position_ids=position_ids,
-            past=past,
-            clip_input_ids=clip_input_ids,
-            clip_spans=clip_spans,
-            recorder=recorder,
-        )
-        outputs = self.language_model(
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            visual=visual,
-            **kwargs,
-        )
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        given |= {"clip_input_ids": clip_input_ids, "clip_spans": clip_spans}
+        alone = cache is None or (type(cache) is DynamicCache and past == 0)
+        if (
+            alone
+            and recorder is None
+            and not drafted
+            and inputs_embeds is None
+            and kwargs.get("use_cache")
+            and reading.sequence.order is None
+            and self.replay_serves(given, kwargs)
+        ):
+            told, cache = self.replay_prompt(self._run_prompt, reading, encoded, given, cache)
+            outputs = PrunedDecoderOutput(
+                last_hidden_state=told["hidden"], kept_tokens=told["kept_tokens"], **{CACHE: cache}
+            )
+        else:
+            outputs = self._run_prompt(
+                encoded=encoded,
+                reading=reading,
+                cache=cache,
+                inputs_embeds=inputs_embeds,
+                recorder=recorder,
+                **given,
+                **kwargs,
+            )
         result = IVTPLlavaModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             hidden_states=outputs.hidden_states,
@@ -326,10 +338,70 @@ class IVTPLlavaModel(PromptPruning, PruningOptions, IVTPLlavaPreTrainedModel, Ll
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return result if return_dict else result.to_tuple()
 
+    def _run_prompt(
+        self,
+        encoded: Any,
+        reading: PromptReading,
+        cache: Cache | None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        clip_input_ids: torch.Tensor | None = None,
+        clip_spans: torch.Tensor | None = None,
+        recorder: TraceRecorder | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The decoder on a prompt whose images are encoded: PrunedDecoderOutput."""
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        assert inputs_embeds is not None
+        plan = self.plan()
+        assert plan is not None
+        visual, inputs_embeds = self.visual_prompt(
+            plan=plan,
+            reading=reading,
+            encoded=encoded,
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            position_ids=position_ids,
+            past=0 if cache is None else int(cache.get_seq_length()),
+            clip_input_ids=clip_input_ids,
+            clip_spans=clip_spans,
+            recorder=recorder,
+        )
+        return self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            visual=visual,
+            **kwargs,
+        )
+
+    def train(self, mode: bool = True) -> Any:
+        """As in torch; what was recorded of another mode is dropped."""
+        if self.graphs is not None and mode != self.training:
+            self.graphs.forget()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Moves or casts weights, as in torch; recordings of where they were are dropped."""
+        if self.graphs is not None:
+            self.graphs.forget()
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Loads weights, as in torch; recordings of where earlier ones were are dropped."""
+        if self.graphs is not None:
+            self.graphs.forget()
+        super()._load_from_state_dict(*args, **kwargs)
+
 
 class IVTPLlavaForConditionalGeneration(
     LlavaCheckpoint,
     PruningControls,
+    PromptCapture,
     PrunedGeneration,
     IVTPLlavaPreTrainedModel,
     LlavaForConditionalGeneration,

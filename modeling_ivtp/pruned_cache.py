@@ -273,6 +273,35 @@ def allocate(
             layer.lazy_initialization(shape, shape)
 
 
+def fill(
+    cache: Cache,
+    stored: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    layouts: Sequence[tuple[int, int, torch.Tensor | None, torch.Tensor | None]],
+    places: Sequence[int],
+    tail: int,
+) -> None:
+    """Put a prompt that ran elsewhere into an empty dynamic cache.
+
+    Parameters
+    ----------
+    cache : Cache
+        From `prepare_layers`; changed in place.
+    stored : sequence of (Tensor, Tensor)
+        Keys and values of each layer, (B, H_kv, entries, dh).
+    layouts : sequence of (int, int, Tensor or None, Tensor or None)
+        `stored`, `dropped`, `key_mask` and `position_shift` of the layouts.
+    places : sequence of int
+        Which of them each layer has.
+    tail : int
+        See `KeyLayout`.
+    """
+    made = [KeyLayout(entries, dropped, tail, mask, shift) for entries, dropped, mask, shift in layouts]
+    for layer, (keys, values), place in zip(cache.layers, stored, places, strict=True):
+        filled: Any = layer
+        filled.lazy_initialization(keys, values)
+        filled.keys, filled.values, filled.layout = keys, values, made[place]
+
+
 def _adopt(layer: CacheLayerMixin, layout: KeyLayout, capacity: int) -> PrunedLayer:
     pruned: PrunedLayer
     carried = ["keys", "values", "device"]

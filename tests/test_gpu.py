@@ -122,6 +122,16 @@ def test_a_prompt_is_run_without_waiting_for_the_gpu(rows, cache):
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_captured_prompts_give_the_same_answers():
+    model, plain = tiny_model().cuda(), tiny_model().cuda()
+    model.capture_prompts()
+    for rows in ([[3, "image", 7]], [[3, "image", 7], [2, "image", 6]]):
+        for seed in range(4):
+            inputs = on_gpu(prompt(rows, seed=seed))
+            assert torch.equal(answer(model, inputs), answer(plain, inputs))
+    assert len(model.model.graphs) == 4
+
+
 def test_cuda_graphs_of_prompt_and_decoding_give_the_same_answer():
     model, inputs = tiny_model().cuda(), on_gpu(prompt([[3, "image", 7], [4, "image", 6]]))
     others = on_gpu(prompt([[3, "image", 7], [4, "image", 6]], seed=5))

@@ -69,8 +69,8 @@ def test_arms_take_turns(model: Any, inputs: dict[str, Any], monkeypatch: pytest
     arms = [Arm(name, model, lambda name=name: (order.append(name), model.pruning())[1]) for name in "ab"]
     steps: list[int] = []
     told = interleaved(arms, inputs, new_tokens=2, repeats=3, advance=lambda: steps.append(1))
-    assert order == list("ab" + "ab" + "ba" + "ab")
-    assert len(steps) == 8
+    assert order == list("ab" + "ab" + "ab" + "ba" + "ab")
+    assert len(steps) == 10
     assert [len(told[name]) for name in "ab"] == [3, 3]
 
 

@@ -6,6 +6,7 @@ import datetime
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -15,8 +16,10 @@ import numpy as np
 import torch
 from transformers.utils import is_flash_attn_2_available
 
+from ..cuda_graphs import Graphs
 from ..flops import count_named
 from ..methods import make
+from .captured_stock import captured
 from .compiling import compiled, static_cache
 from .growth import growth
 from .models import DTYPES, bytes_needed, check_room, prompt, random_model, stock_twin
@@ -24,6 +27,8 @@ from .timing import PARTS, Arm, interleaved, ratio, selection_shares
 
 STOCK, STOCK_FLASH, OFF = "stock", "stock, flash_attention_2", "off"
 """The baseline, the same with another kernel where it is installed, and one of ours that prunes nothing."""
+GRAPHS = "+graphs"
+"""Behind `stock` or a budget of IVTP: images and prompts are replayed as CUDA graphs."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +74,13 @@ class Settings:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r}; allowed: {', '.join(DTYPES)}.")
         for arm in self.arms:
-            if arm not in (STOCK, OFF):
+            if arm not in (STOCK, OFF, STOCK + GRAPHS):
                 split(arm)
 
     @property
     def runs(self) -> int:
         """How many runs of an arm there are in all."""
-        return len(self.batches) * len(self.text_tokens) * (self.repeats + 1) * len(self.named)
+        return len(self.batches) * len(self.text_tokens) * (self.repeats + 2) * len(self.named)
 
     @property
     def named(self) -> tuple[str, ...]:
@@ -97,9 +102,12 @@ def split(arm: str) -> tuple[str, int]:
     ValueError
         If it is not of the form `fastv@64`, or there is no such system.
     """
-    name, _, budget = arm.partition("@")
-    if not budget.isdecimal() or int(budget) < 1:
-        raise ValueError(f"arm {arm!r}; allowed: {OFF}, or a system and its budget, such as ivtp@64 or fastv@128.")
+    name, _, budget = arm.removesuffix(GRAPHS).partition("@")
+    if not budget.isdecimal() or int(budget) < 1 or (arm.endswith(GRAPHS) and name != "ivtp"):
+        raise ValueError(
+            f"arm {arm!r}; allowed: {OFF}, or a system and its budget, such as ivtp@64 or fastv@128; on a "
+            f"GPU also {STOCK}{GRAPHS} and ivtp@64{GRAPHS}."
+        )
     make(name, int(budget))
     return name, int(budget)
 
@@ -135,26 +143,23 @@ def bench(
         If a system does not fit the model, or the machine cannot hold the largest case.
     """
     dtype = DTYPES[settings.dtype]
-    systems = {arm: make(*split(arm)) for arm in settings.named if arm not in (STOCK, STOCK_FLASH, OFF)}
+    systems = {arm: make(*split(arm)) for arm in settings.named if not _prunes_nothing(arm)}
+    if device.type != "cuda" and (graphs := [arm for arm in settings.named if arm.endswith(GRAPHS)]):
+        raise ValueError(f"{', '.join(graphs)}: CUDA graphs need a GPU, and this runs on {device}.")
     for system in systems.values():
         system.bind(config).plan(config, config.num_patches)
     most = {"batch": max(settings.batches), "text_tokens": max(settings.text_tokens), "new_tokens": settings.new_tokens}
     check_room(bytes_needed(config, dtype=dtype, **most), device, f"batch {most['batch']} in {settings.dtype}")
     if model is None:
         model = random_model(config, dtype=dtype, device=device, attention=settings.attention)
-    arms = []
-    for name in settings.named:
-        if name in systems:
-            arms.append(Arm(name, model, partial(systems[name], model)))
-        elif name == OFF:
-            arms.append(Arm(name, model, partial(model.pruning, enabled=False)))
-        else:
-            arms.append(Arm(name, stock_twin(model, "flash_attention_2" if name == STOCK_FLASH else None)))
+    arms = [_arm(name, model, systems.get(name)) for name in settings.named]
     rows = []
     for batch, text in _cases(settings):
         spoken = settings.spoken(text)
         inputs = prompt(model, batch=batch, text_tokens=text, instruction_tokens=spoken)
-        shares = {arm.name: selection_shares(arm, inputs) for arm in arms if arm.name in systems}
+        # What is replayed cannot be looked into.
+        seen = [arm for arm in arms if arm.name in systems and not arm.name.endswith(GRAPHS)]
+        shares = {arm.name: selection_shares(arm, inputs) for arm in seen}
         options: dict[str, Any] = {"new_tokens": settings.new_tokens, "repeats": settings.repeats, "advance": advance}
         if settings.compiled:
             room = inputs["input_ids"].shape[1] + settings.new_tokens
@@ -168,6 +173,32 @@ def bench(
             case |= {"selection_share": choosing, "words_share": words}
             rows.append(case | _summary(told[arm.name], told[STOCK]) | _implied(config, arm.name, text, spoken))
     return rows
+
+
+def _prunes_nothing(arm: str) -> bool:
+    return arm.removesuffix(GRAPHS) in (STOCK, STOCK_FLASH, OFF)
+
+
+def _arm(name: str, model: Any, system: Any) -> Arm:
+    if system is not None and name.endswith(GRAPHS):
+        return Arm(name, model, partial(_replaying, model, split(name)[1], Graphs(8)))
+    if system is not None:
+        return Arm(name, model, partial(system, model))
+    if name == OFF:
+        return Arm(name, model, partial(model.pruning, enabled=False))
+    twin = stock_twin(model, "flash_attention_2" if name == STOCK_FLASH else None)
+    return Arm(name, captured(twin, Graphs(8)) if name.endswith(GRAPHS) else twin)
+
+
+@contextmanager
+def _replaying(model: Any, budget: int, graphs: Graphs) -> Iterator[None]:
+    """IVTP's own options, as `capture_prompts` has them; what was recorded is there again the next time."""
+    model.model.graphs = graphs
+    try:
+        with model.pruning(visual_tokens=budget, tower_tokens=None):
+            yield
+    finally:
+        model.model.graphs = None
 
 
 def _cases(settings: Settings) -> Iterator[tuple[int, int]]:
@@ -196,7 +227,7 @@ def _implied(config: Any, arm: str, text_tokens: int, instruction_tokens: int) -
     """The speed-up of the prefill that FLOPs imply: all that runs, and the head over the last token alone."""
     options: dict[str, Any] = {"text_tokens": text_tokens, "instruction_tokens": instruction_tokens}
     stock = count_named(config, "unpruned", config.num_patches, **options)
-    found = stock if arm in (STOCK, STOCK_FLASH, OFF) else count_named(config, *split(arm), **options)
+    found = stock if _prunes_nothing(arm) else count_named(config, *split(arm), **options)
     total, own = (sum(one.parts.values()) - one.parts["head"] for one in (stock, found))
     return {
         "tflops": own,

@@ -128,14 +128,14 @@ def interleaved(
     repeats: int,
     advance: Callable[[], None] = lambda: None,
 ) -> dict[str, list[dict[str, float]]]:
-    """Run all arms by turns, after one run of each to warm up; every other turn goes backwards.
+    """Run all arms by turns, after two runs of each to warm up; every other turn goes backwards.
 
     Returns
     -------
     dict of str to list of dict
         By arm: what `run` tells, one entry per repeat, paired by place.
     """
-    for arm in arms:
+    for arm in (*arms, *arms):
         run(arm, inputs, new_tokens)
         advance()
     told: dict[str, list[dict[str, float]]] = {arm.name: [] for arm in arms}

@@ -1,0 +1,57 @@
+"""The hardest baseline on a GPU: stock LLaVA whose images and prompts are replayed as CUDA graphs, as ours can be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import LlavaForConditionalGeneration
+from transformers.cache_utils import DynamicCache
+from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
+
+from ..cache_name import CACHE, cache_of, one_cache
+from ..cuda_graphs import Graphs
+
+
+class CapturedLlava(LlavaForConditionalGeneration):
+    """Stock LLaVA for prompts without padding, of one image a row, that are answered greedily; modules are stock's."""
+
+    graphs: Graphs
+
+    def forward(self, input_ids: Any = None, pixel_values: Any = None, **kwargs: Any) -> Any:
+        """Logits of the last token for a prompt; for anything else, stock's."""
+        encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        if pixel_values is None and encoded is None:
+            return super().forward(input_ids=input_ids, **kwargs)
+        if encoded is None:
+            encoded = self.model.get_image_features(pixel_values)
+        features = encoded.pooler_output
+        features = features if isinstance(features, torch.Tensor) else torch.stack(list(features))
+        told = self.graphs.run("prompt", self._prompt, {"input_ids": input_ids, "features": features})
+        cache = one_cache(kwargs.get("cache"), kwargs.get("past_key_values"))
+        cache = DynamicCache(config=self.config.text_config) if cache is None else cache
+        for layer, (keys, values) in zip(cache.layers, told["layers"], strict=True):
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values
+        return LlavaCausalLMOutputWithPast(logits=self.lm_head(told["last"]), **{CACHE: cache})
+
+    def _prompt(self, input_ids: torch.Tensor, features: torch.Tensor) -> dict[str, Any]:
+        embeds = self.model.get_input_embeddings()(input_ids)
+        places = (input_ids == self.config.image_token_id)[..., None].expand_as(embeds)
+        embeds = embeds.masked_scatter(places, features.to(embeds.dtype))
+        held = DynamicCache(config=self.config.text_config)
+        output = self.model.language_model(inputs_embeds=embeds, use_cache=True, **{CACHE: held})
+        layers = [(layer.keys, layer.values) for layer in cache_of(output).layers]
+        return {"last": output.last_hidden_state[:, -1:], "layers": layers}
+
+
+def captured(stock: Any, graphs: Graphs) -> Any:
+    """Let a stock twin replay its images and prompts."""
+    stock.__class__, stock.graphs = CapturedLlava, graphs
+    encode = stock.model.get_image_features
+
+    def replayed(pixel_values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return graphs.run("images", lambda pixel_values: encode(pixel_values), {"pixel_values": pixel_values})
+
+    stock.model.get_image_features = replayed
+    return stock

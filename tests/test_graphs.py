@@ -1,0 +1,229 @@
+"""Replayed prompts: what is replayed gives the answers of what is run, and what cannot be replayed is run.
+
+There is no GPU here: a stand-in for a CUDA graph does its work anew, from the inputs and into the outputs of the
+recording, which it overwrites as a graph does. `test_gpu.py` has the real ones.
+"""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from transformers import DynamicCache
+
+from modeling_ivtp import methods
+from modeling_ivtp.cuda_graphs import Graphs
+from modeling_ivtp.speed.captured_stock import captured
+from modeling_ivtp.speed.models import stock_twin
+from tests.tiny import prompt, tiny_model
+
+ROWS = [[3, "image", 7], [4, "image", 6]]
+PADDED = [[3, "image", 7], [2, "image", 6]]
+
+
+class Standin:
+    """Overwrites its outputs at every run, as a CUDA graph does."""
+
+    def __init__(self, function, inputs, pool):
+        self.function, self.inputs = function, {name: value.clone() for name, value in inputs.items()}
+        leaves, self.shape = tree_flatten(function(**self.inputs))
+        self.leaves = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        self.runs = 0
+
+    def run(self):
+        self.runs += 1
+        for old, new in zip(self.leaves, tree_flatten(self.function(**self.inputs))[0], strict=True):
+            if isinstance(old, torch.Tensor):
+                old.copy_(new)
+            else:
+                assert old == new
+        return tree_unflatten(self.leaves, self.shape)
+
+
+class StandinGraphs(Graphs):
+    record = Standin
+
+    def serve(self, inputs):
+        return not torch.is_grad_enabled()
+
+
+@pytest.fixture
+def model():
+    made = tiny_model()
+    made.model.graphs = StandinGraphs(8)
+    return made
+
+
+def answer(model, inputs, **options):
+    return model.generate(**inputs, max_new_tokens=6, do_sample=False, **options)
+
+
+def replays(model):
+    return sum(recorded.runs for recorded in model.model.graphs._recorded.values())
+
+
+@pytest.mark.parametrize("rows", [ROWS[:1], ROWS, PADDED, [[2, "image", 4, "image", 3]]])
+def test_answers_are_those_of_a_model_that_captures_nothing(model, rows):
+    plain = tiny_model()
+    for seed in range(4):
+        inputs = prompt(rows, seed=seed)
+        assert torch.equal(answer(model, inputs), answer(plain, inputs))
+    # Images and prompts ran once, were recorded at the second time, and replayed from then on.
+    assert len(model.model.graphs) == 2
+    assert replays(model) == 2 * 3
+
+
+def test_other_shapes_are_recorded_apart(model):
+    for rows in (ROWS[:1], [[3, "image", 8]]):
+        for seed in (1, 2):
+            answer(model, prompt(rows, seed=seed))
+    assert len(model.model.graphs) == 3  # images share one
+
+
+@torch.no_grad()
+def test_a_cache_is_its_owners(model):
+    """The next prompt overwrites what the graph put out; an answer that goes on later must not see that."""
+    plain, inputs = tiny_model(), [prompt(ROWS[:1], seed=seed) for seed in range(4)]
+    held = [model(**one, use_cache=True) for one in inputs]
+    expected = [plain(**one, use_cache=True) for one in inputs]
+    step = torch.tensor([[9]])
+    for ours, right in zip(held, expected, strict=True):
+        torch.testing.assert_close(ours.logits[:, -1], right.logits[:, -1], atol=1e-5, rtol=0)
+        for layer, other in zip(ours.past_key_values.layers, right.past_key_values.layers, strict=True):
+            torch.testing.assert_close(layer.keys, other.keys, atol=1e-5, rtol=0)
+            assert layer.layout.dropped == other.layout.dropped
+            assert layer.layout.tail == other.layout.tail
+        logits = [
+            one(input_ids=step, past_key_values=out.past_key_values).logits
+            for one, out in ((model, ours), (plain, right))
+        ]
+        torch.testing.assert_close(*logits, atol=1e-5, rtol=0)
+
+
+def test_a_conversation_goes_on(model):
+    plain = tiny_model()
+    for seed in range(3):
+        first, turn = prompt(ROWS[:1], seed=seed), prompt([[2, "image", 6]], seed=10 + seed)
+        told = []
+        for one in (model, plain):
+            cache = DynamicCache(config=one.config.text_config)
+            said = answer(one, first, past_key_values=cache)
+            ids = torch.cat([said, turn["input_ids"]], 1)
+            spans = torch.nn.functional.pad(turn["clip_spans"], (0, 0, said.shape[1], 0))
+            given = turn | {"input_ids": ids, "attention_mask": torch.ones_like(ids), "clip_spans": spans}
+            told.append(answer(one, given, past_key_values=cache))
+        assert torch.equal(*told)
+
+
+@torch.no_grad()
+def test_options_are_part_of_what_is_recorded(model):
+    inputs, plain = prompt(ROWS), tiny_model()
+    for _ in range(3):
+        for budget in (4, 2):
+            with model.pruning(visual_tokens=budget), plain.pruning(visual_tokens=budget):
+                assert torch.equal(answer(model, inputs), answer(plain, inputs))
+    assert len(model.model.graphs) == 4
+
+
+def test_what_cannot_be_replayed_is_run(model):
+    plain, ragged = tiny_model(), prompt([[3, "image", 7], [5], [2, "image", 4, "image", 3]])
+    for _ in range(3):
+        assert torch.equal(answer(model, ragged), answer(plain, ragged))
+    before = replays(model)
+    inputs = prompt(ROWS)
+    for _ in range(3):
+        with methods.FastV(keep=4)(model), methods.FastV(keep=4)(plain):
+            assert torch.equal(answer(model, inputs), answer(plain, inputs))
+        assert torch.equal(answer(model, inputs, use_cache=False), answer(plain, inputs))
+        assert torch.equal(
+            answer(model, inputs, cache_implementation="static"), answer(plain, inputs, cache_implementation="static")
+        )
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert not any(key[0][0] == "prompt" for key in model.model.graphs._recorded)
+    assert replays(model) > before  # the images, of the calls without a cache
+
+
+def test_hidden_states_are_run(model):
+    inputs = prompt(ROWS[:1])
+    for _ in range(3):
+        out = model.generate(
+            **inputs, max_new_tokens=2, do_sample=False, output_hidden_states=True, return_dict_in_generate=True
+        )
+        assert len(out.hidden_states[0]) == 7
+    assert not any(key[0][0] == "prompt" for key in model.model.graphs._recorded)
+
+
+def test_proposals_are_taken_back(model):
+    """Assisted decoding crops the cache that a graph filled."""
+    plain, inputs = tiny_model(), prompt(ROWS[:1])
+    for _ in range(3):
+        assert torch.equal(answer(model, inputs, prompt_lookup_num_tokens=3), answer(plain, inputs))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.train().eval(),
+        lambda model: model.double().float(),
+        lambda model: model.load_state_dict(model.state_dict(), assign=True),
+    ],
+)
+def test_recordings_go_when_weights_do(model, change):
+    for _ in range(2):
+        answer(model, prompt(ROWS))
+    assert len(model.model.graphs) == 2
+    change(model)
+    assert len(model.model.graphs) == 0
+
+
+def test_the_last_recordings_are_kept(model):
+    model.model.graphs.limit = 3
+    for length in range(1, 6):
+        for _ in range(2):
+            answer(model, prompt([[3, "image", length]]))
+    assert len(model.model.graphs) == 3
+
+
+def test_a_copy_records_for_itself(model):
+    for _ in range(2):
+        answer(model, prompt(ROWS))
+    copied = copy.deepcopy(model)
+    assert len(copied.model.graphs) == 0
+    assert copied.model.graphs.limit == 8
+    assert len(pickle.loads(pickle.dumps(Graphs(5)))) == 0
+
+
+def test_a_failed_recording_is_told_and_given_up(model, caplog):
+    class Failing(StandinGraphs):
+        def record(self, *args):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    model.model.graphs, plain = Failing(8), tiny_model()
+    for seed in range(3):
+        assert torch.equal(answer(model, prompt(ROWS, seed=seed)), answer(plain, prompt(ROWS, seed=seed)))
+    assert caplog.text.count("CUDA graphs are given up") == 1
+
+
+@pytest.mark.parametrize("limit", [-1, 1.5, True, "all"])
+def test_bad_limits(limit):
+    with pytest.raises(ValueError, match=r"limit=.*allowed"):
+        tiny_model().capture_prompts(limit)
+
+
+def test_without_a_gpu_it_says_so():
+    model = tiny_model()
+    with pytest.raises(ValueError, match=r"whole model on one GPU; it is on cpu"):
+        model.capture_prompts()
+    model.capture_prompts(0)
+    assert model.model.graphs is None
+
+
+def test_the_replayed_baseline_is_stock_llava():
+    model = tiny_model()
+    twin, graphs = stock_twin(model), StandinGraphs(8)
+    replayed = captured(stock_twin(model), graphs)
+    for seed in range(3):
+        inputs = {name: value for name, value in prompt(ROWS, seed=seed).items() if not name.startswith("clip_")}
+        assert torch.equal(answer(replayed, inputs), answer(twin, inputs))
+    assert sum(recorded.runs for recorded in graphs._recorded.values()) == 4
