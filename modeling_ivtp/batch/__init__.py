@@ -7,6 +7,6 @@ in `_run.json` alone, so a run that was stopped, however often, ends with the ro
 """
 
 from .options import Options, Summary
-from .run import run
+from .process import run
 
 __all__ = ["Options", "Summary", "run"]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -198,19 +200,15 @@ def open_data(
     OSError
         If there is no such file, folder, or data set.
     """
-    shown = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
     try:
-        table, folder = _load(source, split)
+        with _quiet():
+            table, folder = _load(source, split)
     except (OSError, ValueError):
         raise
     except Exception as error:
         # `datasets` raises errors of its own for damaged files, and says why in their cause.
         why = error.__cause__ or error
         raise ValueError(f"{source} cannot be read as a data set ({type(why).__name__}: {why})") from error
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
     if limit is not None:
         table = table.select(range(min(limit, len(table))))
     return Data(
@@ -222,6 +220,20 @@ def open_data(
         id_column=id_column,
         prompt=prompt,
     )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the bars of `datasets` out of the way, and what it logs of errors that it raises as well."""
+    shown, verbosity = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if shown:
+            datasets.enable_progress_bars()
 
 
 def _load(source: str, split: str) -> tuple[datasets.Dataset, Path]:

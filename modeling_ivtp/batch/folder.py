@@ -21,9 +21,9 @@ SETTINGS_FILE = "_run.json"
 class OutFolder:
     """Where answers go.
 
-    `answers-00003-of-00040.parquet` is a finished shard; `_unfinished/` holds the locks of all and the journals of those
-    that are worked on, and is gone in the end. Readers of Parquet skip names that begin with `_`, so that the folder can
-    be read as one table.
+    `answers-00003-of-00040.parquet` is a finished shard; `_unfinished/` holds the locks of shards and the journals of
+    those that are worked on, and is gone in the end. Readers of Parquet skip names that begin with `_`, so the folder
+    can be read as one table.
 
     Parameters
     ----------
