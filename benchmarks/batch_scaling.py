@@ -102,19 +102,22 @@ def kill(process: subprocess.Popen[bytes]) -> int:
     return len(family)
 
 
-def killed(data: Path, model: Path, out: Path, processes: int, kills: int, whole: float, seed: int) -> dict[str, Any]:
-    """Kill a run at random moments, then let it end.
+def killed(
+    data: Path, model: Path, out: Path, processes: int, kills: int, undisturbed: Mapping[str, float], seed: int
+) -> dict[str, Any]:
+    """Kill a run at random moments, from the first import on, then let it end.
 
     Parameters
     ----------
-    whole : float
-        Seconds an undisturbed run takes; a kill comes after up to three quarters of them, from the first import to the
-        last shard.
+    undisturbed : mapping
+        What `timed` says of such a run. A kill comes at the latest when a fifth of its answers, for ten kills, could be
+        there: on the average they come before all is answered.
     """
     draws, moments = random.Random(seed), []
     arguments = command(data, model, out, processes)
+    latest = undisturbed["seconds"] - undisturbed["answering"] + 2 * undisturbed["answering"] / kills
     while len(moments) < kills:
-        process, after = start(arguments), draws.uniform(0, 0.75 * whole)
+        process, after = start(arguments), draws.uniform(0, latest)
         time.sleep(after)
         if process.poll() is not None:
             process.communicate()
@@ -144,7 +147,7 @@ def measure(model: Path, rows: int, pairs: int, kills: int, seed: int) -> dict[s
         data = write_data(Path(folder) / "data", rows)
         reference = Path(folder) / "reference"
         # Also reads the data into the cache of `datasets`, which later runs find.
-        first = timed(command(data, model, reference, 1), reference)
+        undisturbed = timed(command(data, model, reference, 2), reference)
         times, agree = [], []
         for pair in range(pairs):
             of_pair = {}
@@ -155,8 +158,7 @@ def measure(model: Path, rows: int, pairs: int, kills: int, seed: int) -> dict[s
                 print(f"pair {pair + 1} of {pairs}, {processes} process(es): {of_pair[processes]}", file=sys.stderr)
             times.append({str(processes): taken for processes, taken in of_pair.items()})
         out = Path(folder) / "killed"
-        whole = times[-1]["2"]["seconds"] if times else first["seconds"]
-        told = killed(data, model, out, 2, kills, whole, seed) if kills else {"kills": []}
+        told = killed(data, model, out, 2, kills, undisturbed, seed) if kills else {"kills": []}
         numbers = pq.read_table(out)["row"].to_pylist() if kills else []
         return {
             "pairs": times,
@@ -206,7 +208,7 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 def main(
     model: Annotated[Path, typer.Option(help="The checkpoint.")] = MINIATURE,
-    rows: Annotated[int, typer.Option(min=2, help="Of the data set.")] = 512,
+    rows: Annotated[int, typer.Option(min=2, help="Of the data set.")] = 1024,
     pairs: Annotated[int, typer.Option(min=0, help="Runs of one process and of two, by turns.")] = 3,
     kills: Annotated[int, typer.Option(min=0, help="Times a run is killed.")] = 10,
     seed: Annotated[int, typer.Option(help="Of the moments.")] = 0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import traceback
 import warnings
@@ -389,12 +390,11 @@ def batch(
 ) -> None:
     """Answer a data set; a run that was stopped goes on when the same command is given again.
 
-    Answers are Parquet files with the columns row, id, answer, error, tokens, prompt_tokens and images. A row that
-    cannot be answered has an error instead, and the others go on. More processes: on GPUs and on CPUs alike
+    Answers are Parquet: row, id, answer, error, tokens, prompt_tokens, images. A bad row has an error and stops nobody.
 
-    accelerate launch --multi_gpu --num_processes 2 -m modeling_ivtp.cli batch ...
+    Several processes, on GPUs or CPUs: accelerate launch --multi_gpu --num_processes 2 -m modeling_ivtp.cli batch ...
 
-    and on several machines that share the folder, with --num_machines and what else accelerate asks for.
+    (With --cpu instead, accelerate starts one process only.) Machines that share the folder share the work.
     """
     try:
         for needed in ("datasets", "filelock", "pyarrow"):
@@ -431,7 +431,8 @@ def batch(
     try:
         done = batches.run(options)
     except KeyboardInterrupt:
-        print("ivtp: stopped; the same command goes on from here", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print("ivtp: stopped; the same command goes on from here", file=sys.stderr)
         raise
     if done.main:
         was = "was finished before" if done.was_finished else "done"

@@ -23,7 +23,7 @@ from modeling_ivtp.batch import budget, progress
 from modeling_ivtp.batch import process as running
 from modeling_ivtp.batch.answers import Answered
 from modeling_ivtp.batch.asking import Asker
-from modeling_ivtp.batch.data import Row, open_data
+from modeling_ivtp.batch.data import Data, Row, open_data
 from modeling_ivtp.batch.folder import OutFolder
 from modeling_ivtp.batch.journal import Journal, journaled_rows
 from modeling_ivtp.batch.plan import Task, default_shard_rows, plan_batches
@@ -311,7 +311,10 @@ def test_data_that_cannot_be_read(capsys, made, tmp_path):
     )
     (tmp_path / "empty.jsonl").touch()
     assert "empty.jsonl is empty" in fails(capsys, made, tmp_path / "out", data=tmp_path / "empty.jsonl")
-    assert "rows.jsonl has no rows" in fails(capsys, made, tmp_path / "out", "--split", "train[:0]")
+    assert "corresponds to no data" in fails(capsys, made, tmp_path / "out", "--split", "train[:0]")
+    none = datasets.Dataset.from_dict({"image": [], "question": []})
+    with pytest.raises(ValueError, match="x has no rows"):
+        Data(none, "x", tmp_path, image_column="image", prompt_column="question")
     (tmp_path / "nothing").mkdir()
     assert "contain any data files" in fails(capsys, made, tmp_path / "out", data=tmp_path / "nothing")
     splits = datasets.DatasetDict({"train": datasets.Dataset.from_dict({"image": ["a.png"]})})
@@ -374,6 +377,9 @@ def test_a_finished_run_does_nothing(capsys, made, tmp_path, monkeypatch):
     batch(capsys, made, tmp_path / "out", "--limit", 4)
     there, times = contents(tmp_path / "out"), [path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()]
     monkeypatch.setattr(running, "load_model", None)
+    # As if it had been killed with nothing left to do but to remove this.
+    (tmp_path / "out" / "_unfinished").mkdir()
+    (tmp_path / "out" / "_unfinished" / "00000.lock").touch()
     assert cli.main(arguments(made, tmp_path / "out", "--limit", 4)) == 0
     assert "was finished before: 4 rows, 0 of them errors" in capsys.readouterr().out
     assert contents(tmp_path / "out") == there

@@ -171,6 +171,8 @@ def failure(row: Row, what: str) -> Answered:
 
 def out_of_memory(error: Exception) -> bool:
     """Whether a smaller batch may do, be it a GPU's memory that ran out or the machine's."""
+    if isinstance(error, torch.AcceleratorError):
+        return "out of memory" in str(error)
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or should_reduce_batch_size(error)
 
 

@@ -113,8 +113,10 @@ def default_budget(weights: int, row: int, device: str | None) -> int:
     cuda = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
     spare = free_bytes(device) // _sharing(device) - weights
     if device is None and cuda:
-        # Batches lie on the GPUs, and a decoder's cache on each of them; main memory is for weights that do not fit.
-        spare = min(torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count())) - weights
+        # A spread model's cache is spread too, but what passes through its layers lies on one GPU at a time. Main
+        # memory is for weights that do not fit.
+        count = torch.cuda.device_count()
+        spare = (sum(torch.cuda.mem_get_info(number)[0] for number in range(count)) - weights) // count
     return max(row, int(spare * _SHARE["cuda" if cuda else "cpu"]))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from .journal import Journal
 from .options import Options, Summary
 from .plan import default_shard_rows, plan_batches
 from .progress import Counter, shown
-from .settings import check_same, model_fingerprint, versions
+from .settings import SMALL_FILES, check_same, compared, model_fingerprint
 
 _FEWEST_TOKENS = 2
 """Of a prompt beside its picture: one that begins, and one that asks."""
@@ -62,11 +62,15 @@ def run(options: Options) -> Summary:
     if options.device is not None:
         check_device(options.device)
     state = _processes(options.device)
-    device = options.device
-    if device is None and state.device.type == "cpu":
-        device = "cpu"
-    elif device is None and state.num_processes > 1:
-        device = str(state.device)
+    try:
+        return _run(options, state, other)
+    finally:
+        if torch.distributed.is_initialized():
+            state.destroy_process_group()
+
+
+def _run(options: Options, state: PartialState, other: Any) -> Summary:
+    device = _device(options.device, state)
     folder = OutFolder(options.out)
     data = open_data(
         options.data,
@@ -77,7 +81,7 @@ def run(options: Options) -> Summary:
         id_column=options.id_column,
         prompt=options.prompt,
     )
-    checkpoint, files = open_checkpoint(options.model, HubOptions(), extra=("*.json", "*.jinja", "*.model", "*.txt"))
+    checkpoint, files = open_checkpoint(options.model, HubOptions(), extra=SMALL_FILES)
     config = read_config(files, options.model, quantized=True)
     dtype = budget.value_type(checkpoint, options.dtype)
     cost = budget.Cost(config, dtype.itemsize, options.max_new_tokens)
@@ -85,27 +89,14 @@ def run(options: Options) -> Summary:
     least = cost(1, _FEWEST_TOKENS + config.num_patches, 1) if options.image_column else cost(1, _FEWEST_TOKENS, 0)
     begun = folder.settings()
     known: dict[str, Any] = begun or {}
-    shard_rows = options.shard_rows or known.get("shard_rows") or default_shard_rows(len(data))
-    shards = -(-len(data) // shard_rows)
-    settings: dict[str, Any] = {
-        "model": model_fingerprint(checkpoint, files),
-        "data": data.fingerprint(),
-        "rows": len(data),
-        "image_column": options.image_column,
-        "prompt_column": None if options.prompt is not None else options.prompt_column,
-        "id_column": options.id_column,
-        "prompt": options.prompt,
-        "visual_tokens": options.visual_tokens,
-        "method": options.method,
-        "max_new_tokens": options.max_new_tokens,
-        "dtype": str(dtype).removeprefix("torch."),
-        "batch_size": options.batch_size,
+    derived = {
         "memory": options.memory or known.get("memory") or budget.default_budget(weights, least, device),
-        "shard_rows": shard_rows,
-        "versions": versions(),
+        "shard_rows": options.shard_rows or known.get("shard_rows") or default_shard_rows(len(data)),
     }
+    settings = compared(options, model_fingerprint(checkpoint, files), data, dtype, **derived)
     if begun is not None:
         check_same(begun, settings, options.out)
+        shards = _shards(data, settings)
         if len(folder.finished(shards)) == shards:
             return _summary(folder, shards, len(data), state, was_finished=True)
     budget.check_room(weights, least, options.memory, device)
@@ -114,9 +105,7 @@ def run(options: Options) -> Summary:
     folder.begin({"model": options.model, "data": options.data, "split": options.split, "settings": settings})
     # Another process may have begun in the meantime; then what it derived of memory and rows is everyone's.
     begun = folder.settings() or {}
-    for name in ("memory", "shard_rows"):
-        if getattr(options, name) is None:
-            settings[name] = begun[name]
+    settings |= {name: begun[name] for name in derived if getattr(options, name) is None}
     check_same(begun, settings, options.out)
     model, processor = load_model(options.model, device=device, dtype=options.dtype)
     if options.visual_tokens is not None and other is None:
@@ -124,17 +113,31 @@ def run(options: Options) -> Summary:
     with nullcontext() if other is None else other(model):
         if options.image_column and state.is_main_process:
             warn_if_unguided(model, processor)
-        asker = Asker(model, processor, options.max_new_tokens)
-        shard_rows = settings["shard_rows"]
         work = _Work(
-            data, folder, asker, cost, settings["memory"], options.batch_size, shard_rows, -(-len(data) // shard_rows)
+            data=data,
+            folder=folder,
+            asker=Asker(model, processor, options.max_new_tokens),
+            cost=cost,
+            memory=settings["memory"],
+            batch_size=options.batch_size,
+            shard_rows=settings["shard_rows"],
+            shards=_shards(data, settings),
         )
         _answer_all(work, state, options.progress)
-    summary = _summary(folder, work.shards, len(data), state, was_finished=False)
-    folder.tidy()
-    if torch.distributed.is_initialized():
-        state.destroy_process_group()
-    return summary
+    return _summary(folder, work.shards, len(data), state, was_finished=False)
+
+
+def _shards(data: Data, settings: Mapping[str, Any]) -> int:
+    return -(-len(data) // int(settings["shard_rows"]))
+
+
+def _device(asked: str | None, state: PartialState) -> str | None:
+    """Where the model goes: None spreads it over all GPUs, which several processes must not do."""
+    if asked is not None:
+        return asked
+    if state.device.type == "cpu":
+        return "cpu"
+    return str(state.device) if state.num_processes > 1 else None
 
 
 def _processes(device: str | None) -> PartialState:
@@ -182,6 +185,8 @@ def _check_all(answered: Iterable[answers.Answered], rows: Iterable[Any], shard:
 
 
 def _summary(folder: OutFolder, shards: int, rows: int, state: PartialState, *, was_finished: bool) -> Summary:
+    # Also where a process was killed just before it would have done so.
+    folder.tidy()
     main = state.is_main_process
     errors = answers.count_errors(folder.answers(shard, shards) for shard in range(shards)) if main else 0
     return Summary(rows, errors, was_finished, main)

@@ -9,11 +9,48 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..hub.weights import Checkpoint
+from .data import Data
+from .options import Options
 
 _SAMPLES, _SAMPLE_BYTES = 64, 65_536
-_SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "clip_tokenizer/*")
+SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "clip_tokenizer/*")
+"""What a checkpoint has beside its weights that decides answers."""
 _PACKAGES = ("ivtp-llava", "torch", "transformers")
+
+
+def compared(options: Options, model: str, data: Data, dtype: torch.dtype, **derived: int) -> dict[str, Any]:
+    """What has to be the same when a run goes on.
+
+    Parameters
+    ----------
+    options : Options
+    model : str
+        As `model_fingerprint` says it.
+    data : Data
+    dtype : torch.dtype
+        The model's.
+    **derived
+        `memory` and `shard_rows`, as asked for or as derived.
+    """
+    return {
+        "model": model,
+        "data": data.fingerprint(),
+        "rows": len(data),
+        "image_column": options.image_column,
+        "prompt_column": None if options.prompt is not None else options.prompt_column,
+        "id_column": options.id_column,
+        "prompt": options.prompt,
+        "visual_tokens": options.visual_tokens,
+        "method": options.method,
+        "max_new_tokens": options.max_new_tokens,
+        "dtype": str(dtype).removeprefix("torch."),
+        "batch_size": options.batch_size,
+        **derived,
+        "versions": versions(),
+    }
 
 
 def versions() -> dict[str, str]:
@@ -42,7 +79,7 @@ def model_fingerprint(checkpoint: Checkpoint, folder: Path) -> str:
     if checkpoint.folder is None:
         raise ValueError(f"the weights of {checkpoint.source} are not here")
     found = hashlib.sha256()
-    for path in sorted({file for pattern in _SMALL_FILES for file in folder.glob(pattern) if file.is_file()}):
+    for path in sorted({file for pattern in SMALL_FILES for file in folder.glob(pattern) if file.is_file()}):
         found.update(f"{path.relative_to(folder).as_posix()} ".encode() + path.read_bytes())
     for name in sorted({info.file for info in checkpoint.tensors.values()}):
         file = checkpoint.folder / name
