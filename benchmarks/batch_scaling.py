@@ -29,6 +29,8 @@ from benchmarks.quality.evaluate_quality import MINIATURE
 from benchmarks.quality.readme import RESULTS, ROOT
 from benchmarks.quality.report import write_atomically
 from benchmarks.quality.world import sample_questions
+from modeling_ivtp.batch.folder import OutFolder
+from modeling_ivtp.batch.progress import Counter
 from modeling_ivtp.hub.tables import markdown_table
 from modeling_ivtp.speed.bench import machine
 
@@ -103,35 +105,39 @@ def kill(process: subprocess.Popen[bytes]) -> int:
 
 
 def killed(
-    data: Path, model: Path, out: Path, processes: int, kills: int, undisturbed: Mapping[str, float], seed: int
+    data: Path, model: Path, out: Path, rows: int, kills: int, undisturbed: Mapping[str, float], seed: int
 ) -> dict[str, Any]:
-    """Kill a run at random moments, from the first import on, then let it end.
+    """Kill a run of two processes at random moments, then let it end.
+
+    Three of ten kills come at any moment from the start to where an undisturbed run begins to answer, the others at any
+    moment after a new row is there, soon enough that all of them come before the last row.
 
     Parameters
     ----------
     undisturbed : mapping
-        What `timed` says of such a run. A kill comes at the latest when a fifth of its answers, for ten kills, could be
-        there: on the average they come before all is answered.
+        What `timed` says of such a run.
     """
-    draws, moments = random.Random(seed), []
-    arguments = command(data, model, out, processes)
-    latest = undisturbed["seconds"] - undisturbed["answering"] + 2 * undisturbed["answering"] / kills
-    while len(moments) < kills:
-        process, after = start(arguments), draws.uniform(0, latest)
-        time.sleep(after)
+    draws, moments, shards = random.Random(seed), [], -(-rows // SHARD)
+    arguments = command(data, model, out, 2)
+    for _ in range(kills):
+        before = answered(out, rows, shards)
+        process, at_work = start(arguments), draws.random() < 0.7
+        while at_work and process.poll() is None and answered(out, rows, shards) == before:
+            time.sleep(0.01)
+        longest = undisturbed["answering"] / kills if at_work else undisturbed["seconds"] - undisturbed["answering"]
+        time.sleep(draws.uniform(0, longest))
         if process.poll() is not None:
             process.communicate()
             break
-        told = journaled(out)
-        kill(process)
-        moments.append({"after": after, "files": told[0], "journals": told[1]})
+        killed_processes = kill(process)
+        moments.append({"rows": answered(out, rows, shards), "at_work": at_work, "processes": killed_processes})
     end = timed(arguments, out)
     return {"kills": moments, "seconds_of_the_last_run": end["seconds"]}
 
 
-def journaled(out: Path) -> tuple[int, int]:
-    """Finished files, and journals of others."""
-    return len(list(out.glob("answers-*.parquet"))), len(list((out / "_unfinished").glob("*.jsonl")))
+def answered(out: Path, rows: int, shards: int) -> int:
+    """Rows that are on disk, in finished files and in journals."""
+    return Counter(OutFolder(out), rows, SHARD, shards).done() if out.is_dir() else 0
 
 
 def same(first: Path, second: Path) -> bool:
@@ -158,7 +164,7 @@ def measure(model: Path, rows: int, pairs: int, kills: int, seed: int) -> dict[s
                 print(f"pair {pair + 1} of {pairs}, {processes} process(es): {of_pair[processes]}", file=sys.stderr)
             times.append({str(processes): taken for processes, taken in of_pair.items()})
         out = Path(folder) / "killed"
-        told = killed(data, model, out, 2, kills, undisturbed, seed) if kills else {"kills": []}
+        told = killed(data, model, out, rows, kills, undisturbed, seed) if kills else {"kills": []}
         numbers = pq.read_table(out)["row"].to_pylist() if kills else []
         return {
             "pairs": times,
@@ -198,10 +204,10 @@ def markdown(results: Mapping[str, Any]) -> str:
     if told["kills"]:
         once = "every row once" if told["every_row_once"] else "NOT every row once"
         bytes_ = "the bytes" if told["same_bytes_as_undisturbed"] else "NOT the bytes"
-        moments = ", ".join(f"{one['after']:.1f} s ({one['files']} files)" for one in told["kills"])
+        there = ", ".join(str(one["rows"]) for one in told["kills"])
         lines.append(
-            f"Killed {len(told['kills'])} times with SIGKILL, launcher and both processes, after {moments}: it ended "
-            f"with {once} and {bytes_} of an undisturbed run.\n"
+            f"Killed {len(told['kills'])} times at random with SIGKILL, launcher and both processes, when {there} rows "
+            f"were there: it ended with {once} and {bytes_} of an undisturbed run.\n"
         )
     return "\n".join(lines)
 

@@ -1,5 +1,6 @@
 """`ivtp batch`: every row once, the answer it has alone, however often the run was killed and whoever ran it."""
 
+import base64
 import json
 import os
 import random
@@ -266,18 +267,20 @@ BAD = [
 def test_a_bad_row_is_an_error_row_and_the_others_go_on(capsys, made, loaded, tmp_path):
     (made.root / "damaged.png").write_bytes(b"this is no picture")
     sound = {"image": "pictures/1.png", "question": QUESTIONS[0]}
-    path = write_rows(made.root / "bad.jsonl", [*(sound | bad for bad, _ in BAD), sound, sound | {"image": None}])
+    url = "data:image/png;base64," + base64.b64encode((made.root / "pictures/1.png").read_bytes()).decode()
+    others = [sound, sound | {"image": url}, sound | {"image": None}]
+    path = write_rows(made.root / "bad.jsonl", [*(sound | bad for bad, _ in BAD), *others])
     capsys.readouterr()
     rows = batch(capsys, made, tmp_path / "out", data=path)
     for row, (_, error) in zip(rows, BAD, strict=False):
         assert row["error"].startswith(error.format(root=made.root))
         assert (row["answer"], row["tokens"], row["prompt_tokens"]) == (None, 0, 0)
-    assert [row["error"] for row in rows[len(BAD) :]] == [None, None]
+    assert [row["error"] for row in rows[len(BAD) :]] == [None] * 3
     picture = {"image": ["pictures/1.png"], "question": QUESTIONS[0]}
-    assert rows[-2]["answer"] == alone(made, picture)[0]
+    assert rows[-3]["answer"] == rows[-2]["answer"] == alone(made, picture)[0]
     assert rows[-1]["answer"] == alone(made, picture | {"image": []})[0]
     cli.main(arguments(made, tmp_path / "out", data=path))
-    assert "12 rows, 10 of them errors" in capsys.readouterr().out
+    assert "13 rows, 10 of them errors" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -555,6 +558,7 @@ def limited(monkeypatch, model, most, error):
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
         RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"),
+        torch.AcceleratorError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA"),
         MemoryError(),
     ],
 )
@@ -569,6 +573,21 @@ def test_out_of_memory_halves_the_batch(capsys, made, loaded, expected, tmp_path
     assert len(said) == sum(size > 3 for size in sizes)
     assert "out of memory with 8 rows of up to" in said[0]
     assert said[0].endswith("going on with 4")
+
+
+def test_memory_that_runs_out_over_pictures_halves_the_batch_too(capsys, made, loaded, expected, tmp_path, monkeypatch):
+    prepare = Asker.prepare
+
+    def fail(self, tasks):
+        if len(tasks) > 3:
+            raise MemoryError
+        return prepare(self, tasks)
+
+    monkeypatch.setattr(Asker, "prepare", fail)
+    options = ["--id-column", "name", "--limit", 8, "--memory", "1GB"]
+    assert cli.main(arguments(made, tmp_path / "out", *options)) == 0
+    assert answers(tmp_path / "out") == expected[:8]
+    assert capsys.readouterr().err.count("out of memory with") == 3
 
 
 def test_a_row_that_does_not_fit_alone_is_an_error_row(capsys, made, loaded, tmp_path, monkeypatch):

@@ -86,7 +86,8 @@ class Asker:
         ready, pictures, failed = [], [], []
         for task in tasks:
             try:
-                pictures += [load_image(source) for source in task.row.images]
+                sources = (one if isinstance(one, str) else one.read() for one in task.row.images)
+                pictures += [load_image(source) for source in sources]
                 ready.append(task)
             except (ValueError, OSError) as error:
                 failed.append(failure(task.row, _told(error)))

@@ -23,6 +23,31 @@ _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _READ_AT_ONCE = 10_000
 
 
+class _Size(int):
+    """Bytes of a file that is stored in the data."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A picture's file that is stored in the data, not read yet.
+
+    Attributes
+    ----------
+    data : Data
+    row : int
+    place : int or None
+        Among the row's pictures, if they are a list.
+    """
+
+    data: Data
+    row: int
+    place: int | None
+
+    def read(self) -> bytes:
+        """The file."""
+        return self.data.stored(self.row, self.place)
+
+
 @dataclass(frozen=True)
 class Row:
     """One row, as it stands in the data.
@@ -34,8 +59,8 @@ class Row:
     id : str or None
     question : object
         Text, if the row is sound.
-    images : tuple of (str or bytes)
-        Where each picture lies, or the picture's file itself.
+    images : tuple of (str or Stored)
+        Where each picture lies.
     problem : str or None
         What is wrong with the row's images column, if anything is.
     """
@@ -43,7 +68,7 @@ class Row:
     number: int
     id: str | None
     question: Any
-    images: tuple[str | bytes, ...]
+    images: tuple[str | Stored, ...]
     problem: str | None = None
 
 
@@ -98,7 +123,7 @@ class Data:
         return len(self._table)
 
     def rows(self, start: int, stop: int) -> list[Row]:
-        """The rows from `start` up to `stop`."""
+        """The rows from `start` up to `stop`; what they store of pictures stays where it is."""
         part = self._table[start:stop]
         images, questions, ids = (self._values(part, name) for name in self._columns)
         if self._columns[1] is None:
@@ -108,18 +133,27 @@ class Data:
             for place, (cell, question, name) in enumerate(zip(images, questions, ids, strict=True))
         ]
 
+    def stored(self, row: int, place: int | None) -> bytes:
+        """The file of a picture that the data store."""
+        cell = self._table[row : row + 1][self._columns[0]].to_pylist()[0]
+        cell = cell if place is None else cell[place]
+        return bytes(cell["bytes"] if isinstance(cell, dict) else cell)
+
     def _values(self, part: pa.Table, column: str | None) -> list[Any]:
         if column is None:
             return [None] * len(part)
-        values = part[column].to_pylist()
+        values = list(_sizes_for_bytes(part[column].combine_chunks()))
         return [None if one is None else json.loads(one) for one in values] if column in self._as_json else values
 
     def _row(self, number: int, cell: Any, question: Any, name: Any) -> Row:
-        found = [self._image(one) for one in (cell if isinstance(cell, list) else [] if _is_none(cell) else [cell])]
+        if isinstance(cell, list):
+            found = [self._image(one, number, place) for place, one in enumerate(cell)]
+        else:
+            found = [] if _is_none(cell) else [self._image(cell, number, None)]
         problem = next(
             (
-                f"image {place} is neither a path nor a file's bytes"
-                for place, one in enumerate(found, 1)
+                f"image {count} is neither a path nor a file's bytes"
+                for count, one in enumerate(found, 1)
                 if one is None
             ),
             None,
@@ -127,12 +161,14 @@ class Data:
         sound = tuple(one for one in found if one is not None)
         return Row(number, None if name is None else str(name), question, sound, problem)
 
-    def _image(self, cell: Any) -> str | bytes | None:
+    def _image(self, cell: Any, row: int, place: int | None) -> str | Stored | None:
         if isinstance(cell, dict):
             # How the Image feature of `datasets` is stored: the file itself, or where it lies.
             cell = cell.get("path") if cell.get("bytes") is None else cell["bytes"]
-        if isinstance(cell, bytes) or not isinstance(cell, str):
-            return cell if isinstance(cell, bytes) else None
+        if isinstance(cell, _Size):
+            return Stored(self, row, place)
+        if not isinstance(cell, str):
+            return None
         if cell.startswith("data:") or "://" in cell:
             return cell
         return str(self._folder / Path(cell).expanduser())
@@ -275,7 +311,7 @@ def _sizes_for_bytes(column: pa.Array) -> Iterator[Any]:
     """The values of a column, the size of a file in place of its bytes, which are not read for that."""
     kind = column.type
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-        yield from pc.binary_length(column).to_pylist()
+        yield from (None if size is None else _Size(size) for size in pc.binary_length(column).to_pylist())
     elif pa.types.is_struct(kind):
         fields = [list(_sizes_for_bytes(column.field(place))) for place in range(kind.num_fields)]
         yield from (
