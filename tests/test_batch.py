@@ -435,6 +435,9 @@ def test_a_journal_keeps_what_is_whole(tmp_path):
         (tmp_path / "j.jsonl").write_bytes(damaged)
         with Journal(tmp_path / "j.jsonl") as journal:
             assert list(journal.batches) == kept
+        # What is behind the last whole line is gone at once, not overwritten bit by bit.
+        assert (tmp_path / "j.jsonl").read_bytes().count(b"\n") == len(kept)
+        with Journal(tmp_path / "j.jsonl") as journal:
             journal.add(7, rows[:1])
         with Journal(tmp_path / "j.jsonl") as journal:
             assert list(journal.batches) == [*kept, 7]
