@@ -90,7 +90,7 @@ def load_model(
     if device is None:
         device = "auto" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     else:
-        _check_device(device)
+        check_device(device)
     with quiet(bars=sys.stderr.isatty()), reading(model, folder):
         if folder is not None:
             # Without a config.json transformers would build a 7B model of random numbers.
@@ -114,7 +114,8 @@ def set_budget(model: Any, visual_tokens: int) -> None:
     model.set_pruning(visual_tokens=visual_tokens, tower_tokens=tower_tokens)
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Raise ValueError for a device that this machine lacks, or that no machine has."""
     try:
         kind = torch.device(device)
         torch.empty(0, device=kind)
@@ -160,17 +161,22 @@ def prepare(model: Any, processor: Any, images: Sequence[Any], prompt: str) -> d
     A UserWarning tells if the question cannot guide the pruning, because the checkpoint lacks what that needs.
     """
     inputs = processor(images=list(images) or None, text=prompt, return_tensors="pt")
-    inputs = dict(inputs.to(model.device, model.dtype))
-    plan, policy = model.model.plan() if images else None, model.model.policy
+    if images:
+        warn_if_unguided(model, processor)
+    return dict(inputs.to(model.device, model.dtype))
+
+
+def warn_if_unguided(model: Any, processor: Any) -> None:
+    """Tell by a UserWarning if a question cannot guide the pruning of a picture, and what the checkpoint lacks."""
+    plan, policy = model.model.plan(), model.model.policy
     if plan is None or not plan.decoder or not policy.observes or policy.reading.strict:
-        return inputs
+        return
     if missing := _missing_guidance(model, processor, policy.reading.guidance):
         warnings.warn(
             f"{model.name_or_path} has no {missing}, so the image alone guides the pruning, not the question; `ivtp "
             f"convert {model.name_or_path} --clip CLIP --out FOLDER` joins it",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return inputs
 
 
 def _missing_guidance(model: Any, processor: Any, guidance: str) -> str:

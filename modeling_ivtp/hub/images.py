@@ -59,7 +59,7 @@ MAX_SCANS = 100
 
 
 def load_image(
-    source: str | os.PathLike[str] | Image.Image,
+    source: str | os.PathLike[str] | bytes | Image.Image,
     *,
     timeout: float = 30.0,
     max_bytes: int = MAX_DOWNLOAD,
@@ -73,8 +73,8 @@ def load_image(
 
     Parameters
     ----------
-    source : str, path or PIL image
-        A file, an `http(s)://` address, a `data:` URL, or a picture that is open already.
+    source : str, path, bytes or PIL image
+        A file, an `http(s)://` address, a `data:` URL, a file's content, or a picture that is open already.
     timeout : float
         Seconds a download may take, all in all.
     max_bytes : int
@@ -102,8 +102,10 @@ def load_image(
     if isinstance(source, Image.Image):
         return _to_rgb(source, "the image", max_pixels)
     formats = STRANGERS_FORMATS if from_stranger else FORMATS
-    if isinstance(source, str) and (source.startswith("data:") or "://" in source):
-        if source.startswith("data:"):
+    if isinstance(source, bytes) or (isinstance(source, str) and (source.startswith("data:") or "://" in source)):
+        if isinstance(source, bytes):
+            content, label = source, "the image"
+        elif source.startswith("data:"):
             content, label = _data_url(source, max_bytes), "the data URL"
         else:
             content, label = _download(source, timeout, max_bytes, from_stranger), source

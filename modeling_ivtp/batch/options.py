@@ -1,0 +1,96 @@
+"""What a run is asked for, and what came of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+IMAGE_COLUMN, PROMPT_COLUMN = "image", "question"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to answer, with what, and where to.
+
+    Attributes
+    ----------
+    model : str
+        Folder or Hub id of an IVTP-LLaVA, or of an official LLaVA.
+    data : str
+        As `open_data` takes it.
+    out : Path
+        Folder of the answers.
+    split : str, default "train"
+    image_column : str, default "image"
+        An empty name: there are no pictures.
+    prompt_column : str, default "question"
+    id_column : str, optional
+        Where the rows' names stand; None: they have none.
+    prompt : str, optional
+        One question for all rows, instead of a column.
+    visual_tokens : int, optional
+        Left of an image in the end; None: the checkpoint's own, or a method's 64.
+    method : str, default "ivtp"
+        The system that prunes.
+    max_new_tokens : int, default 64
+        Longest answer.
+    batch_size : int, default 64
+        Most rows in a batch, however much memory there is.
+    memory : int, optional
+        Bytes a batch may take beside the weights, in one process; None: a share of what the first process of the run
+        finds free.
+    shard_rows : int, optional
+        Rows of one shard; None: a 64th of all rows, from 16 to 1024.
+    device : str, optional
+        As in `answering.load_model`; None and several processes: one GPU each, or the CPU.
+    dtype : str, default "auto"
+    limit : int, optional
+        Only so many rows, the first ones.
+    progress : bool, default True
+        Whether the main process shows how far it is.
+    """
+
+    model: str
+    data: str
+    out: Path
+    split: str = "train"
+    image_column: str = IMAGE_COLUMN
+    prompt_column: str = PROMPT_COLUMN
+    id_column: str | None = None
+    prompt: str | None = None
+    visual_tokens: int | None = None
+    method: str = "ivtp"
+    max_new_tokens: int = 64
+    batch_size: int = 64
+    memory: int | None = None
+    shard_rows: int | None = None
+    device: str | None = None
+    dtype: str = "auto"
+    limit: int | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("visual_tokens", "max_new_tokens", "batch_size", "memory", "shard_rows", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}; allowed: a whole number from 1")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is in the folder when all is done.
+
+    Attributes
+    ----------
+    rows, errors : int
+        All rows, and those that have an error in place of an answer.
+    was_finished : bool
+        Whether everything was there before.
+    main : bool
+        Whether this is the process that speaks for all.
+    """
+
+    rows: int
+    errors: int
+    was_finished: bool
+    main: bool

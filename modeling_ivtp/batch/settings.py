@@ -1,0 +1,113 @@
+"""The settings that decide answers: written down by whoever begins a run, and compared by whoever goes on with it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..hub.weights import Checkpoint
+from .data import Data
+from .options import Options
+
+_SAMPLES, _SAMPLE_BYTES = 64, 65_536
+SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "clip_tokenizer/*")
+"""What a checkpoint has beside its weights that decides answers."""
+_PACKAGES = ("ivtp-llava", "torch", "transformers")
+
+
+def compared(options: Options, model: str, data: Data, dtype: torch.dtype, **derived: int) -> dict[str, Any]:
+    """What has to be the same when a run goes on.
+
+    Parameters
+    ----------
+    options : Options
+    model : str
+        As `model_fingerprint` says it.
+    data : Data
+    dtype : torch.dtype
+        The model's.
+    **derived
+        `memory` and `shard_rows`, as asked for or as derived.
+    """
+    return {
+        "model": model,
+        "data": data.fingerprint(),
+        "rows": len(data),
+        "image_column": options.image_column,
+        "prompt_column": None if options.prompt is not None else options.prompt_column,
+        "id_column": options.id_column,
+        "prompt": options.prompt,
+        "visual_tokens": options.visual_tokens,
+        "method": options.method,
+        "max_new_tokens": options.max_new_tokens,
+        "dtype": str(dtype).removeprefix("torch."),
+        "batch_size": options.batch_size,
+        **derived,
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of what computes the answers."""
+    return {name: version(name) for name in _PACKAGES}
+
+
+def model_fingerprint(checkpoint: Checkpoint, folder: Path) -> str:
+    """What tells a checkpoint from others: its small files, and of its weights names, sizes and samples.
+
+    Reading all of 7B would take longer than loading them; 64 samples of 64 KB from every file tell weights that were
+    trained from those before.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        With its files here.
+    folder : Path
+        Where the small files lie.
+
+    Returns
+    -------
+    str
+        64 hexadecimal digits.
+    """
+    if checkpoint.folder is None:
+        raise ValueError(f"the weights of {checkpoint.source} are not here")
+    found = hashlib.sha256()
+    for path in sorted({file for pattern in SMALL_FILES for file in folder.glob(pattern) if file.is_file()}):
+        found.update(f"{path.relative_to(folder).as_posix()} ".encode() + path.read_bytes())
+    for name in sorted({info.file for info in checkpoint.tensors.values()}):
+        file = checkpoint.folder / name
+        size = file.stat().st_size
+        found.update(f"{name} {size} ".encode())
+        with open(file, "rb") as weights:
+            for sample in range(_SAMPLES):
+                weights.seek(sample * max(0, size - _SAMPLE_BYTES) // max(1, _SAMPLES - 1))
+                found.update(weights.read(_SAMPLE_BYTES))
+    return found.hexdigest()
+
+
+def check_same(there: Mapping[str, Any], given: Mapping[str, Any], out: Path) -> None:
+    """Refuse to go on with another run than the one that was begun.
+
+    Raises
+    ------
+    ValueError
+        With every difference.
+    """
+    names = [name for name in {**there, **given} if there.get(name) != given.get(name)]
+    if not names:
+        return
+    told = ", ".join(f"{name} is {_short(there.get(name))} there and {_short(given.get(name))} now" for name in names)
+    raise ValueError(f"{out} was begun with other settings: {told}; give the old ones, or choose another folder")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    # Fingerprints are told apart by their beginning.
+    return text if len(text) < 60 else f"{text[:12]}…"
