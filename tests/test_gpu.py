@@ -30,7 +30,9 @@ def test_logits_are_those_of_the_cpu():
 @pytest.mark.parametrize("cache", ["static", "offloaded", "offloaded_static"])
 def test_every_cache_gives_the_same_answer(cache):
     model, inputs = tiny_model().cuda(), on_gpu(prompt(ROWS))
-    assert torch.equal(answer(model, inputs, cache_implementation=cache), answer(model, inputs))
+    # transformers would compile the steps of an offloaded static cache, whose copies no graph can hold.
+    options = {"disable_compile": True} if cache == "offloaded_static" else {}
+    assert torch.equal(answer(model, inputs, cache_implementation=cache, **options), answer(model, inputs))
 
 
 @torch.no_grad()

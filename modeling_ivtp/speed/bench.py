@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils import is_flash_attn_2_available, logging
 
 from ..cuda_graphs import Graphs
 from ..flops import count_named
@@ -24,6 +24,8 @@ from .compiling import compiled, static_cache
 from .growth import growth
 from .models import DTYPES, bytes_needed, check_room, prompt, random_model, stock_twin
 from .timing import PARTS, Arm, interleaved, ratio, selection_shares
+
+logger = logging.get_logger(__name__)
 
 STOCK, STOCK_FLASH, OFF = "stock", "stock, flash_attention_2", "off"
 """The baseline, the same with another kernel where it is installed, and one of ours that prunes nothing."""
@@ -161,12 +163,19 @@ def bench(
         seen = [arm for arm in arms if arm.name in systems and not arm.name.endswith(GRAPHS)]
         shares = {arm.name: selection_shares(arm, inputs) for arm in seen}
         options: dict[str, Any] = {"new_tokens": settings.new_tokens, "repeats": settings.repeats, "advance": advance}
-        if settings.compiled:
-            room = inputs["input_ids"].shape[1] + settings.new_tokens
-            with compiled([replace(arm, cache=static_cache(arm.model, batch, room)) for arm in arms]) as ready:
-                told = interleaved(ready, inputs, **options)
-        else:
-            told = interleaved(arms, inputs, **options)
+        try:
+            if settings.compiled:
+                room = inputs["input_ids"].shape[1] + settings.new_tokens
+                with compiled([replace(arm, cache=static_cache(arm.model, batch, room)) for arm in arms]) as ready:
+                    told = interleaved(ready, inputs, **options)
+            else:
+                told = interleaved(arms, inputs, **options)
+        except torch.OutOfMemoryError:
+            if not rows:
+                raise
+            # What was measured before is worth telling.
+            logger.warning(f"batch {batch} with {text} text tokens does not fit: it and what follows is left out")
+            break
         for arm in arms:
             choosing, words = shares.get(arm.name, (None, None))
             case = {"arm": arm.name, "batch": batch, "text_tokens": text}
