@@ -155,7 +155,7 @@ def bench(
     if model is None:
         model = random_model(config, dtype=dtype, device=device, attention=settings.attention)
     arms = [_arm(name, model, systems.get(name)) for name in settings.named]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for batch, text in _cases(settings):
         spoken = settings.spoken(text)
         inputs = prompt(model, batch=batch, text_tokens=text, instruction_tokens=spoken)
