@@ -44,7 +44,7 @@ def weighted_attention(
         logits = logits.unflatten(2, (images, queries))
         if visible is not None:
             logits = logits.masked_fill(~visible[:, None], float("-inf"))
-        attention = logits.softmax(-1)
+        attention = logits.softmax(-1, dtype=torch.float32)
         part = (weights[:, None, :, None] @ attention).squeeze(3).sum(1)
         result = part if result is None else result + part
     assert result is not None
@@ -63,7 +63,8 @@ def map_heads(query: torch.Tensor, key: torch.Tensor, scale: float) -> Iterator[
 
     Yields
     ------
-    float32 Tensor (B, some heads, Q, K)
+    Tensor (B, some heads, Q, K), dtype of `query`
+        For a softmax in float32.
     """
     batch, heads, queries, width = query.shape
     kv_heads, keys = key.shape[1:3]
@@ -75,7 +76,7 @@ def map_heads(query: torch.Tensor, key: torch.Tensor, scale: float) -> Iterator[
     for start in range(0, kv_heads, chunk):
         part = slice(start, start + chunk)
         # Scaled first: in half precision the products themselves may overflow.
-        logits = ((shared[:, part] * scale) @ key[:, part].transpose(2, 3)).float()
+        logits = (shared[:, part] * scale) @ key[:, part].transpose(2, 3)
         yield logits.view(batch, -1, queries, keys)
 
 
@@ -101,7 +102,7 @@ def attend_with_map(
     averaged = torch.zeros(batch, tokens, tokens, device=query.device)
     first = 0
     for logits in map_heads(query, key, scale):
-        attention = logits.softmax(-1)
+        attention = logits.softmax(-1, dtype=torch.float32)
         last = first + attention.shape[1]
         averaged += attention.sum(1)
         output[:, :, first:last] = (attention.to(value.dtype) @ value[:, first:last]).transpose(1, 2)

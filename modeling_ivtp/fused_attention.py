@@ -113,7 +113,8 @@ if triton is not None:
         for start in range(0, keys, TILE):
             columns = start + tl.arange(0, TILE)
             right = _tile(key, columns, keys, key_step, width, WIDTH)
-            scores = tl.dot(left, tl.trans(right), input_precision="ieee") * scale
+            # A compiled caller passes the scale in 64 bits.
+            scores = (tl.dot(left, tl.trans(right), input_precision="ieee") * scale).to(tl.float32)
             scores = tl.where(columns[None, :] < keys, scores, float("-inf"))
             higher = tl.maximum(highest, tl.max(scores, 1))
             total = total * tl.exp(highest - higher) + tl.sum(tl.exp(scores - higher[:, None]), 1)
@@ -139,6 +140,6 @@ if triton is not None:
             left = _tile(query, rows, queries, query_step, width, WIDTH)
             weight = tl.load(weights + batch * queries + rows, mask=rows < queries, other=0.0)
             total = tl.load(totals + part * queries + rows, mask=rows < queries, other=float("inf"))
-            scores = tl.dot(left, tl.trans(right), input_precision="ieee") * scale
+            scores = (tl.dot(left, tl.trans(right), input_precision="ieee") * scale).to(tl.float32)
             added += tl.sum(tl.exp(scores - total[:, None]) * weight[:, None], 0)
         tl.store(sums + part * keys + columns, added, mask=columns < keys)

@@ -80,7 +80,7 @@ class LayerWatch:
         """Maps of some heads at a time, from column `first` on: float32 (B, some heads, n - first, past + n)."""
         visible = self._visible(first)
         for logits in map_heads(self.query[:, :, first:], self.key, self.scale):
-            yield logits.masked_fill(~visible, float("-inf")).softmax(-1).nan_to_num(0)
+            yield logits.masked_fill(~visible, float("-inf")).softmax(-1, dtype=torch.float32).nan_to_num(0)
 
     def _visible(self, first: int) -> torch.Tensor:
         """Which keys the queries from `first` on see: bool (B or 1, 1, Q, past + n)."""

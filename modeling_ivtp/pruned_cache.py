@@ -298,8 +298,8 @@ def fill(
     made = [KeyLayout(entries, dropped, tail, mask, shift) for entries, dropped, mask, shift in layouts]
     for layer, (keys, values), place in zip(cache.layers, stored, places, strict=True):
         filled: Any = layer
-        filled.lazy_initialization(keys, values)
         filled.keys, filled.values, filled.layout = keys, values, made[place]
+        filled.device, filled.dtype, filled.is_initialized = keys.device, keys.dtype, True
 
 
 def _adopt(layer: CacheLayerMixin, layout: KeyLayout, capacity: int) -> PrunedLayer:

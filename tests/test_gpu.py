@@ -1,5 +1,7 @@
 """What only a GPU can show: the same answers there, its kernels, caches and graphs, and that the host never waits."""
 
+import functools
+
 import pytest
 import torch
 from transformers.utils import is_flash_attn_2_available
@@ -101,6 +103,7 @@ def test_a_prompt_is_run_without_waiting_for_the_gpu(rows, cache):
 
     original = type(model).forward
 
+    @functools.wraps(original)
     def forward(self, *args, **kwargs):
         try:
             return original(self, *args, **kwargs)
