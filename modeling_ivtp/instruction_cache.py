@@ -14,7 +14,7 @@ class InstructionCache:
 
     A window is kept by its tokens alone, so rows and prompts that say the same share it. Everything is forgotten when
     the text tower's weights change; layers of other libraries, whose output may change without their weights, are
-    never answered for.
+    never answered for. What PyTorch does not count as a change, writing through `.data`, needs a `clear()`.
 
     Parameters
     ----------
@@ -60,6 +60,7 @@ class InstructionCache:
         """
         made_by = _state_of(tower) if self.limit else None
         if made_by is None:
+            self.clear()  # adapters may be merged into the weights by the time they are gone
             return _padded(encode(ids[:, : max(map(len, windows))]), ids.shape[1])
         if made_by != self._made_by:
             self.clear()
