@@ -628,6 +628,7 @@ def bench(
     ] = False,
     threads: Annotated[int | None, typer.Option(help="Of the CPU.", show_default="PyTorch's")] = None,
     out: Annotated[str, typer.Option("--out", "-o", help="Folder of the results.")] = "speed",
+    label: Annotated[str, typer.Option(help="Part of the results' name, such as growth.", show_default=False)] = "",
     progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
     debug: Debug = False,
 ) -> None:
@@ -653,6 +654,7 @@ def bench(
         dtype=dtype,
         attention=attention,
         compiled=compiled,
+        label=label,
     )
     if threads is not None:
         torch.set_num_threads(threads)
@@ -668,10 +670,20 @@ def bench(
     with quiet(), steps_bar(settings.runs, "timing", progress) as advance:
         rows = speed.bench(config, settings, device=place, model=loaded, advance=advance)
     name = shape or Path(str(model)).name
-    told = speed.results(name, config, settings, rows, place, shlex.join(["ivtp", *sys.argv[1:]]))
+    told = speed.results(name, config, settings, rows, place, shlex.join(["ivtp", *_without_out(sys.argv[1:])]))
     file = report.write(told, Path(out))
     typer.echo(report.markdown(told))
     typer.echo(f"written: {file}, and beside it .md and .png")
+
+
+def _without_out(arguments: list[str]) -> list[str]:
+    """A command as it counts for others: where its results went is this machine's business."""
+    kept, skip = [], False
+    for argument in arguments:
+        if not skip and argument not in ("--out", "-o") and not argument.startswith("--out="):
+            kept.append(argument)
+        skip = not skip and argument in ("--out", "-o")
+    return kept
 
 
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

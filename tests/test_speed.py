@@ -85,9 +85,20 @@ def test_ratios_are_paired() -> None:
 
 def test_the_command_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["bench", "--shape", "tiny", "--arm", "ivtp@64", "--arm", "fastv@64", "--batch", "1", "--batch", "2"]
-    arguments += ["--new-tokens", "3", "--repeats", "2", "--dtype", "float32", "--out", str(tmp_path)]
+    arguments += [
+        "--new-tokens",
+        "3",
+        "--repeats",
+        "2",
+        "--dtype",
+        "float32",
+        "--out",
+        str(tmp_path),
+        "--label",
+        "first",
+    ]
     assert main(arguments) == 0
-    (file,) = tmp_path.glob("speed-tiny-*.json")
+    (file,) = tmp_path.glob("speed-tiny-float32-first-*.json")
     told = json.loads(file.read_text())
     assert file.with_suffix(".md").read_text() == markdown(told)
     assert file.with_suffix(".png").stat().st_size > 10_000
@@ -104,6 +115,7 @@ def test_the_command_writes_what_it_measured(tmp_path: Path, capsys: pytest.Capt
     # A second one stands beside the first.
     assert main(arguments) == 0
     assert len(list(tmp_path.glob("speed-tiny-*.json"))) == 2
+    assert str(tmp_path) not in file.read_text()
 
 
 @pytest.mark.parametrize(
@@ -117,6 +129,8 @@ def test_the_command_writes_what_it_measured(tmp_path: Path, capsys: pytest.Capt
         ({"new_tokens": 1}, "new_tokens=1; allowed: at least 2"),
         ({"repeats": 0}, "repeats=0"),
         ({"dtype": "int8"}, "dtype='int8'; allowed: float32, bfloat16, float16"),
+        ({"arms": ("fastv@64+graphs",)}, "arm 'fastv@64+graphs'; allowed: off"),
+        ({"label": "a/b"}, "label='a/b'; allowed: letters"),
     ],
 )
 def test_bad_settings(options: dict[str, Any], said: str) -> None:

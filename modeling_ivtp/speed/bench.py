@@ -53,6 +53,8 @@ class Settings:
         Of the prompt, for CLIP; None: as many as there are text tokens, at most 64.
     compiled : bool
         Whether prompts and decoding steps of all arms run compiled, with a static cache; on a GPU as CUDA graphs.
+    label : str
+        Part of the results' name: letters, digits and hyphens.
     """
 
     arms: tuple[str, ...] = (OFF, "ivtp@64")
@@ -64,6 +66,7 @@ class Settings:
     attention: str = "sdpa"
     instruction_tokens: int | None = None
     compiled: bool = False
+    label: str = ""
 
     def __post_init__(self) -> None:
         for name, least in (("new_tokens", 2), ("repeats", 1)):
@@ -73,6 +76,8 @@ class Settings:
             values = getattr(self, name)
             if not values or min(values) < least:
                 raise ValueError(f"{name}={values}; allowed: numbers of at least {least}.")
+        if not all(letter.isalnum() or letter == "-" for letter in self.label):
+            raise ValueError(f"label={self.label!r}; allowed: letters, digits and hyphens.")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r}; allowed: {', '.join(DTYPES)}.")
         for arm in self.arms:

@@ -128,13 +128,25 @@ def plot(results: Mapping[str, Any]) -> Any:
     return figure
 
 
+def name_of(results: Mapping[str, Any]) -> str:
+    """What results are of, without their date: speed-SHAPE-DTYPE, then whether compiled and the label."""
+    settings = results["settings"]
+    parts = [
+        "speed",
+        results["shape"],
+        settings["dtype"],
+        "compiled" if settings["compiled"] else "",
+        settings["label"],
+    ]
+    return "-".join(part for part in parts if part)
+
+
 def write(results: Mapping[str, Any], out: Path) -> Path:
     """Write JSON, table and plot into a folder; earlier results are never written over. The JSON's path."""
     out.mkdir(parents=True, exist_ok=True)
     number = 1
     while True:
-        graphs = "-compiled" if results["settings"]["compiled"] else ""
-        stem = f"speed-{results['shape']}{graphs}-{results['date']}{'' if number == 1 else f'-{number}'}"
+        stem = f"{name_of(results)}-{results['date']}{'' if number == 1 else f'-{number}'}"
         file = out / f"{stem}.json"
         if not file.exists():
             break
