@@ -38,7 +38,7 @@ def _told(results: Mapping[str, Any], file: Path) -> str:
     header = ("arm", "batch", *(["text"] if several else []), "prefill", "decode per token", "end to end",
               "prefill implied by FLOPs", "reached")  # fmt: skip
     return (
-        f"{results['shape']} in {settings['dtype']} with random weights{', compiled' * settings['compiled']}; one image "
+        f"{results['shape']} in {settings['dtype']}, random weights{', compiled' * settings['compiled']}; one image "
         f"and {texts} text tokens, answers of {settings['new_tokens']} tokens; {machine['device']}, "
         f"{machine['threads']} threads, {results['date']}; medians of {settings['repeats']} interleaved pairs with 95% "
         f"intervals:\n\n{markdown_table(header, rows)}\n"

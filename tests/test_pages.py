@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import nbformat
+import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import ModelCard
 from nbclient import NotebookClient
@@ -35,6 +36,8 @@ ELSEWHERE = {
     "make space": "tests/test_space.py",
     "make test": "this is it",
     "make help": "test_make_help_lists_what_there_is",
+    "accelerate launch --multi_gpu --num_processes 8 -m modeling_ivtp.cli batch --model ivtp-llava-1.5-7b "
+    "--data questions.jsonl --out answers --id-column name": "tests/test_batch.py",
 }
 """What is run by another test, and which."""
 
@@ -94,6 +97,8 @@ def run(hub: Any, folder: Path, steps: list[tuple[str, str]], *, stranger: bool 
     for card in card_names():
         for place, image in card_images(card).items():
             (folder / Path(place).name).write_bytes(image.read_bytes())
+    rows = [{"name": name, "image": name, "question": "What is this?"} for name in ("photo.jpg", "another.jpg")]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "steps.json").write_text(json.dumps(steps))
     server: Hub = hub.server
     environment = {
@@ -121,11 +126,13 @@ def run(hub: Any, folder: Path, steps: list[tuple[str, str]], *, stranger: bool 
 def test_the_readme(hub: Any, tmp_path: Path) -> None:
     text = (ROOT / "README.md").read_text()
     steps = blocks(text)
-    assert len(steps) == 8
+    assert len(steps) == 9
     told = run(hub, tmp_path, steps)
     assert (tmp_path / "kept.png").is_file()
     assert 'revision="' in told
     assert "would serve at 8000" in told
+    answers = pq.read_table(tmp_path / "answers").to_pylist()
+    assert [(row["id"], row["error"]) for row in answers] == [("photo.jpg", None), ("another.jpg", None)]
     # The push of the page replaced what the next pages load, and it still loads.
     assert "ivtp_recipe.json" in hub.server.head("OWNER/ivtp-llava-1.5-7b")
 
@@ -232,5 +239,5 @@ def test_the_wheel_holds_what_the_package_reads(tmp_path: Path) -> None:
         "LICENSE",
     } <= shipped
     assert not [name for name in names if name.startswith(("tests", "benchmarks"))]
-    for extra in ("plot", "serve", "space"):
+    for extra in ("batch", "plot", "serve", "space"):
         assert f"Provides-Extra: {extra}" in metadata

@@ -98,7 +98,8 @@ def plot(results: Mapping[str, Any]) -> Any:
     axis = "batch" if len({row["batch"] for row in rows}) > 1 else "text_tokens"
     figure = Figure(figsize=(9, 4), layout="constrained", facecolor="white")
     panels = figure.subplots(1, 2, sharey=True)
-    for axes, part, title in zip(panels, ("prefill", "end_to_end"), ("Prefill", "End to end"), strict=True):
+    titles = ("Prefill", f"End to end, {results['settings']['new_tokens']} tokens")
+    for axes, part, title in zip(panels, ("prefill", "end_to_end"), titles, strict=True):
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.spines["bottom"].set_color(_MUTED)
         axes.tick_params(colors=_MUTED, length=0)
