@@ -43,7 +43,7 @@ def weighted_attention(
     for logits in map_heads(query.flatten(2, 3), key, scale):
         logits = logits.unflatten(2, (images, queries))
         if visible is not None:
-            logits = logits.masked_fill(~visible[:, None], float("-inf"))
+            logits = logits.masked_fill_(~visible[:, None], float("-inf"))  # of nobody else's
         attention = logits.softmax(-1, dtype=torch.float32)
         part = (weights[:, None, :, None] @ attention).squeeze(3).sum(1)
         result = part if result is None else result + part
