@@ -23,7 +23,44 @@ def excerpt(folder: Path = RESULTS) -> str:
         newest[name_of(json.loads(file.read_text()))] = file
     told = [(json.loads(file.read_text()), file) for file in newest.values()]
     told.sort(key=lambda one: ("NVIDIA" in one[0]["machine"]["device"], one[0]["settings"]["label"], one[1].name))
-    return "\n".join([BEGIN, *(_told(*one) for one in told), END])
+    tables = [_told(*one) for one in told if one[0]["settings"]["label"] not in _IN_SHORT]
+    short = [_IN_SHORT[label](*one) for one in told if (label := one[0]["settings"]["label"]) in _IN_SHORT]
+    return "\n".join([BEGIN, *tables, *short, END])
+
+
+def _where(results: Mapping[str, Any], file: Path) -> str:
+    settings = results["settings"]
+    link = f"{file.parent.relative_to(ROOT)}/{file.stem}.md"
+    return f"[{results['shape']}, {settings['dtype']}, {results['machine']['device']}]({link})"
+
+
+def _off(results: Mapping[str, Any], file: Path) -> str:
+    """That our class costs nothing when it prunes nothing."""
+    told = [
+        f"{times(row['prefill'])} at batch {row['batch']}" for row in results["rows"] if row["arm"] == "off"
+    ]  # fmt: skip
+    pairs = results["settings"]["repeats"]
+    return f"- Prefill with pruning off, over {pairs} pairs: {', '.join(told)} ({_where(results, file)})."
+
+
+def _growth(results: Mapping[str, Any], file: Path) -> str:
+    """That time grows as FLOPs say."""
+    texts, batches = (results["settings"][name] for name in ("text_tokens", "batches"))
+    told = []
+    for fit in results["growth"]:
+        shares = [one["share"] for one in fit["residuals"]]
+        told.append(
+            f"{fit['arm']} takes {1000 * fit['fixed']:.0f} ms and then {fit['rate']:.3g} TFLOP/s, its {len(shares)} cases "
+            f"within {min(shares):+.0%} and {max(shares):+.0%} of that line"
+        )
+    return (
+        f"- Prefills of {min(texts)} to {max(texts)} text tokens at batch {min(batches)} to {max(batches)} grow with "
+        f"their FLOPs: {'; '.join(told)} ({_where(results, file)})."
+    )
+
+
+_IN_SHORT = {"off": _off, "growth": _growth}
+"""Labels of results that are told in a sentence."""
 
 
 def _told(results: Mapping[str, Any], file: Path) -> str:
