@@ -28,17 +28,21 @@ def _bench(*options: str) -> list[str]:
 STEPS: dict[str, list[str]] = {
     "tests": ["pytest", "-m", "gpu", "-q", "tests/test_gpu.py"],
     "prefill": _bench(
-        *_BUDGETS, "--arm", "ivtp@448", "--arm", "ivtp@64+graphs", "--new-tokens", "2", "--repeats", "5",
+        *_BUDGETS, "--arm", "ivtp@448", *_REPLAYED, "--new-tokens", "2", "--repeats", "6",
         *_repeated("--batch", 1, 2, 4, 8, 16, 32),
     ),
     "growth": _bench(
-        "--arm", "ivtp@64", "--new-tokens", "2", "--repeats", "3",
+        "--label", "growth", "--arm", "ivtp@64", "--new-tokens", "2", "--repeats", "3",
         *_repeated("--batch", 1, 8, 32), *_repeated("--text-tokens", 64, 512, 2048),
     ),
-    "answers": _bench("--arm", "ivtp@64+graphs", "--repeats", "3", *_repeated("--batch", 1, 32)),
-    "off": _bench("--arm", "off", "--new-tokens", "2", "--repeats", "30", *_repeated("--batch", 1, 8)),
-    "graphs": _bench("--arm", "ivtp@64", *_REPLAYED, "--new-tokens", "2", *_repeated("--batch", 1, 2, 4, 8)),
-    "compiled": _bench("--arm", "ivtp@64", "--compile", "--new-tokens", "64", "--repeats", "5"),
+    "answers": _bench("--label", "answers", *_REPLAYED, "--repeats", "6", *_repeated("--batch", 1, 32)),
+    "off": _bench(
+        "--label", "off", "--arm", "off", "--new-tokens", "2", "--repeats", "30", *_repeated("--batch", 1, 8),
+    ),
+    "graphs": _bench(
+        "--label", "graphs", "--arm", "ivtp@64", *_REPLAYED, "--new-tokens", "2", *_repeated("--batch", 1, 2, 4, 8),
+    ),
+    "compiled": _bench("--arm", "ivtp@64", "--compile", "--new-tokens", "64", "--repeats", "6"),
 }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ python -m benchmarks.speed_readme
 """
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from benchmarks.quality.readme import RESULTS, ROOT, filled
 from benchmarks.quality.report import write_atomically
 from modeling_ivtp.hub.tables import markdown_table
-from modeling_ivtp.speed.report import name_of, reached, times
+from modeling_ivtp.speed.report import interval, name_of, reached, times
 
 BEGIN, END = "<!-- speed: written by benchmarks/speed_readme.py -->", "<!-- /speed -->"
 
@@ -19,14 +20,22 @@ BEGIN, END = "<!-- speed: written by benchmarks/speed_readme.py -->", "<!-- /spe
 def excerpt(folder: Path = RESULTS) -> str:
     """One table for each newest result of its name, a CPU's before a GPU's."""
     newest: dict[str, Path] = {}
-    for file in sorted(folder.glob("speed-*.json")):
-        newest[name_of(json.loads(file.read_text()))] = file
-    told = [(json.loads(file.read_text()), file) for file in newest.values()]
-    told.sort(key=lambda one: ("NVIDIA" in one[0]["machine"]["device"], one[0]["settings"]["label"], one[1].name))
-    tables = [_told(*one) for one in told if one[0]["settings"]["label"] not in _IN_SHORT]
-    short = [_IN_SHORT[label](*one) for one in told if (label := one[0]["settings"]["label"]) in _IN_SHORT]
+    for file in sorted(folder.glob("speed-*.json"), key=_age):
+        told = json.loads(file.read_text())
+        newest[name_of(told) + told["machine"]["device"]] = file
+    every = [(json.loads(file.read_text()), file) for file in newest.values()]
+    every.sort(key=lambda one: ("NVIDIA" in one[0]["machine"]["device"], one[0]["settings"]["label"], one[1].name))
+    tables = [_told(*one) for one in every if one[0]["settings"]["label"] not in _IN_SHORT]
+    short = [_IN_SHORT[label](*one) for one in every if (label := one[0]["settings"]["label"]) in _IN_SHORT]
     head = "Times as fast as stock LLaVA on the same weights and with the same attention kernels, run by turns.\n"
     return "\n".join([BEGIN, head, *tables, *short, END])
+
+
+def _age(file: Path) -> tuple[str, int]:
+    """Date, and number on that day: speed-NAME-2026-11-28-2 is later than speed-NAME-2026-11-28."""
+    found = re.search(r"(\d{4}-\d\d-\d\d)(?:-(\d+))?$", file.stem)
+    assert found is not None, file
+    return found[1], int(found[2] or 1)
 
 
 def _where(results: Mapping[str, Any], file: Path) -> str:
@@ -50,13 +59,14 @@ def _growth(results: Mapping[str, Any], file: Path) -> str:
     told = []
     for fit in results["growth"]:
         shares = [one["share"] for one in fit["residuals"]]
+        then = "" if fit["rate"] is None else f" and then {fit['rate']:.3g} TFLOP/s"
         told.append(
-            f"{fit['arm']} takes {1000 * fit['fixed']:.0f} ms and then {fit['rate']:.3g} TFLOP/s, its {len(shares)} "
-            f"cases within {min(shares):+.0%} and {max(shares):+.0%} of that line"
+            f"{fit['arm']} takes {1000 * fit['fixed']:.0f} ms{then}, its {len(shares)} cases within {min(shares):+.0%} "
+            f"and {max(shares):+.0%} of that line"
         )
     return (
-        f"- Prefills of {min(texts)} to {max(texts)} text tokens at batch {min(batches)} to {max(batches)} grow with "
-        f"their FLOPs: {'; '.join(told)} ({_where(results, file)})."
+        f"- Prefills of {min(texts)} to {max(texts)} text tokens at batch {min(batches)} to {max(batches)} as a line "
+        f"over their FLOPs: {'; '.join(told)} ({_where(results, file)})."
     )
 
 
@@ -70,7 +80,8 @@ def _told(results: Mapping[str, Any], file: Path) -> str:
     several = len(settings["text_tokens"]) > 1
     rows = [
         (row["arm"], row["batch"], *([row["text_tokens"]] if several else []),
-         *(times(row[part]) for part in ("prefill", "decode", "end_to_end")), f"{row['implied']:.2f}", reached(row))
+         *(times(row[part]) for part in ("prefill", "decode", "end_to_end")), f"{row['implied']:.2f}",
+         reached(row, results["rows"]))
         for row in results["rows"] if row["arm"] != "stock"
     ]  # fmt: skip
     header = ("arm", "batch", *(["text"] if several else []), "prefill", "decode per token", "end to end",
@@ -78,8 +89,8 @@ def _told(results: Mapping[str, Any], file: Path) -> str:
     return (
         f"{results['shape']} in {settings['dtype']}, random weights{', compiled' * settings['compiled']}; one image "
         f"and {texts} text tokens, answers of {settings['new_tokens']} tokens; {machine['device']}, "
-        f"{machine['threads']} threads, {results['date']}; medians of {settings['repeats']} interleaved pairs with 95% "
-        f"intervals:\n\n{markdown_table(header, rows)}\n"
+        f"{machine['threads']} threads, {results['date']}; medians of {settings['repeats']} interleaved pairs, "
+        f"{interval(settings['repeats'])}:\n\n{markdown_table(header, rows)}\n"
         f"[What each part takes, and the command]({file.parent.relative_to(ROOT)}/{file.stem}.md).\n"
     )
 

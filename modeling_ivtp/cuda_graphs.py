@@ -4,10 +4,12 @@ A graph is recorded when shapes come a second time, and is valid for tensors at 
 where it was recorded, outputs are copied from there.
 """
 
+import threading
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_map_only
 from transformers.utils import logging
 
@@ -47,7 +49,7 @@ class Recorded:
 
 
 class Graphs:
-    """The last shapes that came, and recordings for those that came before.
+    """The last shapes that came, and recordings for those that came before. Threads wait for each other.
 
     Parameters
     ----------
@@ -59,6 +61,7 @@ class Graphs:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
+        self._busy = threading.RLock()
         self.forget()
 
     def __deepcopy__(self, memo: Any) -> "Graphs":
@@ -73,7 +76,10 @@ class Graphs:
     def forget(self) -> None:
         """Drop all recordings, as the weights are not where they were."""
         self._seen: dict[Hashable, None] = {}
+        self._refused: set[Hashable] = set()
         self._recorded: dict[Hashable, Any] = {}
+        self._parts: list[tuple[Any, str, nn.Module]] = []
+        self._weights: list[tuple[Any, str, int]] = []
         self._pool: Any = None
 
     def serve(self, inputs: Mapping[str, torch.Tensor]) -> bool:
@@ -88,11 +94,13 @@ class Graphs:
             and not torch.cuda.is_current_stream_capturing()
         )
 
-    def run(self, what: Hashable, function: Function, inputs: Mapping[str, torch.Tensor]) -> Any:
+    def run(self, module: Any, what: Hashable, function: Function, inputs: Mapping[str, torch.Tensor]) -> Any:
         """What a function makes of inputs: at first by calling it, then by replaying it.
 
         Parameters
         ----------
+        module : Module
+            Whose weights the function reads: once one of them is another tensor, all recordings are dropped.
         what : hashable
             Everything besides shapes that the function depends on.
         function : callable
@@ -104,15 +112,28 @@ class Graphs:
             Outputs of its own, which nothing overwrites.
         """
         shapes = tuple((name, value.shape, value.dtype, value.device) for name, value in inputs.items())
-        key = (what, torch.is_inference_mode_enabled(), shapes)
+        with self._busy:
+            return self._run(module, (what, torch.is_inference_mode_enabled(), shapes), function, inputs)
+
+    def _run(self, module: nn.Module, key: Hashable, function: Function, inputs: Mapping[str, torch.Tensor]) -> Any:
+        if any(there.get(name) is not part for there, name, part in self._parts) or any(
+            there.get(name) is None or there[name].data_ptr() != at for there, name, at in self._weights
+        ):
+            self.forget()
         recorded = self._recorded.pop(key, None)
         if recorded is None:
-            if key not in self._seen:
+            if key not in self._seen or key in self._refused:
                 self._seen[key] = None
                 _forget_first(self._seen, 16 * self.limit)
                 return function(**inputs)
+            if not self._weights:
+                self._parts, self._weights = _parts(module), _addresses(module)
             try:
                 recorded = self._record(function, inputs)
+            except torch.OutOfMemoryError:
+                logger.warning("A prompt is not recorded as a CUDA graph, as memory ran out")
+                self._refused.add(key)
+                return function(**inputs)
             except RuntimeError as error:
                 logger.warning(f"CUDA graphs are given up, as a recording failed: {error}")
                 self.limit = 0
@@ -128,6 +149,27 @@ class Graphs:
         if self._pool is None and torch.cuda.is_available():
             self._pool = torch.cuda.graph_pool_handle()
         return self.record(function, inputs, self._pool)
+
+
+def _parts(module: nn.Module) -> list[tuple[Any, str, nn.Module]]:
+    """Which modules a module is made of."""
+    return [
+        (one._modules, name, part)
+        for one in module.modules()
+        for name, part in one._modules.items()
+        if part is not None
+    ]
+
+
+def _addresses(module: nn.Module) -> list[tuple[Any, str, int]]:
+    """Where the weights and buffers of a module are."""
+    return [
+        (tensors, name, tensor.data_ptr())
+        for part in module.modules()
+        for tensors in (part._parameters, part._buffers)
+        for name, tensor in tensors.items()
+        if tensor is not None
+    ]
 
 
 def _forget_first(entries: dict[Hashable, Any], limit: int) -> None:

@@ -21,7 +21,7 @@ logger = logging.get_logger(__name__)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _WIDEST_HEAD = 128
 _TILE = 64
-_works: dict[int | None, bool] = {}
+_works: dict[tuple[Any, ...], bool] = {}
 
 
 def is_served(query: torch.Tensor, key: torch.Tensor) -> bool:
@@ -32,17 +32,17 @@ def is_served(query: torch.Tensor, key: torch.Tensor) -> bool:
         return False
     if torch.compiler.is_compiling():
         return True  # what compiles this needs Triton as well
-    device = query.device.index
-    if device not in _works:
-        _works[device] = _tried(query.device)
-    return _works[device]
+    kind = query.device.index, query.dtype, query.shape[-1]
+    if kind not in _works:
+        _works[kind] = _tried(query.device, query.dtype, query.shape[-1])
+    return _works[kind]
 
 
-def _tried(device: torch.device) -> bool:
+def _tried(device: torch.device, dtype: torch.dtype, width: int) -> bool:
     """Run it once: without a C compiler, or on an old GPU, Triton can be imported and fails here."""
-    probe = torch.zeros(1, 1, 16, 16, device=device)
+    probe = torch.zeros(1, 1, 16, width, device=device, dtype=dtype)
     try:
-        fused_weighted_attention(probe[0, :, :, 0], probe, probe, 1.0)
+        fused_weighted_attention(torch.zeros(1, 16, device=device), probe, probe, 1.0)
     except Exception as error:
         logger.warning(f"Scoring falls back to PyTorch on {device}, as Triton's kernel fails: {error}")
         return False
@@ -69,6 +69,14 @@ def fused_weighted_attention(
     -------
     float32 Tensor (B, K)
     """
+    if query.device.type == "cuda" and not torch.compiler.is_compiling():
+        # Triton launches on the current GPU, wherever the tensors are.
+        with torch.cuda.device(query.device):
+            return _launched(weights, query, key, scale)
+    return _launched(weights, query, key, scale)
+
+
+def _launched(weights: torch.Tensor, query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
     batch, heads, queries, width = query.shape
     keys = key.shape[2]
     if query.stride(3) != 1:

@@ -8,7 +8,7 @@ from torch import nn
 from transformers.masking_utils import create_masks_for_generate
 
 from .cache_name import CACHE
-from .pruned_cache import is_pruned
+from .pruned_cache import is_pruned, release
 
 
 class PrunedGeneration:
@@ -16,7 +16,6 @@ class PrunedGeneration:
 
     config: Any
     model: Any
-    dtype: torch.dtype
 
     def prepare_inputs_for_generation(
         self,
@@ -57,10 +56,11 @@ class PrunedGeneration:
 
     def _read_ahead(self, given: dict[str, Any], mask: torch.Tensor | None) -> None:
         """Before the prompt's work begins: what the host has to know of it, and the memory of a static cache."""
+        cache = given.get(CACHE)
+        release(cache)
         plan = self.model.plan() if _count_images(given) else None
         if plan is None:
             return
-        cache = given.get(CACHE)
         past = 0 if cache is None else int(cache.get_seq_length())
         names = ("input_ids", "inputs_embeds", "clip_input_ids")
         reading = given["reading"] = self.model.read(
@@ -71,12 +71,14 @@ class PrunedGeneration:
             drafted=given.get("drafted", 0),
             **{name: given.get(name) for name in names},
         )
-        devices = {parameter.device for parameter in self.model.language_model.parameters()}
-        ready = len(devices) == 1 and not any(
-            torch.is_autocast_enabled(one.type) or one.type == "meta" for one in devices
-        )
+        weights = list(self.model.language_model.parameters())
+        devices = {weight.device for weight in weights}
+        types = {weight.dtype for weight in weights if weight.is_floating_point()}
+        # Elsewhere a layer finds out with its first keys what it has to hold.
+        known = len(devices) == 1 and len(types) == 1
+        ready = known and not any(torch.is_autocast_enabled(one.type) or one.type == "meta" for one in devices)
         if past == 0 and plan.exact and ready:
-            self.model.language_model.allocate(cache, plan, reading.sequence, self.dtype, devices.pop())
+            self.model.language_model.allocate(cache, plan, reading.sequence, types.pop(), devices.pop())
 
     def _leave_seen_images(self, input_ids: torch.Tensor, new: int, kwargs: dict[str, Any]) -> None:
         """Of a whole conversation's images keep those of the `new` last tokens: the others are in the cache."""

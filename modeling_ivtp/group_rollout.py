@@ -63,8 +63,9 @@ class AttentionRecord:
     @property
     def value_norm(self) -> torch.Tensor:
         """L2 norm of the visual tokens' value vectors, all heads together: float32 (B, M, k)."""
-        # One kernel, accumulating in float32.
-        norms = torch.linalg.vector_norm(self.value, dim=(1, 3), dtype=torch.float32)
+        # One kernel, accumulating in float32 at least.
+        dtype = torch.promote_types(self.value.dtype, torch.float32)
+        norms = torch.linalg.vector_norm(self.value, dim=(1, 3), dtype=dtype).float()
         if self.value_columns is None:
             return norms[:, None, 1:]
         columns = self.value_columns.to(norms.device)

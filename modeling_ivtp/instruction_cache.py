@@ -24,7 +24,7 @@ class InstructionCache:
 
     def __init__(self, limit: int = 128) -> None:
         self.limit = limit
-        self._kept: dict[tuple[int, ...], torch.Tensor] = {}
+        self._kept: dict[Hashable, torch.Tensor] = {}
         self._made_by: Hashable = None
 
     def __len__(self) -> int:
@@ -65,19 +65,23 @@ class InstructionCache:
         if made_by != self._made_by:
             self.clear()
             self._made_by = made_by
-        kept = {window: self._kept.get(window) for window in windows}
-        missing = [window for window, known in kept.items() if known is None]
+        # Features are padded to the width of their context, and computed in the type that autocast says.
+        kind = ids.device.type
+        computed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        keys = [(window, ids.shape[1], ids.device, computed) for window in windows]
+        kept = {key: self._kept.get(key) for key in keys}
+        missing = [key for key, known in kept.items() if known is None]
         if missing:
-            rows = torch.stack([ids[windows.index(window)] for window in missing])
-            made = _padded(encode(rows[:, : max(map(len, missing))]), ids.shape[1])
+            rows = torch.stack([ids[keys.index(key)] for key in missing])
+            made = _padded(encode(rows[:, : max(len(window) for window, *_ in missing)]), ids.shape[1])
             # Clones: a view would keep the features of all its neighbours alive.
             kept |= dict(zip(missing, [one.clone() for one in made], strict=True))
-        for window, known in kept.items():
-            self._kept.pop(window, None)
-            self._kept[window] = known  # type: ignore[assignment]
-        for window in list(self._kept)[: max(0, len(self._kept) - self.limit)]:
-            self._kept.pop(window, None)
-        return torch.stack([kept[window] for window in windows])  # type: ignore[misc]
+        for key, known in kept.items():
+            self._kept.pop(key, None)
+            self._kept[key] = known  # type: ignore[assignment]
+        for old in list(self._kept)[: max(0, len(self._kept) - self.limit)]:
+            self._kept.pop(old, None)
+        return torch.stack([kept[key] for key in keys])  # type: ignore[misc]
 
 
 def _padded(features: torch.Tensor, context: int) -> torch.Tensor:
@@ -86,9 +90,13 @@ def _padded(features: torch.Tensor, context: int) -> torch.Tensor:
 
 def _state_of(tower: Any) -> Hashable:
     """What tells one state of a tower from another; None where nothing does."""
-    if any(type(module).__module__.partition(".")[0] not in _KNOWN_LAYERS for module in tower.modules()):
-        return None
+    for module in tower.modules():
+        if type(module).__module__.partition(".")[0] not in _KNOWN_LAYERS:
+            return None
+        if module._forward_hooks or module._forward_pre_hooks:
+            return None
     parameters = list(tower.parameters())
-    if any(parameter.is_inference() for parameter in parameters):
-        return None  # their changes are not counted
+    # Replicas have none of their own, wrappers no address, and changes to inference tensors are not counted.
+    if not parameters or any(parameter.is_inference() or not parameter.data_ptr() for parameter in parameters):
+        return None
     return tuple((parameter.data_ptr(), parameter.dtype, parameter._version) for parameter in parameters)

@@ -303,7 +303,8 @@ class IVTPLlavaModel(PromptReplay, PromptPruning, PruningOptions, IVTPLlavaPreTr
             )
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         given |= {"clip_input_ids": clip_input_ids, "clip_spans": clip_spans}
-        alone = cache is None or (type(cache) is DynamicCache and past == 0)
+        plain = type(cache) is DynamicCache and not getattr(cache, "offloading", False)
+        alone = cache is None or (plain and past == 0)
         if (
             alone
             and recorder is None

@@ -26,6 +26,8 @@ class PromptReplay:
         """Whether work on these inputs can be replayed; `options` are further keyword arguments of a forward."""
         if self.graphs is None or not self.graphs.limit or self.applied_policy is not None:
             return False
+        if getattr(self.config.text_config, "output_hidden_states", False):
+            return False
         asked = {name for name, value in options.items() if value is not None and value is not False}
         if asked - _HARMLESS or asked & {"output_attentions", "output_hidden_states"}:
             return False
@@ -34,7 +36,7 @@ class PromptReplay:
     def replay_images(self, encode: Any, pixel_values: torch.Tensor, what: Any) -> Any:
         """`encode(pixel_values=…)`, replayed; `what` is all it depends on besides."""
         assert self.graphs is not None
-        return self.graphs.run(("images", what, self.config.pruning), encode, {"pixel_values": pixel_values})
+        return self.graphs.run(self, self._replayed("images", what), encode, {"pixel_values": pixel_values})
 
     def replay_prompt(
         self,
@@ -61,8 +63,10 @@ class PromptReplay:
         assert self.graphs is not None
         kind, text = type(encoded), self.config.text_config
         images = tuple(row.images for row in reading.sequence.rows)
-        if reading.sequence.valid is None:
-            inputs = {**inputs, "attention_mask": None}
+        mask, length = inputs["attention_mask"], reading.sequence.length
+        # A mask may speak of tokens that are to come.
+        mask = None if mask is None or reading.sequence.valid is None else mask[:, :length]
+        inputs = {**inputs, "attention_mask": mask}
         parts = {"features": torch.stack(list(encoded.pooler_output)), "kept_patches": encoded.kept_patches}
         parts |= {"cls_features": encoded.cls_features, "image_embeds": encoded.image_embeds}
 
@@ -87,11 +91,17 @@ class PromptReplay:
                 "places": places,
             }
 
-        told = self.graphs.run(("prompt", images, self.config.pruning), forward, _given({**inputs, **parts}))
+        told = self.graphs.run(self, self._replayed("prompt", images), forward, _given({**inputs, **parts}))
         cache = DynamicCache(config=text) if cache is None else cache
         prepare_layers(cache, text.num_hidden_layers, None, reading.sequence.length)
         fill(cache, told["layers"], told["layouts"], told["places"], reading.sequence.tail)
         return told, cache
+
+    def _replayed(self, kind: str, what: Any) -> Any:
+        """What a recording depends on besides shapes and weights."""
+        config = self.config
+        attention = config.vision_config._attn_implementation, config.text_config._attn_implementation
+        return kind, what, config.pruning, attention
 
     def _unread(self, given: Mapping[str, Any], images: tuple[int, ...]) -> PromptReading:
         """A prompt of which only shapes are known, as a graph is to serve all that have them."""

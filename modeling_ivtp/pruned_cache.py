@@ -22,6 +22,9 @@ from transformers.cache_utils import (
 from .key_layout import KeyLayout
 from .visual_sequence import VisualSequence
 
+_NOTHING = KeyLayout()
+"""What layers that hold nothing share, as they share a layout afterwards."""
+
 
 class PrunedDynamicLayer(DynamicLayer):
     """`DynamicLayer` that stores fewer entries than the sequence has tokens."""
@@ -60,7 +63,7 @@ class PrunedDynamicLayer(DynamicLayer):
         """Forget everything."""
         self.keys = self.values = None
         self.is_initialized = False
-        self.layout = KeyLayout()
+        self.layout = _NOTHING
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder the rows for beam search."""
@@ -167,7 +170,7 @@ class PrunedStaticLayer(StaticLayer):
         self.keys = self.values = None
         self.is_initialized, self.empty = False, True
         self.max_cache_len = self.logical_len
-        self.layout = KeyLayout()
+        self.layout = _NOTHING
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder the rows for beam search."""
@@ -271,6 +274,13 @@ def allocate(
             layer.leave_out(length - left)
             shape = like.new_empty(like.shape[0], heads, 0, head_dim)
             layer.lazy_initialization(shape, shape)
+
+
+def release(cache: Cache | None) -> None:
+    """Take back what `allocate` gave for a prompt that never came: it failed, and the next may be another."""
+    for layer in getattr(cache, "layers", ()):
+        if isinstance(layer, PrunedStaticLayer) and layer.is_initialized and layer.empty:
+            layer.reset()
 
 
 def fill(

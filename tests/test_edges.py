@@ -200,3 +200,41 @@ def test_tied_embeddings_stay_tied(tmp_path):
     assert again.lm_head.weight.data_ptr() == again.get_input_embeddings().weight.data_ptr()
     inputs = prompt(BATCH)
     assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+
+
+def test_a_static_cache_takes_the_decoders_type():
+    """The towers may be kept in more bits than the decoder."""
+    model, inputs = tiny_model(), prompt([[3, "image", 7], [4, "image", 6]])
+    model.model.language_model.bfloat16()
+    model.lm_head.bfloat16()
+    options = {"max_new_tokens": 4, "do_sample": False}
+    static = model.generate(**inputs, **options, cache_implementation="static")
+    assert torch.equal(static, model.generate(**inputs, **options))
+
+
+def test_double_precision():
+    model, inputs = tiny_model().double(), prompt([[3, "image", 7], [4, "image", 6]])
+    inputs["pixel_values"] = inputs["pixel_values"].double()
+    assert model.generate(**inputs, max_new_tokens=3, do_sample=False).shape == (2, 26 + 3)
+
+
+def test_a_prompt_that_failed_leaves_a_static_cache_as_it_was():
+    model, inputs = tiny_model(), prompt([[3, "image", 7], [4, "image", 6]])
+    cache = StaticCache(config=model.config.text_config, max_cache_len=64)
+    options = {"past_key_values": cache, "max_new_tokens": 4, "do_sample": False}
+    with pytest.raises(ValueError, match="clip_spans"):
+        model.generate(**inputs | {"clip_spans": torch.zeros(3, 26, 2, dtype=torch.long)}, **options)
+    with model.pruning(enabled=False):
+        given = {name: value for name, value in inputs.items() if not name.startswith("clip")}
+        told = model.generate(**given, **options)
+        assert torch.equal(told, model.generate(**given, max_new_tokens=4, do_sample=False))
+
+
+def test_layers_of_a_reset_cache_share_what_they_hold():
+    model = tiny_model()
+    cache = StaticCache(config=model.config.text_config, max_cache_len=64)
+    options = {"past_key_values": cache, "max_new_tokens": 2, "do_sample": False}
+    model.generate(**prompt([[3, "image", 7]]), **options)
+    cache.reset()
+    model.generate(**prompt([[5]]), **options)
+    assert len(layer_segments(cache)) == 1

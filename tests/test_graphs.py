@@ -6,6 +6,7 @@ recording, which it overwrites as a graph does. `test_gpu.py` has the real ones.
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -227,3 +228,92 @@ def test_the_replayed_baseline_is_stock_llava():
         inputs = {name: value for name, value in prompt(ROWS, seed=seed).items() if not name.startswith("clip_")}
         assert torch.equal(answer(replayed, inputs), answer(twin, inputs))
     assert sum(recorded.runs for recorded in graphs._recorded.values()) == 4
+
+
+def test_threads_get_their_own_answers(model):
+    plain = tiny_model()
+    inputs = [prompt(ROWS[:1], seed=seed) for seed in range(12)]
+    expected = [answer(plain, one) for one in inputs]
+    for one in inputs[:2]:
+        answer(model, one)
+    with ThreadPoolExecutor(4) as pool:
+        told = list(pool.map(lambda one: answer(model, one), inputs * 2))
+    assert all(torch.equal(*pair) for pair in zip(told, expected * 2, strict=True))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda inner: inner.language_model.double().float(),
+        lambda inner: inner.vision_tower.load_state_dict(copy.deepcopy(inner.vision_tower.state_dict()), assign=True),
+        lambda inner: inner.set_input_embeddings(copy.deepcopy(inner.get_input_embeddings())),
+        lambda inner: setattr(inner, "visual_projection", copy.deepcopy(inner.visual_projection)),
+        lambda inner: setattr(inner.language_model.norm.weight, "data", inner.language_model.norm.weight.data.clone()),
+    ],
+    ids=["cast", "loaded", "embeddings", "module", "data"],
+)
+def test_a_part_with_other_weights_is_not_replayed(model, change):
+    for seed in range(3):
+        answer(model, prompt(ROWS, seed=seed))
+    before = replays(model)
+    assert before > 0
+    inner = model.model
+    held = [parameter.data for parameter in inner.parameters()]  # so that no address is given again
+    change(inner)
+    assert torch.equal(answer(model, prompt(ROWS, seed=5)), answer(tiny_model(), prompt(ROWS, seed=5)))
+    assert replays(model) == 0
+    assert held
+
+
+def test_another_attention_is_recorded_apart(model):
+    inputs = prompt(ROWS)
+    for _ in range(2):
+        answer(model, inputs)
+    model.set_attn_implementation("eager")
+    answer(model, inputs)
+    assert len(model.model.graphs) == 2
+    answer(model, inputs)
+    assert len(model.model.graphs) == 4
+
+
+@torch.no_grad()
+def test_a_mask_may_speak_of_tokens_to_come(model):
+    inputs, plain = prompt(PADDED), tiny_model()
+    inputs["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (0, 5), value=1)
+    for _ in range(3):
+        found = model(**inputs, use_cache=True).logits[:, -1]
+        torch.testing.assert_close(found, plain(**inputs, use_cache=True).logits[:, -1], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_what_the_configuration_asks_for_is_run(model):
+    model.config.text_config.output_hidden_states = True
+    for _ in range(3):
+        assert len(model(**prompt(ROWS), use_cache=True).hidden_states) == 7
+
+
+@torch.no_grad()
+def test_an_offloaded_cache_is_filled_by_running(model):
+    for _ in range(3):
+        cache = DynamicCache(config=model.config.text_config)
+        cache.offloading = True
+        cache.only_non_sliding, cache.prefetch_stream = True, None
+        with pytest.raises(Exception):  # noqa: B017, PT011 -- there is no GPU to prefetch to: it was run
+            model(**prompt(ROWS), past_key_values=cache)
+    assert not any(key[0][0] == "prompt" for key in model.model.graphs._recorded)
+
+
+def test_memory_that_runs_out_refuses_one_prompt(model, caplog):
+    class Full(StandinGraphs):
+        def record(self, function, inputs, pool):
+            if inputs.get("input_ids") is not None and inputs["input_ids"].shape[0] > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return Standin(function, inputs, pool)
+
+    model.model.graphs, plain = Full(8), tiny_model()
+    for seed in range(3):
+        for rows in (ROWS, ROWS[:1]):
+            inputs = prompt(rows, seed=seed)
+            assert torch.equal(answer(model, inputs), answer(plain, inputs))
+    assert caplog.text.count("not recorded as a CUDA graph") == 1
+    assert len(model.model.graphs) == 3  # both batches' images, and the prompts of one row

@@ -189,3 +189,36 @@ def test_a_copy_of_the_model_has_its_own(model):
     assert len(model.model.instruction_cache) > 0
     given = prompt(ROWS[:1])["clip_input_ids"][:, :1]
     assert not copied.model.text_features(given, (tuple(given[0, 0].tolist()),)).any()
+
+
+@torch.no_grad()
+def test_another_width_of_context_is_another_window(model):
+    ids = prompt(ROWS[:1])["clip_input_ids"][:, :1]
+    ids[..., 6:] = ids[..., -1:]
+    window = (tuple(ids[0, 0, :7].tolist()),)
+    wide = model.model.text_features(ids, window)
+    narrow = model.model.text_features(ids[..., :8], window)
+    assert (wide.shape[1], narrow.shape[1]) == (ids.shape[2], 8)
+    torch.testing.assert_close(narrow[:, :7], wide[:, :7], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_what_autocast_computed_is_kept_apart(model):
+    ids = prompt(ROWS[:1])["clip_input_ids"][:, :1]
+    window = (tuple(ids[0, 0].tolist()),)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model.model.text_features(ids, window)
+    found = model.model.text_features(ids, window)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, model.model.text_features(ids))
+
+
+@torch.no_grad()
+def test_a_hooked_tower_is_always_run(model):
+    ids = prompt(ROWS[:1])["clip_input_ids"][:, :1]
+    window = (tuple(ids[0, 0].tolist()),)
+    before = model.model.text_features(ids, window)
+    handle = model.model.clip_text_model.text_projection.register_forward_hook(lambda *told: 2 * told[-1])
+    torch.testing.assert_close(model.model.text_features(ids, window), 2 * before)
+    handle.remove()
+    torch.testing.assert_close(model.model.text_features(ids, window), before)

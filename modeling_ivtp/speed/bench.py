@@ -181,6 +181,8 @@ def bench(
             # What was measured before is worth telling.
             logger.warning(f"batch {batch} with {text} text tokens does not fit: it and what follows is left out")
             break
+        if unrecorded := [arm.name for arm in arms if arm.graphs is not None and not len(arm.graphs)]:
+            raise RuntimeError(f"{', '.join(unrecorded)}: nothing could be recorded as CUDA graphs, see the warning")
         for arm in arms:
             choosing, words = shares.get(arm.name, (None, None))
             case = {"arm": arm.name, "batch": batch, "text_tokens": text}
@@ -194,14 +196,15 @@ def _prunes_nothing(arm: str) -> bool:
 
 
 def _arm(name: str, model: Any, system: Any) -> Arm:
-    if system is not None and name.endswith(GRAPHS):
-        return Arm(name, model, partial(_replaying, model, split(name)[1], Graphs(8)))
+    graphs = Graphs(8) if name.endswith(GRAPHS) else None
+    if system is not None and graphs is not None:
+        return Arm(name, model, partial(_replaying, model, split(name)[1], graphs), graphs=graphs)
     if system is not None:
         return Arm(name, model, partial(system, model))
     if name == OFF:
         return Arm(name, model, partial(model.pruning, enabled=False))
     twin = stock_twin(model, "flash_attention_2" if name == STOCK_FLASH else None)
-    return Arm(name, captured(twin, Graphs(8)) if name.endswith(GRAPHS) else twin)
+    return Arm(name, twin if graphs is None else captured(twin, graphs), graphs=graphs)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The hardest baseline on a GPU: stock LLaVA whose images and prompts are replayed as CUDA graphs, as ours can be."""
+"""A harder baseline on a GPU: stock LLaVA whose images and prompts are replayed as CUDA graphs, as ours can be."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class CapturedLlava(LlavaForConditionalGeneration):
             encoded = self.model.get_image_features(pixel_values)
         features = encoded.pooler_output
         features = features if isinstance(features, torch.Tensor) else torch.stack(list(features))
-        told = self.graphs.run("prompt", self._prompt, {"input_ids": input_ids, "features": features})
+        told = self.graphs.run(self, "prompt", self._prompt, {"input_ids": input_ids, "features": features})
         cache = one_cache(kwargs.get("cache"), kwargs.get("past_key_values"))
         cache = DynamicCache(config=self.config.text_config) if cache is None else cache
         for layer, (keys, values) in zip(cache.layers, told["layers"], strict=True):
@@ -51,7 +51,7 @@ def captured(stock: Any, graphs: Graphs) -> Any:
     encode = stock.model.get_image_features
 
     def replayed(pixel_values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return graphs.run("images", lambda pixel_values: encode(pixel_values), {"pixel_values": pixel_values})
+        return graphs.run(stock, "images", lambda pixel_values: encode(pixel_values), {"pixel_values": pixel_values})
 
     stock.model.get_image_features = replayed
     return stock

@@ -20,7 +20,8 @@ def growth(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     -------
     list of dict
         For each arm of at least three cases: `fixed` (seconds), `rate` (TFLOP/s), and `residuals`, for each case how
-        far its median lies above the line, as a share of it.
+        far its median lies above the line, as a share of it. `rate` is None where work hardly counts, because the
+        fixed time is more than half of the longest case.
     """
     fits = []
     for arm in dict.fromkeys(row["arm"] for row in rows):
@@ -32,9 +33,10 @@ def growth(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         system = np.stack([1 / seconds, work / seconds], axis=1)
         fixed, slope = np.linalg.lstsq(system, np.ones(len(cases)), rcond=None)[0]
         line = fixed + slope * work
+        rate = float(1 / slope) if slope > 0 and fixed < seconds.max() / 2 else None
         residuals = [
             {"batch": row["batch"], "text_tokens": row["text_tokens"], "share": float(share)}
             for row, share in zip(cases, seconds / line - 1, strict=True)
         ]
-        fits.append({"arm": arm, "fixed": float(fixed), "rate": float(1 / slope), "residuals": residuals})
+        fits.append({"arm": arm, "fixed": float(fixed), "rate": rate, "residuals": residuals})
     return fits

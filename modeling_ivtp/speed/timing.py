@@ -32,12 +32,15 @@ class Arm:
         Makes the context in which it prunes as it is to.
     cache : StaticCache, optional
         To answer with, over and over; default: a dynamic one that grows.
+    graphs : Graphs, optional
+        What it replays.
     """
 
     name: str
     model: Any
     applied: Callable[[], AbstractContextManager[Any]] = nullcontext
     cache: Any = None
+    graphs: Any = None
 
 
 class _Moments(StoppingCriteria):
@@ -68,7 +71,7 @@ def run(arm: Arm, inputs: Mapping[str, Any], new_tokens: int) -> dict[str, float
     Returns
     -------
     dict
-        `PARTS`, `kv_bytes` at the end, and on a GPU `peak_bytes`.
+        `PARTS`, `kv_bytes` at the end, and on a GPU `peak_bytes`, the most that was taken beside weights.
     """
     ours = hasattr(arm.model, "pruning")
     given = {name: value for name, value in inputs.items() if ours or not name.startswith("clip_")}
@@ -87,6 +90,7 @@ def run(arm: Arm, inputs: Mapping[str, Any], new_tokens: int) -> dict[str, float
         tower = time.perf_counter() - start
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
         moments = _Moments(wait)
         start = time.perf_counter()
         output = arm.model.generate(
@@ -108,7 +112,8 @@ def run(arm: Arm, inputs: Mapping[str, Any], new_tokens: int) -> dict[str, float
         "kv_bytes": float(kv_bytes(cache_of(output))),
     }
     if device.type == "cuda":
-        told["peak_bytes"] = float(torch.cuda.max_memory_allocated(device))
+        # What lies there already, other arms' recordings among it, is not this run's.
+        told["peak_bytes"] = float(torch.cuda.max_memory_allocated(device) - before)
     return told
 
 
@@ -165,8 +170,14 @@ def selection_shares(arm: Arm, inputs: Mapping[str, Any], repeats: int = 5) -> t
     return float(choosing), float(words)
 
 
+FEWEST = 6
+"""Pairs from which a bootstrap interval covers what it says."""
+
+
 def ratio(baseline: Sequence[float], arm: Sequence[float], *, resamples: int = 2000) -> tuple[float, float, float]:
     """How many times faster an arm is: the median over pairs, and a 95% bootstrap interval of it.
+
+    Of fewer pairs than `FEWEST`, their range: a bootstrap of so few is too narrow.
 
     Parameters
     ----------
@@ -174,6 +185,8 @@ def ratio(baseline: Sequence[float], arm: Sequence[float], *, resamples: int = 2
         Seconds, paired by place.
     """
     pairs = np.asarray(baseline) / np.asarray(arm)
+    if len(pairs) < FEWEST:
+        return float(np.median(pairs)), float(pairs.min()), float(pairs.max())
     draws = np.random.default_rng(0).integers(len(pairs), size=(resamples, len(pairs)))
     low, high = np.quantile(np.median(pairs[draws], axis=1), [0.025, 0.975])
     return float(np.median(pairs)), float(low), float(high)
