@@ -411,7 +411,7 @@ def batch(
     options = batches.Options(
         model=model,
         data=data,
-        out=Path(out),
+        out=Path(out).expanduser(),
         split=split,
         image_column=image_column,
         prompt_column=prompt_column or "question",
@@ -638,6 +638,7 @@ def bench(
     import torch
 
     from .flops import load_shape
+    from .hub.answering import check_device
     from .hub.console import quiet, steps_bar
     from .hub.sources import local_folder
     from .speed import bench as speed
@@ -657,7 +658,13 @@ def bench(
         label=label,
     )
     if threads is not None:
+        if threads < 1:
+            raise ValueError(f"--threads={threads}; allowed: at least 1")
         torch.set_num_threads(threads)
+    if device is not None:
+        check_device(device)
+    folder = Path(out).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)  # rather now than after an hour of timing
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     loaded, config = None, None if shape is None else load_shape(shape)
     if model is not None:
@@ -665,13 +672,14 @@ def bench(
 
         local_folder(model)
         loaded, _ = load_model(model, device=str(place), dtype=dtype)
+        loaded.set_attn_implementation(attention)
         loaded.generation_config.eos_token_id = None
         config = loaded.config
     with quiet(), steps_bar(settings.runs, "timing", progress) as advance:
         rows = speed.bench(config, settings, device=place, model=loaded, advance=advance)
     name = shape or Path(str(model)).name
     told = speed.results(name, config, settings, rows, place, shlex.join(["ivtp", *_without_out(sys.argv[1:])]))
-    file = report.write(told, Path(out))
+    file = report.write(told, folder)
     typer.echo(report.markdown(told))
     typer.echo(f"written: {file}, and beside it .md and .png")
 

@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from modeling_ivtp.batch.data import Data, Row, open_data
 from modeling_ivtp.batch.folder import OutFolder
 from modeling_ivtp.batch.journal import Journal, journaled_rows
 from modeling_ivtp.batch.plan import Task, default_shard_rows, plan_batches
+from modeling_ivtp.batch.tables import ArrowTable
 from modeling_ivtp.hub import answering
 from modeling_ivtp.hub.convert import convert
 from tests.checkpoints import PRUNING, clip_folder, llava_folder
@@ -308,13 +310,13 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(capsys, made,
 
 
 def test_data_that_cannot_be_read(capsys, made, tmp_path):
-    (tmp_path / "torn.jsonl").write_text('{"image": "a.png", "question": "What?"}\n{"image": ')
-    assert "torn.jsonl cannot be read as a data set" in fails(
-        capsys, made, tmp_path / "out", data=tmp_path / "torn.jsonl"
-    )
+    (tmp_path / "torn.json").write_text('[{"image": "a.png", "question": "What?"}, {"image": ')
+    assert "torn.json is damaged: Expecting value" in fails(capsys, made, tmp_path / "out", data=tmp_path / "torn.json")
+    (tmp_path / "lines.jsonl").write_text("\n\n")
+    assert "lines.jsonl has no column 'image'" in fails(capsys, made, tmp_path / "out", data=tmp_path / "lines.jsonl")
     (tmp_path / "empty.jsonl").touch()
     assert "empty.jsonl is empty" in fails(capsys, made, tmp_path / "out", data=tmp_path / "empty.jsonl")
-    assert "corresponds to no data" in fails(capsys, made, tmp_path / "out", "--split", "train[:0]")
+    assert "has no rows" in fails(capsys, made, tmp_path / "out", "--split", "train[:0]")
     none = datasets.Dataset.from_dict({"image": [], "question": []})
     with pytest.raises(ValueError, match="x has no rows"):
         Data(none, "x", tmp_path, image_column="image", prompt_column="question")
@@ -750,3 +752,120 @@ def test_a_bar_on_a_terminal_begins_where_the_run_was(made, tmp_path, monkeypatc
 def test_without_its_libraries_one_line_tells_what_to_install(capsys, made, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert "pip install 'ivtp-llava[batch]'" in fails(capsys, made, tmp_path / "out")
+
+
+def test_values_stay_what_they_are(capsys, made, loaded, tmp_path):
+    """One odd row changes no other; what a torn line or a byte of another encoding spoils is its own row."""
+    lines = [json.dumps({"name": "2024-01-01", "image": [], "question": '12 or "13"?', "notes": "x" * 3000})] * 2
+    lines += [json.dumps({"name": "007", "image": [], "question": 5}), '{"image": [], "question": "Why', "[1]"]
+    lines += [json.dumps({"name": 12345678901234567890123, "image": "pictures/0.png", "question": "null"})]
+    content = "\n".join(lines).encode() + b'\n{"image": [], "question": "caf\xe9"}\n'
+    (made.root / "odd.jsonl").write_bytes(content)
+    told = batch(capsys, made, tmp_path / "out", "--id-column", "name", data=made.root / "odd.jsonl")
+    assert [row["id"] for row in told] == ["2024-01-01"] * 2 + ["007", None, None, "12345678901234567890123", None]
+    sound = alone(made, {"image": [], "question": '12 or "13"?'})
+    assert [(row["answer"], row["tokens"], row["prompt_tokens"]) for row in told[:2]] == [sound] * 2
+    assert told[5]["answer"] == alone(made, {"image": ["pictures/0.png"], "question": "null"})[0]
+    assert "row 2: the prompt is no text, but int 5" in told[2]["error"]
+    assert "row 3: its line is no JSON" in told[3]["error"]
+    assert "row 4: its line is no object, but list" in told[4]["error"]
+    assert "row 6: its line is no JSON" in told[6]["error"]
+
+
+def test_shards_in_which_nothing_can_be_asked(capsys, made, loaded, tmp_path):
+    rows = [{"image": [], "question": ""}] * 16 + [{"image": [], "question": "Why?"}]
+    told = batch(capsys, made, tmp_path / "out", "--shard-rows", "16", data=write_rows(tmp_path / "bad.jsonl", rows))
+    assert [row["error"] is None for row in told] == [False] * 16 + [True]
+
+
+@pytest.mark.parametrize("at", ["write", "replace", "unlink"])
+def test_a_process_that_dies_at_the_end_of_a_shard(capsys, made, loaded, tmp_path, monkeypatch, at):
+    """Its journal is whole; no batch is left, and the shard is finished all the same."""
+
+    class Killed(BaseException):
+        pass
+
+    def dies(*_, **__):
+        raise Killed
+
+    expected = batch(capsys, made, tmp_path / "sound", "--shard-rows", "40")
+    with monkeypatch.context() as patch:
+        if at == "write":
+            patch.setattr("modeling_ivtp.batch.answers.pq.write_table", dies)
+        elif at == "replace":
+            replace = os.replace
+            patch.setattr(os, "replace", lambda a, b: dies() if str(b).endswith("parquet") else replace(a, b))
+        else:
+            patch.setattr("pathlib.Path.unlink", dies)
+        with pytest.raises(Killed):
+            running.run(cli_options(made, tmp_path / "out"))
+    assert batch(capsys, made, tmp_path / "out", "--shard-rows", "40") == expected
+
+
+def cli_options(made, out):
+    from modeling_ivtp.batch.options import Options
+
+    return Options(
+        model=str(made.ivtp),
+        data=str(made.data),
+        out=out,
+        max_new_tokens=5,
+        device="cpu",
+        shard_rows=40,
+        progress=False,
+    )
+
+
+def test_pictures_that_are_none_are_told(capsys, made, loaded, tmp_path):
+    cells = [{"url": "http://x/y.png"}, {"file": "a.png"}, "~nobody-here/x.png", {"path": None, "bytes": None}]
+    rows = [{"image": cell, "question": "Why?"} for cell in cells]
+    told = batch(capsys, made, tmp_path / "out", data=write_rows(tmp_path / "cells.jsonl", rows))
+    assert [row["error"] is None for row in told] == [False, False, False, True]
+    assert "neither a path nor a file's bytes" in told[0]["error"]
+
+
+def test_names_that_mean_something_elsewhere(capsys, made, loaded, tmp_path):
+    folder = tmp_path / "pics[1]"
+    folder.mkdir()
+    for name in ("train", "test", "zebra"):
+        Image.open(made.root / "pictures" / "0.png").save(folder / f"{name}.png")
+    (folder / "notes.txt").write_text("of a holiday")
+    told = batch(capsys, made, tmp_path / "out", "--prompt", "What is this?", data=folder)
+    assert [row["images"] for row in told] == [1, 1, 1]
+    file = write_rows(folder / "a[1].jsonl", [{"image": "zebra.png", "question": "What is this?"}])
+    assert batch(capsys, made, tmp_path / "more", data=file)[0]["answer"] == told[0]["answer"]
+
+
+def test_a_prompt_beyond_the_models_positions_is_an_error_row(capsys, made, loaded, tmp_path):
+    room = made.model.config.text_config.max_position_embeddings
+    rows = [{"image": [], "question": "why " * room}, {"image": [], "question": "Why?"}]
+    told = batch(capsys, made, tmp_path / "out", data=write_rows(tmp_path / "long.jsonl", rows))
+    assert f"the model was made for {room}" in told[0]["error"]
+    assert told[1]["error"] is None
+
+
+def test_a_large_picture_is_kept_as_small_as_the_model_sees_it(made):
+    image = Image.effect_noise((900, 400), 80).convert("RGB")
+    asker = Asker(made.model, made.processor, 5)
+    small = asker._small(image)
+    side = made.model.config.vision_config.image_size
+    assert small.size == (side, side)
+    pixels = [made.processor.image_processor(one, return_tensors="pt")["pixel_values"] for one in (image, small)]
+    assert torch.equal(*pixels)
+
+
+def test_a_checkpoint_that_cannot_be_loaded_begins_nothing(capsys, made, tmp_path):
+    broken = tmp_path / "model"
+    shutil.copytree(made.ivtp, broken)
+    (broken / "tokenizer.json").unlink()
+    fails(capsys, made, tmp_path / "out", "-m", str(broken))
+    assert not (tmp_path / "out").exists()
+
+
+def test_stored_pictures_of_more_than_two_gigabytes(tmp_path):
+    """Sizes are read chunk by chunk; here the chunks are one and the same in memory."""
+    chunk = pa.array([{"bytes": b"x" * 25_000_000, "path": None}])
+    stored = datasets.table.InMemoryTable(pa.table({"image": pa.chunked_array([chunk] * 90)}))
+    table = datasets.Dataset(stored, fingerprint="large")
+    cells = list(ArrowTable(table).cells("image", 0, 90))
+    assert {cell["bytes"] for cell in cells} == {25_000_000}

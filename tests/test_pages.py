@@ -37,7 +37,7 @@ ELSEWHERE = {
     "make test": "this is it",
     "make help": "test_make_help_lists_what_there_is",
     "accelerate launch --multi_gpu --num_processes 8 -m modeling_ivtp.cli batch --model ivtp-llava-1.5-7b "
-    "--data questions.jsonl --out answers --id-column name": "tests/test_batch.py",
+    "--data questions.jsonl --out answers": "tests/test_batch.py",
 }
 """What is run by another test, and which."""
 
@@ -97,7 +97,7 @@ def run(hub: Any, folder: Path, steps: list[tuple[str, str]], *, stranger: bool 
     for card in card_names():
         for place, image in card_images(card).items():
             (folder / Path(place).name).write_bytes(image.read_bytes())
-    rows = [{"name": name, "image": name, "question": "What is this?"} for name in ("photo.jpg", "another.jpg")]
+    rows = [{"image": name, "question": "What is this?"} for name in ("photo.jpg", "another.jpg")]
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "steps.json").write_text(json.dumps(steps))
     server: Hub = hub.server
@@ -132,7 +132,7 @@ def test_the_readme(hub: Any, tmp_path: Path) -> None:
     assert 'revision="' in told
     assert "would serve at 8000" in told
     answers = pq.read_table(tmp_path / "answers").to_pylist()
-    assert [(row["id"], row["error"]) for row in answers] == [("photo.jpg", None), ("another.jpg", None)]
+    assert [(row["row"], row["error"]) for row in answers] == [(0, None), (1, None)]
     # The push of the page replaced what the next pages load, and it still loads.
     assert "ivtp_recipe.json" in hub.server.head("OWNER/ivtp-llava-1.5-7b")
 

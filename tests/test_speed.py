@@ -14,9 +14,11 @@ from benchmarks.speed_readme import excerpt
 from modeling_ivtp.cli import main
 from modeling_ivtp.flops import load_shape
 from modeling_ivtp.flops.formula import kv_cache_bytes
+from modeling_ivtp.speed import bench as speed_bench
 from modeling_ivtp.speed.bench import Settings, bench
+from modeling_ivtp.speed.growth import growth
 from modeling_ivtp.speed.models import bytes_needed, check_room, prompt, random_model, stock_twin
-from modeling_ivtp.speed.report import markdown
+from modeling_ivtp.speed.report import markdown, reached
 from modeling_ivtp.speed.timing import Arm, interleaved, ratio, run
 
 CPU = torch.device("cpu")
@@ -166,3 +168,94 @@ def test_one_of_shape_and_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert "one of --shape and --model" in capsys.readouterr().err
     assert main(["bench", "--shape", "llava"]) == 1
     assert "allowed: llava-1.5-13b" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_timed_with_the_attention_that_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    original = speed_bench.bench
+
+    def noting(config: Any, settings: Settings, **options: Any) -> Any:
+        seen.append(options["model"].config.text_config._attn_implementation)
+        return original(config, settings, **options)
+
+    monkeypatch.setattr(speed_bench, "bench", noting)
+    arguments = ["bench", "--model", str(ROOT / "examples" / "miniature"), "--attention", "eager", "--arm", "ivtp@64"]
+    arguments += ["--new-tokens", "2", "--repeats", "1", "--dtype", "float32", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    assert seen == ["eager"]
+
+
+def test_memory_that_runs_out_keeps_what_was_measured(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    original = speed_bench.interleaved
+
+    def full(*arms: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 1:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:75] DefaultCPUAllocator: can't allocate memory")
+        return original(*arms, **options)
+
+    monkeypatch.setattr(speed_bench, "interleaved", full)
+    settings = Settings(arms=("ivtp@64",), batches=(1, 2), new_tokens=2, repeats=1)
+    rows = speed_bench.bench(model.config, settings, device=CPU, model=model)
+    assert {row["batch"] for row in rows} == {1}
+    told = speed_bench.results("tiny", model.config, settings, rows, CPU, "ivtp bench")
+    assert "Memory ran out at batch 2" in markdown(told)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--device", "toaster"], "device='toaster' cannot be used"),
+        (["--threads", "0"], "--threads=0; allowed: at least 1"),
+        (["--arm", "stock+graphs"], "CUDA graphs need a GPU"),
+    ],
+)
+def test_what_cannot_be_timed_here(
+    more: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "--shape", "tiny", "--out", str(tmp_path), *more]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_results_go_where_there_is_room(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert main(["bench", "--shape", "tiny", "--out", str(tmp_path / "file")]) == 1
+    assert "file" in capsys.readouterr().err
+
+
+def test_few_pairs_are_told_by_their_range() -> None:
+    assert ratio([2.0, 3.0, 4.0], [1.0, 1.0, 1.0]) == (3.0, 2.0, 4.0)
+
+
+def test_growth_is_a_line_where_work_counts() -> None:
+    def rows(fixed: float, per_tflop: float) -> list[dict[str, Any]]:
+        return [
+            {
+                "arm": "a",
+                "batch": n,
+                "text_tokens": 64,
+                "tflops": 2.0,
+                "prefill": {"seconds": fixed + per_tflop * 2 * n},
+            }
+            for n in (1, 2, 4)
+        ]
+
+    (fit,) = growth(rows(0.1, 0.5))
+    assert (fit["fixed"], fit["rate"]) == (pytest.approx(0.1), pytest.approx(2.0))
+    assert all(abs(one["share"]) < 1e-9 for one in fit["residuals"])
+    (bound,) = growth(rows(0.1, 0.001))
+    assert bound["rate"] is None
+
+
+def test_graphs_are_compared_with_graphs() -> None:
+    def row(arm: str, seconds: float) -> dict[str, Any]:
+        part = {"seconds": seconds, "speed_up": [4.0 / seconds, 0, 0]}
+        return {"arm": arm, "batch": 1, "text_tokens": 64, "implied": 4.0, "prefill": part}
+
+    rows = [row("ivtp@64", 2.0), row("stock+graphs", 3.0), row("ivtp@64+graphs", 1.0)]
+    assert reached(rows[0], rows) == "50%"
+    assert reached(rows[2], rows) == "75%"
+    assert reached(rows[2], rows[2:]) == "100%"

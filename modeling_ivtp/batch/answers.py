@@ -66,7 +66,8 @@ def write(path: Path, rows: Iterable[Answered]) -> None:
     table = pa.Table.from_pylist([asdict(one) for one in ordered], schema=SCHEMA)
     # Only one process holds the shard, so a file of this name is what a killed one left.
     temporary = path.with_name(f".{path.name}.partial")
-    pq.write_table(table, temporary)
+    with open(temporary, "wb") as file:  # of a path pyarrow would make something of its own
+        pq.write_table(table, file)
     sync(temporary)
     os.replace(temporary, path)
     sync(path.parent)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from PIL import Image
 
 from ..hub.answering import as_prompt
 from ..hub.console import quiet
@@ -69,8 +70,16 @@ class Asker:
             return [], failed
         patches = self._model.config.num_patches
         encoded = self._reader(prompts, verbose=False)["input_ids"]
-        lengths = [len(ids) + (patches - 1) * len(row.images) for ids, row in zip(encoded, sound, strict=True)]
-        return [Task(*one) for one in zip(sound, prompts, lengths, strict=True)], failed
+        room = self._model.config.text_config.max_position_embeddings
+        tasks = []
+        for row, prompt, ids in zip(sound, prompts, encoded, strict=True):
+            length = len(ids) + (patches - 1) * len(row.images)
+            if length + self._new > room:
+                what = f"{length} tokens and {self._new} of the answer; the model was made for {room}"
+                failed.append(failure(row, what))
+            else:
+                tasks.append(Task(row, prompt, length))
+        return tasks, failed
 
     def _prompt(self, row: Row) -> str:
         if row.problem is not None:
@@ -87,9 +96,9 @@ class Asker:
         for task in tasks:
             try:
                 sources = (one if isinstance(one, str) else one.read() for one in task.row.images)
-                pictures += [load_image(source) for source in sources]
+                pictures += [self._small(load_image(source)) for source in sources]
                 ready.append(task)
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError, RuntimeError) as error:
                 failed.append(failure(task.row, _told(error)))
         inputs = None
         if ready:
@@ -101,6 +110,11 @@ class Asker:
                 return_tensors="pt",
             )
         return Prepared(ready, inputs, failed)
+
+    def _small(self, image: Any) -> Any:
+        """A picture as large as the model sees it: a batch of photographs at full size would be gigabytes."""
+        made = self._processor.image_processor(image, do_rescale=False, do_normalize=False, return_tensors="np")
+        return Image.fromarray(made["pixel_values"][0].astype("uint8").transpose(1, 2, 0))
 
     def answer(self, tasks: Sequence[Task], prepared: Callable[[], Prepared] | None = None) -> list[Answered]:
         """Answer a batch.

@@ -14,17 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow as pa
-import pyarrow.compute as pc
+from PIL import Image
 
 from ..hub.sources import is_hub_id
+from .tables import ArrowTable, Broken, JsonTable, Size, Table, split_of
 
-_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_JSON, _PARQUET = (".jsonl", ".json"), ".parquet"
 _READ_AT_ONCE = 10_000
-
-
-class _Size(int):
-    """Bytes of a file that is stored in the data."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +73,7 @@ class Data:
 
     Parameters
     ----------
-    table : datasets.Dataset
+    table : Table
     source : str
         What the person named.
     folder : Path
@@ -95,7 +91,7 @@ class Data:
 
     def __init__(
         self,
-        table: datasets.Dataset,
+        table: Table,
         source: str,
         folder: Path,
         *,
@@ -111,10 +107,7 @@ class Data:
             )
         if not len(table):
             raise ValueError(f"{source} has no rows")
-        columns = list(dict.fromkeys(wanted))
-        # A column whose values are of several types is stored as JSON, each value by itself.
-        self._as_json = {name for name in columns if type(table.features[name]).__name__ == "Json"}
-        self._table = table.select_columns(columns).with_format("arrow") if columns else table.with_format("arrow")
+        self._table = table
         self._folder = folder
         self._columns = (image_column, prompt_column, id_column)
         self._prompt = prompt
@@ -124,8 +117,11 @@ class Data:
 
     def rows(self, start: int, stop: int) -> list[Row]:
         """The rows from `start` up to `stop`; what they store of pictures stays where it is."""
-        part = self._table[start:stop]
-        images, questions, ids = (self._values(part, name) for name in self._columns)
+        stop = min(stop, len(self))
+        images, questions, ids = (
+            [None] * (stop - start) if name is None else list(self._table.cells(name, start, stop))
+            for name in self._columns
+        )
         if self._columns[1] is None:
             questions = [self._prompt] * len(images)
         return [
@@ -135,17 +131,15 @@ class Data:
 
     def stored(self, row: int, place: int | None) -> bytes:
         """The file of a picture that the data store."""
-        cell = self._table[row : row + 1][self._columns[0]].to_pylist()[0]
+        assert self._columns[0] is not None
+        cell = self._table.stored(self._columns[0], row)
         cell = cell if place is None else cell[place]
         return bytes(cell["bytes"] if isinstance(cell, dict) else cell)
 
-    def _values(self, part: pa.Table, column: str | None) -> list[Any]:
-        if column is None:
-            return [None] * len(part)
-        values = list(_sizes_for_bytes(part[column].combine_chunks()))
-        return [None if one is None else json.loads(one) for one in values] if column in self._as_json else values
-
     def _row(self, number: int, cell: Any, question: Any, name: Any) -> Row:
+        for one in (cell, question, name):
+            if isinstance(one, Broken):
+                return Row(number, None, None, (), one.why)
         if isinstance(cell, list):
             found = [self._image(one, number, place) for place, one in enumerate(cell)]
         else:
@@ -165,13 +159,16 @@ class Data:
         if isinstance(cell, dict):
             # How the Image feature of `datasets` is stored: the file itself, or where it lies.
             cell = cell.get("path") if cell.get("bytes") is None else cell["bytes"]
-        if isinstance(cell, _Size):
+        if isinstance(cell, Size):
             return Stored(self, row, place)
         if not isinstance(cell, str):
             return None
         if cell.startswith("data:") or "://" in cell:
             return cell
-        return str(self._folder / Path(cell).expanduser())
+        try:
+            return str(self._folder / Path(cell).expanduser())
+        except RuntimeError:  # there is no such user
+            return str(self._folder / cell)
 
     def fingerprint(self) -> str:
         """What tells these rows from others: questions, ids, and where pictures lie or how large they are.
@@ -187,10 +184,10 @@ class Data:
         """
         found = hashlib.sha256(f"{len(self)}".encode())
         for start in range(0, len(self), _READ_AT_ONCE):
-            part = self._table[start : start + _READ_AT_ONCE]
+            stop = min(start + _READ_AT_ONCE, len(self))
             for kind, column in zip(("image", "prompt", "id"), self._columns, strict=True):
                 if column is not None:
-                    for value in _sizes_for_bytes(part[column].combine_chunks()):
+                    for value in self._table.cells(column, start, stop):
                         found.update(json.dumps([kind, self._relative(value)]).encode())
         return found.hexdigest()
 
@@ -246,7 +243,7 @@ def open_data(
         why = error.__cause__ or error
         raise ValueError(f"{source} cannot be read as a data set ({type(why).__name__}: {why})") from error
     if limit is not None:
-        table = table.select(range(min(limit, len(table))))
+        table = table.part(0, limit)
     return Data(
         table,
         source,
@@ -272,54 +269,60 @@ def _quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _load(source: str, split: str) -> tuple[datasets.Dataset, Path]:
+def _load(source: str, split: str) -> tuple[Table, Path]:
     path = Path(source).expanduser()
     if path.is_dir():
         return _folder(path, split), path.resolve()
-    pattern = any(sign in source for sign in "*?[")
+    # A file may be called like a pattern.
+    pattern = not path.is_file() and any(sign in source for sign in "*?[")
     files = sorted(glob.glob(str(path), recursive=True)) if pattern else [str(path)] if path.is_file() else []
     if not files:
         name, _, config = source.partition(":")
-        if pattern or not is_hub_id(name) or path.suffix in _BUILDERS:
+        if pattern or not is_hub_id(name) or path.suffix.lower() in (*_JSON, _PARQUET):
             raise FileNotFoundError(f"there are no data {source!r}: no file, no folder, and no name on the Hub")
-        return datasets.load_dataset(name, config or None, split=split), Path.cwd()
-    endings = sorted({Path(file).suffix for file in files})
-    if len(endings) > 1 or endings[0] not in _BUILDERS:
-        raise ValueError(f"{source} ends in {', '.join(endings)}; allowed: one of {', '.join(_BUILDERS)}")
+        return ArrowTable(datasets.load_dataset(name, config or None, split=split)), Path.cwd()
+    endings = sorted({Path(file).suffix.lower() for file in files})
+    if len(endings) > 1 or endings[0] not in (*_JSON, _PARQUET):
+        raise ValueError(f"{source} ends in {', '.join(endings)}; allowed: one of {', '.join((*_JSON, _PARQUET))}")
     if not any(os.path.getsize(file) for file in files):
         raise ValueError(f"{source} is empty")
-    folder = os.path.commonpath([Path(file).resolve().parent for file in files])
-    return datasets.load_dataset(_BUILDERS[endings[0]], data_files=files, split=split), Path(folder)
+    folder = Path(os.path.commonpath([Path(file).resolve().parent for file in files]))
+    if endings[0] in _JSON:
+        return split_of(JsonTable([Path(file) for file in files]), split), folder
+    # What `datasets` gets are patterns.
+    escaped = [glob.escape(file) for file in files]
+    return ArrowTable(datasets.load_dataset("parquet", data_files=escaped, split=split)), folder
 
 
-def _folder(path: Path, split: str) -> datasets.Dataset:
+def _folder(path: Path, split: str) -> Table:
     if not (path / "dataset_dict.json").is_file() and not (path / "state.json").is_file():
-        return datasets.load_dataset(str(path), split=split)
+        if (pictures := _pictures(path)) is not None:
+            return split_of(ArrowTable(datasets.Dataset.from_dict({"image": pictures})), split)
+        return ArrowTable(datasets.load_dataset(str(path), split=split))
     saved = datasets.load_from_disk(str(path))
     if not isinstance(saved, datasets.DatasetDict):
-        return saved
+        return ArrowTable(saved)
     if split not in saved:
         raise ValueError(f"{path} has no split {split!r}; it has: {', '.join(saved)}")
-    return saved[split]
+    return ArrowTable(saved[split])
+
+
+def _pictures(path: Path) -> list[str] | None:
+    """All pictures of a folder and below, in their order; None if there is something else to read in it.
+
+    `datasets` would take names such as test.png for names of splits.
+    """
+    known = Image.registered_extensions()
+    files = sorted(file.relative_to(path) for file in path.rglob("*") if file.is_file())
+    files = [file for file in files if not any(part.startswith(".") for part in file.parts)]
+    data = {".parquet", ".arrow", ".json", ".jsonl", ".csv", ".tsv", ".py", ".tar", ".zip", ".gz"}
+    found = [file.as_posix() for file in files if file.suffix.lower() in known]
+    if not found or any(file.suffix.lower() in data for file in files):
+        return None
+    return found
 
 
 def _is_none(cell: Any) -> bool:
-    return cell is None or (isinstance(cell, dict) and all(cell.get(name) is None for name in ("bytes", "path")))
-
-
-def _sizes_for_bytes(column: pa.Array) -> Iterator[Any]:
-    """The values of a column, the size of a file in place of its bytes, which are not read for that."""
-    kind = column.type
-    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-        yield from (None if size is None else _Size(size) for size in pc.binary_length(column).to_pylist())
-    elif pa.types.is_struct(kind):
-        fields = [list(_sizes_for_bytes(column.field(place))) for place in range(kind.num_fields)]
-        yield from (
-            dict(zip([field.name for field in kind], values, strict=True)) for values in zip(*fields, strict=True)
-        )
-    elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        inside = _sizes_for_bytes(column.flatten())
-        for length in pc.list_value_length(column).to_pylist():
-            yield None if length is None else [next(inside) for _ in range(length)]
-    else:
-        yield from column.to_pylist()
+    if not isinstance(cell, dict):
+        return cell is None
+    return set(cell) <= {"bytes", "path"} and all(value is None for value in cell.values())

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -102,14 +103,14 @@ def _run(options: Options, state: PartialState, other: Any) -> Summary:
     budget.check_room(weights, least, options.memory, device)
     # Whoever loads first must not look to the others as if the machine were full. It is the only time they wait.
     state.wait_for_everyone()
+    model, processor = load_model(options.model, device=device, dtype=options.dtype)
+    if options.visual_tokens is not None and other is None:
+        set_budget(model, options.visual_tokens)
     folder.begin({"model": options.model, "data": options.data, "split": options.split, "settings": settings})
     # Another process may have begun in the meantime; then what it derived of memory and rows is everyone's.
     begun = folder.settings() or {}
     settings |= {name: begun[name] for name in derived if getattr(options, name) is None}
     check_same(begun, settings, options.out)
-    model, processor = load_model(options.model, device=device, dtype=options.dtype)
-    if options.visual_tokens is not None and other is None:
-        set_budget(model, options.visual_tokens)
     with nullcontext() if other is None else other(model):
         if options.image_column and state.is_main_process:
             warn_if_unguided(model, processor)
@@ -166,7 +167,7 @@ def _answer_shard(work: _Work, shard: int, aside: ThreadPoolExecutor, look: Call
         left = [number for number in range(len(batches)) if number not in journal.batches]
         # While the model answers a batch, the next one's pictures are read.
         ready = {number: aside.submit(work.asker.prepare, batches[number]) for number in left[:1]}
-        for number, following in zip(left, [*left[1:], None], strict=True):
+        for number, following in zip_longest(left, left[1:]):
             if following is not None:
                 ready[following] = aside.submit(work.asker.prepare, batches[following])
             journal.add(number, work.asker.answer(batches[number], ready.pop(number).result))
@@ -174,7 +175,8 @@ def _answer_shard(work: _Work, shard: int, aside: ThreadPoolExecutor, look: Call
         answered += [one for batch in journal.batches.values() for one in batch]
     _check_all(answered, rows, shard)
     answers.write(work.folder.answers(shard, work.shards), answered)
-    work.folder.journal(shard).unlink()
+    # Whoever saw the last shard finished first has removed the folder.
+    work.folder.journal(shard).unlink(missing_ok=True)
 
 
 def _check_all(answered: Iterable[answers.Answered], rows: Iterable[Any], shard: int) -> None:

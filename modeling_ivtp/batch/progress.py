@@ -83,7 +83,7 @@ def shown(counter: Counter, wanted: bool) -> Iterator[Callable[[], None]]:
         TimeRemainingColumn(),
     )  # fmt: skip
     # A resumed run's estimate is made from what this one does, not from what it found.
-    with Progress(*columns, console=console, speed_estimate_period=120) as bar:
+    with Progress(*columns, console=console, speed_estimate_period=24 * 3600) as bar:
         task = bar.add_task("answering", total=counter.rows, completed=before)
         looked = [time.monotonic()]
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.utils import is_flash_attn_2_available, logging
+from accelerate.utils.memory import should_reduce_batch_size
+from transformers.utils import is_flash_attn_2_available
 
 from ..cuda_graphs import Graphs
 from ..flops import count_named
@@ -24,8 +25,6 @@ from .compiling import compiled, static_cache
 from .growth import growth
 from .models import DTYPES, bytes_needed, check_room, prompt, random_model, stock_twin
 from .timing import PARTS, Arm, interleaved, ratio, selection_shares
-
-logger = logging.get_logger(__name__)
 
 STOCK, STOCK_FLASH, OFF = "stock", "stock, flash_attention_2", "off"
 """The baseline, the same with another kernel where it is installed, and one of ours that prunes nothing."""
@@ -175,11 +174,12 @@ def bench(
                     told = interleaved(ready, inputs, **options)
             else:
                 told = interleaved(arms, inputs, **options)
-        except torch.OutOfMemoryError:
-            if not rows:
+        except RuntimeError as error:
+            if not rows or not should_reduce_batch_size(error):
                 raise
             # What was measured before is worth telling.
-            logger.warning(f"batch {batch} with {text} text tokens does not fit: it and what follows is left out")
+            left_out = f"Memory ran out at batch {batch} with {text} text tokens: it and what follows is left out."
+            rows[-1]["note"] = left_out
             break
         if unrecorded := [arm.name for arm in arms if arm.graphs is not None and not len(arm.graphs)]:
             raise RuntimeError(f"{', '.join(unrecorded)}: nothing could be recorded as CUDA graphs, see the warning")
@@ -289,5 +289,6 @@ def results(
         "settings": asdict(settings),
         "machine": machine(device),
         "rows": list(rows),
+        "notes": [row["note"] for row in rows if "note" in row],
         "growth": growth(rows),
     }

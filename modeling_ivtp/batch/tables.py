@@ -1,0 +1,213 @@
+"""What rows are read from: tables of `datasets`, and JSON files, whose values stay what they are."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
+
+
+class Size(int):
+    """Bytes of a file that is stored in the data."""
+
+
+@dataclass(frozen=True)
+class Broken:
+    """What stands where there should be a row, and why it is none."""
+
+    why: str
+
+
+class Table(Protocol):
+    """Cells by row and column."""
+
+    @property
+    def column_names(self) -> list[str]:
+        """All columns."""
+
+    def __len__(self) -> int: ...
+
+    def part(self, start: int, stop: int) -> Table:
+        """Some of the rows."""
+
+    def cells(self, column: str, start: int, stop: int) -> Iterator[Any]:
+        """Values of some rows; the `Size` of a stored file in its place, and `Broken` where there is no row."""
+
+    def stored(self, column: str, row: int) -> Any:
+        """One value, stored files and all."""
+
+
+class ArrowTable:
+    """A `datasets.Dataset`."""
+
+    def __init__(self, table: datasets.Dataset) -> None:
+        self._table = table.with_format("arrow")
+        # A column whose values are of several types is stored as JSON, each value by itself.
+        self._as_json = {name for name, kind in table.features.items() if type(kind).__name__ == "Json"}
+
+    @property
+    def column_names(self) -> list[str]:
+        """All columns."""
+        return list(self._table.column_names)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def part(self, start: int, stop: int) -> ArrowTable:
+        """Some of the rows."""
+        return ArrowTable(self._table.select(range(start, min(stop, len(self)))))
+
+    def cells(self, column: str, start: int, stop: int) -> Iterator[Any]:
+        """See `Table`."""
+        part = self._table.select_columns([column])[start:stop][column]
+        # Chunk by chunk: stored files of many rows exceed what one array can hold.
+        values = (value for chunk in part.chunks for value in _sizes_for_bytes(chunk))
+        if column in self._as_json:
+            yield from (None if one is None else json.loads(one) for one in values)
+        else:
+            yield from values
+
+    def stored(self, column: str, row: int) -> Any:
+        """See `Table`."""
+        return self._table.select_columns([column])[row : row + 1][column].to_pylist()[0]
+
+
+class JsonTable:
+    """Files of JSON lines, a row in each, or with one array of rows; read when asked.
+
+    Values keep the types that they have: a question that is a number in one row makes no other row's a text.
+
+    Parameters
+    ----------
+    files : sequence of Path
+
+    Raises
+    ------
+    ValueError
+        For a file with an array that is damaged; it names the file.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._files = [Path(file) for file in files]
+        self._arrays: dict[int, list[Any]] = {}
+        self._file, self._place = array("q"), array("q")
+        for number, file in enumerate(self._files):
+            for place in self._starts(number, file):
+                self._file.append(number)
+                self._place.append(place)
+        self._names: list[str] | None = None
+
+    def _starts(self, number: int, file: Path) -> Iterator[int]:
+        """Where rows stand: places in an array, or in the file."""
+        with open(file, "rb") as lines:
+            head = lines.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+        if head.startswith(b"["):
+            try:
+                self._arrays[number] = json.loads(file.read_text(encoding="utf-8-sig"))
+            except ValueError as error:
+                raise ValueError(f"{file} is damaged: {error}") from error
+            yield from range(len(self._arrays[number]))
+            return
+        with open(file, "rb") as lines:
+            at = 0
+            for line in lines:
+                if line.strip():
+                    yield at
+                at += len(line)
+
+    @property
+    def column_names(self) -> list[str]:
+        """Of all rows, as they first come."""
+        if self._names is None:
+            rows = self._rows(0, len(self))
+            self._names = list(dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row))
+        return self._names
+
+    def __len__(self) -> int:
+        return len(self._file)
+
+    def part(self, start: int, stop: int) -> JsonTable:
+        """Some of the rows."""
+        made = JsonTable([])
+        made._files, made._arrays, made._names = self._files, self._arrays, self.column_names
+        made._file, made._place = self._file[start:stop], self._place[start:stop]
+        return made
+
+    def cells(self, column: str, start: int, stop: int) -> Iterator[Any]:
+        """See `Table`."""
+        for row in self._rows(start, min(stop, len(self))):
+            yield row.get(column) if isinstance(row, dict) else row
+
+    def stored(self, column: str, row: int) -> Any:
+        """See `Table`."""
+        return next(self.cells(column, row, row + 1))
+
+    def _rows(self, start: int, stop: int) -> Iterator[dict[str, Any] | Broken]:
+        opened: Any = None
+        number = -1
+        try:
+            for row in range(start, stop):
+                if self._file[row] in self._arrays:
+                    told = self._arrays[self._file[row]][self._place[row]]
+                else:
+                    if self._file[row] != number:
+                        if opened is not None:
+                            opened.close()
+                        number = self._file[row]
+                        opened = open(self._files[number], "rb")  # noqa: SIM115, closed below
+                    opened.seek(self._place[row])
+                    told = _parsed(opened.readline())
+                if not isinstance(told, (dict, Broken)):
+                    told = Broken(f"its line is no object, but {type(told).__name__}")
+                yield told
+        finally:
+            if opened is not None:
+                opened.close()
+
+
+def split_of(table: Table, split: str) -> Table:
+    """The rows of files that have no splits, which all are of `train`, by what `datasets` would take, `train[:9]` say.
+
+    Raises
+    ------
+    ValueError
+        For another split, or a sum of several.
+    """
+    parts = datasets.ReadInstruction.from_spec(split).to_absolute({"train": len(table)})
+    if len(parts) != 1:
+        raise ValueError(f"split={split!r}; allowed for files: train, or one part of it, such as train[:100]")
+    (part,) = parts
+    start, stop = part.from_ or 0, len(table) if part.to is None else part.to
+    return table if (start, stop) == (0, len(table)) else table.part(start, stop)
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line.removeprefix(b"\xef\xbb\xbf"))
+    except (ValueError, RecursionError) as error:
+        return Broken(f"its line is no JSON ({error})")
+
+
+def _sizes_for_bytes(column: pa.Array) -> Iterator[Any]:
+    """The values of a column, the size of a file in place of its bytes, which are not read for that."""
+    kind = column.type
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        yield from (None if size is None else Size(size) for size in pc.binary_length(column).to_pylist())
+    elif pa.types.is_struct(kind):
+        fields = [list(_sizes_for_bytes(column.field(place))) for place in range(kind.num_fields)]
+        yield from (
+            dict(zip([field.name for field in kind], values, strict=True)) for values in zip(*fields, strict=True)
+        )
+    elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        inside = _sizes_for_bytes(column.flatten())
+        for length in pc.list_value_length(column).to_pylist():
+            yield None if length is None else [next(inside) for _ in range(length)]
+    else:
+        yield from column.to_pylist()
