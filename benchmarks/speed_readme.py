@@ -27,7 +27,7 @@ def excerpt(folder: Path = RESULTS) -> str:
     every.sort(key=lambda one: ("NVIDIA" in one[0]["machine"]["device"], one[0]["settings"]["label"], one[1].name))
     tables = [_told(*one) for one in every if one[0]["settings"]["label"] not in _IN_SHORT]
     short = [_IN_SHORT[label](*one) for one in every if (label := one[0]["settings"]["label"]) in _IN_SHORT]
-    head = "Times as fast as stock LLaVA on the same weights and with the same attention kernels, run by turns.\n"
+    head = "Times as fast as stock LLaVA with SDPA attention, on the same weights, run by turns.\n"
     return "\n".join([BEGIN, head, *tables, *short, END])
 
 

@@ -113,12 +113,16 @@ def _spread(part: Mapping[str, Any]) -> str:
 
 
 def plot(results: Mapping[str, Any]) -> Any:
-    """Prefill and end-to-end speed-up of every arm against batch, or text tokens where there is one batch: a Figure."""
+    """Prefill and end-to-end speed-up of every arm against batch, or for every batch against text tokens: a Figure."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
 
     rows = [row for row in results["rows"] if row["arm"] != "stock"]
-    axis = "batch" if len({row["batch"] for row in rows}) > 1 else "text_tokens"
+    axis, other = (
+        ("text_tokens", "batch") if len({row["text_tokens"] for row in rows}) > 1 else ("batch", "text_tokens")
+    )
+    several = len({row[other] for row in rows}) > 1
+    series = list(dict.fromkeys((row["arm"], row[other]) for row in rows))
     figure = Figure(figsize=(9, 4), layout="constrained", facecolor="white")
     panels = figure.subplots(1, 2, sharey=True)
     titles = ("Prefill", f"End to end, {results['settings']['new_tokens']} tokens")
@@ -130,12 +134,12 @@ def plot(results: Mapping[str, Any]) -> Any:
         axes.set_axisbelow(True)
         axes.axhline(1, color=_INK, lw=1, ls=(0, (5, 3)))
         axes.set_xscale("log", base=2)
-        for number, arm in enumerate(dict.fromkeys(row["arm"] for row in rows)):
-            points = sorted((row for row in rows if row["arm"] == arm), key=lambda row: row[axis])
+        for number, (arm, held) in enumerate(series):
+            points = sorted((row for row in rows if (row["arm"], row[other]) == (arm, held)), key=lambda row: row[axis])
             x, colour = [row[axis] for row in points], _COLOURS[number % len(_COLOURS)]
             y, low, high = zip(*(row[part]["speed_up"] for row in points), strict=True)
             axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
-            axes.plot(x, y, color=colour, marker="o", ms=4, lw=2, label=arm)
+            axes.plot(x, y, color=colour, marker="o", ms=4, lw=2, label=f"{arm}, batch {held}" if several else arm)
             if part == "prefill":
                 axes.plot(x, [row["implied"] for row in points], color=colour, lw=1, ls=":")
         every = sorted({row[axis] for row in rows})
