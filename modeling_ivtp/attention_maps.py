@@ -66,18 +66,21 @@ def map_heads(query: torch.Tensor, key: torch.Tensor, scale: float) -> Iterator[
     Tensor (B, some heads, Q, K), dtype of `query`
         For a softmax in float32.
     """
-    batch, heads, queries, width = query.shape
+    batch, heads, queries, _ = query.shape
     kv_heads, keys = key.shape[1:3]
     repeats = heads // kv_heads
-    # Heads that share a key are rows of one product, so that no key is copied.
-    shared = query.reshape(batch, kv_heads, repeats * queries, width)
     limit = MAP_VALUES_CPU if query.device.type == "cpu" else MAP_VALUES_DEVICE
-    chunk = max(1, min(kv_heads, limit // max(1, batch * repeats * queries * keys)))
-    for start in range(0, kv_heads, chunk):
-        part = slice(start, start + chunk)
-        # Scaled first: in half precision the products themselves may overflow.
-        logits = (shared[:, part] * scale) @ key[:, part].transpose(2, 3)
-        yield logits.view(batch, -1, queries, keys)
+    at_once = max(1, limit // max(1, batch * queries * keys))
+    groups = max(1, at_once // repeats)
+    # Heads that share a key are rows of one product, so that no key is copied; as many of them as memory is meant for.
+    sharing = min(repeats, at_once)
+    for group in range(0, kv_heads, groups):
+        part = key[:, group : group + groups].transpose(2, 3)
+        for first in range(0, repeats, sharing):
+            there = query.unflatten(1, (kv_heads, repeats))[:, group : group + groups, first : first + sharing]
+            # Scaled first: in half precision the products themselves may overflow.
+            logits = (there.flatten(2, 3) * scale) @ part
+            yield logits.view(batch, -1, queries, keys)
 
 
 def attend_with_map(

@@ -113,3 +113,13 @@ def test_one_map_serves_output_and_scores(monkeypatch, limit):
     torch.testing.assert_close(
         weights @ averaged, weighted_attention(weights, query[:, :, None], key, 0.3), atol=1e-6, rtol=0
     )
+
+
+@pytest.mark.parametrize("limit", [1, 500, 1500, 2**20])
+@pytest.mark.parametrize("kv_heads", [1, 2, 8])
+def test_maps_come_in_the_order_of_heads_whatever_fits(monkeypatch, limit, kv_heads):
+    monkeypatch.setattr(attention_maps, "MAP_VALUES_CPU", limit)
+    query, key = torch.randn(2, 8, 10, 4), torch.randn(2, kv_heads, 12, 4)
+    found = torch.cat(list(attention_maps.map_heads(query, key, 0.5)), 1)
+    torch.testing.assert_close(found, query * 0.5 @ key.repeat_interleave(8 // kv_heads, 1).transpose(2, 3))
+    assert limit > 500 or max(part.shape[1] for part in attention_maps.map_heads(query, key, 0.5)) <= 2
