@@ -70,7 +70,18 @@ def _growth(results: Mapping[str, Any], file: Path) -> str:
     )
 
 
-_IN_SHORT = {"off": _off, "growth": _growth}
+def _choosing(results: Mapping[str, Any], file: Path) -> str:
+    """What scoring and the question's words take of a prefill, where most tokens are scored."""
+    told = [
+        f"{row['selection_share']:.1%} and CLIP's text tower {row['words_share']:.1%} of {row['arm']} at batch "
+        f"{row['batch']}, which is {times(row['prefill'])} times as fast as stock"
+        for row in results["rows"]
+        if row["selection_share"] is not None
+    ]
+    return f"- Later the same day, choosing takes {'; '.join(told)} ({_where(results, file)})."
+
+
+_IN_SHORT = {"off": _off, "growth": _growth, "choosing": _choosing}
 """Labels of results that are told in a sentence."""
 
 
