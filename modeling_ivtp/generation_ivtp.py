@@ -71,14 +71,8 @@ class PrunedGeneration:
             drafted=given.get("drafted", 0),
             **{name: given.get(name) for name in names},
         )
-        weights = list(self.model.language_model.parameters())
-        devices = {weight.device for weight in weights}
-        types = {weight.dtype for weight in weights if weight.is_floating_point()}
-        # Elsewhere a layer finds out with its first keys what it has to hold.
-        known = len(devices) == 1 and len(types) == 1
-        ready = known and not any(torch.is_autocast_enabled(one.type) or one.type == "meta" for one in devices)
-        if past == 0 and plan.exact and ready:
-            self.model.language_model.allocate(cache, plan, reading.sequence, types.pop(), devices.pop())
+        if cache is not None and past == 0 and plan.exact:
+            self.model.language_model.allocate(cache, plan, reading.sequence)
 
     def _leave_seen_images(self, input_ids: torch.Tensor, new: int, kwargs: dict[str, Any]) -> None:
         """Of a whole conversation's images keep those of the `new` last tokens: the others are in the cache."""

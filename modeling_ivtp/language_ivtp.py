@@ -19,6 +19,7 @@ from .observed_attention import Observation, ObservedAttention
 from .pruned_cache import (
     allocate,
     is_pruned,
+    key_value_shape,
     layer_runs,
     layer_segments,
     padding_mask,
@@ -231,25 +232,30 @@ class GroupedDecoder:
             kept_tokens=kept_tokens,
         )
 
-    def allocate(
-        self, cache: Cache | None, plan: PruningPlan, sequence: VisualSequence, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def allocate(self, cache: Cache, plan: PruningPlan, sequence: VisualSequence) -> None:
         """Give an empty static cache the memory that a prompt and what follows it will need; see `allocate`.
 
         Parameters
         ----------
-        cache : Cache or None
-            None, and one that is not static, are left alone.
+        cache : Cache
+            One that is not static is left alone, and one of a model in several types or places: there a layer finds
+            out with its first keys what it has to hold.
         plan : PruningPlan
             One that keeps exact numbers.
         sequence : VisualSequence
             The prompt before anything is dropped.
-        dtype, device
-            Of keys and values.
         """
         config: Any = self.config  # type: ignore[attr-defined]
-        static = all(isinstance(layer, StaticLayer) for layer in getattr(cache, "layers", ()))
-        if cache is None or not cache.layers or not static or getattr(cache, "offloading", False):
+        held = getattr(cache, "layers", ())
+        if not held or not all(isinstance(layer, StaticLayer) for layer in held) or getattr(cache, "offloading", False):
+            return
+        weights = list(self.parameters())  # type: ignore[attr-defined]
+        devices = {weight.device for weight in weights}
+        types = {weight.dtype for weight in weights if weight.is_floating_point()}
+        if len(devices) != 1 or len(types) != 1:
+            return
+        device, dtype = devices.pop(), types.pop()
+        if device.type == "meta" or torch.is_autocast_enabled(device.type):
             return
         layers = config.num_hidden_layers
         prepare_layers(cache, layers, None, sequence.length)
@@ -257,13 +263,13 @@ class GroupedDecoder:
             max(row.tokens - row.images * (plan.patches - tokens) for row in sequence.rows)
             for tokens in plan.decoder_layer_tokens(layers)
         ]
-        heads = config.num_attention_heads
+        heads, head_dim = key_value_shape(config)
         allocate(
             cache,
             entries,
             length=sequence.length,
-            heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            heads=heads,
+            head_dim=head_dim,
             like=torch.empty(sequence.slots.shape[0], dtype=dtype, device=device),
         )
 

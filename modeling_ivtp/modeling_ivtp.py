@@ -380,24 +380,6 @@ class IVTPLlavaModel(PromptReplay, PromptPruning, PruningOptions, IVTPLlavaPreTr
             **kwargs,
         )
 
-    def train(self, mode: bool = True) -> Any:
-        """As in torch; what was recorded of another mode is dropped."""
-        if self.graphs is not None and mode != self.training:
-            self.graphs.forget()
-        return super().train(mode)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        """Moves or casts weights, as in torch; recordings of where they were are dropped."""
-        if self.graphs is not None:
-            self.graphs.forget()
-        return super()._apply(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Loads weights, as in torch; recordings of where earlier ones were are dropped."""
-        if self.graphs is not None:
-            self.graphs.forget()
-        super()._load_from_state_dict(*args, **kwargs)
-
 
 class IVTPLlavaForConditionalGeneration(
     LlavaCheckpoint,

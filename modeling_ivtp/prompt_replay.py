@@ -1,7 +1,6 @@
 """Prompts as CUDA graphs: what of a model's forward is replayed, and under which conditions."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ class PromptReplay:
     config: Any
     graphs: Graphs | None = None
     applied_policy: Any
+    training: bool
 
     def replay_serves(self, inputs: Mapping[str, torch.Tensor | None], options: Mapping[str, Any]) -> bool:
         """Whether work on these inputs can be replayed; `options` are further keyword arguments of a forward."""
@@ -101,7 +101,7 @@ class PromptReplay:
         """What a recording depends on besides shapes and weights."""
         config = self.config
         attention = config.vision_config._attn_implementation, config.text_config._attn_implementation
-        return kind, what, config.pruning, attention
+        return kind, what, config.pruning, attention, self.training
 
     def _unread(self, given: Mapping[str, Any], images: tuple[int, ...]) -> PromptReading:
         """A prompt of which only shapes are known, as a graph is to serve all that have them."""
@@ -109,8 +109,7 @@ class PromptReplay:
         valid = None if mask is None else mask.bool()
         rows = tuple(RowCounts(ids.shape[1], count, 0, 0) for count in images)
         placeholders = ids == self.config.image_token_id
-        sequence = locate_images(placeholders, valid, rows, self.config.num_patches, counted=False)
-        return PromptReading(replace(sequence, drafted=0))
+        return PromptReading(locate_images(placeholders, valid, rows, self.config.num_patches, counted=False))
 
 
 class PromptCapture:
@@ -123,7 +122,7 @@ class PromptCapture:
 
         For small batches on a fast GPU, where launching a prompt's work takes longer than doing it. What is not
         replayed runs as always: prompts on top of a cache, with rows of different numbers of images, with gradients,
-        under autocast, with another system than IVTP. Training, moving or loading weights drops what was recorded;
+        under autocast, with another system than IVTP. What was recorded is dropped once a weight is another tensor;
         call this again after adapters were added, merged or switched.
 
         Parameters

@@ -249,6 +249,13 @@ def prepare_layers(cache: Cache, num_layers: int, past_mask: torch.Tensor | None
         cache.layers[index] = _adopt(layer, held if past else fresh, capacity)
 
 
+def key_value_shape(config: Any) -> tuple[int, int]:
+    """Heads of keys and values, and their width, of a decoder's configuration."""
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return getattr(config, "num_key_value_heads", None) or heads, width
+
+
 def allocate(
     cache: Cache, entries: Sequence[int], *, length: int, heads: int, head_dim: int, like: torch.Tensor
 ) -> None:

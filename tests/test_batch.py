@@ -783,7 +783,7 @@ def test_a_process_that_dies_at_the_end_of_a_shard(capsys, made, loaded, tmp_pat
     """Its journal is whole; no batch is left, and the shard is finished all the same."""
 
     class Killed(BaseException):
-        pass
+        """Stands for SIGKILL."""
 
     def dies(*_, **__):
         raise Killed

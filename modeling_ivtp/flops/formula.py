@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..pruned_cache import key_value_shape
 from ..pruning_policy import Policy
 from ..token_budget import PruningPlan
 
@@ -94,9 +95,8 @@ def text_tower_flops(config: Any, windows: int) -> int:
 
 def kv_width(config: Any) -> int:
     """Width of one layer's keys: heads times their width, fewer where heads share them."""
-    text = config.text_config
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head
+    heads, width = key_value_shape(config.text_config)
+    return heads * width
 
 
 def decoder_flops(config: Any, text_tokens: Any, visual_tokens: Sequence[float]) -> Any:

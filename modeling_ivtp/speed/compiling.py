@@ -10,6 +10,7 @@ import torch
 import torch._dynamo
 from transformers import StaticCache
 
+from ..pruned_cache import key_value_shape
 from .timing import Arm
 
 
@@ -18,14 +19,7 @@ def static_cache(model: Any, batch: int, room: int) -> Any:
     config = model.config.text_config
     cache = StaticCache(config=config, max_cache_len=room)
     if not hasattr(model, "pruning"):
-        heads = config.num_attention_heads
-        cache.early_initialization(
-            batch,
-            getattr(config, "num_key_value_heads", None) or heads,
-            getattr(config, "head_dim", None) or config.hidden_size // heads,
-            model.dtype,
-            model.device,
-        )
+        cache.early_initialization(batch, *key_value_shape(config), model.dtype, model.device)
     return cache
 
 
