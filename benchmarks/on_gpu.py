@@ -2,8 +2,9 @@
 
 python -m benchmarks.on_gpu --out FOLDER
 
-Runs the GPU tests, then `ivtp bench` on LLaVA-1.5-7B's shape with random weights: prefills over batches and prompt
-lengths, whole answers, and small batches as CUDA graphs. What is finished is written at once: a run may be cut short.
+Runs the GPU tests, then `ivtp bench` on LLaVA-1.5-7B's shape with random weights: prefills over batches, with and
+without CUDA graphs; whole answers; pruning off; growth over prompt lengths; all of it compiled. What is finished is
+written at once: a run may be cut short.
 """
 
 import argparse
@@ -13,12 +14,12 @@ import time
 from pathlib import Path
 
 _SHAPE = ("--shape", "llava-1.5-7b", "--dtype", "bfloat16")
-_BUDGETS = ("--arm", "ivtp@64", "--arm", "ivtp@128", "--arm", "ivtp@256")
-_REPLAYED = ("--arm", "stock+graphs", "--arm", "ivtp@64+graphs")
+_COMPILED_TEST = "cuda_graphs_of"
+"""The test that compiles prompt and steps, which takes longer than all others."""
 
 
-def _repeated(option: str, *values: int) -> list[str]:
-    return [word for value in values for word in (option, str(value))]
+def _repeated(option: str, *values: int | str) -> list[str]:
+    return [str(word) for value in values for word in (option, value)]
 
 
 def _bench(*options: str) -> list[str]:
@@ -26,22 +27,24 @@ def _bench(*options: str) -> list[str]:
 
 
 STEPS: dict[str, list[str]] = {
-    "tests": ["pytest", "-m", "gpu", "-q", "tests/test_gpu.py"],
+    "tests": ["pytest", "-m", "gpu", "-q", "tests/test_gpu.py", "-k", f"not {_COMPILED_TEST}", "--durations", "5"],
     "prefill": _bench(
-        *_BUDGETS, "--arm", "ivtp@448", *_REPLAYED, "--new-tokens", "2", "--repeats", "6",
-        *_repeated("--batch", 1, 2, 4, 8, 16, 32),
+        *_repeated("--arm", "ivtp@64", "ivtp@256", "ivtp@448"), *_repeated("--batch", 1, 2, 4, 8, 16, 32),
+        "--new-tokens", "2",
     ),
-    "growth": _bench(
-        "--label", "growth", "--arm", "ivtp@64", "--new-tokens", "2", "--repeats", "3",
-        *_repeated("--batch", 1, 8, 32), *_repeated("--text-tokens", 64, 512, 2048),
+    "answers": _bench("--label", "answers", "--arm", "ivtp@64", "--repeats", "3", *_repeated("--batch", 1, 32)),
+    "graphs": _bench(
+        "--label", "graphs", *_repeated("--arm", "ivtp@64-graphs", "stock+graphs", "ivtp@64+graphs"),
+        *_repeated("--batch", 1, 2, 4, 8), "--new-tokens", "2",
     ),
-    "answers": _bench("--label", "answers", *_REPLAYED, "--repeats", "6", *_repeated("--batch", 1, 32)),
     "off": _bench(
         "--label", "off", "--arm", "off", "--new-tokens", "2", "--repeats", "30", *_repeated("--batch", 1, 8),
     ),
-    "graphs": _bench(
-        "--label", "graphs", "--arm", "ivtp@64", *_REPLAYED, "--new-tokens", "2", *_repeated("--batch", 1, 2, 4, 8),
+    "growth": _bench(
+        "--label", "growth", "--arm", "ivtp@64", "--new-tokens", "2", "--repeats", "3",
+        *_repeated("--batch", 1, 32), *_repeated("--text-tokens", 64, 512, 2048),
     ),
+    "compiled-test": ["pytest", "-m", "gpu", "-q", "tests/test_gpu.py", "-k", _COMPILED_TEST],
     "compiled": _bench("--arm", "ivtp@64", "--compile", "--new-tokens", "64", "--repeats", "6"),
 }  # fmt: skip
 

@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.quality.readme import RESULTS, ROOT, filled
 from benchmarks.quality.report import write_atomically
 from modeling_ivtp.hub.tables import markdown_table
-from modeling_ivtp.speed.report import interval, name_of, reached, times
+from modeling_ivtp.speed.report import interval, name_of, products, reached, times
 
 BEGIN, END = "<!-- speed: written by benchmarks/speed_readme.py -->", "<!-- /speed -->"
 
@@ -89,14 +89,15 @@ def _told(results: Mapping[str, Any], file: Path) -> str:
     machine, settings = results["machine"], results["settings"]
     texts = " or ".join(map(str, settings["text_tokens"]))
     several = len(settings["text_tokens"]) > 1
+    measured = any(row.get("products") for row in results["rows"])
     rows = [
         (row["arm"], row["batch"], *([row["text_tokens"]] if several else []),
          *(times(row[part]) for part in ("prefill", "decode", "end_to_end")), f"{row['implied']:.2f}",
-         reached(row, results["rows"]))
+         reached(row, results["rows"]), *([products(row)] if measured else []))
         for row in results["rows"] if row["arm"] != "stock"
     ]  # fmt: skip
     header = ("arm", "batch", *(["text"] if several else []), "prefill", "decode per token", "end to end",
-              "prefill implied by FLOPs", "reached")  # fmt: skip
+              "prefill implied by FLOPs", "reached", *(["products alone"] if measured else []))  # fmt: skip
     return (
         f"{results['shape']} in {settings['dtype']}, random weights{', compiled' * settings['compiled']}; one image "
         f"and {texts} text tokens, answers of {settings['new_tokens']} tokens; {machine['device']}, "

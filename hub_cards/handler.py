@@ -83,9 +83,6 @@ class EndpointHandler:
             path, trust_remote_code=trust_remote_code, dtype=dtype, device_map="auto" if on_gpu else "cpu"
         ).eval()
         self.processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
-        if on_gpu and len({parameter.device for parameter in self.model.parameters()}) == 1:
-            # Requests come one by one, and at a batch of one a GPU waits for Python's launches.
-            self.model.capture_prompts()
         self.processor.tokenizer.padding_side = "left"
         # The budget and the random numbers belong to the model, not to a request: one at a time.
         self._busy = threading.Lock()

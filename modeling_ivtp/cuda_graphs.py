@@ -1,22 +1,106 @@
 """Work that is replayed as CUDA graphs, for small batches: there Python's launches take longer than the GPU's work.
 
 A graph is recorded when shapes come a second time, and is valid for tensors at the same addresses: inputs are copied to
-where it was recorded, outputs are copied from there.
+where it was recorded, outputs from where it leaves them. All recordings leave them in the same memory, so that many of
+them take little more than the largest.
 """
 
 import threading
 from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers.utils import logging
+
+from .own_layers import computes_from_weights, has_hooks
 
 logger = logging.get_logger(__name__)
 
 Function = Callable[..., Any]
-"""From tensors by name to dataclasses, lists or dicts of tensors; launches, and never asks the device for a value."""
+"""From tensors by name to a tree of tensors, as pytree knows them; launches, and never asks the device for a value."""
+
+AUTOMATIC_SHARE = 64
+"""Unasked, work is recorded whose outputs take at most one part in so many of the GPU's memory."""
+
+_SPARE = 2**28
+"""Bytes by which the room for outputs is at most larger than was asked for."""
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Where a tensor lies in the memory of its type: the elements from `start`, in this shape."""
+
+    start: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def of(self, memory: Mapping[torch.dtype, torch.Tensor]) -> torch.Tensor:
+        return memory[self.dtype][self.start : self.start + self.shape.numel()].view(self.shape)
+
+
+class Packing:
+    """How outputs lie one behind the other, all of a type in one piece of memory, so that one copy takes them along.
+
+    Parameters
+    ----------
+    outputs : tree of tensors and constants
+        Such as those to be packed, for their shapes and types.
+    """
+
+    def __init__(self, outputs: Any) -> None:
+        self.leaves, self.form = tree_flatten(outputs)
+        self.order: dict[torch.dtype, list[int]] = {}
+        self.sizes: dict[torch.dtype, int] = {}
+        tensors = [place for place, leaf in enumerate(self.leaves) if isinstance(leaf, torch.Tensor)]
+        # Kernels read 16 bytes at a time: what would leave the next one askew comes last.
+        for place in sorted(tensors, key=lambda place: self.leaves[place].nbytes % 16 != 0):
+            shape, dtype = self.leaves[place].shape, self.leaves[place].dtype
+            start = self.sizes.get(dtype, 0)
+            self.leaves[place] = _Piece(start, shape, dtype)
+            self.order.setdefault(dtype, []).append(place)
+            self.sizes[dtype] = start + shape.numel()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all outputs."""
+        return sum(size * dtype.itemsize for dtype, size in self.sizes.items())
+
+    def pack(self, outputs: Any, memory: Mapping[torch.dtype, torch.Tensor]) -> None:
+        """Copy outputs into memory, of each type as much as `sizes` says."""
+        leaves, _ = tree_flatten(outputs)
+        for dtype, places in self.order.items():
+            torch.cat([leaves[place].reshape(-1) for place in places], out=memory[dtype])
+
+    def unpack(self, memory: Mapping[torch.dtype, torch.Tensor]) -> Any:
+        """The outputs that lie in memory: views of it."""
+        found = [leaf.of(memory) if isinstance(leaf, _Piece) else leaf for leaf in self.leaves]
+        return tree_unflatten(found, self.form)
+
+
+class SharedMemory:
+    """What the recordings of a device have in common: a pool for what they work on, room for what they put out.
+
+    Each starts when the one before is done with it, whatever streams they are run on.
+    """
+
+    def __init__(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+        self.free = torch.cuda.Event()
+        self._rooms: dict[torch.dtype, torch.Tensor] = {}
+
+    def room(self, sizes: Mapping[torch.dtype, int], device: torch.device) -> dict[torch.dtype, torch.Tensor]:
+        """Room for as many elements of each type; what is too small is replaced, for recordings that follow."""
+        for dtype, size in sizes.items():
+            if dtype not in self._rooms or self._rooms[dtype].numel() < size:
+                # More than is asked for, so that a little more the next time does not take as much again. Not made for
+                # inference alone, as it would be here: some prompts come in inference mode, and some without gradients.
+                with torch.inference_mode(False):
+                    spare = min(size // 2, _SPARE // dtype.itemsize)
+                    self._rooms[dtype] = torch.empty(size + spare, dtype=dtype, device=device)
+        return {dtype: self._rooms[dtype][:size] for dtype, size in sizes.items()}
 
 
 class Recorded:
@@ -26,26 +110,32 @@ class Recorded:
     ----------
     function : callable
     inputs : mapping of str to Tensor
-    pool : any
-        Of memory, from `torch.cuda.graph_pool_handle`.
+    packing : Packing
+        Of its outputs.
+    memory : SharedMemory
     """
 
-    def __init__(self, function: Function, inputs: Mapping[str, torch.Tensor], pool: Any) -> None:
+    def __init__(
+        self, function: Function, inputs: Mapping[str, torch.Tensor], packing: Packing, memory: SharedMemory
+    ) -> None:
         self.inputs = {name: value.clone() for name, value in inputs.items()}
-        # Libraries allocate when they are first called on a stream, which a recording does not allow.
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            function(**self.inputs)
-        torch.cuda.current_stream().wait_stream(side)
+        self.packing, self.memory = packing, memory
+        self.outputs = memory.room(packing.sizes, next(iter(inputs.values())).device)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
-            self.outputs = function(**self.inputs)
+        # Other threads may go on with work of their own meanwhile.
+        with torch.cuda.graph(self.graph, pool=memory.pool, capture_error_mode="thread_local"):
+            packing.pack(function(**self.inputs), self.outputs)
 
-    def run(self) -> Any:
-        """Do the work on what `inputs` hold; the outputs are overwritten when it is done again."""
+    def run(self, inputs: Mapping[str, torch.Tensor]) -> Any:
+        """Do the work on inputs of the same shapes; outputs that nothing overwrites."""
+        stream = torch.cuda.current_stream()
+        stream.wait_event(self.memory.free)
+        for name, value in inputs.items():
+            self.inputs[name].copy_(value)
         self.graph.replay()
-        return self.outputs
+        taken = {dtype: room.clone() for dtype, room in self.outputs.items()}
+        self.memory.free.record(stream)
+        return self.packing.unpack(taken)
 
 
 class Graphs:
@@ -54,21 +144,24 @@ class Graphs:
     Parameters
     ----------
     limit : int
-        Recordings that are kept; each holds its outputs, for a prompt the size of its KV cache.
+        Recordings that are kept.
+    automatic : bool, default False
+        Whether nobody asked for them: then work is recorded whose outputs are small beside the GPU's memory, of modules
+        that compute from their weights alone.
     """
 
     record = Recorded
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    def __init__(self, limit: int, automatic: bool = False) -> None:
+        self.limit, self.automatic = limit, automatic
         self._busy = threading.RLock()
         self.forget()
 
     def __deepcopy__(self, memo: Any) -> "Graphs":
-        return type(self)(self.limit)
+        return type(self)(self.limit, self.automatic)
 
     def __reduce__(self) -> Any:
-        return type(self), (self.limit,)
+        return type(self), (self.limit, self.automatic)
 
     def __len__(self) -> int:
         return len(self._recorded)
@@ -78,9 +171,10 @@ class Graphs:
         self._seen: dict[Hashable, None] = {}
         self._refused: set[Hashable] = set()
         self._recorded: dict[Hashable, Any] = {}
+        self._modules: list[nn.Module] = []
         self._parts: list[tuple[Any, str, nn.Module]] = []
         self._weights: list[tuple[Any, str, int]] = []
-        self._pool: Any = None
+        self._memory: dict[torch.device, Any] = {}
 
     def serve(self, inputs: Mapping[str, torch.Tensor]) -> bool:
         """Whether work on these inputs can be replayed now: on one GPU, without gradients, autocast or a recording."""
@@ -90,17 +184,17 @@ class Graphs:
             and devices.pop().type == "cuda"
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled("cuda")
-            and not torch.compiler.is_compiling()
             and not torch.cuda.is_current_stream_capturing()
         )
 
     def run(self, module: Any, what: Hashable, function: Function, inputs: Mapping[str, torch.Tensor]) -> Any:
-        """What a function makes of inputs: at first by calling it, then by replaying it.
+        """What a function makes of inputs, by replaying it.
 
         Parameters
         ----------
         module : Module
-            Whose weights the function reads: once one of them is another tensor, all recordings are dropped.
+            Whose weights the function reads: once one of them is another tensor, all recordings are dropped. With a
+            hook anywhere in it nothing is replayed, as hooks would not be called.
         what : hashable
             Everything besides shapes that the function depends on.
         function : callable
@@ -109,7 +203,7 @@ class Graphs:
         Returns
         -------
         any
-            Outputs of its own, which nothing overwrites.
+            Outputs that nothing overwrites. None: it is not replayed, or not yet; do the work.
         """
         shapes = tuple((name, value.shape, value.dtype, value.device) for name, value in inputs.items())
         with self._busy:
@@ -120,35 +214,74 @@ class Graphs:
             there.get(name) is None or there[name].data_ptr() != at for there, name, at in self._weights
         ):
             self.forget()
+        if key in self._refused or has_hooks(self._modules):
+            return None
         recorded = self._recorded.pop(key, None)
         if recorded is None:
-            if key not in self._seen or key in self._refused:
+            if key not in self._seen:
                 self._seen[key] = None
-                _forget_first(self._seen, 16 * self.limit)
-                return function(**inputs)
-            if not self._weights:
-                self._parts, self._weights = _parts(module), _addresses(module)
-            try:
-                recorded = self._record(function, inputs)
-            except torch.OutOfMemoryError:
-                logger.warning("A prompt is not recorded as a CUDA graph, as memory ran out")
-                self._refused.add(key)
-                return function(**inputs)
-            except RuntimeError as error:
-                logger.warning(f"CUDA graphs are given up, as a recording failed: {error}")
-                self.limit = 0
-                self.forget()
-                return function(**inputs)
+                _forget_first(self._seen, 16 * max(1, self.limit))
+                return None
+            return self._first(module, key, function, inputs)
         self._recorded[key] = recorded
-        _forget_first(self._recorded, self.limit)
-        for name, value in inputs.items():
-            recorded.inputs[name].copy_(value)
-        return tree_map_only(torch.Tensor, torch.clone, recorded.run())
+        return recorded.run(inputs)
 
-    def _record(self, function: Function, inputs: Mapping[str, torch.Tensor]) -> Any:
-        if self._pool is None and torch.cuda.is_available():
-            self._pool = torch.cuda.graph_pool_handle()
-        return self.record(function, inputs, self._pool)
+    def _first(self, module: nn.Module, key: Hashable, function: Function, inputs: Mapping[str, torch.Tensor]) -> Any:
+        """Do the work and record it, where that can be."""
+        if not self._weights:
+            self._modules = list(module.modules())
+            self._parts, self._weights = _parts(module), _addresses(module)
+        device = next(iter(inputs.values())).device
+        if has_hooks(self._modules) or (self.automatic and not computes_from_weights(module, device)):
+            self._refuse(key)
+            return None
+        try:
+            outputs = self.warm_up(function, inputs)
+            packing = Packing(outputs)
+            if self.automatic and not self.has_room(packing.nbytes, device):
+                self._refuse(key)
+                return outputs
+            if device not in self._memory:
+                self._memory[device] = self.memory()
+            self._recorded[key] = self.record(function, inputs, packing, self._memory[device])
+        except torch.OutOfMemoryError:
+            logger.warning("A prompt is not recorded as a CUDA graph, as memory ran out")
+            self._refuse(key)
+            return None
+        except RuntimeError as error:
+            logger.warning(f"CUDA graphs are given up, as a recording failed: {error}")
+            self.limit = 0
+            self.forget()
+            return None
+        _forget_first(self._recorded, self.limit)
+        return outputs
+
+    memory = SharedMemory
+
+    @staticmethod
+    def warm_up(function: Function, inputs: Mapping[str, torch.Tensor]) -> Any:
+        """Libraries allocate when they are first called on another stream, which a recording does not allow."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            outputs = function(**inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        for leaf in tree_flatten(outputs)[0]:
+            if isinstance(leaf, torch.Tensor):
+                leaf.record_stream(torch.cuda.current_stream())
+        return outputs
+
+    @staticmethod
+    def has_room(nbytes: int, device: torch.device) -> bool:
+        """Whether outputs of that size are small beside the memory of a GPU, and beside what of it is free."""
+        free, total = torch.cuda.mem_get_info(device)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return nbytes <= total // AUTOMATIC_SHARE and 8 * nbytes <= free + unused
+
+    def _refuse(self, key: Hashable) -> None:
+        if len(self._refused) >= 16 * max(1, self.limit):
+            self._refused.clear()
+        self._refused.add(key)
 
 
 def _parts(module: nn.Module) -> list[tuple[Any, str, nn.Module]]:

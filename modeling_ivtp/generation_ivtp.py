@@ -36,7 +36,7 @@ class PrunedGeneration:
                 kwargs["clip_spans"] = nn.functional.pad(spans, (0, 0, 0, input_ids.shape[1] - spans.shape[1]))
             if prompt is not None and input_ids.shape[1] > prompt:
                 kwargs["drafted"] = input_ids.shape[1] - prompt
-            if next_sequence_length is not None:
+            if next_sequence_length is not None and next_sequence_length < input_ids.shape[1]:
                 self._leave_seen_images(input_ids, next_sequence_length, kwargs)
         given = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids,
@@ -47,9 +47,9 @@ class PrunedGeneration:
         )
         cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
         if is_first_iteration:
-            if cache is not None:
-                cache.rows_are_whole = mask is None or bool(mask.all())
             self._read_ahead(given, mask)
+            if cache is not None and ("reading" in given or is_pruned(cache)):
+                cache.rows_are_whole = mask is None or bool(mask.all())
         elif _needs_no_mask(cache) and getattr(given.get("attention_mask"), "ndim", 0) == 2:
             given["attention_mask"] = None
         return given
@@ -125,14 +125,18 @@ class PrunedGeneration:
     ) -> Any:
         """Repeat rows for beams; the images of a row stay together and in order."""
         embeds = model_kwargs.get("inputs_embeds")
-        marks = self.model.placeholders(None if embeds is not None else input_ids, embeds)
-        if (spans := model_kwargs.get("clip_spans")) is not None and spans.shape[1] < marks.shape[1]:
+        prompt = input_ids if embeds is None else embeds
+        assert prompt is not None
+        length = model_kwargs["prompt_length"] = prompt.shape[1]
+        if (spans := model_kwargs.get("clip_spans")) is not None and spans.shape[1] < length:
             # Spans of the last words alone: what stands before them, say an earlier answer, has none.
-            model_kwargs["clip_spans"] = nn.functional.pad(spans, (0, 0, marks.shape[1] - spans.shape[1], 0))
-        model_kwargs["prompt_length"] = marks.shape[1]
+            model_kwargs["clip_spans"] = nn.functional.pad(spans, (0, 0, length - spans.shape[1], 0))
         names = ("pixel_values", "mm_encoder_outputs") if expand_size > 1 and _count_images(model_kwargs) else ()
         given = {name: model_kwargs.pop(name) for name in names if model_kwargs.get(name) is not None}
-        order = self._image_order(expand_size, marks, _count_images(given), model_kwargs) if given else []
+        order: list[int] = []
+        if given:
+            marks = self.model.placeholders(None if embeds is not None else input_ids, embeds)
+            order = self._image_order(expand_size, marks, _count_images(given), model_kwargs)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )

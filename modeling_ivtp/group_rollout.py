@@ -152,9 +152,8 @@ def rollout(records: list[AttentionRecord]) -> torch.Tensor:
     """
     row = reference_row(records[-1])
     if len(records) > 1:
-        identity = torch.zeros_like(row)
-        identity[..., 0] = 1
-        row = (row + identity) / 2
+        row = row / 2
+        row[..., 0] += 0.5  # of the reference token itself, through the residual connection
     for depth in range(len(records) - 2, -1, -1):
         row = roll_down(row.to(records[depth].key.device), records[depth], residual=depth > 0)
     return row

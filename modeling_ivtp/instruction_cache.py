@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-_KNOWN_LAYERS = {"torch", "transformers", "bitsandbytes"}
+from .own_layers import computes_from_weights
 
 
 class InstructionCache:
@@ -90,13 +90,8 @@ def _padded(features: torch.Tensor, context: int) -> torch.Tensor:
 
 def _state_of(tower: Any) -> Hashable:
     """What tells one state of a tower from another; None where nothing does."""
-    for module in tower.modules():
-        if type(module).__module__.partition(".")[0] not in _KNOWN_LAYERS:
-            return None
-        if module._forward_hooks or module._forward_pre_hooks:
-            return None
     parameters = list(tower.parameters())
-    # Replicas have none of their own, wrappers no address, and changes to inference tensors are not counted.
-    if not parameters or any(parameter.is_inference() or not parameter.data_ptr() for parameter in parameters):
+    # Changes to inference tensors are not counted.
+    if not computes_from_weights(tower) or any(parameter.is_inference() for parameter in parameters):
         return None
     return tuple((parameter.data_ptr(), parameter.dtype, parameter._version) for parameter in parameters)

@@ -21,12 +21,13 @@ from transformers.models.llava.modeling_llava import (
 from .cache_name import CACHE, cache_of, one_cache
 from .checkpoint_ivtp import LlavaCheckpoint, register_weight_names
 from .configuration_ivtp import IVTPLlavaConfig
+from .cuda_graphs import Graphs
 from .generation_ivtp import PrunedGeneration
 from .instruction_cache import InstructionCache
-from .language_ivtp import DECODERS, PrunedDecoderOutput
+from .language_ivtp import DECODERS
 from .prompt_ivtp import PromptPruning, choose_features
 from .prompt_reading import PromptReading
-from .prompt_replay import PromptCapture, PromptReplay
+from .prompt_replay import RECORDINGS, PromptCapture, PromptReplay
 from .pruning_controls import PruningControls, PruningOptions
 from .pruning_policy import Choice, FeatureMoment
 from .token_budget import PruningPlan
@@ -101,6 +102,7 @@ class IVTPLlavaModel(PromptReplay, PromptPruning, PruningOptions, IVTPLlavaPreTr
         self.multi_modal_projector = LlavaMultiModalProjector(config)
         self.language_model = DECODERS[config.text_config.model_type]._from_config(config.text_config)
         self.instruction_cache = InstructionCache()
+        self.graphs = Graphs(RECORDINGS, automatic=True)
         if config.clip_text_config is not None:
             # These choose tokens; no gradient comes through a choice, so training leaves them as they are.
             self.clip_text_model = CLIPTextModelWithProjection._from_config(config.clip_text_config)
@@ -165,9 +167,10 @@ class IVTPLlavaModel(PromptReplay, PromptPruning, PruningOptions, IVTPLlavaPreTr
             )
             return self.image_outputs(vision, plan, pixel_values, recorder)
 
+        outputs = None
         if recorder is None and self.replay_serves({"pixel_values": pixel_values}, kwargs):
             outputs = self.replay_images(encode, pixel_values, wanted)
-        else:
+        if outputs is None:
             outputs = encode(pixel_values)
         return outputs if return_dict else outputs.to_tuple()
 
@@ -305,6 +308,7 @@ class IVTPLlavaModel(PromptReplay, PromptPruning, PruningOptions, IVTPLlavaPreTr
         given |= {"clip_input_ids": clip_input_ids, "clip_spans": clip_spans}
         plain = type(cache) is DynamicCache and not getattr(cache, "offloading", False)
         alone = cache is None or (plain and past == 0)
+        outputs = None
         if (
             alone
             and recorder is None
@@ -314,11 +318,8 @@ class IVTPLlavaModel(PromptReplay, PromptPruning, PruningOptions, IVTPLlavaPreTr
             and reading.sequence.order is None
             and self.replay_serves(given, kwargs)
         ):
-            told, cache = self.replay_prompt(self._run_prompt, reading, encoded, given, cache)
-            outputs = PrunedDecoderOutput(
-                last_hidden_state=told["hidden"], kept_tokens=told["kept_tokens"], **{CACHE: cache}
-            )
-        else:
+            outputs = self.replay_prompt(self._run_prompt, reading, encoded, given, cache)
+        if outputs is None:
             outputs = self._run_prompt(
                 encoded=encoded,
                 reading=reading,
@@ -465,7 +466,8 @@ class IVTPLlavaForConditionalGeneration(
         )
         hidden_states = outputs.last_hidden_state
         rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden_states[:, rows, :])
+        # Rows that lie apart would each read the head's weights anew.
+        logits = self.lm_head(hidden_states[:, rows, :].contiguous())
         loss = None
         if labels is not None:
             kept = getattr(outputs, "kept_tokens", None)

@@ -1,30 +1,43 @@
-"""Prompts as CUDA graphs: what of a model's forward is replayed, and under which conditions."""
+"""Prompts as CUDA graphs: what of a model's forward is replayed, and under which conditions.
+
+A prompt is filled up on the right to the next of a few lengths, so that one recording serves prompts of many. Attention
+is causal: nothing of the prompt sees what follows, and what follows is left out of the output and the cache.
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 
+from .cache_name import CACHE
 from .cuda_graphs import Graphs
+from .language_ivtp import PrunedDecoderOutput
 from .prompt_reading import PromptReading
 from .pruned_cache import fill, prepare_layers
 from .visual_sequence import RowCounts, locate_images
+
+STEP = 8
+"""Lengths of recorded prompts are multiples of it."""
+
+RECORDINGS = 32
+"""Kept unless somebody asks for another number."""
 
 _HARMLESS = {"use_cache", "return_dict", "output_attentions", "output_hidden_states", "cache_position"}
 
 
 class PromptReplay:
-    """Mixin for the model that has both towers: replays images and prompts, when `capture_prompts` was called."""
+    """Mixin for the model that has both towers: replays images and prompts on a GPU; see `capture_prompts`."""
 
     config: Any
-    graphs: Graphs | None = None
+    graphs: Graphs
     applied_policy: Any
     training: bool
 
     def replay_serves(self, inputs: Mapping[str, torch.Tensor | None], options: Mapping[str, Any]) -> bool:
         """Whether work on these inputs can be replayed; `options` are further keyword arguments of a forward."""
-        if self.graphs is None or not self.graphs.limit or self.applied_policy is not None:
+        if torch.compiler.is_compiling() or not self.graphs.limit or self.applied_policy is not None:
             return False
         if getattr(self.config.text_config, "output_hidden_states", False):
             return False
@@ -34,8 +47,7 @@ class PromptReplay:
         return self.graphs.serve(_given(inputs))
 
     def replay_images(self, encode: Any, pixel_values: torch.Tensor, what: Any) -> Any:
-        """`encode(pixel_values=…)`, replayed; `what` is all it depends on besides."""
-        assert self.graphs is not None
+        """`encode(pixel_values=…)`, replayed; `what` is all it depends on besides. None: not replayed, or not yet."""
         return self.graphs.run(self, self._replayed("images", what), encode, {"pixel_values": pixel_values})
 
     def replay_prompt(
@@ -45,8 +57,8 @@ class PromptReplay:
         encoded: Any,
         inputs: Mapping[str, torch.Tensor | None],
         cache: Cache | None,
-    ) -> tuple[Any, Cache]:
-        """A prompt's output, replayed, and the cache that holds it.
+    ) -> PrunedDecoderOutput | None:
+        """A prompt's output, replayed, with the cache that holds it. None: it is not replayed, or not yet.
 
         Parameters
         ----------
@@ -60,13 +72,16 @@ class PromptReplay:
         cache : DynamicCache or None
             An empty one; None makes one.
         """
-        assert self.graphs is not None
         kind, text = type(encoded), self.config.text_config
         images = tuple(row.images for row in reading.sequence.rows)
         mask, length = inputs["attention_mask"], reading.sequence.length
         # A mask may speak of tokens that are to come.
         mask = None if mask is None or reading.sequence.valid is None else mask[:, :length]
-        inputs = {**inputs, "attention_mask": mask}
+        # A prompt that ends on an image ends with the last patch that is left: nothing can stand behind it.
+        extra = -length % STEP if reading.sequence.tail else 0
+        window = getattr(text, "sliding_window", None)
+        extra = 0 if window is not None and length + extra > window else extra
+        inputs = _longer({**inputs, "attention_mask": mask}, extra)
         parts = {"features": torch.stack(list(encoded.pooler_output)), "kept_patches": encoded.kept_patches}
         parts |= {"cls_features": encoded.cls_features, "image_embeds": encoded.image_embeds}
 
@@ -92,10 +107,14 @@ class PromptReplay:
             }
 
         told = self.graphs.run(self, self._replayed("prompt", images), forward, _given({**inputs, **parts}))
+        if told is None:
+            return None
         cache = DynamicCache(config=text) if cache is None else cache
-        prepare_layers(cache, text.num_hidden_layers, None, reading.sequence.length)
-        fill(cache, told["layers"], told["layouts"], told["places"], reading.sequence.tail)
-        return told, cache
+        prepare_layers(cache, text.num_hidden_layers, None, length)
+        fill(cache, told["layers"], told["layouts"], told["places"], reading.sequence.tail, extra)
+        return PrunedDecoderOutput(
+            last_hidden_state=told["hidden"][:, :length], kept_tokens=told["kept_tokens"][:, :length], **{CACHE: cache}
+        )
 
     def _replayed(self, kind: str, what: Any) -> Any:
         """What a recording depends on besides shapes and weights."""
@@ -117,18 +136,23 @@ class PromptCapture:
 
     model: Any
 
-    def capture_prompts(self, limit: int = 16) -> None:
-        """From now on, replay images and prompts as CUDA graphs, when their shapes come a second time.
+    def capture_prompts(self, limit: int = RECORDINGS) -> None:
+        """Replay images and prompts of any size as CUDA graphs when their shapes come a second time, or never.
 
-        For small batches on a fast GPU, where launching a prompt's work takes longer than doing it. What is not
-        replayed runs as always: prompts on top of a cache, with rows of different numbers of images, with gradients,
-        under autocast, with another system than IVTP. What was recorded is dropped once a weight is another tensor;
-        call this again after adapters were added, merged or switched.
+        On a fast GPU, launching the work of a small batch takes longer than doing it. So unasked, a model replays it
+        where that is safe and small: one whose weights alone decide what it computes (no adapters, no quantised
+        layers), and outputs, mostly the prompt's KV cache, of at most 1/64 of the GPU's memory. This lifts both
+        conditions, or with 0 switches replaying off.
+
+        What cannot be replayed runs as always: prompts on top of a cache, with rows of different numbers of images,
+        with gradients, under autocast, with hooks, with another system than IVTP. What was recorded is dropped once a
+        weight is another tensor; call this again after adapters were added, merged or switched.
 
         Parameters
         ----------
-        limit : int, default 16
-            Recordings that are kept; each holds memory of the size of its prompt's KV cache. 0 switches it off.
+        limit : int, default 32
+            Recordings that are kept. Together they hold about four times the largest one's outputs. 0 switches
+            replaying off.
 
         Raises
         ------
@@ -140,7 +164,26 @@ class PromptCapture:
         devices = sorted({str(parameter.device) for parameter in self.model.parameters()})
         if limit and (len(devices) != 1 or not devices[0].startswith("cuda")):
             raise ValueError(f"CUDA graphs need the whole model on one GPU; it is on {', '.join(devices)}.")
-        self.model.graphs = Graphs(limit) if limit else None
+        self.model.graphs = Graphs(limit)
+
+
+def _longer(inputs: Mapping[str, torch.Tensor | None], extra: int) -> dict[str, torch.Tensor | None]:
+    """The inputs of a prompt with its last token repeated `extra` times."""
+    if not extra:
+        return dict(inputs)
+    ids, mask, positions = inputs["input_ids"], inputs["attention_mask"], inputs["position_ids"]
+    spans = inputs["clip_spans"]
+    assert ids is not None
+    if positions is not None:
+        further = torch.arange(1, extra + 1, device=positions.device)
+        positions = torch.cat([positions, positions[:, -1:] + further], 1)
+    return {
+        **inputs,
+        "input_ids": torch.cat([ids, ids[:, -1:].expand(-1, extra)], 1),
+        "attention_mask": None if mask is None else nn.functional.pad(mask, (0, extra), value=1),
+        "position_ids": positions,
+        "clip_spans": None if spans is None else nn.functional.pad(spans, (0, 0, 0, extra)),
+    }
 
 
 def _given(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:

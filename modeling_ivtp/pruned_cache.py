@@ -296,6 +296,7 @@ def fill(
     layouts: Sequence[tuple[int, int, torch.Tensor | None, torch.Tensor | None]],
     places: Sequence[int],
     tail: int,
+    extra: int = 0,
 ) -> None:
     """Put a prompt that ran elsewhere into an empty dynamic cache.
 
@@ -311,11 +312,17 @@ def fill(
         Which of them each layer has.
     tail : int
         See `KeyLayout`.
+    extra : int, default 0
+        Last entries that are to be left out.
     """
-    made = [KeyLayout(entries, dropped, tail, mask, shift) for entries, dropped, mask, shift in layouts]
+    made = [
+        KeyLayout(entries - extra, dropped, tail, None if mask is None else mask[:, : entries - extra], shift)
+        for entries, dropped, mask, shift in layouts
+    ]
     for layer, (keys, values), place in zip(cache.layers, stored, places, strict=True):
         filled: Any = layer
-        filled.keys, filled.values, filled.layout = keys, values, made[place]
+        entries = keys.shape[2] - extra
+        filled.keys, filled.values, filled.layout = keys[:, :, :entries], values[:, :, :entries], made[place]
         filled.device, filled.dtype, filled.is_initialized = keys.device, keys.dtype, True
 
 

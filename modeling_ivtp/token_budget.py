@@ -70,6 +70,15 @@ class PruningPlan:
         """What is left of one image above the last pruned layer."""
         return self.decoder[-1].keep if self.decoder else self.tower_tokens
 
+    def tower_layer_tokens(self, num_layers: int) -> tuple[int, ...]:
+        """Patches of one image that each of the `num_layers` tower layers sees; a group drops behind its last one."""
+        counts: list[int] = []
+        tokens = self.patches
+        for group in self.tower:
+            counts += [tokens] * (group.last + 1 - len(counts))
+            tokens = min(tokens, group.keep)
+        return tuple(counts + [tokens] * (num_layers - len(counts)))
+
     def decoder_layer_tokens(self, num_layers: int) -> tuple[int, ...]:
         """Visual tokens of one image that each of the `num_layers` decoder layers sees, and its KV cache holds."""
         counts: list[int] = []

@@ -127,14 +127,53 @@ def test_a_prompt_is_run_without_waiting_for_the_gpu(rows, cache):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_captured_prompts_give_the_same_answers():
+@pytest.mark.parametrize("asked", [False, True])
+def test_replayed_prompts_give_the_same_answers(asked):
     model, plain = tiny_model().cuda(), tiny_model().cuda()
-    model.capture_prompts()
-    for rows in ([[3, "image", 7]], [[3, "image", 7], [2, "image", 6]]):
-        for seed in range(4):
-            inputs = on_gpu(prompt(rows, seed=seed))
-            assert torch.equal(answer(model, inputs), answer(plain, inputs))
-    assert len(model.model.graphs) == 4
+    plain.capture_prompts(0)
+    if asked:
+        model.capture_prompts()
+    for length in (6, 7, 23):  # words of one and of four of CLIP's windows
+        for rows in ([[3, "image", length]], [[3, "image", length], [2, "image", length - 1]]):
+            for seed in range(4):
+                inputs = on_gpu(prompt(rows, seed=seed))
+                assert torch.equal(answer(model, inputs), answer(plain, inputs))
+    # Images of one and two rows; prompts of one and two rows, filled up to 32 and 48 tokens.
+    assert len(model.model.graphs) == 6
+    assert len(plain.model.graphs) == 0
+
+
+def test_streams_take_turns_with_a_recording():
+    model, plain = tiny_model().cuda(), tiny_model().cuda()
+    plain.capture_prompts(0)
+    inputs = [on_gpu(prompt([[3, "image", 7]], seed=seed)) for seed in range(8)]
+    expected = [plain(**one, use_cache=True).logits[:, -1].detach() for one in inputs]
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    torch.cuda.synchronize()
+    with torch.no_grad():
+        for one in inputs[:2]:
+            model(**one, use_cache=True)
+        told = []
+        for place, one in enumerate(inputs * 3):
+            with torch.cuda.stream(streams[place % 4]):
+                told.append(model(**one, use_cache=True).logits[:, -1])
+    torch.cuda.synchronize()
+    for found, right in zip(told, expected * 3, strict=True):
+        torch.testing.assert_close(found, right, atol=1e-4, rtol=0)
+    assert len(model.model.graphs) == 2
+
+
+def test_recordings_share_their_memory():
+    model = tiny_model().cuda()
+    with torch.no_grad():
+        for length in range(8, 72, 8):
+            for _ in range(2):
+                model(**on_gpu(prompt([[4, "image", length]])), use_cache=True)
+    graphs = model.model.graphs
+    assert len(graphs) == 9
+    needed = [recorded.packing.nbytes for recorded in graphs._recorded.values()]
+    held = sum(room.nbytes for memory in graphs._memory.values() for room in memory._rooms.values())
+    assert held < 2 * max(needed) < sum(needed)
 
 
 def test_cuda_graphs_of_prompt_and_decoding_give_the_same_answer():

@@ -10,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import DynamicCache
 
 from modeling_ivtp import methods
-from modeling_ivtp.cuda_graphs import Graphs
+from modeling_ivtp.cuda_graphs import Graphs, Packing, SharedMemory
+from modeling_ivtp.prompt_replay import RECORDINGS
 from modeling_ivtp.speed.captured_stock import captured
 from modeling_ivtp.speed.models import stock_twin
 from tests.tiny import prompt, tiny_model
@@ -26,27 +26,38 @@ PADDED = [[3, "image", 7], [2, "image", 6]]
 class Standin:
     """Overwrites its outputs at every run, as a CUDA graph does."""
 
-    def __init__(self, function, inputs, pool):
+    def __init__(self, function, inputs, packing, memory):
         self.function, self.inputs = function, {name: value.clone() for name, value in inputs.items()}
-        leaves, self.shape = tree_flatten(function(**self.inputs))
-        self.leaves = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        self.packing, self.memory = packing, memory
+        self.outputs = memory.room(packing.sizes, torch.device("cpu"))
         self.runs = 0
 
-    def run(self):
+    def run(self, inputs):
         self.runs += 1
-        for old, new in zip(self.leaves, tree_flatten(self.function(**self.inputs))[0], strict=True):
-            if isinstance(old, torch.Tensor):
-                old.copy_(new)
-            else:
-                assert old == new
-        return tree_unflatten(self.leaves, self.shape)
+        for name, value in inputs.items():
+            self.inputs[name].copy_(value)
+        self.packing.pack(self.function(**self.inputs), self.outputs)
+        return self.packing.unpack({dtype: room.clone() for dtype, room in self.outputs.items()})
+
+
+class StandinMemory(SharedMemory):
+    def __init__(self):
+        self._rooms = {}
 
 
 class StandinGraphs(Graphs):
-    record = Standin
+    record, memory = Standin, StandinMemory
 
     def serve(self, inputs):
         return not torch.is_grad_enabled()
+
+    @staticmethod
+    def warm_up(function, inputs):
+        return function(**inputs)
+
+    @staticmethod
+    def has_room(nbytes, device):
+        return nbytes < 2**20
 
 
 @pytest.fixture
@@ -64,6 +75,12 @@ def replays(model):
     return sum(recorded.runs for recorded in model.model.graphs._recorded.values())
 
 
+def prompts_of(model):
+    """The shapes of the recorded prompts."""
+    keys = [key for key in model.model.graphs._recorded if key[0][0] == "prompt"]
+    return [{name: tuple(shape) for name, shape, *_ in shapes} for *_, shapes in keys]
+
+
 @pytest.mark.parametrize("rows", [ROWS[:1], ROWS, PADDED, [[2, "image", 4, "image", 3]]])
 def test_answers_are_those_of_a_model_that_captures_nothing(model, rows):
     plain = tiny_model()
@@ -72,14 +89,62 @@ def test_answers_are_those_of_a_model_that_captures_nothing(model, rows):
         assert torch.equal(answer(model, inputs), answer(plain, inputs))
     # Images and prompts ran once, were recorded at the second time, and replayed from then on.
     assert len(model.model.graphs) == 2
-    assert replays(model) == 2 * 3
+    assert replays(model) == 2 * 2
 
 
 def test_other_shapes_are_recorded_apart(model):
-    for rows in (ROWS[:1], [[3, "image", 8]]):
+    for rows in (ROWS[:1], [[3, "image", 28]]):
         for seed in (1, 2):
             answer(model, prompt(rows, seed=seed))
     assert len(model.model.graphs) == 3  # images share one
+
+
+@pytest.mark.parametrize("options", [{}, {"positions": "compact"}, {"pseudo_cls": "pool"}], ids=str)
+@pytest.mark.parametrize("behind", [5, 6], ids=["whole", "padded"])
+@torch.no_grad()
+def test_prompts_of_many_lengths_share_a_recording(options, behind):
+    """With 16 patches and 4 tokens before them, prompts of 25 to 32 tokens are filled up to 32."""
+    plain, model = tiny_model(**options), tiny_model(**options)
+    model.model.graphs = StandinGraphs(8)
+    for length in range(5, 13):
+        rows = [[4, "image", length], [length + behind - 5 - 1, "image", 5]]
+        inputs = prompt(rows, seed=length)
+        ours, right = model(**inputs, use_cache=True), plain(**inputs, use_cache=True)
+        torch.testing.assert_close(ours.logits[:, -1], right.logits[:, -1], atol=5e-5, rtol=0)
+        assert ours.logits.shape == right.logits.shape
+        for layer, other in zip(ours.past_key_values.layers, right.past_key_values.layers, strict=True):
+            # What a shorter row is filled up with is any token.
+            mask = other.layout.key_mask
+            there = torch.ones_like(other.keys[:, 0, :, 0]) if mask is None else mask
+            for one, right_one in ((layer.keys, other.keys), (layer.values, other.values)):
+                torch.testing.assert_close(
+                    one.transpose(1, 2)[there.bool()], right_one.transpose(1, 2)[there.bool()], atol=5e-5, rtol=0
+                )
+            for name in ("stored", "dropped", "tail"):
+                assert getattr(layer.layout, name) == getattr(other.layout, name)
+            if mask is not None:
+                assert torch.equal(layer.layout.key_mask, mask)
+        assert torch.equal(answer(model, inputs), answer(plain, inputs))
+    assert {lengths["input_ids"] for lengths in prompts_of(model)} == {(2, 32)}
+    assert replays(model) >= 20
+
+
+def test_a_prompt_that_ends_on_an_image_keeps_its_length(model):
+    plain = tiny_model()
+    for seed in range(3):
+        inputs = prompt([[3, "image"]], seed=seed)
+        assert torch.equal(answer(model, inputs), answer(plain, inputs))
+    assert [lengths["input_ids"] for lengths in prompts_of(model)] == [(1, 19)]
+
+
+@torch.no_grad()
+def test_a_prompt_is_not_filled_up_beyond_a_window():
+    model = tiny_model("mistral")
+    model.model.graphs = StandinGraphs(8)
+    model.config.text_config.sliding_window = 26
+    for seed in range(3):
+        model(**prompt([[3, "image", 7]], seed=seed), use_cache=True)
+    assert [lengths["input_ids"] for lengths in prompts_of(model)] == [(1, 26)]
 
 
 @torch.no_grad()
@@ -141,7 +206,7 @@ def test_what_cannot_be_replayed_is_run(model):
             answer(model, inputs, cache_implementation="static"), answer(plain, inputs, cache_implementation="static")
         )
         model(**inputs, labels=inputs["input_ids"]).loss.backward()
-    assert not any(key[0][0] == "prompt" for key in model.model.graphs._recorded)
+    assert not prompts_of(model)
     assert replays(model) > before  # the images, of the calls without a cache
 
 
@@ -152,7 +217,7 @@ def test_hidden_states_are_run(model):
             **inputs, max_new_tokens=2, do_sample=False, output_hidden_states=True, return_dict_in_generate=True
         )
         assert len(out.hidden_states[0]) == 7
-    assert not any(key[0][0] == "prompt" for key in model.model.graphs._recorded)
+    assert not prompts_of(model)
 
 
 def test_proposals_are_taken_back(model):
@@ -183,7 +248,7 @@ def test_recordings_go_when_weights_do(model, change):
 
 def test_the_last_recordings_are_kept(model):
     model.model.graphs.limit = 3
-    for length in range(1, 6):
+    for length in range(1, 41, 8):
         for _ in range(2):
             answer(model, prompt([[3, "image", length]]))
     assert len(model.model.graphs) == 3
@@ -220,7 +285,7 @@ def test_without_a_gpu_it_says_so():
     with pytest.raises(ValueError, match=r"whole model on one GPU; it is on cpu"):
         model.capture_prompts()
     model.capture_prompts(0)
-    assert model.model.graphs is None
+    assert model.model.graphs.limit == 0
 
 
 def test_the_replayed_baseline_is_stock_llava():
@@ -230,7 +295,7 @@ def test_the_replayed_baseline_is_stock_llava():
     for seed in range(3):
         inputs = {name: value for name, value in prompt(ROWS, seed=seed).items() if not name.startswith("clip_")}
         assert torch.equal(answer(replayed, inputs), answer(twin, inputs))
-    assert sum(recorded.runs for recorded in graphs._recorded.values()) == 4
+    assert sum(recorded.runs for recorded in graphs._recorded.values()) == 2
 
 
 def test_threads_get_their_own_answers(model):
@@ -303,15 +368,139 @@ def test_an_offloaded_cache_is_filled_by_running(model):
         cache.only_non_sliding, cache.prefetch_stream = True, None
         with pytest.raises(Exception):  # noqa: B017, PT011 -- there is no GPU to prefetch to: it was run
             model(**prompt(ROWS), past_key_values=cache)
-    assert not any(key[0][0] == "prompt" for key in model.model.graphs._recorded)
+    assert not prompts_of(model)
+
+
+def test_with_a_hook_nothing_is_replayed(model):
+    plain, seen = tiny_model(), []
+    for seed in range(3):
+        answer(model, prompt(ROWS, seed=seed))
+    before = replays(model)
+    hook = model.model.language_model.layers[2].register_forward_hook(lambda *_: seen.append(1))
+    assert torch.equal(answer(model, prompt(ROWS)), answer(plain, prompt(ROWS)))
+    assert seen
+    assert replays(model) == before
+    hook.remove()
+    answer(model, prompt(ROWS))
+    assert replays(model) == before + 2
+
+
+def test_hooks_that_transformers_leaves_behind_are_idle(model):
+    inputs = prompt(ROWS)
+    with model.pruning(enabled=False):
+        answer(model, inputs)  # stock LLaVA takes the features from hidden states, which hooks collect
+    assert any(module._forward_hooks for module in model.modules())
+    for _ in range(3):
+        answer(model, inputs)
+    assert replays(model) == 2
+
+
+def test_inference_mode_and_no_grad_take_turns(model):
+    plain = tiny_model()
+    for seed in range(6):
+        inputs = prompt(ROWS, seed=seed)
+        with torch.inference_mode() if seed % 2 else torch.no_grad():
+            found = model(**inputs, use_cache=True).logits[:, -1]
+            torch.testing.assert_close(found, plain(**inputs, use_cache=True).logits[:, -1], atol=1e-5, rtol=0)
+    assert replays(model) == 4
+
+
+@pytest.fixture
+def unasked():
+    made = tiny_model()
+    made.model.graphs = StandinGraphs(8, automatic=True)
+    return made
+
+
+def test_unasked_small_work_is_replayed(unasked):
+    plain = tiny_model()
+    for seed in range(3):
+        assert torch.equal(answer(unasked, prompt(ROWS, seed=seed)), answer(plain, prompt(ROWS, seed=seed)))
+    assert replays(unasked) == 2
+
+
+def test_unasked_large_outputs_are_not(unasked, monkeypatch):
+    monkeypatch.setattr(StandinGraphs, "has_room", staticmethod(lambda nbytes, device: nbytes < 2**13))
+    plain = tiny_model()
+    for seed in range(4):
+        assert torch.equal(answer(unasked, prompt(ROWS, seed=seed)), answer(plain, prompt(ROWS, seed=seed)))
+    assert not prompts_of(unasked)
+    assert replays(unasked) == 2  # the images
+    unasked.model.graphs.automatic = False
+    unasked.model.graphs.forget()
+    for seed in range(4):
+        answer(unasked, prompt(ROWS, seed=seed))
+    assert prompts_of(unasked)
+
+
+class Doubling(torch.nn.Linear):
+    """A layer of another library, with a switch."""
+
+    doubled = False
+
+    def forward(self, hidden):
+        return super().forward(hidden) * (2 if self.doubled else 1)
+
+
+def test_unasked_layers_of_other_libraries_are_not(unasked):
+    layer = unasked.model.language_model.layers[3].mlp.down_proj
+    layer.__class__ = Doubling
+    for _ in range(3):
+        before = answer(unasked, prompt(ROWS))
+    assert len(unasked.model.graphs) == 0
+    layer.doubled = True
+    assert not torch.equal(answer(unasked, prompt(ROWS)), before)
+
+
+def test_unasked_integer_weights_are_not(unasked):
+    unasked.model.language_model.register_parameter(
+        "codes", torch.nn.Parameter(torch.zeros(2, dtype=torch.uint8), requires_grad=False)
+    )
+    for _ in range(3):
+        answer(unasked, prompt(ROWS))
+    assert len(unasked.model.graphs) == 0
+
+
+def test_a_model_replays_unasked():
+    graphs = tiny_model().model.graphs
+    assert (graphs.automatic, graphs.limit) == (True, RECORDINGS)
+    copied = pickle.loads(pickle.dumps(graphs))
+    assert (copied.automatic, copied.limit) == (True, RECORDINGS)
+
+
+def test_outputs_are_packed_and_unpacked():
+    draws = torch.Generator().manual_seed(0)
+    outputs = {
+        "odd": torch.randn(3, 5, generator=draws),
+        "turned": torch.randn(4, 6, generator=draws).T,
+        "none": None,
+        "more": [torch.arange(7), (torch.randn(8, 2, generator=draws), 5)],
+        "few": torch.zeros(0, 4, dtype=torch.bool),
+        "scalar": torch.tensor(2.5),
+    }
+    packing = Packing(outputs)
+    assert packing.nbytes == 4 * (15 + 24 + 16 + 1) + 8 * 7
+    memory = {dtype: torch.empty(size + 3, dtype=dtype)[:size] for dtype, size in packing.sizes.items()}
+    packing.pack(outputs, memory)
+    found = packing.unpack(memory)
+    assert found["none"] is None
+    assert found["more"][1][1] == 5
+    pairs = [(found[name], outputs[name]) for name in ("odd", "turned", "few", "scalar")]
+    pairs += [(found["more"][0], outputs["more"][0]), (found["more"][1][0], outputs["more"][1][0])]
+    for one, other in pairs:
+        assert torch.equal(one, other)
+        assert one.dtype == other.dtype
+    # What is a multiple of 16 bytes starts at one.
+    assert (found["turned"].data_ptr() - memory[torch.float32].data_ptr()) % 16 == 0
+    assert (found["more"][1][0].data_ptr() - memory[torch.float32].data_ptr()) % 16 == 0
 
 
 def test_memory_that_runs_out_refuses_one_prompt(model, caplog):
     class Full(StandinGraphs):
-        def record(self, function, inputs, pool):
+        def record(self, function, inputs, packing, memory):
             if inputs.get("input_ids") is not None and inputs["input_ids"].shape[0] > 1:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return Standin(function, inputs, pool)
+            return Standin(function, inputs, packing, memory)
 
     model.model.graphs, plain = Full(8), tiny_model()
     for seed in range(3):

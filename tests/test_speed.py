@@ -18,6 +18,7 @@ from modeling_ivtp.speed import bench as speed_bench
 from modeling_ivtp.speed.bench import Settings, bench
 from modeling_ivtp.speed.growth import growth
 from modeling_ivtp.speed.models import bytes_needed, check_room, prompt, random_model, stock_twin
+from modeling_ivtp.speed.products import products, seconds
 from modeling_ivtp.speed.report import markdown, reached
 from modeling_ivtp.speed.timing import Arm, interleaved, ratio, run
 
@@ -112,6 +113,7 @@ def test_the_command_writes_what_it_measured(tmp_path: Path, capsys: pytest.Capt
         assert (row["implied"] > 1.5) == (row["arm"] != "stock")
         assert row["final_tokens"] == (576 if row["arm"] == "stock" else 64)
         assert (row["selection_share"] is None) == (row["arm"] == "stock")
+        assert (row["products"] is None) == (row["arm"] == "fastv@64")
     assert told["machine"]["versions"]["torch"]
     assert "reached" in capsys.readouterr().out
     # A second one stands beside the first.
@@ -248,6 +250,36 @@ def test_growth_is_a_line_where_work_counts() -> None:
     assert all(abs(one["share"]) < 1e-9 for one in fit["residuals"])
     (bound,) = growth(rows(0.1, 0.001))
     assert bound["rate"] is None
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_products_are_those_that_run(model: Any, inputs: dict[str, Any], pruned: bool) -> None:
+    """Every linear layer gets as many rows as in a forward of the same batch."""
+    seen: dict[str, int] = {}
+
+    def hook(name: str) -> Any:
+        def count(_: Any, args: Any, output: Any) -> None:
+            seen[name] = seen.get(name, 0) + output.numel() // output.shape[-1]
+
+        return count
+
+    names = {module: name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    hooks = [module.register_forward_hook(hook(name)) for module, name in names.items()]
+    model.model.instruction_cache.clear()
+    with torch.no_grad(), model.pruning(enabled=pruned):
+        prepared = model.prepare_inputs_for_generation(**inputs, is_first_iteration=True, use_cache=True)
+        model(**prepared, logits_to_keep=1)
+    for one in hooks:
+        one.remove()
+    batch, length = inputs["input_ids"].shape
+    plan = model.model.plan() if pruned else None
+    words = seen.get("model.clip_text_model.text_projection", 0) // batch
+    text = length - model.config.num_patches
+    told = products(model, plan, batch=batch, text_tokens=text, words=words)
+    expected = {name: count for name, count in seen.items() if not name.endswith("visual_projection")}
+    assert {names[module]: rows for module, rows in told} == expected
+    taken = seconds({"stock": told, "again": told}, repeats=2)
+    assert all(len(times) == 2 and min(times) > 0 for times in taken.values())
 
 
 def test_graphs_are_compared_with_graphs() -> None:

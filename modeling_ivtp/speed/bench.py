@@ -20,16 +20,19 @@ from transformers.utils import is_flash_attn_2_available
 from ..cuda_graphs import Graphs
 from ..flops import count_named
 from ..methods import make
+from ..prompt_replay import RECORDINGS
 from .captured_stock import captured
 from .compiling import compiled, static_cache
 from .growth import growth
 from .models import DTYPES, bytes_needed, check_room, prompt, random_model, stock_twin
+from .products import products, seconds
 from .timing import PARTS, Arm, interleaved, ratio, selection_shares
 
 STOCK, STOCK_FLASH, OFF = "stock", "stock, flash_attention_2", "off"
 """The baseline, the same with another kernel where it is installed, and one of ours that prunes nothing."""
-GRAPHS = "+graphs"
-"""Behind `stock` or a budget of IVTP: images and prompts are replayed as CUDA graphs."""
+GRAPHS, LAUNCHES = "+graphs", "-graphs"
+"""Behind `stock` or a budget of IVTP: images and prompts of any size are replayed as CUDA graphs; behind the latter
+alone: none are. Without either it replays what a model does unasked."""
 
 
 @dataclass(frozen=True)
@@ -108,11 +111,11 @@ def split(arm: str) -> tuple[str, int]:
     ValueError
         If it is not of the form `fastv@64`, or there is no such system.
     """
-    name, _, budget = arm.removesuffix(GRAPHS).partition("@")
-    if not budget.isdecimal() or int(budget) < 1 or (arm.endswith(GRAPHS) and name != "ivtp"):
+    name, _, budget = _plain(arm).partition("@")
+    if not budget.isdecimal() or int(budget) < 1 or (_tells_graphs(arm) and name != "ivtp"):
         raise ValueError(
             f"arm {arm!r}; allowed: {OFF}, or a system and its budget, such as ivtp@64 or fastv@128; on a "
-            f"GPU also {STOCK}{GRAPHS} and ivtp@64{GRAPHS}."
+            f"GPU also {STOCK}{GRAPHS}, ivtp@64{GRAPHS} and ivtp@64{LAUNCHES}."
         )
     make(name, int(budget))
     return name, int(budget)
@@ -150,7 +153,7 @@ def bench(
     """
     dtype = DTYPES[settings.dtype]
     systems = {arm: make(*split(arm)) for arm in settings.named if not _prunes_nothing(arm)}
-    if device.type != "cuda" and (graphs := [arm for arm in settings.named if arm.endswith(GRAPHS)]):
+    if device.type != "cuda" and (graphs := [arm for arm in settings.named if _tells_graphs(arm)]):
         raise ValueError(f"{', '.join(graphs)}: CUDA graphs need a GPU, and this runs on {device}.")
     for system in systems.values():
         system.bind(config).plan(config, config.num_patches)
@@ -163,9 +166,11 @@ def bench(
     for batch, text in _cases(settings):
         spoken = settings.spoken(text)
         inputs = prompt(model, batch=batch, text_tokens=text, instruction_tokens=spoken)
-        # What is replayed cannot be looked into.
-        seen = [arm for arm in arms if arm.name in systems and not arm.name.endswith(GRAPHS)]
+        seen = [arm for arm in arms if arm.name in systems and not _tells_graphs(arm.name)]
         shares = {arm.name: selection_shares(arm, inputs) for arm in seen}
+        for arm in arms:
+            if arm.graphs is not None:
+                arm.graphs.forget()  # what other cases recorded holds memory that this one may need
         options: dict[str, Any] = {"new_tokens": settings.new_tokens, "repeats": settings.repeats, "advance": advance}
         try:
             if settings.compiled:
@@ -174,48 +179,80 @@ def bench(
                     told = interleaved(ready, inputs, **options)
             else:
                 told = interleaved(arms, inputs, **options)
+            alone = _products(model, settings, batch, text)
         except RuntimeError as error:
             if not rows or not should_reduce_batch_size(error):
                 raise
             # What was measured before is worth telling.
-            left_out = f"Memory ran out at batch {batch} with {text} text tokens: it and what follows is left out."
-            rows[-1]["note"] = left_out
+            rows[-1]["notes"] += [
+                f"Memory ran out at batch {batch} with {text} text tokens: it and what follows is out."
+            ]
             break
-        if unrecorded := [arm.name for arm in arms if arm.graphs is not None and not len(arm.graphs)]:
-            raise RuntimeError(f"{', '.join(unrecorded)}: nothing could be recorded as CUDA graphs, see the warning")
+        # Images and prompt; one of them may have been too large.
+        unrecorded = [arm.name for arm in arms if arm.name.endswith(GRAPHS) and len(arm.graphs) < 2]
         for arm in arms:
+            if arm.name in unrecorded:
+                continue
             choosing, words = shares.get(arm.name, (None, None))
-            case = {"arm": arm.name, "batch": batch, "text_tokens": text}
-            case |= {"selection_share": choosing, "words_share": words}
+            case = {"arm": arm.name, "batch": batch, "text_tokens": text, "notes": []}
+            case |= {"selection_share": choosing, "words_share": words, "products": alone.get(_plain(arm.name))}
             rows.append(case | _summary(told[arm.name], told[STOCK]) | _implied(config, arm.name, text, spoken))
+        rows[-1]["notes"] += [f"{arm} could not be recorded at batch {batch}, and is left out." for arm in unrecorded]
     return rows
 
 
+def _plain(arm: str) -> str:
+    """What an arm computes, however it is launched."""
+    return arm.removesuffix(GRAPHS).removesuffix(LAUNCHES)
+
+
 def _prunes_nothing(arm: str) -> bool:
-    return arm.removesuffix(GRAPHS) in (STOCK, STOCK_FLASH, OFF)
+    return _plain(arm) in (STOCK, STOCK_FLASH, OFF)
+
+
+def _products(model: Any, settings: Settings, batch: int, text_tokens: int) -> dict[str, dict[str, Any]]:
+    """What the matrix products of stock and of IVTP's budgets take by themselves."""
+    words = settings.spoken(text_tokens)
+    words += 2 * -(-words // (model.config.clip_text_config.max_position_embeddings - 2))
+    works = {STOCK: products(model, None, batch=batch, text_tokens=text_tokens, words=0)}
+    for arm in map(_plain, settings.named):
+        if not _prunes_nothing(arm) and split(arm)[0] == "ivtp":
+            plan = make(*split(arm)).bind(model.config).plan(model.config, model.config.num_patches)
+            works[arm] = products(model, plan, batch=batch, text_tokens=text_tokens, words=words)
+    taken = seconds(works)
+    return {
+        arm: {"seconds": float(np.median(own)), "speed_up": list(ratio(taken[STOCK], own))}
+        for arm, own in taken.items()
+    }
+
+
+def _tells_graphs(arm: str) -> bool:
+    return arm.endswith((GRAPHS, LAUNCHES))
 
 
 def _arm(name: str, model: Any, system: Any) -> Arm:
-    graphs = Graphs(8) if name.endswith(GRAPHS) else None
-    if system is not None and graphs is not None:
-        return Arm(name, model, partial(_replaying, model, split(name)[1], graphs), graphs=graphs)
-    if system is not None:
-        return Arm(name, model, partial(system, model))
     if name == OFF:
         return Arm(name, model, partial(model.pruning, enabled=False))
-    twin = stock_twin(model, "flash_attention_2" if name == STOCK_FLASH else None)
-    return Arm(name, twin if graphs is None else captured(twin, graphs), graphs=graphs)
+    if system is None:
+        twin = stock_twin(model, "flash_attention_2" if name == STOCK_FLASH else None)
+        graphs = Graphs(RECORDINGS) if name.endswith(GRAPHS) else None
+        return Arm(name, twin if graphs is None else captured(twin, graphs), graphs=graphs)
+    if split(name)[0] != "ivtp":
+        return Arm(name, model, partial(system, model))
+    limit = 0 if name.endswith(LAUNCHES) else RECORDINGS
+    graphs = Graphs(limit, automatic=not name.endswith(GRAPHS))
+    return Arm(name, model, partial(_replaying, model, split(name)[1], graphs), graphs=graphs)
 
 
 @contextmanager
 def _replaying(model: Any, budget: int, graphs: Graphs) -> Iterator[None]:
-    """IVTP's own options, as `capture_prompts` has them; what was recorded is there again the next time."""
-    model.model.graphs = graphs
+    """The model's own pruning; what an arm recorded is there again the next time."""
+    before, model.model.graphs = model.model.graphs, graphs
     try:
         with model.pruning(visual_tokens=budget, tower_tokens=None):
             yield
     finally:
-        model.model.graphs = None
+        model.model.graphs = before
 
 
 def _cases(settings: Settings) -> Iterator[tuple[int, int]]:
@@ -289,6 +326,6 @@ def results(
         "settings": asdict(settings),
         "machine": machine(device),
         "rows": list(rows),
-        "notes": [row["note"] for row in rows if "note" in row],
+        "notes": [note for row in rows for note in row["notes"]],
         "growth": growth(rows),
     }

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import LlavaForConditionalGeneration
 from transformers.cache_utils import DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
 from ..cache_name import CACHE, cache_of, one_cache
@@ -27,7 +28,7 @@ class CapturedLlava(LlavaForConditionalGeneration):
             encoded = self.model.get_image_features(pixel_values)
         features = encoded.pooler_output
         features = features if isinstance(features, torch.Tensor) else torch.stack(list(features))
-        told = self.graphs.run(self, "prompt", self._prompt, {"input_ids": input_ids, "features": features})
+        told = _run(self, "prompt", self._prompt, {"input_ids": input_ids, "features": features})
         cache = one_cache(kwargs.get("cache"), kwargs.get("past_key_values"))
         cache = DynamicCache(config=self.config.text_config) if cache is None else cache
         for layer, (keys, values) in zip(cache.layers, told["layers"], strict=True):
@@ -50,8 +51,17 @@ def captured(stock: Any, graphs: Graphs) -> Any:
     stock.__class__, stock.graphs = CapturedLlava, graphs
     encode = stock.model.get_image_features
 
+    def features_of(pixel_values: torch.Tensor) -> Any:
+        return encode(pixel_values).pooler_output
+
     def replayed(pixel_values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return graphs.run(stock, "images", lambda pixel_values: encode(pixel_values), {"pixel_values": pixel_values})
+        features = _run(stock, "images", features_of, {"pixel_values": pixel_values})
+        return BaseModelOutputWithPooling(pooler_output=features)
 
     stock.model.get_image_features = replayed
     return stock
+
+
+def _run(stock: Any, what: str, function: Any, inputs: dict[str, torch.Tensor]) -> Any:
+    told = stock.graphs.run(stock, what, function, inputs)
+    return function(**inputs) if told is None else told
