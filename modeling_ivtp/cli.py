@@ -612,7 +612,8 @@ def bench(
     arm: Annotated[
         list[str] | None,
         typer.Option(
-            help="What to time against stock LLaVA: a system and its budget, or off (pruning off); may be repeated.",
+            help="What to time against stock LLaVA: a system and its budget, or off (pruning off); on a GPU also "
+            "stock+graphs and ivtp@64+graphs (CUDA graphs whatever they hold), ivtp@64-graphs (none). May be repeated.",
             show_default="off and ivtp@64",
         ),
     ] = None,
@@ -675,13 +676,20 @@ def bench(
         loaded.set_attn_implementation(attention)
         loaded.generation_config.eos_token_id = None
         config = loaded.config
-    with quiet(), steps_bar(settings.runs, "timing", progress) as advance:
-        rows = speed.bench(config, settings, device=place, model=loaded, advance=advance)
-    name = shape or Path(str(model)).name
-    told = speed.results(name, config, settings, rows, place, shlex.join(["ivtp", *_without_out(sys.argv[1:])]))
-    file = report.write(told, folder)
-    typer.echo(report.markdown(told))
-    typer.echo(f"written: {file}, and beside it .md and .png")
+    name, command = shape or Path(str(model)).name, shlex.join(["ivtp", *_without_out(sys.argv[1:])])
+    file: Path | None = None
+
+    def keep(rows: list[dict[str, Any]]) -> None:
+        nonlocal file
+        file = report.write(speed.results(name, settings, rows, place, command), folder, file)
+
+    try:
+        with quiet(), steps_bar(settings.runs, "timing", progress) as advance:
+            rows = speed.bench(config, settings, device=place, model=loaded, advance=advance, keep=keep)
+        typer.echo(report.markdown(speed.results(name, settings, rows, place, command)))
+    finally:
+        if file is not None:
+            typer.echo(f"written: {file}, and beside it .md and .png")
 
 
 def _without_out(arguments: list[str]) -> list[str]:

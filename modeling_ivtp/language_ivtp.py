@@ -307,15 +307,16 @@ class GroupedDecoder:
         if not isinstance(masks, dict):
             masks = self.masks_for_pruned_cache(hidden, attention_mask, cache)
         rotary, known_shift = None, None
+        layers, options = self._steps(cache, kwargs)
         for first, last in layer_segments(cache):
             shift = cache.layers[first].layout.position_shift
             if rotary is None or shift is not known_shift:
                 positions = position_ids if shift is None else position_ids - shift.to(position_ids.device)
                 rotary, known_shift = self.rotary_emb(hidden, position_ids=positions), shift  # type: ignore[attr-defined]
-            for index in range(first, last + 1):
+            for layer in layers[first : last + 1]:
                 if states is not None:
                     states.append(hidden)
-                hidden = self._layer(index, hidden, masks[first], rotary, cache, kwargs)
+                hidden = layer(hidden, attention_mask=masks[first], position_embeddings=rotary, **options)
         return hidden
 
     def _prune(
@@ -344,7 +345,8 @@ class GroupedDecoder:
             visual.end_positions,
             policy.compact,
         )
-        for first, last, group in visual.stages(len(model.layers)):
+        layers, options = self._steps(cache, kwargs)
+        for first, last, group in visual.stages(len(layers)):
             drops = group is not None and group.keep < sequence.patches.shape[2]
             observed = group is not None and observers is not None
             records: list[AttentionRecord] = []
@@ -358,15 +360,15 @@ class GroupedDecoder:
                     positions = torch.cat([positions, ends], 1)
                 rotary = model.rotary_emb(tokens, position_ids=positions)
                 seen = Observation.of(sequence, run.entries, run.past_valid) if observed else None
+                where = {"attention_mask": mask, "position_embeddings": rotary, **options}
                 for index in range(run.first, run.last + 1):
                     if states is not None:
                         states.append(sequence.restore(tokens))
                     if seen is None:
-                        options = {}
                         if drops:
                             watches.append(LayerWatch(run.entries, run.past_valid, sequence.valid))
-                            options["observation"] = watches[-1]
-                        tokens = self._layer(index, tokens, mask, rotary, cache, kwargs | options)
+                            where["observation"] = watches[-1]
+                        tokens = layers[index](tokens, **where)
                         continue
                     assert group is not None
                     assert observers is not None
@@ -376,7 +378,7 @@ class GroupedDecoder:
                     if both is None or visual.key_tokens is not None:
                         observers = self._observers(observers, tokens, visual.key_tokens, sequence)
                         both = torch.cat([tokens, observers], 1)
-                    both = self._layer(index, both, mask, rotary, cache, kwargs | {"observation": observation})
+                    both = layers[index](both, observation=observation, **where)
                     tokens, observers = both.split([tokens.shape[1], observers.shape[1]], 1)
                 run.end(sequence, renumbered)
             if drops:
@@ -413,19 +415,11 @@ class GroupedDecoder:
             keys = keys & sequence.valid[:, None]
         return pseudo_cls(tokens, keys.to(tokens.device), observers)
 
-    def _layer(
-        self, index: int, hidden: torch.Tensor, mask: Any, rotary: Any, cache: Cache | None, kwargs: dict[str, Any]
-    ) -> torch.Tensor:
+    def _steps(self, cache: Cache | None, kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+        """The layers, and what all of them are called with: looked up once, as a decoding step takes little longer."""
         # No position_ids: gaps in them would be read as packed sequences by flash attention.
-        return self.layers[index](  # type: ignore[attr-defined]
-            hidden,
-            attention_mask=mask,
-            position_embeddings=rotary,
-            position_ids=None,
-            use_cache=cache is not None,
-            **{CACHE: cache},
-            **kwargs,
-        )
+        options = {**kwargs, "position_ids": None, "use_cache": cache is not None, CACHE: cache}
+        return list(self.layers), options  # type: ignore[attr-defined]
 
     def _causal_mask(self, hidden: torch.Tensor, padding: torch.Tensor | None, cache: Cache | None, layer: int) -> Any:
         """The mask of a layer, None where the attention's own causal pattern, or no pattern at all, is right."""

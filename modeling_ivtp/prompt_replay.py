@@ -37,7 +37,7 @@ class PromptReplay:
 
     def replay_serves(self, inputs: Mapping[str, torch.Tensor | None], options: Mapping[str, Any]) -> bool:
         """Whether work on these inputs can be replayed; `options` are further keyword arguments of a forward."""
-        if torch.compiler.is_compiling() or not self.graphs.limit or self.applied_policy is not None:
+        if torch.compiler.is_compiling() or self.applied_policy is not None or not self.graphs.limit:
             return False
         if getattr(self.config.text_config, "output_hidden_states", False):
             return False

@@ -203,8 +203,32 @@ def test_memory_that_runs_out_keeps_what_was_measured(model: Any, monkeypatch: p
     settings = Settings(arms=("ivtp@64",), batches=(1, 2), new_tokens=2, repeats=1)
     rows = speed_bench.bench(model.config, settings, device=CPU, model=model)
     assert {row["batch"] for row in rows} == {1}
-    told = speed_bench.results("tiny", model.config, settings, rows, CPU, "ivtp bench")
+    told = speed_bench.results("tiny", settings, rows, CPU, "ivtp bench")
     assert "Memory ran out at batch 2" in markdown(told)
+
+
+def test_a_run_that_is_cut_short_loses_no_case(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[int] = []
+    original = speed_bench.interleaved
+
+    def stopped(*arms: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 2:
+            raise KeyboardInterrupt
+        return original(*arms, **options)
+
+    monkeypatch.setattr(speed_bench, "interleaved", stopped)
+    batches = [word for batch in (1, 2, 3) for word in ("--batch", str(batch))]
+    main(["bench", "--shape", "tiny", "--new-tokens", "2", "--repeats", "1", "--out", str(tmp_path), *batches])
+    assert "written: " in capsys.readouterr().out
+    (file,) = tmp_path.glob("*.json")
+    told = json.loads(file.read_text())
+    assert {row["batch"] for row in told["rows"]} == {1, 2}
+    assert told["notes"] == ["2 of 3 cases were measured."]
+    assert {part.suffix for part in tmp_path.iterdir()} == {".json", ".md", ".png"}
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,7 @@ def bench(
     device: torch.device,
     model: Any = None,
     advance: Callable[[], None] = lambda: None,
+    keep: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> list[dict[str, Any]]:
     """Measure all arms in all cases.
 
@@ -140,6 +141,8 @@ def bench(
         Default: one of random weights.
     advance : callable
         Told of every run.
+    keep : callable
+        Told of all rows there are after every case, so that a run that is cut short loses nothing.
 
     Returns
     -------
@@ -187,6 +190,7 @@ def bench(
             rows[-1]["notes"] += [
                 f"Memory ran out at batch {batch} with {text} text tokens: it and what follows is out."
             ]
+            keep(rows)
             break
         # Images and prompt; one of them may have been too large.
         unrecorded = [arm.name for arm in arms if arm.name.endswith(GRAPHS) and len(arm.graphs) < 2]
@@ -198,6 +202,7 @@ def bench(
             case |= {"selection_share": choosing, "words_share": words, "products": alone.get(_plain(arm.name))}
             rows.append(case | _summary(told[arm.name], told[STOCK]) | _implied(config, arm.name, text, spoken))
         rows[-1]["notes"] += [f"{arm} could not be recorded at batch {batch}, and is left out." for arm in unrecorded]
+        keep(rows)
     return rows
 
 
@@ -316,9 +321,13 @@ def _version(package: str) -> str:
 
 
 def results(
-    shape: str, config: Any, settings: Settings, rows: Sequence[Mapping[str, Any]], device: torch.device, command: str
+    shape: str, settings: Settings, rows: Sequence[Mapping[str, Any]], device: torch.device, command: str
 ) -> dict[str, Any]:
-    """Everything about one benchmark, ready for JSON."""
+    """Everything about one benchmark, whole or as far as it came, ready for JSON."""
+    notes = [note for row in rows for note in row["notes"]]
+    cases, there = len(list(_cases(settings))), len({(row["batch"], row["text_tokens"]) for row in rows})
+    if there < cases:
+        notes.append(f"{there} of {cases} cases were measured.")
     return {
         "date": datetime.date.today().isoformat(),
         "shape": shape,
@@ -326,6 +335,6 @@ def results(
         "settings": asdict(settings),
         "machine": machine(device),
         "rows": list(rows),
-        "notes": [note for row in rows for note in row["notes"]],
+        "notes": notes,
         "growth": growth(rows),
     }

@@ -178,17 +178,28 @@ def name_of(results: Mapping[str, Any]) -> str:
     return "-".join(part for part in parts if part)
 
 
-def write(results: Mapping[str, Any], out: Path) -> Path:
-    """Write JSON, table and plot into a folder; earlier results are never written over. The JSON's path."""
+def write(results: Mapping[str, Any], out: Path, file: Path | None = None) -> Path:
+    """Write JSON, table and plot into a folder: the JSON's path.
+
+    Parameters
+    ----------
+    results : mapping
+    out : Path
+    file : Path, optional
+        What an earlier part of the same run was written to, and is replaced. Other results are never written over.
+    """
     out.mkdir(parents=True, exist_ok=True)
     number = 1
-    while True:
+    while file is None:
         stem = f"{name_of(results)}-{results['date']}{'' if number == 1 else f'-{number}'}"
-        file = out / f"{stem}.json"
-        if not file.exists():
-            break
+        free = out / f"{stem}.json"
+        file = None if free.exists() else free
         number += 1
-    file.write_text(json.dumps(results, indent=1) + "\n")
-    file.with_suffix(".md").write_text(markdown(results))
-    plot(results).savefig(file.with_suffix(".png"), dpi=144)
+    picture = file.with_suffix(".part.png")
+    plot(results).savefig(picture, dpi=144)
+    picture.replace(file.with_suffix(".png"))
+    for suffix, text in ((".md", markdown(results)), (".json", json.dumps(results, indent=1) + "\n")):
+        part = file.with_suffix(f".part{suffix}")
+        part.write_text(text)
+        part.replace(file.with_suffix(suffix))
     return file
