@@ -224,7 +224,7 @@ def _products(model: Any, settings: Settings, batch: int, text_tokens: int) -> d
         if not _prunes_nothing(arm) and split(arm)[0] == "ivtp":
             plan = make(*split(arm)).bind(model.config).plan(model.config, model.config.num_patches)
             works[arm] = products(model, plan, batch=batch, text_tokens=text_tokens, words=words)
-    taken = seconds(works)
+    taken = seconds(works, repeats=min(5, settings.repeats))
     return {
         arm: {"seconds": float(np.median(own)), "speed_up": list(ratio(taken[STOCK], own))}
         for arm, own in taken.items()
