@@ -5,8 +5,10 @@ where it was recorded, outputs from where it leaves them. All recordings leave t
 them take little more than the largest.
 """
 
+import operator
 import threading
 from collections.abc import Callable, Hashable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers.utils import logging
 
-from .own_layers import computes_from_weights, has_hooks
+from .own_layers import computes_from_weights, is_patched
 
 logger = logging.get_logger(__name__)
 
@@ -23,7 +25,10 @@ Function = Callable[..., Any]
 """From tensors by name to a tree of tensors, as pytree knows them; launches, and never asks the device for a value."""
 
 AUTOMATIC_SHARE = 64
-"""Unasked, work is recorded whose outputs take at most one part in so many of the GPU's memory."""
+"""Unasked, work is recorded that takes at most one part in so many of the GPU's memory."""
+
+_SIGHTS = 2
+"""How often shapes have to come until their work is recorded."""
 
 _SPARE = 2**28
 """Bytes by which the room for outputs is at most larger than was asked for."""
@@ -83,11 +88,13 @@ class Packing:
 class SharedMemory:
     """What the recordings of a device have in common: a pool for what they work on, room for what they put out.
 
-    Each starts when the one before is done with it, whatever streams they are run on.
+    Each starts when the one before is done with it, whatever streams they are run on. All are recorded on one stream,
+    for which libraries hold memory of their own.
     """
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream()
         self.free = torch.cuda.Event()
         self._rooms: dict[torch.dtype, torch.Tensor] = {}
 
@@ -119,19 +126,30 @@ class Recorded:
         self, function: Function, inputs: Mapping[str, torch.Tensor], packing: Packing, memory: SharedMemory
     ) -> None:
         self.inputs = {name: value.clone() for name, value in inputs.items()}
-        self.packing, self.memory = packing, memory
+        self.packing, self.memory, self.runs = packing, memory, 0
         self.outputs = memory.room(packing.sizes, next(iter(inputs.values())).device)
         self.graph = torch.cuda.CUDAGraph()
-        # Other threads may go on with work of their own meanwhile.
-        with torch.cuda.graph(self.graph, pool=memory.pool, capture_error_mode="thread_local"):
-            packing.pack(function(**self.inputs), self.outputs)
+        self.made_on = torch.cuda.current_stream()
+        try:
+            # Other threads may go on with work of their own meanwhile.
+            with torch.cuda.graph(
+                self.graph, pool=memory.pool, stream=memory.stream, capture_error_mode="thread_local"
+            ):
+                packing.pack(function(**self.inputs), self.outputs)
+        except BaseException:
+            torch.cuda.set_stream(self.made_on)  # PyTorch stays on the other one
+            raise
 
     def run(self, inputs: Mapping[str, torch.Tensor]) -> Any:
         """Do the work on inputs of the same shapes; outputs that nothing overwrites."""
         stream = torch.cuda.current_stream()
         stream.wait_event(self.memory.free)
+        self.runs += 1
         for name, value in inputs.items():
             self.inputs[name].copy_(value)
+        if stream != self.made_on:
+            for held in (*self.inputs.values(), *self.outputs.values()):
+                held.record_stream(stream)  # lest it is given away, when this is dropped, before the stream is done
         self.graph.replay()
         taken = {dtype: room.clone() for dtype, room in self.outputs.items()}
         self.memory.free.record(stream)
@@ -146,8 +164,8 @@ class Graphs:
     limit : int
         Recordings that are kept.
     automatic : bool, default False
-        Whether nobody asked for them: then work is recorded whose outputs are small beside the GPU's memory, of modules
-        that compute from their weights alone.
+        Whether nobody asked for them: then work is recorded that is small beside the GPU's memory, of modules that
+        compute from their weights alone.
     """
 
     record = Recorded
@@ -168,12 +186,13 @@ class Graphs:
 
     def forget(self) -> None:
         """Drop all recordings, as the weights are not where they were."""
-        self._seen: dict[Hashable, None] = {}
+        self._seen: dict[Hashable, int] = {}
+        self._sights = _SIGHTS
         self._refused: set[Hashable] = set()
         self._recorded: dict[Hashable, Any] = {}
-        self._modules: list[nn.Module] = []
-        self._parts: list[tuple[Any, str, nn.Module]] = []
-        self._weights: list[tuple[Any, str, int]] = []
+        self._parts: list[nn.Module] = []
+        self._modules: list[tuple[Any, list[Any]]] = []
+        self._weights: list[tuple[Any, list[Any]]] = []
         self._memory: dict[torch.device, Any] = {}
 
     def serve(self, inputs: Mapping[str, torch.Tensor]) -> bool:
@@ -187,18 +206,22 @@ class Graphs:
             and not torch.cuda.is_current_stream_capturing()
         )
 
-    def run(self, module: Any, what: Hashable, function: Function, inputs: Mapping[str, torch.Tensor]) -> Any:
+    def run(
+        self, module: Any, what: Hashable, function: Function, inputs: Mapping[str, torch.Tensor], working: int = 0
+    ) -> Any:
         """What a function makes of inputs, by replaying it.
 
         Parameters
         ----------
         module : Module
             Whose weights the function reads: once one of them is another tensor, all recordings are dropped. With a
-            hook anywhere in it nothing is replayed, as hooks would not be called.
+            hook anywhere in it, or a forward of an instance's own, nothing is replayed, as those would not be called.
         what : hashable
             Everything besides shapes that the function depends on.
         function : callable
         inputs : mapping of str to Tensor
+        working : int, default 0
+            Bytes that the work takes at a time, besides weights and outputs; the caller's estimate.
 
         Returns
         -------
@@ -206,77 +229,93 @@ class Graphs:
             Outputs that nothing overwrites. None: it is not replayed, or not yet; do the work.
         """
         shapes = tuple((name, value.shape, value.dtype, value.device) for name, value in inputs.items())
-        with self._busy:
-            return self._run(module, (what, torch.is_inference_mode_enabled(), shapes), function, inputs)
-
-    def _run(self, module: nn.Module, key: Hashable, function: Function, inputs: Mapping[str, torch.Tensor]) -> Any:
-        if any(there.get(name) is not part for there, name, part in self._parts) or any(
-            there.get(name) is None or there[name].data_ptr() != at for there, name, at in self._weights
-        ):
-            self.forget()
-        if key in self._refused or has_hooks(self._modules):
-            return None
-        recorded = self._recorded.pop(key, None)
-        if recorded is None:
-            if key not in self._seen:
-                self._seen[key] = None
-                _forget_first(self._seen, 16 * max(1, self.limit))
-                return None
-            return self._first(module, key, function, inputs)
-        self._recorded[key] = recorded
-        return recorded.run(inputs)
-
-    def _first(self, module: nn.Module, key: Hashable, function: Function, inputs: Mapping[str, torch.Tensor]) -> Any:
-        """Do the work and record it, where that can be."""
-        if not self._weights:
-            self._modules = list(module.modules())
-            self._parts, self._weights = _parts(module), _addresses(module)
         device = next(iter(inputs.values())).device
-        if has_hooks(self._modules) or (self.automatic and not computes_from_weights(module, device)):
+        # A graph is of the current GPU, which need not be the model's.
+        there = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+        with self._busy, there:
+            key = (what, torch.is_inference_mode_enabled(), shapes)
+            if not all(map(_unchanged, self._modules)) or not all(map(_in_place, self._weights)):
+                self.forget()
+            if key in self._refused or is_patched([module, *self._parts]):
+                return None
+            recorded = self._recorded.pop(key, None)
+            if recorded is not None:
+                self._recorded[key] = recorded
+                return recorded.run(inputs)
+            sights = self._seen.pop(key, 0) + 1
+            if sights >= self._sights:
+                return self._first(module, key, function, inputs, working)
+            self._seen[key] = sights
+            while len(self._seen) > 16 * max(1, self.limit):
+                del self._seen[next(iter(self._seen))]
+            return None
+
+    def _first(
+        self, module: nn.Module, key: Hashable, function: Function, inputs: Mapping[str, torch.Tensor], working: int
+    ) -> Any:
+        """Do the work and record it, where that can be."""
+        parts, device = list(module.modules()), next(iter(inputs.values())).device
+        if is_patched(parts):
+            return None
+        if not self._weights:
+            # Without the module itself, which holds this.
+            self._parts = parts[1:]
+            self._modules = [(one._modules, list(one._modules.values())) for one in parts]
+            held = [tensors for one in parts for tensors in (one._parameters, one._buffers)]
+            self._weights = [(tensors, _addresses(tensors)) for tensors in held]
+        if next(module.parameters(), None) is None or (self.automatic and not computes_from_weights(module, device)):
             self._refuse(key)
             return None
+        if device not in self._memory:
+            self._memory[device] = self.memory()
+        memory = self._memory[device]
         try:
-            outputs = self.warm_up(function, inputs)
-            packing = Packing(outputs)
-            if self.automatic and not self.has_room(packing.nbytes, device):
-                self._refuse(key)
-                return outputs
-            if device not in self._memory:
-                self._memory[device] = self.memory()
-            self._recorded[key] = self.record(function, inputs, packing, self._memory[device])
+            outputs = self.warm_up(function, inputs, memory)
+        except RuntimeError:
+            self._refuse(key)  # who called gets the error without graphs, too, if it was not memory that ran out
+            return None
+        packing = Packing(outputs)
+        if self.automatic and not self.has_room(packing.nbytes, working, device):
+            self._refuse(key)
+            return outputs
+        try:
+            self._recorded[key] = self.record(function, inputs, packing, memory)
         except torch.OutOfMemoryError:
             logger.warning("A prompt is not recorded as a CUDA graph, as memory ran out")
             self._refuse(key)
-            return None
         except RuntimeError as error:
             logger.warning(f"CUDA graphs are given up, as a recording failed: {error}")
             self.limit = 0
             self.forget()
-            return None
-        _forget_first(self._recorded, self.limit)
+        while len(self._recorded) > self.limit:
+            dropped = self._recorded.pop(next(iter(self._recorded)))
+            # Recording takes longer than running: what came and went unused is a reason to look longer at what comes.
+            self._sights = self._sights if dropped.runs else min(2 * self._sights, 1024)
         return outputs
 
     memory = SharedMemory
 
     @staticmethod
-    def warm_up(function: Function, inputs: Mapping[str, torch.Tensor]) -> Any:
-        """Libraries allocate when they are first called on another stream, which a recording does not allow."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            outputs = function(**inputs)
-        torch.cuda.current_stream().wait_stream(side)
+    def warm_up(function: Function, inputs: Mapping[str, torch.Tensor], memory: Any) -> Any:
+        """Libraries allocate when they are first called on a stream, which a recording does not allow."""
+        memory.stream.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(memory.stream):
+                outputs = function(**inputs)
+        finally:
+            torch.cuda.current_stream().wait_stream(memory.stream)
         for leaf in tree_flatten(outputs)[0]:
             if isinstance(leaf, torch.Tensor):
                 leaf.record_stream(torch.cuda.current_stream())
         return outputs
 
     @staticmethod
-    def has_room(nbytes: int, device: torch.device) -> bool:
-        """Whether outputs of that size are small beside the memory of a GPU, and beside what of it is free."""
+    def has_room(outputs: int, working: int, device: torch.device) -> bool:
+        """Whether bytes of outputs and of what is worked on are few beside a GPU's memory, and beside what is free."""
         free, total = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return nbytes <= total // AUTOMATIC_SHARE and 8 * nbytes <= free + unused
+        taken = outputs + working
+        return taken <= total // AUTOMATIC_SHARE and 8 * taken <= free + unused
 
     def _refuse(self, key: Hashable) -> None:
         if len(self._refused) >= 16 * max(1, self.limit):
@@ -284,27 +323,17 @@ class Graphs:
         self._refused.add(key)
 
 
-def _parts(module: nn.Module) -> list[tuple[Any, str, nn.Module]]:
-    """Which modules a module is made of."""
-    return [
-        (one._modules, name, part)
-        for one in module.modules()
-        for name, part in one._modules.items()
-        if part is not None
-    ]
+def _unchanged(known: tuple[Any, list[Any]]) -> bool:
+    """Whether a module has the parts it had."""
+    there, before = known
+    return len(there) == len(before) and all(map(operator.is_, there.values(), before))
 
 
-def _addresses(module: nn.Module) -> list[tuple[Any, str, int]]:
-    """Where the weights and buffers of a module are."""
-    return [
-        (tensors, name, tensor.data_ptr())
-        for part in module.modules()
-        for tensors in (part._parameters, part._buffers)
-        for name, tensor in tensors.items()
-        if tensor is not None
-    ]
+def _in_place(known: tuple[Any, list[Any]]) -> bool:
+    """Whether the weights of a module are where they were."""
+    there, before = known
+    return _addresses(there) == before
 
 
-def _forget_first(entries: dict[Hashable, Any], limit: int) -> None:
-    while len(entries) > limit:
-        del entries[next(iter(entries))]
+def _addresses(tensors: Mapping[str, torch.Tensor | None]) -> list[int | None]:
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors.values()]

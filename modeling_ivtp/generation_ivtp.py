@@ -48,8 +48,9 @@ class PrunedGeneration:
         cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
         if is_first_iteration:
             self._read_ahead(given, mask)
-            if cache is not None and ("reading" in given or is_pruned(cache)):
-                cache.rows_are_whole = mask is None or bool(mask.all())
+            if cache is not None:
+                asked = "reading" in given or is_pruned(cache)
+                cache.rows_are_whole = asked and (mask is None or bool(mask.all()))
         elif _needs_no_mask(cache) and getattr(given.get("attention_mask"), "ndim", 0) == 2:
             given["attention_mask"] = None
         return given

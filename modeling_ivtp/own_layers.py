@@ -1,6 +1,7 @@
 """Whether what a module computes follows from its weights: then it may be kept, or replayed, until one changes."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,12 +14,21 @@ _IDLE_HOOKS = {"transformers.utils.output_capturing", "transformers.modeling_uti
 """Where hooks are from that transformers leaves behind: for hidden states, and for gradients, when those are wanted."""
 
 
-def has_hooks(modules: Iterable[nn.Module]) -> bool:
-    """Whether somebody looks into a forward of one of these modules, or of all there are."""
+def is_patched(modules: Iterable[nn.Module]) -> bool:
+    """Whether more, or other work than a module's own forward is done when one of these is called.
+
+    That is so with hooks, a `forward` of the instance's own, or one that is compiled.
+    """
     if registry._global_forward_hooks or registry._global_forward_pre_hooks:
         return True
-    hooks = [hooks for one in modules for hooks in (one._forward_hooks, one._forward_pre_hooks) if hooks]
-    return any(getattr(hook, "__module__", None) not in _IDLE_HOOKS for found in hooks for hook in found.values())
+    hooks: list[Any] = []
+    for one in modules:
+        compiled = one._compiled_call_impl is not None or type(one).__module__.startswith("torch._dynamo")
+        # accelerate replaces forwards, too, to move inputs to where the weights are.
+        if compiled or ("forward" in one.__dict__ and "_hf_hook" not in one.__dict__):
+            return True
+        hooks += [*one._forward_hooks.values(), *one._forward_pre_hooks.values()]
+    return any(getattr(hook, "__module__", None) not in _IDLE_HOOKS for hook in hooks)
 
 
 def computes_from_weights(module: nn.Module, device: torch.device | None = None) -> bool:
@@ -31,7 +41,7 @@ def computes_from_weights(module: nn.Module, device: torch.device | None = None)
         Whether, besides, all of its weights are there, as tensors of floating point.
     """
     modules = list(module.modules())
-    if has_hooks(modules) or any(type(one).__module__.partition(".")[0] not in _KNOWN_LAYERS for one in modules):
+    if is_patched(modules) or any(type(one).__module__.partition(".")[0] not in _KNOWN_LAYERS for one in modules):
         return False
     weights = list(module.parameters())
     # Replicas have none of their own, and wrappers no address.

@@ -39,6 +39,9 @@ class PromptReplay:
         """Whether work on these inputs can be replayed; `options` are further keyword arguments of a forward."""
         if torch.compiler.is_compiling() or self.applied_policy is not None or not self.graphs.limit:
             return False
+        # In training a decoder leaves out the cache, and what is dropped at random is to be another every time.
+        if self.training:
+            return False
         if getattr(self.config.text_config, "output_hidden_states", False):
             return False
         asked = {name for name, value in options.items() if value is not None and value is not False}
@@ -48,7 +51,10 @@ class PromptReplay:
 
     def replay_images(self, encode: Any, pixel_values: torch.Tensor, what: Any) -> Any:
         """`encode(pixel_values=…)`, replayed; `what` is all it depends on besides. None: not replayed, or not yet."""
-        return self.graphs.run(self, self._replayed("images", what), encode, {"pixel_values": pixel_values})
+        config = self.config.vision_config
+        working = _working_bytes(config, pixel_values.shape[0] * (self.config.num_patches + 1), pixel_values.dtype)
+        what = self._replayed("images", what)
+        return self.graphs.run(self, what, encode, {"pixel_values": pixel_values}, working)
 
     def replay_prompt(
         self,
@@ -75,6 +81,8 @@ class PromptReplay:
         kind, text = type(encoded), self.config.text_config
         images = tuple(row.images for row in reading.sequence.rows)
         mask, length = inputs["attention_mask"], reading.sequence.length
+        if _asks_the_device(text, mask):
+            return None
         # A mask may speak of tokens that are to come.
         mask = None if mask is None or reading.sequence.valid is None else mask[:, :length]
         # A prompt that ends on an image ends with the last patch that is left: nothing can stand behind it.
@@ -106,7 +114,13 @@ class PromptReplay:
                 "places": places,
             }
 
-        told = self.graphs.run(self, self._replayed("prompt", images), forward, _given({**inputs, **parts}))
+        given = _given({**inputs, **parts})
+        if not self.graphs.serve(given):
+            return None
+        features, most = parts["features"], max(images)
+        tokens = length + most * (features.shape[1] - self.config.num_patches)
+        working = _working_bytes(text, len(images) * tokens, features.dtype)
+        told = self.graphs.run(self, self._replayed("prompt", images), forward, given, working)
         if told is None:
             return None
         cache = DynamicCache(config=text) if cache is None else cache
@@ -120,7 +134,8 @@ class PromptReplay:
         """What a recording depends on besides shapes and weights."""
         config = self.config
         attention = config.vision_config._attn_implementation, config.text_config._attn_implementation
-        return kind, what, config.pruning, attention, self.training
+        words = getattr(self, "has_text_tower", False)
+        return kind, what, config.pruning, attention, words, config.image_token_id, config.num_patches
 
     def _unread(self, given: Mapping[str, Any], images: tuple[int, ...]) -> PromptReading:
         """A prompt of which only shapes are known, as a graph is to serve all that have them."""
@@ -129,6 +144,12 @@ class PromptReplay:
         rows = tuple(RowCounts(ids.shape[1], count, 0, 0) for count in images)
         placeholders = ids == self.config.image_token_id
         return PromptReading(locate_images(placeholders, valid, rows, self.config.num_patches, counted=False))
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        # Moved or cast: nothing that was recorded is valid, and what it held is wanted back now.
+        if (graphs := getattr(self, "graphs", None)) is not None:
+            graphs.forget()
+        return super()._apply(*args, **kwargs)  # type: ignore[misc]
 
 
 class PromptCapture:
@@ -141,18 +162,20 @@ class PromptCapture:
 
         On a fast GPU, launching the work of a small batch takes longer than doing it. So unasked, a model replays it
         where that is safe and small: one whose weights alone decide what it computes (no adapters, no quantised
-        layers), and outputs, mostly the prompt's KV cache, of at most 1/64 of the GPU's memory. This lifts both
-        conditions, or with 0 switches replaying off.
+        layers), and work that takes at most 1/64 of the GPU's memory with what it puts out, mostly the prompt's KV
+        cache. This lifts both conditions, or with 0 switches replaying off.
 
         What cannot be replayed runs as always: prompts on top of a cache, with rows of different numbers of images,
-        with gradients, under autocast, with hooks, with another system than IVTP. What was recorded is dropped once a
-        weight is another tensor; call this again after adapters were added, merged or switched.
+        padded ones under FlashAttention's package, with gradients, in training mode, under autocast, with hooks, with
+        another system than IVTP. What was recorded is dropped once a weight is another tensor; call this again after
+        adapters were added, merged or switched. While something is recorded, for some tenths of a second, another
+        thread must not synchronise the whole device.
 
         Parameters
         ----------
         limit : int, default 32
-            Recordings that are kept. Together they hold about four times the largest one's outputs. 0 switches
-            replaying off.
+            Recordings that are kept. They share one piece of memory for what they work on and one for what they put
+            out, each as large as the largest needs, and half of the latter again. 0 switches replaying off.
 
         Raises
         ------
@@ -165,6 +188,20 @@ class PromptCapture:
         if limit and (len(devices) != 1 or not devices[0].startswith("cuda")):
             raise ValueError(f"CUDA graphs need the whole model on one GPU; it is on {', '.join(devices)}.")
         self.model.graphs = Graphs(limit)
+
+
+def _asks_the_device(config: Any, mask: torch.Tensor | None) -> bool:
+    """Whether a decoder waits for values during a prompt, which a recording cannot: flash attention takes the padding
+    out, and some rotary embeddings look how long the sequence is."""
+    attention = config._attn_implementation
+    flash = mask is not None and attention not in ("sdpa", "eager")
+    rotary = str((getattr(config, "rope_parameters", None) or {}).get("rope_type", "default"))
+    return flash or "dynamic" in rotary or rotary == "longrope"
+
+
+def _working_bytes(config: Any, tokens: int, dtype: torch.dtype) -> int:
+    """About what a layer holds at a time of so many tokens."""
+    return tokens * (4 * config.hidden_size + 3 * config.intermediate_size) * dtype.itemsize
 
 
 def _longer(inputs: Mapping[str, torch.Tensor | None], extra: int) -> dict[str, torch.Tensor | None]:

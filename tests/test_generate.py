@@ -298,6 +298,22 @@ def test_layers_that_share_a_mask_go_on_sharing_it(model, change):
         assert layer.layout.key_mask.shape == (layer.keys.shape[0], layer.keys.shape[2])
 
 
+def test_a_reset_cache_serves_padded_prompts_without_pruning(model):
+    """What an earlier prompt said of its rows is not true of these."""
+    whole, padded = prompt([[3, "image", 7], [4, "image", 6]]), prompt([[3, "image", 9], [2, "image", 4]], seed=3)
+    told = []
+    for used in (True, False):
+        cache = DynamicCache(config=model.config.text_config)
+        if used:
+            model.generate(**whole, past_key_values=cache, max_new_tokens=3, do_sample=False)
+            cache.reset()
+        with model.pruning(enabled=False):
+            options = {"return_dict_in_generate": True, "output_logits": True}
+            told.append(model.generate(**padded, past_key_values=cache, max_new_tokens=6, do_sample=False, **options))
+    for ours, right in zip(told[0].logits, told[1].logits, strict=True):
+        torch.testing.assert_close(ours, right, atol=1e-5, rtol=0)
+
+
 def test_a_reset_static_cache_serves_a_prompt_that_drops_less(model):
     cache = StaticCache(config=model.config.text_config, max_cache_len=40)
     inputs = prompt(ROWS[:1])

@@ -7,6 +7,7 @@ import torch
 from transformers.utils import is_flash_attn_2_available
 
 from modeling_ivtp.attention_maps import weighted_attention
+from modeling_ivtp.cuda_graphs import Graphs
 from modeling_ivtp.fused_attention import fused_weighted_attention, is_served
 from tests.tiny import prompt, tiny_model
 
@@ -160,6 +161,38 @@ def test_streams_take_turns_with_a_recording():
     torch.cuda.synchronize()
     for found, right in zip(told, expected * 3, strict=True):
         torch.testing.assert_close(found, right, atol=1e-4, rtol=0)
+    assert len(model.model.graphs) == 2
+
+
+def test_a_recording_that_fails_leaves_nothing_behind(caplog):
+    graphs, module = Graphs(4), torch.nn.Linear(4, 4).cuda()
+    before = torch.cuda.current_stream()
+
+    def function(hidden):
+        if torch.cuda.is_current_stream_capturing():
+            hidden.sum().item()
+        return [module(hidden)]
+
+    hidden = torch.ones(2, 4, device="cuda")
+    with torch.no_grad():
+        told = [graphs.run(module, "it", function, {"hidden": hidden}) for _ in range(3)]
+        assert told[0] is None
+        torch.testing.assert_close(told[1][0], module(hidden))
+        assert told[2] is None
+    assert graphs.limit == 0
+    assert "CUDA graphs are given up" in caplog.text
+    assert torch.cuda.current_stream() == before
+    torch.cuda.synchronize()
+
+
+def test_a_model_need_not_be_on_the_current_gpu():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    model, plain = tiny_model().to("cuda:1"), tiny_model()
+    for seed in range(4):
+        inputs = prompt([[3, "image", 7]], seed=seed)
+        there = {name: value.to("cuda:1") for name, value in inputs.items()}
+        assert torch.equal(answer(model, there).cpu(), answer(plain, inputs))
     assert len(model.model.graphs) == 2
 
 

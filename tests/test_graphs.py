@@ -5,16 +5,20 @@ recording, which it overwrites as a graph does. `test_gpu.py` has the real ones.
 """
 
 import copy
+import gc
 import pickle
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import DynamicCache
 
 from modeling_ivtp import methods
 from modeling_ivtp.cuda_graphs import Graphs, Packing, SharedMemory
-from modeling_ivtp.prompt_replay import RECORDINGS
+from modeling_ivtp.prompt_replay import RECORDINGS, _asks_the_device
 from modeling_ivtp.speed.captured_stock import captured
 from modeling_ivtp.speed.models import stock_twin
 from tests.tiny import prompt, tiny_model
@@ -28,9 +32,8 @@ class Standin:
 
     def __init__(self, function, inputs, packing, memory):
         self.function, self.inputs = function, {name: value.clone() for name, value in inputs.items()}
-        self.packing, self.memory = packing, memory
+        self.packing, self.memory, self.runs = packing, memory, 0
         self.outputs = memory.room(packing.sizes, torch.device("cpu"))
-        self.runs = 0
 
     def run(self, inputs):
         self.runs += 1
@@ -52,12 +55,37 @@ class StandinGraphs(Graphs):
         return not torch.is_grad_enabled()
 
     @staticmethod
-    def warm_up(function, inputs):
+    def warm_up(function, inputs, memory):
         return function(**inputs)
 
     @staticmethod
-    def has_room(nbytes, device):
-        return nbytes < 2**20
+    def has_room(outputs, working, device):
+        return outputs + working < 2**20
+
+
+class Baked(Standin):
+    """Knows nothing of Python when it runs, as a CUDA graph does not: only what was launched when it was made."""
+
+    def __init__(self, function, inputs, packing, memory):
+        told = {}
+
+        def launched(*values):
+            leaves, told["form"] = tree_flatten(function(**dict(zip(inputs, values, strict=True))))
+            told["constants"] = [None if isinstance(leaf, torch.Tensor) else (leaf,) for leaf in leaves]
+            return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+        # Tracing fails, too, where a value is asked for.
+        traced = make_fx(launched, _allow_non_fake_inputs=True)(*inputs.values())
+
+        def again(**given):
+            tensors = iter(traced(*given.values()))
+            return tree_unflatten([next(tensors) if one is None else one[0] for one in told["constants"]], told["form"])
+
+        super().__init__(again, inputs, packing, memory)
+
+
+class BakedGraphs(StandinGraphs):
+    record = Baked
 
 
 @pytest.fixture
@@ -135,6 +163,26 @@ def test_a_prompt_that_ends_on_an_image_keeps_its_length(model):
         inputs = prompt([[3, "image"]], seed=seed)
         assert torch.equal(answer(model, inputs), answer(plain, inputs))
     assert [lengths["input_ids"] for lengths in prompts_of(model)] == [(1, 19)]
+
+
+@pytest.mark.parametrize("options", [{}, {"positions": "compact"}, {"pseudo_cls": "pool"}], ids=str)
+def test_what_was_launched_once_serves_all_prompts_of_its_shapes(options):
+    plain, model = tiny_model(**options), tiny_model(**options)
+    model.model.graphs = BakedGraphs(8)
+    kinds = [
+        [[3, "image", 7]],
+        [[3, "image", 9]],
+        [[4, "image", 7], [2, "image", 6]],
+        [[2, "image", 9], [4, "image", 5]],
+        [[2, "image", 4, "image", 3]],
+        [[6, "image", 2, "image", 1]],
+        [[3, "image"]],
+    ]
+    for rows in kinds * 2:
+        for seed in range(2):
+            inputs = prompt(rows, seed=seed)
+            assert torch.equal(answer(model, inputs), answer(plain, inputs))
+    assert replays(model) > 2 * len(kinds)
 
 
 @torch.no_grad()
@@ -405,6 +453,149 @@ def test_inference_mode_and_no_grad_take_turns(model):
     assert replays(model) == 4
 
 
+def test_a_hook_that_was_there_first_refuses_nothing_for_good(model):
+    hook = model.model.vision_tower.register_forward_hook(lambda *_: None)
+    for seed in range(3):
+        answer(model, prompt(ROWS, seed=seed))
+    assert len(model.model.graphs) == 0
+    hook.remove()
+    for seed in range(3):
+        answer(model, prompt(ROWS, seed=seed))
+    assert replays(model) > 0
+
+
+def test_a_forward_that_was_replaced_is_called(model):
+    for seed in range(3):
+        answer(model, prompt(ROWS, seed=seed))
+    before, layer = replays(model), model.model.language_model.layers[2]
+    original = layer.forward
+    layer.forward = lambda hidden, **kwargs: 2 * original(hidden, **kwargs)
+    plain = tiny_model()
+    patched = plain.model.language_model.layers[2]
+    stock = patched.forward
+    patched.forward = lambda hidden, **kwargs: 2 * stock(hidden, **kwargs)
+    assert torch.equal(answer(model, prompt(ROWS)), answer(plain, prompt(ROWS)))
+    assert replays(model) == before
+    del layer.forward
+    answer(model, prompt(ROWS))
+    assert replays(model) == before + 2
+
+
+@torch.no_grad()
+def test_a_text_tower_that_joins_is_asked():
+    whole, model = tiny_model(), tiny_model(clip=False)
+    model.load_state_dict({name: whole.state_dict()[name] for name in model.state_dict()})
+    model.model.graphs = StandinGraphs(8)
+    inputs = prompt(ROWS)
+    bare = {name: value for name, value in inputs.items() if not name.startswith("clip_")}
+    for _ in range(3):
+        model(**bare, use_cache=True)
+    before = replays(model)
+    model.model.clip_text_model = copy.deepcopy(whole.model.clip_text_model)
+    model.model.visual_projection = copy.deepcopy(whole.model.visual_projection)
+    model.config.clip_text_config = whole.config.clip_text_config
+    for _ in range(3):
+        found = model(**inputs, use_cache=True).logits[:, -1]
+        torch.testing.assert_close(found, whole(**inputs, use_cache=True).logits[:, -1], atol=1e-5, rtol=0)
+    assert before == 2
+    assert len(model.model.graphs) == 2  # what was recorded before is gone
+
+
+def test_a_bias_that_joins_is_read(model):
+    for seed in range(3):
+        answer(model, prompt(ROWS, seed=seed))
+    for layer in model.model.language_model.layers:
+        layer.mlp.down_proj.bias = torch.nn.Parameter(torch.ones(32))
+    answer(model, prompt(ROWS))
+    assert replays(model) == 0
+
+
+def test_training_mode_is_run():
+    """With gradient checkpointing a decoder leaves out the cache there."""
+    model = tiny_model().train()
+    model.model.graphs = StandinGraphs(8)
+    model.gradient_checkpointing_enable()
+    for seed in range(3):
+        answer(model, prompt(ROWS, seed=seed))
+    assert len(model.model.graphs) == 0
+
+
+@pytest.mark.parametrize("change", [lambda model: model.half().float(), lambda model: model.to("cpu")])
+def test_what_is_moved_or_cast_lets_go_of_its_recordings(model, change):
+    for seed in range(3):
+        answer(model, prompt(ROWS, seed=seed))
+    assert len(model.model.graphs) == 2
+    change(model)
+    assert len(model.model.graphs) == 0
+    assert not model.model.graphs._memory
+
+
+def test_a_model_is_freed_without_a_search_for_cycles():
+    made = tiny_model()
+    made.model.graphs = StandinGraphs(8)
+    made.model.graphs.record = lambda *args: Packing([])  # a stand-in holds the function, which a graph does not
+    for seed in range(2):
+        answer(made, prompt(ROWS, seed=seed))
+    assert len(made.model.graphs) == 2
+    weight = weakref.ref(made.model.language_model.layers[0].mlp.down_proj.weight)
+    gc.collect()
+    gc.disable()
+    try:
+        del made
+        assert weight() is None
+    finally:
+        gc.enable()
+
+
+def test_more_shapes_than_are_kept_are_recorded_ever_less(model):
+    model.model.graphs.limit = 2
+    made = []
+    original = StandinGraphs.record
+    model.model.graphs.record = lambda *args: made.append(1) or original(*args)
+    rounds = []
+    for _ in range(8):
+        for length in (4, 12, 20, 28):
+            answer(model, prompt([[3, "image", length]]))
+        rounds.append(len(made))
+    assert rounds[-1] - rounds[-4] <= 2
+    assert model.model.graphs._sights > 2
+
+
+def test_rotary_embeddings_that_look_at_the_length_are_run(model):
+    text = model.config.text_config
+    for name in ("dynamic", "longrope"):
+        text.rope_parameters = {**text.rope_parameters, "rope_type": name}
+        for _ in range(3):
+            answer(model, prompt(ROWS))
+        assert not prompts_of(model)
+
+
+def test_padding_under_flash_attention_is_run():
+    text = tiny_model().config.text_config
+    mask = torch.ones(1, 4)
+    for attention, padded, whole in (
+        ("sdpa", False, False),
+        ("eager", False, False),
+        ("flash_attention_2", True, False),
+    ):
+        text._attn_implementation = attention
+        assert _asks_the_device(text, mask) == padded
+        assert _asks_the_device(text, None) == whole
+
+
+def test_an_error_in_the_work_is_the_callers(model):
+    """It is raised as without graphs, and other prompts are replayed as ever."""
+    good, bad = prompt(ROWS), prompt(ROWS)
+    bad["input_ids"] = bad["input_ids"].clone()
+    bad["input_ids"][0, -1] = 10_000
+    for _ in range(3):
+        with pytest.raises(IndexError), torch.no_grad():
+            model(**bad, use_cache=True)
+        answer(model, good)
+    assert model.model.graphs.limit == 8
+    assert prompts_of(model)
+
+
 @pytest.fixture
 def unasked():
     made = tiny_model()
@@ -420,7 +611,7 @@ def test_unasked_small_work_is_replayed(unasked):
 
 
 def test_unasked_large_outputs_are_not(unasked, monkeypatch):
-    monkeypatch.setattr(StandinGraphs, "has_room", staticmethod(lambda nbytes, device: nbytes < 2**13))
+    monkeypatch.setattr(StandinGraphs, "has_room", staticmethod(lambda outputs, working, device: outputs < 2**13))
     plain = tiny_model()
     for seed in range(4):
         assert torch.equal(answer(unasked, prompt(ROWS, seed=seed)), answer(plain, prompt(ROWS, seed=seed)))
