@@ -283,7 +283,7 @@ class Graphs:
         except torch.OutOfMemoryError:
             logger.warning("A prompt is not recorded as a CUDA graph, as memory ran out")
             self._refuse(key)
-        except RuntimeError as error:
+        except Exception as error:  # whatever it is, there is an answer
             logger.warning(f"CUDA graphs are given up, as a recording failed: {error}")
             self.limit = 0
             self.forget()

@@ -9,6 +9,7 @@ import gc
 import pickle
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import create_autospec
 
 import pytest
 import torch
@@ -684,6 +685,61 @@ def test_outputs_are_packed_and_unpacked():
     # What is a multiple of 16 bytes starts at one.
     assert (found["turned"].data_ptr() - memory[torch.float32].data_ptr()) % 16 == 0
     assert (found["more"][1][0].data_ptr() - memory[torch.float32].data_ptr()) % 16 == 0
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """CUDA's objects as PyTorch has them, doing nothing: what is called is called as their signatures say."""
+    for name in ("Stream", "Event", "CUDAGraph", "graph"):
+        monkeypatch.setattr(torch.cuda, name, create_autospec(getattr(torch.cuda, name)))
+    for name in ("graph_pool_handle", "current_stream", "stream", "set_stream", "memory_reserved", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, create_autospec(getattr(torch.cuda, name)))
+    torch.cuda.memory_reserved.return_value = torch.cuda.memory_allocated.return_value = 0
+    monkeypatch.setattr(torch.cuda, "mem_get_info", create_autospec(torch.cuda.mem_get_info))
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
+    return torch.cuda
+
+
+@torch.no_grad()
+def test_a_recording_calls_cuda_as_it_is(cuda):
+    graphs, module, hidden = Graphs(2, automatic=True), torch.nn.Linear(4, 4), torch.ones(2, 4)
+    cuda.mem_get_info.return_value = (2**20, 2**20)
+
+    def function(hidden):
+        return {"out": module(hidden), "none": None}
+
+    told = [graphs.run(module, "it", function, {"hidden": hidden}, working=64) for _ in range(4)]
+    assert told[0] is None
+    assert all(torch.equal(one["out"], module(hidden)) for one in told[1:])
+    assert cuda.graph.call_args.kwargs["capture_error_mode"] == "thread_local"
+    (recorded,) = graphs._recorded.values()
+    assert recorded.graph.replay.call_count == recorded.runs == 2
+
+
+@pytest.mark.parametrize(("free", "total"), [(2**20, 64), (512, 2**20)])
+@torch.no_grad()
+def test_unasked_work_that_is_large_beside_a_gpu_is_not_recorded(cuda, free, total):
+    graphs, module, hidden = Graphs(2, automatic=True), torch.nn.Linear(4, 4), torch.ones(2, 4)
+    cuda.mem_get_info.return_value = (free, total)
+    told = [graphs.run(module, "it", lambda hidden: [module(hidden)], {"hidden": hidden}, 64) for _ in range(3)]
+    assert told[0] is told[2] is None
+    assert not cuda.graph.called
+    graphs.automatic = False
+    graphs.forget()
+    for _ in range(2):
+        graphs.run(module, "it", lambda hidden: [module(hidden)], {"hidden": hidden}, 64)
+    assert len(graphs) == 1
+
+
+@torch.no_grad()
+def test_a_recording_that_fails_gives_the_stream_back(cuda, caplog):
+    graphs, module, hidden = Graphs(2), torch.nn.Linear(4, 4), torch.ones(2, 4)
+    cuda.graph.side_effect = RuntimeError("operation not permitted when stream is capturing")
+    told = [graphs.run(module, "it", lambda hidden: [module(hidden)], {"hidden": hidden}) for _ in range(2)]
+    assert torch.equal(told[1][0], module(hidden))
+    cuda.set_stream.assert_called_once_with(cuda.current_stream.return_value)
+    assert "CUDA graphs are given up" in caplog.text
+    assert graphs.limit == 0
 
 
 def test_memory_that_runs_out_refuses_one_prompt(model, caplog):
