@@ -168,8 +168,8 @@ class PromptCapture:
         What cannot be replayed runs as always: prompts on top of a cache, with rows of different numbers of images,
         padded ones under FlashAttention's package, with gradients, in training mode, under autocast, with hooks, with
         another system than IVTP. What was recorded is dropped once a weight is another tensor; call this again after
-        adapters were added, merged or switched. While something is recorded, for some tenths of a second, another
-        thread must not synchronise the whole device.
+        adapters were added, merged or switched. While something is recorded, another thread must not synchronise the
+        whole device.
 
         Parameters
         ----------
