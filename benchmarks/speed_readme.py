@@ -64,25 +64,30 @@ def _growth(results: Mapping[str, Any], file: Path) -> str:
             f"{fit['arm']} takes {1000 * fit['fixed']:.0f} ms{then}, its {len(shares)} cases within {min(shares):+.0%} "
             f"and {max(shares):+.0%} of that line"
         )
+    text, batch = (
+        f"{min(values)} to {max(values)}" if len(values) > 1 else f"{values[0]}" for values in (texts, batches)
+    )
     return (
-        f"- Prefills of {min(texts)} to {max(texts)} text tokens at batch {min(batches)} to {max(batches)} as a line "
-        f"over their FLOPs: {'; '.join(told)} ({_where(results, file)})."
+        f"- Prefills of {text} text tokens at batch {batch} as a line over their FLOPs: {'; '.join(told)} "
+        f"({_where(results, file)})."
     )
 
 
-def _choosing(results: Mapping[str, Any], file: Path) -> str:
-    """What scoring and the question's words take of a prefill, where most tokens are scored."""
-    told = [
-        f"{row['selection_share']:.1%} and CLIP's text tower {row['words_share']:.1%} of {row['arm']} at batch "
-        f"{row['batch']}, which is {times(row['prefill'])} times as fast as stock"
-        for row in results["rows"]
-        if row["selection_share"] is not None
-    ]
-    return f"- Later the same day, choosing takes {'; '.join(told)} ({_where(results, file)})."
-
-
-_IN_SHORT = {"off": _off, "growth": _growth, "choosing": _choosing}
+_IN_SHORT = {"off": _off, "growth": _growth, "batches": _growth}
 """Labels of results that are told in a sentence."""
+
+
+def _choosing(results: Mapping[str, Any]) -> str:
+    """What scoring and the question's words take of IVTP's prefills."""
+    rows = [row for row in results["rows"] if row["selection_share"] is not None]
+    if not rows:
+        return ""
+    choosing, words = (sorted(row[share] for row in rows) for share in ("selection_share", "words_share"))
+    launched = ", where they are launched and not replayed," if "NVIDIA" in results["machine"]["device"] else ""
+    return (
+        f"Scoring and selecting take {choosing[0]:.1%} to {choosing[-1]:.1%} of these prefills{launched} and CLIP's "
+        f"text tower {words[0]:.1%} to {words[-1]:.1%}. "
+    )
 
 
 def _told(results: Mapping[str, Any], file: Path) -> str:
@@ -102,7 +107,7 @@ def _told(results: Mapping[str, Any], file: Path) -> str:
         f"{results['shape']} in {settings['dtype']}, random weights{', compiled' * settings['compiled']}; one image "
         f"and {texts} text tokens, answers of {settings['new_tokens']} tokens; {machine['device']}, "
         f"{machine['threads']} threads, {results['date']}; medians of {settings['repeats']} interleaved pairs, "
-        f"{interval(settings['repeats'])}:\n\n{markdown_table(header, rows)}\n"
+        f"{interval(settings['repeats'])}:\n\n{markdown_table(header, rows)}\n{_choosing(results)}"
         f"[What each part takes, and the command]({file.parent.relative_to(ROOT)}/{file.stem}.md).\n"
     )
 

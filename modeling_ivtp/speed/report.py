@@ -56,7 +56,8 @@ def markdown(results: Mapping[str, Any]) -> str:
             ],
         ),
         "Choosing: the share of the prefill that scoring and selecting take; words: that of CLIP's text tower, which "
-        "reads the instruction anew in every run here. Peak memory: on a GPU, beside the weights.\n",
+        "reads the instruction anew in every run here; both of a prefill that is launched, not replayed. Peak memory: "
+        "on a GPU, beside the weights.\n",
     ]  # fmt: skip
     if results["growth"]:
         lines += [
