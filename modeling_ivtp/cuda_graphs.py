@@ -103,7 +103,7 @@ class Graphs:
         # A graph is of the current GPU, which need not be the model's.
         there = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         with self._busy, there:
-            key = (what, torch.is_inference_mode_enabled(), shapes)
+            key = (what, _switches(), shapes)
             if not all(map(_unchanged, self._modules)) or not all(map(_in_place, self._weights)):
                 self.forget()
             if key in self._refused or is_patched([module, *self._parts]):
@@ -189,6 +189,20 @@ class Graphs:
         if len(self._refused) >= 16 * max(1, self.limit):
             self._refused.clear()
         self._refused.add(key)
+
+
+def _switches() -> tuple[Hashable, ...]:
+    """What of PyTorch's settings decides which kernels are launched, and what kind of tensors come of it."""
+    backends: Any = torch.backends
+    return (
+        torch.is_inference_mode_enabled(),
+        torch.are_deterministic_algorithms_enabled(),
+        backends.cuda.matmul.fp32_precision,
+        backends.cuda.flash_sdp_enabled(),
+        backends.cuda.mem_efficient_sdp_enabled(),
+        backends.cuda.math_sdp_enabled(),
+        backends.cuda.cudnn_sdp_enabled(),
+    )
 
 
 def _unchanged(known: tuple[Any, list[Any]]) -> bool:

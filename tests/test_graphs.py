@@ -14,6 +14,7 @@ from unittest.mock import create_autospec
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import DynamicCache
 
@@ -391,6 +392,17 @@ def test_another_attention_is_recorded_apart(model):
     answer(model, inputs)
     assert len(model.model.graphs) == 2
     answer(model, inputs)
+    assert len(model.model.graphs) == 4
+
+
+def test_other_kernels_are_recorded_apart(model):
+    inputs = prompt(ROWS)
+    for _ in range(2):
+        answer(model, inputs)
+    with sdpa_kernel(SDPBackend.MATH):
+        answer(model, inputs)
+        assert (len(model.model.graphs), replays(model)) == (2, 0)
+        answer(model, inputs)
     assert len(model.model.graphs) == 4
 
 
