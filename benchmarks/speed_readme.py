@@ -59,12 +59,13 @@ def _growth(results: Mapping[str, Any], file: Path) -> str:
     told = []
     for fit in results["growth"]:
         shares = [one["share"] for one in fit["residuals"]]
-        # A line that begins below nothing tells of a rate that falls a little with size, not of a time.
-        fixed = f"{max(0, 1000 * fit['fixed']):.0f} ms"
-        then = "" if fit["rate"] is None else f" and then {fit['rate']:.3g} TFLOP/s"
+        fixed, rate = round(1000 * fit["fixed"]), "" if fit["rate"] is None else f"{fit['rate']:.3g} TFLOP/s"
+        # A line that begins below nothing tells of a rate that falls with size.
+        line = (
+            f"runs at {rate}, less {-fixed} ms" if fixed < 0 else f"takes {fixed} ms{f' and then {rate}' * bool(rate)}"
+        )
         told.append(
-            f"{fit['arm']} takes {fixed}{then}, its {len(shares)} cases within {min(shares):+.0%} and "
-            f"{max(shares):+.0%} of that line"
+            f"{fit['arm']} {line}, its {len(shares)} cases within {min(shares):+.0%} and {max(shares):+.0%} of that line"
         )
     text, batch = (
         f"{min(values)} to {max(values)}" if len(values) > 1 else f"{values[0]}" for values in (texts, batches)
