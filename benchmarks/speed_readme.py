@@ -65,7 +65,8 @@ def _growth(results: Mapping[str, Any], file: Path) -> str:
             f"runs at {rate}, less {-fixed} ms" if fixed < 0 else f"takes {fixed} ms{f' and then {rate}' * bool(rate)}"
         )
         told.append(
-            f"{fit['arm']} {line}, its {len(shares)} cases within {min(shares):+.0%} and {max(shares):+.0%} of that line"
+            f"{fit['arm']} {line}, its {len(shares)} cases within {min(shares):+.0%} and {max(shares):+.0%} of that "
+            "line"
         )
     text, batch = (
         f"{min(values)} to {max(values)}" if len(values) > 1 else f"{values[0]}" for values in (texts, batches)
