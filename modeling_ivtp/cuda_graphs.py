@@ -77,7 +77,7 @@ class Graphs:
         )
 
     def run(
-        self, module: Any, what: Hashable, function: Function, inputs: Mapping[str, torch.Tensor], working: int = 0
+        self, module: Any, what: Hashable, function: Function, inputs: Mapping[str, torch.Tensor], taken: int = 0
     ) -> Any:
         """What a function makes of inputs, by replaying it.
 
@@ -90,8 +90,8 @@ class Graphs:
             Everything besides shapes that the function depends on.
         function : callable
         inputs : mapping of str to Tensor
-        working : int, default 0
-            Bytes that the work takes at a time, besides weights and outputs; the caller's estimate.
+        taken : int, default 0
+            Bytes that the work and its outputs take besides the weights; the caller's estimate.
 
         Returns
         -------
@@ -114,14 +114,14 @@ class Graphs:
                 return recorded.run(inputs)
             sights = self._seen.pop(key, 0) + 1
             if sights >= self._sights:
-                return self._first(module, key, function, inputs, working)
+                return self._first(module, key, function, inputs, taken)
             self._seen[key] = sights
             while len(self._seen) > 16 * max(1, self.limit):
                 del self._seen[next(iter(self._seen))]
             return None
 
     def _first(
-        self, module: nn.Module, key: Hashable, function: Function, inputs: Mapping[str, torch.Tensor], working: int
+        self, module: nn.Module, key: Hashable, function: Function, inputs: Mapping[str, torch.Tensor], taken: int
     ) -> Any:
         """Do the work and record it, where that can be."""
         parts, device = list(module.modules()), next(iter(inputs.values())).device
@@ -133,7 +133,8 @@ class Graphs:
             self._modules = [(one._modules, list(one._modules.values())) for one in parts]
             held = [tensors for one in parts for tensors in (one._parameters, one._buffers)]
             self._weights = [(tensors, _addresses(tensors)) for tensors in held]
-        if next(module.parameters(), None) is None or (self.automatic and not computes_from_weights(module, device)):
+        fits = not self.automatic or (computes_from_weights(module, device) and self.has_room(taken, device))
+        if not fits or next(module.parameters(), None) is None:
             self._refuse(key)
             return None
         if device not in self._memory:
@@ -144,12 +145,8 @@ class Graphs:
         except RuntimeError:
             self._refuse(key)  # who called gets the error without graphs, too, if it was not memory that ran out
             return None
-        packing = Packing(outputs)
-        if self.automatic and not self.has_room(packing.nbytes, working, device):
-            self._refuse(key)
-            return outputs
         try:
-            self._recorded[key] = self.record(function, inputs, packing, memory)
+            self._recorded[key] = self.record(function, inputs, Packing(outputs), memory)
         except torch.OutOfMemoryError:
             logger.warning("A prompt is not recorded as a CUDA graph, as memory ran out")
             self._refuse(key)
@@ -178,11 +175,10 @@ class Graphs:
         return outputs
 
     @staticmethod
-    def has_room(outputs: int, working: int, device: torch.device) -> bool:
-        """Whether bytes of outputs and of what is worked on are few beside a GPU's memory, and beside what is free."""
+    def has_room(taken: int, device: torch.device) -> bool:
+        """Whether so many bytes are few beside a GPU's memory, and beside what of it is free."""
         free, total = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        taken = outputs + working
         return taken <= total // AUTOMATIC_SHARE and 8 * taken <= free + unused
 
     def _refuse(self, key: Hashable) -> None:

@@ -4,7 +4,7 @@ A prompt is filled up on the right to the next of a few lengths, so that one rec
 is causal: nothing of the prompt sees what follows, and what follows is left out of the output and the cache.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from .cache_name import CACHE
 from .cuda_graphs import Graphs
 from .language_ivtp import PrunedDecoderOutput
 from .prompt_reading import PromptReading
-from .pruned_cache import fill, prepare_layers
+from .pruned_cache import fill, key_value_shape, prepare_layers
 from .visual_sequence import RowCounts, locate_images
 
 STEP = 8
@@ -33,6 +33,7 @@ class PromptReplay:
     config: Any
     graphs: Graphs
     applied_policy: Any
+    plan: Callable[[], Any]
     training: bool
 
     def replay_serves(self, inputs: Mapping[str, torch.Tensor | None], options: Mapping[str, Any]) -> bool:
@@ -51,10 +52,10 @@ class PromptReplay:
 
     def replay_images(self, encode: Any, pixel_values: torch.Tensor, what: Any) -> Any:
         """`encode(pixel_values=…)`, replayed; `what` is all it depends on besides. None: not replayed, or not yet."""
-        config = self.config.vision_config
-        working = _working_bytes(config, pixel_values.shape[0] * (self.config.num_patches + 1), pixel_values.dtype)
+        tokens = pixel_values.shape[0] * (self.config.num_patches + 1)
+        taken = _layer_bytes(self.config.vision_config, tokens, pixel_values.dtype)
         what = self._replayed("images", what)
-        return self.graphs.run(self, what, encode, {"pixel_values": pixel_values}, working)
+        return self.graphs.run(self, what, encode, {"pixel_values": pixel_values}, taken)
 
     def replay_prompt(
         self,
@@ -117,10 +118,8 @@ class PromptReplay:
         given = _given({**inputs, **parts})
         if not self.graphs.serve(given):
             return None
-        features, most = parts["features"], max(images)
-        tokens = length + most * (features.shape[1] - self.config.num_patches)
-        working = _working_bytes(text, len(images) * tokens, features.dtype)
-        told = self.graphs.run(self, self._replayed("prompt", images), forward, given, working)
+        taken = self._prompt_bytes(len(images), max(images), length + extra, parts["features"].dtype)
+        told = self.graphs.run(self, self._replayed("prompt", images), forward, given, taken)
         if told is None:
             return None
         cache = DynamicCache(config=text) if cache is None else cache
@@ -129,6 +128,15 @@ class PromptReplay:
         return PrunedDecoderOutput(
             last_hidden_state=told["hidden"][:, :length], kept_tokens=told["kept_tokens"][:, :length], **{CACHE: cache}
         )
+
+    def _prompt_bytes(self, rows: int, images: int, length: int, dtype: torch.dtype) -> int:
+        """About what a prompt takes: a layer's work, the KV cache, and hidden states as long as the prompt was."""
+        text, plan = self.config.text_config, self.plan()
+        words = length - images * plan.patches
+        tokens = [words + images * left for left in plan.decoder_layer_tokens(text.num_hidden_layers)]
+        heads, width = key_value_shape(text)
+        held = 2 * heads * width * sum(tokens) + text.hidden_size * length
+        return _layer_bytes(text, rows * tokens[0], dtype) + rows * held * dtype.itemsize
 
     def _replayed(self, kind: str, what: Any) -> Any:
         """What a recording depends on besides shapes and weights."""
@@ -199,7 +207,7 @@ def _asks_the_device(config: Any, mask: torch.Tensor | None) -> bool:
     return flash or "dynamic" in rotary or rotary == "longrope"
 
 
-def _working_bytes(config: Any, tokens: int, dtype: torch.dtype) -> int:
+def _layer_bytes(config: Any, tokens: int, dtype: torch.dtype) -> int:
     """About what a layer holds at a time of so many tokens."""
     return tokens * (4 * config.hidden_size + 3 * config.intermediate_size) * dtype.itemsize
 

@@ -62,8 +62,8 @@ class StandinGraphs(Graphs):
         return function(**inputs)
 
     @staticmethod
-    def has_room(outputs, working, device):
-        return outputs + working < 2**20
+    def has_room(taken, device):
+        return taken < 2**20
 
 
 class Baked(Standin):
@@ -625,7 +625,10 @@ def test_unasked_small_work_is_replayed(unasked):
 
 
 def test_unasked_large_outputs_are_not(unasked, monkeypatch):
-    monkeypatch.setattr(StandinGraphs, "has_room", staticmethod(lambda outputs, working, device: outputs < 2**13))
+    asked = []
+    monkeypatch.setattr(
+        StandinGraphs, "has_room", staticmethod(lambda taken, device: asked.append(taken) or taken < 2**16)
+    )
     plain = tiny_model()
     for seed in range(4):
         assert torch.equal(answer(unasked, prompt(ROWS, seed=seed)), answer(plain, prompt(ROWS, seed=seed)))
@@ -636,6 +639,10 @@ def test_unasked_large_outputs_are_not(unasked, monkeypatch):
     for seed in range(4):
         answer(unasked, prompt(ROWS, seed=seed))
     assert prompts_of(unasked)
+    # What it was said to take is what it puts out and some more.
+    images, prompts = (recorded.packing.nbytes for recorded in unasked.model.graphs._recorded.values())
+    assert images < asked[0]
+    assert prompts < asked[1] < 4 * prompts
 
 
 class Doubling(torch.nn.Linear):
@@ -721,7 +728,7 @@ def test_a_recording_calls_cuda_as_it_is(cuda):
     def function(hidden):
         return {"out": module(hidden), "none": None}
 
-    told = [graphs.run(module, "it", function, {"hidden": hidden}, working=64) for _ in range(4)]
+    told = [graphs.run(module, "it", function, {"hidden": hidden}, taken=64) for _ in range(4)]
     assert told[0] is None
     assert all(torch.equal(one["out"], module(hidden)) for one in told[1:])
     assert cuda.graph.call_args.kwargs["capture_error_mode"] == "thread_local"
@@ -729,7 +736,7 @@ def test_a_recording_calls_cuda_as_it_is(cuda):
     assert recorded.graph.replay.call_count == recorded.runs == 2
 
 
-@pytest.mark.parametrize(("free", "total"), [(2**20, 64), (512, 2**20)])
+@pytest.mark.parametrize(("free", "total"), [(2**20, 4095), (511, 2**20)])
 @torch.no_grad()
 def test_unasked_work_that_is_large_beside_a_gpu_is_not_recorded(cuda, free, total):
     graphs, module, hidden = Graphs(2, automatic=True), torch.nn.Linear(4, 4), torch.ones(2, 4)
