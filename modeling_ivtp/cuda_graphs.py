@@ -106,7 +106,7 @@ class Graphs:
             key = (what, _switches(), shapes)
             if not all(map(_unchanged, self._modules)) or not all(map(_in_place, self._weights)):
                 self.forget()
-            if key in self._refused or is_patched([module, *self._parts]):
+            if not self.limit or key in self._refused or is_patched([module, *self._parts]):
                 return None
             recorded = self._recorded.pop(key, None)
             if recorded is not None:

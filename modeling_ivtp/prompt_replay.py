@@ -53,7 +53,7 @@ class PromptReplay:
     def replay_images(self, encode: Any, pixel_values: torch.Tensor, what: Any) -> Any:
         """`encode(pixel_values=…)`, replayed; `what` is all it depends on besides. None: not replayed, or not yet."""
         tokens = pixel_values.shape[0] * (self.config.num_patches + 1)
-        taken = _layer_bytes(self.config.vision_config, tokens, pixel_values.dtype)
+        taken = layer_bytes(self.config.vision_config, tokens, pixel_values.dtype.itemsize, matrices=2)
         what = self._replayed("images", what)
         return self.graphs.run(self, what, encode, {"pixel_values": pixel_values}, taken)
 
@@ -136,7 +136,7 @@ class PromptReplay:
         tokens = [words + images * left for left in plan.decoder_layer_tokens(text.num_hidden_layers)]
         heads, width = key_value_shape(text)
         held = 2 * heads * width * sum(tokens) + text.hidden_size * length
-        return _layer_bytes(text, rows * tokens[0], dtype) + rows * held * dtype.itemsize
+        return layer_bytes(text, rows * tokens[0], dtype.itemsize) + rows * held * dtype.itemsize
 
     def _replayed(self, kind: str, what: Any) -> Any:
         """What a recording depends on besides shapes and weights."""
@@ -207,9 +207,9 @@ def _asks_the_device(config: Any, mask: torch.Tensor | None) -> bool:
     return flash or "dynamic" in rotary or rotary == "longrope"
 
 
-def _layer_bytes(config: Any, tokens: int, dtype: torch.dtype) -> int:
-    """About what a layer holds at a time of so many tokens."""
-    return tokens * (4 * config.hidden_size + 3 * config.intermediate_size) * dtype.itemsize
+def layer_bytes(config: Any, tokens: int, value_bytes: int, matrices: int = 3) -> int:
+    """About what a layer with an MLP of so many `matrices` holds at a time of so many tokens."""
+    return tokens * (4 * config.hidden_size + matrices * config.intermediate_size) * value_bytes
 
 
 def _longer(inputs: Mapping[str, torch.Tensor | None], extra: int) -> dict[str, torch.Tensor | None]:

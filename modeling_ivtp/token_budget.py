@@ -4,6 +4,7 @@ The paper prunes every three layers from 576 to 64 tokens but does not print the
 ratio per group, with a hand-over of 120 between the stages, reproduces its FLOPs (Tables 3 and 9).
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,22 +72,21 @@ class PruningPlan:
         return self.decoder[-1].keep if self.decoder else self.tower_tokens
 
     def tower_layer_tokens(self, num_layers: int) -> tuple[int, ...]:
-        """Patches of one image that each of the `num_layers` tower layers sees; a group drops behind its last one."""
-        counts: list[int] = []
-        tokens = self.patches
-        for group in self.tower:
-            counts += [tokens] * (group.last + 1 - len(counts))
-            tokens = min(tokens, group.keep)
-        return tuple(counts + [tokens] * (num_layers - len(counts)))
+        """Patches of one image that each of the `num_layers` tower layers sees."""
+        return _layer_tokens(self.tower, self.patches, num_layers)
 
     def decoder_layer_tokens(self, num_layers: int) -> tuple[int, ...]:
         """Visual tokens of one image that each of the `num_layers` decoder layers sees, and its KV cache holds."""
-        counts: list[int] = []
-        tokens = self.tower_tokens
-        for group in self.decoder:
-            counts += [tokens] * (group.last + 1 - len(counts))
-            tokens = group.keep
-        return tuple(counts + [tokens] * (num_layers - len(counts)))
+        return _layer_tokens(self.decoder, self.tower_tokens, num_layers)
+
+
+def _layer_tokens(groups: Iterable[Group], tokens: int, num_layers: int) -> tuple[int, ...]:
+    """What each layer sees of `tokens` that come to the first; a group drops behind its last layer."""
+    counts: list[int] = []
+    for group in groups:
+        counts += [tokens] * (group.last + 1 - len(counts))
+        tokens = min(tokens, group.keep)
+    return tuple(counts + [tokens] * (num_layers - len(counts)))
 
 
 def geometric_schedule(start: int, end: int, groups: int) -> tuple[int, ...]:

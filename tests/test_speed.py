@@ -207,6 +207,15 @@ def test_memory_that_runs_out_keeps_what_was_measured(model: Any, monkeypatch: p
     assert "Memory ran out at batch 2" in markdown(told)
 
 
+def test_a_model_without_a_text_tower_is_timed() -> None:
+    config = load_shape("tiny")
+    config.clip_text_config = None
+    settings = Settings(arms=("ivtp@64",), new_tokens=2, repeats=1)
+    rows = bench(config, settings, device=CPU)
+    assert [row["arm"] for row in rows] == ["stock", "ivtp@64"]
+    assert all(row["products"]["seconds"] > 0 for row in rows)
+
+
 def test_a_run_that_is_cut_short_loses_no_case(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

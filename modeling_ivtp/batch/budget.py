@@ -11,6 +11,7 @@ import torch
 from ..flops.formula import kv_cache_bytes
 from ..hub.folder import human_bytes
 from ..hub.weights import Checkpoint
+from ..prompt_replay import layer_bytes
 from ..speed.models import DTYPES
 
 _SHARE = {"cuda": 0.8, "cpu": 0.5}
@@ -39,10 +40,10 @@ class Cost:
         text, vision = self._config.text_config, self._config.vision_config
         cache = sum(kv_cache_bytes(self._config, [length + self._new] * text.num_hidden_layers, self._bytes))
         # Two decoder layers, and a mask; the last token's scores in float32, and once more while one is chosen.
-        passing = 2 * length * (4 * text.hidden_size + 3 * text.intermediate_size) * self._bytes
+        passing = 2 * layer_bytes(text, length, self._bytes)
         row = cache + passing + length * length * self._bytes + 2 * text.vocab_size * 4
         places = self._config.num_patches + 1
-        tower = 2 * places * (4 * vision.hidden_size + 2 * vision.intermediate_size) * self._bytes
+        tower = 2 * layer_bytes(vision, places, self._bytes, matrices=2)
         # The picture itself, and the map of attention that a group's rolling out carries along, in float32.
         return int(rows * row + images * (tower + 4 * places * places + 3 * 4 * vision.image_size**2))
 

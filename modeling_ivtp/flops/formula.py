@@ -62,15 +62,18 @@ def tower_depth(config: Any, plan: PruningPlan, policy: Policy | None) -> int:
 def tower_flops(config: Any, plan: PruningPlan, layers: int) -> int:
     """The first `layers` layers of the vision tower for one image, CLS included."""
     vision = config.vision_config
-    tops = {group.last: group for group in plan.tower}
-    total, tokens = 0, config.num_patches
-    for layer in range(layers):
-        group = tops.get(layer)
-        left = tokens if group is None else min(tokens, group.keep)
-        early = left + 1 if group is not None and group.middle else None
-        total += layer_flops(tokens + 1, vision.hidden_size, vision.intermediate_size, matrices=2, mlp_tokens=early)
-        tokens = left
-    return total
+    middle = {group.last for group in plan.tower if group.middle}
+    tokens = plan.tower_layer_tokens(layers + 1)
+    return sum(
+        layer_flops(
+            tokens[layer] + 1,
+            vision.hidden_size,
+            vision.intermediate_size,
+            matrices=2,
+            mlp_tokens=tokens[layer + 1] + 1 if layer in middle else None,
+        )
+        for layer in range(layers)
+    )
 
 
 def patch_embedding_flops(config: Any) -> int:

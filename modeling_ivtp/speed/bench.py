@@ -217,8 +217,9 @@ def _prunes_nothing(arm: str) -> bool:
 
 def _products(model: Any, settings: Settings, batch: int, text_tokens: int) -> dict[str, dict[str, Any]]:
     """What the matrix products of stock and of IVTP's budgets take by themselves."""
-    words = settings.spoken(text_tokens)
-    words += 2 * -(-words // (model.config.clip_text_config.max_position_embeddings - 2))
+    words, clip = settings.spoken(text_tokens), model.config.clip_text_config
+    if clip is not None:
+        words += 2 * -(-words // (clip.max_position_embeddings - 2))  # every window begins and ends
     works = {STOCK: products(model, None, batch=batch, text_tokens=text_tokens, words=0)}
     for arm in map(_plain, settings.named):
         if not _prunes_nothing(arm) and split(arm)[0] == "ivtp":

@@ -11,6 +11,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from ..flops.formula import kv_cache_bytes
 from ..hub.folder import human_bytes
 from ..modeling_ivtp import IVTPLlavaForConditionalGeneration
+from ..prompt_replay import layer_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _OURS = ("pruning", "clip_text_config", "auto_map", "model_type", "architectures")
@@ -92,7 +93,7 @@ def bytes_needed(config: Any, *, dtype: torch.dtype, batch: int, text_tokens: in
         weights = sum(p.numel() for p in IVTPLlavaForConditionalGeneration._from_config(config).parameters())
     text, length = config.text_config, config.num_patches + text_tokens
     cache = sum(kv_cache_bytes(config, [length + new_tokens] * text.num_hidden_layers, dtype.itemsize))
-    passing = 2 * length * (4 * text.hidden_size + 3 * text.intermediate_size) * dtype.itemsize
+    passing = 2 * layer_bytes(text, length, dtype.itemsize)
     return weights * dtype.itemsize + batch * (cache + passing)
 
 

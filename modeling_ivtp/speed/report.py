@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -196,11 +196,13 @@ def write(results: Mapping[str, Any], out: Path, file: Path | None = None) -> Pa
         free = out / f"{stem}.json"
         file = None if free.exists() else free
         number += 1
-    picture = file.with_suffix(".part.png")
-    plot(results).savefig(picture, dpi=144)
-    picture.replace(file.with_suffix(".png"))
-    for suffix, text in ((".md", markdown(results)), (".json", json.dumps(results, indent=1) + "\n")):
+    saves: dict[str, Callable[[Path], Any]] = {
+        ".png": lambda part: plot(results).savefig(part, dpi=144),
+        ".md": lambda part: part.write_text(markdown(results)),
+        ".json": lambda part: part.write_text(json.dumps(results, indent=1) + "\n"),
+    }
+    for suffix, save in saves.items():
         part = file.with_suffix(f".part{suffix}")
-        part.write_text(text)
+        save(part)
         part.replace(file.with_suffix(suffix))
     return file
