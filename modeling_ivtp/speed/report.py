@@ -149,9 +149,13 @@ def plot(results: Mapping[str, Any]) -> Any:
             x, colour = [row[axis] for row in points], _COLOURS[number % len(_COLOURS)]
             y, low, high = zip(*(row[part]["speed_up"] for row in points), strict=True)
             axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+            alone = len(points) == 1  # no line and no area is seen of one point
+            if alone:
+                axes.plot([*x, *x], [*low, *high], color=colour, alpha=0.4, lw=5, solid_capstyle="butt")
             axes.plot(x, y, color=colour, marker="o", ms=4, lw=2, label=f"{arm}, batch {held}" if several else arm)
             if part == "prefill":
-                axes.plot(x, [row["implied"] for row in points], color=colour, lw=1, ls=":")
+                implied = [row["implied"] for row in points]
+                axes.plot(x, implied, color=colour, lw=1, ls=":", marker="_" if alone else None, ms=16)
         every = sorted({row[axis] for row in rows})
         axes.set_xticks(every, [str(value) for value in every])
         axes.xaxis.set_minor_locator(NullLocator())
@@ -160,8 +164,8 @@ def plot(results: Mapping[str, Any]) -> Any:
     panels[0].set_ylabel("times as fast as stock", color=_MUTED)
     panels[1].legend(frameon=False, labelcolor=_INK)
     figure.suptitle(
-        f"{results['shape']}, {results['machine']['device']}; dotted: what FLOPs imply", x=0.01, ha="left", fontsize=10,
-        color=_MUTED,
+        f"{results['shape']}, {results['machine']['device']}; dotted or dash: what FLOPs imply",
+        x=0.01, ha="left", fontsize=10, color=_MUTED,
     )  # fmt: skip
     return figure
 
