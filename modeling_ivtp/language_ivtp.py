@@ -286,11 +286,15 @@ class GroupedDecoder:
         cache : Cache
             A pruned one.
         """
+        return self._masks(layer_segments(cache), inputs_embeds, attention_mask, cache)
+
+    def _masks(
+        self, segments: list[tuple[int, int]], hidden: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache
+    ) -> dict[int, Any]:
+        new = hidden.shape[1]
         return {
-            first: self._causal_mask(
-                inputs_embeds, padding_mask(cache.layers[first], attention_mask, inputs_embeds.shape[1]), cache, first
-            )
-            for first, _ in layer_segments(cache)
+            first: self._causal_mask(hidden, padding_mask(cache.layers[first], attention_mask, new), cache, first)
+            for first, _ in segments
         }
 
     def _continue(
@@ -303,12 +307,13 @@ class GroupedDecoder:
         kwargs: dict[str, Any],
     ) -> torch.Tensor:
         """Tokens behind a pruned prompt: nothing is dropped, but masks and positions differ between layers."""
+        segments = layer_segments(cache)
         masks = attention_mask
         if not isinstance(masks, dict):
-            masks = self.masks_for_pruned_cache(hidden, attention_mask, cache)
+            masks = self._masks(segments, hidden, attention_mask, cache)
         rotary, known_shift = None, None
         layers, options = self._steps(cache, kwargs)
-        for first, last in layer_segments(cache):
+        for first, last in segments:
             shift = cache.layers[first].layout.position_shift
             if rotary is None or shift is not known_shift:
                 positions = position_ids if shift is None else position_ids - shift.to(position_ids.device)

@@ -1,5 +1,6 @@
 """LLaVA with instruction-guided visual token pruning: the two stages, wired into transformers' LLaVA."""
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -517,5 +518,9 @@ def _check_architecture(config: Any) -> None:
 
 
 register_weight_names()
+# `generate` asks for it at every step of a class that is published with its code.
+IVTPLlavaForConditionalGeneration.forward.__signature__ = inspect.signature(  # type: ignore[attr-defined]
+    IVTPLlavaForConditionalGeneration.forward
+)
 IVTPLlavaModel.register_for_auto_class("AutoModel")
 IVTPLlavaForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")

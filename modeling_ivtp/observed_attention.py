@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward, repeat_kv
 
-from .cache_name import CACHE, one_cache
+from .cache_name import one_cache
 from .group_rollout import AttentionRecord
 from .layer_watch import LayerWatch
 from .visual_sequence import VisualSequence
@@ -150,26 +150,25 @@ class Observation:
 class ObservedAttention:
     """Mixin for attention of LLaMA's layout: runs observers when an `Observation` is passed, else the stock code."""
 
-    def forward(
+    def forward(self, *args: Any, observation: Observation | LayerWatch | None = None, **kwargs: Any) -> Any:
+        """As the stock attention; with an `observation`, which is filled, for the observers too."""
+        # Every layer of every decoding step comes through here, so that nothing else is looked at.
+        if observation is None:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        return self._observe(observation, *args, **kwargs)
+
+    def _observe(
         self,
+        observation: Observation | LayerWatch,
         hidden_states: torch.Tensor,
         position_embeddings: Any = None,
         attention_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
-        observation: Observation | LayerWatch | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         attention: Any = self
         cache = one_cache(cache, past_key_values)
-        if observation is None:
-            return super().forward(  # type: ignore[misc]
-                hidden_states=hidden_states,
-                position_embeddings=position_embeddings,
-                attention_mask=attention_mask,
-                **{CACHE: cache},
-                **kwargs,
-            )
         shape = (*hidden_states.shape[:-1], -1, attention.head_dim)
         query = attention.q_proj(hidden_states).view(shape).transpose(1, 2)
         key = attention.k_proj(hidden_states).view(shape).transpose(1, 2)

@@ -1,13 +1,19 @@
 """What a prompt and a decoding step launch: no loop over rows, no look at the device, no work of pruning per token."""
 
 import functools
+import inspect
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import modeling_ivtp
 from tests.tiny import prompt, tiny_model
+
+OURS = str(Path(modeling_ivtp.__file__).parent)
 
 LOOKS = ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "nonzero", "cpu", "numpy", "__contains__")
 """Methods of a tensor that its host has to wait for."""
@@ -123,3 +129,37 @@ def test_a_padded_step_makes_a_mask_for_every_length(model, monkeypatch):
     padded = steps(model, inputs, 3, monkeypatch)
     assert padded[-1]["le"] == 3  # 9, 6 and 4 visual tokens
     assert whole[-1]["le"] == 0
+
+
+def called(model, inputs, new_tokens):
+    """Python functions that each step of an answer calls, as (file, function), and what comes before it."""
+    told = []
+
+    def begin(input_ids, scores, **kwargs):
+        told.append(Counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    def note(frame, event, argument):
+        if event == "call" and told:
+            told[-1][frame.f_code.co_filename, frame.f_code.co_name] += 1
+
+    sys.setprofile(note)
+    try:
+        with torch.no_grad():
+            model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, stopping_criteria=[begin])
+    finally:
+        sys.setprofile(None)
+    return told[:-1]
+
+
+def test_a_step_calls_one_function_of_ours_per_layer(model):
+    calls = called(model, prompt([[3, "image", 7]]), 4)[-1]
+    ours = {(Path(file).stem, name): count for (file, name), count in calls.items() if file.startswith(OURS)}
+    layers = model.config.text_config.num_hidden_layers
+    assert {name: count for name, count in ours.items() if count >= layers} == {
+        ("observed_attention", "forward"): layers
+    }
+    # The rest: masks for each of three lengths, and what is asked once.
+    assert ours["language_ivtp", "_causal_mask"] == 3
+    # transformers looks whether a published class still takes arguments of old: our forward has the answer ready.
+    assert not [name for file, name in calls if name == "_signature_from_function"]
