@@ -34,7 +34,7 @@ from modeling_ivtp.hub import answering
 from modeling_ivtp.hub.convert import convert
 from tests.checkpoints import PRUNING, clip_folder, llava_folder
 
-ROOT = Path(cli.__file__).parents[1]
+ROOT = Path(cli.__file__).parents[2]
 QUESTIONS = (
     "What is this?",
     "Is there a dog or a cat in the picture?",

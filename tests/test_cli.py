@@ -14,6 +14,9 @@ import torch
 from PIL import Image
 
 from modeling_ivtp import IVTPLlavaForConditionalGeneration, IVTPLlavaProcessor, cli
+from modeling_ivtp.cli import quality
+from modeling_ivtp.cli.generate import _comparison
+from modeling_ivtp.cli.tables import show
 from modeling_ivtp.hub import answering, convert
 from tests.checkpoints import PRUNING, clip_folder, llava_folder
 
@@ -58,7 +61,7 @@ def process(*arguments, **environment):
         [sys.executable, "-m", "modeling_ivtp.cli", *map(str, arguments)],
         capture_output=True,
         text=True,
-        cwd=Path(cli.__file__).parents[1],
+        cwd=Path(cli.__file__).parents[2],
         env=os.environ | environment,
     )
 
@@ -228,7 +231,7 @@ def test_compare(capsys, made):
 
 def test_an_answer_that_looks_like_markup_is_shown_as_it_is(capsys):
     answer = answering.Answer("[/INST] [red]", 3, 0.5, (4,), 7.0, 100)
-    cli._print(cli._comparison(answer, answer))
+    show(_comparison(answer, answer))
     assert capsys.readouterr().out.count("[/INST] [red]") == 2
 
 
@@ -432,5 +435,5 @@ def test_quality_says_what_it_takes_and_what_is_wrong(capsys, tmp_path):
 
 
 def test_quality_outside_of_a_clone_says_where_it_is(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "modeling_ivtp" / "cli.py"))
+    monkeypatch.setattr(quality, "__file__", str(tmp_path / "site-packages" / "modeling_ivtp" / "cli" / "quality.py"))
     assert "clone the repository" in fails(capsys, "quality")

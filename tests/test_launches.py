@@ -1,7 +1,6 @@
 """What a prompt and a decoding step launch: no loop over rows, no look at the device, no work of pruning per token."""
 
 import functools
-import inspect
 import sys
 from collections import Counter
 from pathlib import Path

@@ -1,0 +1,53 @@
+"""The command line, `ivtp`, and its commands in the order in which a person meets them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .batch import batch
+from .bench import bench
+from .convert import convert
+from .explain import explain
+from .flops import flops
+from .generate import generate
+from .options import Debug
+from .push import push
+from .quality import quality
+from .serve import serve
+
+app = typer.Typer(
+    name="ivtp",
+    help="LLaVA that answers from a fraction of its visual tokens: IVTP, instruction-guided visual token pruning.",
+    invoke_without_command=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        typer.echo(version("ivtp-llava"))
+        raise typer.Exit
+
+
+@app.callback()
+def _ivtp(
+    context: typer.Context,
+    debug: Debug = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+for command in (convert, push, serve, generate, batch, explain, flops, bench):
+    app.command()(command)
+# It has a parser of its own, which knows its options.
+app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(quality)

@@ -1,0 +1,91 @@
+"""`ivtp push`: a folder becomes a repository on the Hub."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from .options import Debug
+from .tables import new_table, show
+
+
+def push(
+    folder: Annotated[str, typer.Argument(help="Folder of an IVTP-LLaVA, as convert writes it.")],
+    repo_id: Annotated[str, typer.Argument(help="Where on the Hub: owner/name, or the name of one of your own.")],
+    card: Annotated[
+        str | None,
+        typer.Option(
+            help="Model card: a file, or one of hub_cards/ by name; by default that of the checkpoint's recipe.",
+            show_default=False,
+        ),
+    ] = None,
+    private: Annotated[
+        bool | None,
+        typer.Option("--private/--public", help="Of a repository that is made.", show_default="as the account has it"),
+    ] = None,
+    token: Annotated[
+        str | None, typer.Option(envvar="HF_TOKEN", help="By default the one of `hf auth login`.", show_default=False)
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch to commit to; made if there is none.", show_default="main")
+    ] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose it as a pull request.")] = False,
+    commit_message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload IVTP-LLaVA",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Lay out, check and show; stop before the network.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Publish a checkpoint on the Hub, with code, card and endpoint handler, in one commit."""
+    if not (dry_run or yes or sys.stdin.isatty()):
+        raise ValueError("nobody is there to ask; give --yes to upload, or --dry-run to look")
+    from ..hub.push import push as publish
+
+    def confirm(made: Any) -> bool:
+        _show_upload(made)
+        what = "the repository that is there" if made.exists else "a new repository"
+        return yes or typer.confirm(f"Upload to {what}, {made.repo_id}?")
+
+    done = publish(
+        folder,
+        repo_id,
+        confirm=confirm,
+        dry_run=dry_run,
+        card=card,
+        private=private,
+        token=token,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=commit_message,
+    )
+    if dry_run:
+        _show_upload(done)
+        typer.echo(f"would upload to {done.repo_id}; nothing was sent")
+    elif done.revision is None:
+        typer.echo("nothing was sent")
+    else:
+        typer.echo(f"uploaded: {done.url}")
+        typer.echo(f'pinned: from_pretrained("{done.repo_id}", revision="{done.revision}", trust_remote_code=True)')
+
+
+def _show_upload(made: Any) -> None:
+    from ..hub.folder import human_bytes
+
+    table = new_table("file", "bytes")
+    files = made.repository.files
+    for name, size in files.items():
+        table.add_row(name, human_bytes(size))
+    for name in made.removed:
+        table.add_row(name, "removed there")
+    table.add_row("all", human_bytes(sum(files.values())))
+    show(table)
+    typer.echo(f"card: {made.repository.card}")
+    if made.answer is None:
+        typer.echo("checked: weights and code fit; there is too little free memory here to load them")
+    else:
+        typer.echo(f"checked: a fresh process loads it and answers {made.answer!r}")
+    if made.repository.left_out:
+        typer.echo(f"stays here: {', '.join(made.repository.left_out)}")

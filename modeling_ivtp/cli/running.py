@@ -1,0 +1,80 @@
+"""Runs a command: whatever goes wrong is one line on standard error and exit status 1."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from .app import app
+from .options import state
+
+# Errors that say what the person can do about them; any other is a mistake of this program and says so.
+_EXPECTED = (ValueError, OSError, ImportError, RuntimeError, NotImplementedError)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status.
+
+    0: done. 1: an error, told in one line on standard error. 130: stopped by Ctrl-C.
+    """
+    state["debug"] = False
+    try:
+        with _warnings_as_lines():
+            status = app(arguments, prog_name="ivtp", standalone_mode=False)
+    except KeyboardInterrupt:
+        status = 130
+    except Exception as error:
+        if state["debug"]:
+            traceback.print_exc()
+        else:
+            print(f"ivtp: {_one_line(error)}", file=sys.stderr)
+        return 1
+    return status if isinstance(status, int) else 0
+
+
+def _one_line(error: BaseException) -> str:
+    """What went wrong, without line breaks and error numbers."""
+    text = str(error)
+    if hasattr(error, "format_message"):  # how typer and click word a wrong option
+        text = error.format_message()
+    elif isinstance(error, OSError) and error.strerror:
+        text = error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
+    text = " ".join(text.split()) or type(error).__name__
+    if isinstance(error, _EXPECTED) or hasattr(error, "format_message"):
+        return text
+    return f"{type(error).__name__}: {text} (this should not happen; --debug shows where)"
+
+
+def _warn(message: object) -> None:
+    print(f"ivtp: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    if issubclass(category, UserWarning):
+        _warn(message)
+
+
+class _LogHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        _warn(record.getMessage())
+
+
+@contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Whatever this package or a library warns of is one line of ours, be it a Python warning or one in the log."""
+    log, handler = logging.getLogger("modeling_ivtp"), _LogHandler(logging.WARNING)
+    propagated = log.propagate
+    log.addHandler(handler)
+    log.propagate = False
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            yield
+    finally:
+        log.removeHandler(handler)
+        log.propagate = propagated
