@@ -18,17 +18,28 @@ BEGIN, END = "<!-- speed: written by benchmarks/speed_readme.py -->", "<!-- /spe
 
 
 def excerpt(folder: Path = RESULTS) -> str:
-    """One table for each newest result of its name, a CPU's before a GPU's."""
+    """The newest result of every name: a table for each model and machine, a sentence for each of its other results."""
     newest: dict[str, Path] = {}
     for file in sorted(folder.glob("speed-*.json"), key=_age):
         told = json.loads(file.read_text())
         newest[name_of(told) + told["machine"]["device"]] = file
     every = [(json.loads(file.read_text()), file) for file in newest.values()]
     every.sort(key=lambda one: ("NVIDIA" in one[0]["machine"]["device"], one[0]["settings"]["label"], one[1].name))
-    tables = [_told(*one) for one in every if one[0]["settings"]["label"] not in _IN_SHORT]
-    short = [_IN_SHORT[label](*one) for one in every if (label := one[0]["settings"]["label"]) in _IN_SHORT]
+    told: list[str] = []
+    short: list[str] = []
+    shown: set[tuple[str, ...]] = set()
+    for results, file in every:
+        settings = results["settings"]
+        what = results["shape"], settings["dtype"], results["machine"]["device"]
+        if settings["label"] in _IN_SHORT:
+            short.append(_IN_SHORT[settings["label"]](results, file))
+        elif what in shown:
+            short.append(_brief(results, file))
+        else:
+            shown.add(what)
+            told.append(_told(results, file))
     head = "Times as fast as stock LLaVA with SDPA attention, on the same weights, run by turns.\n"
-    return "\n".join([BEGIN, head, *tables, *short, END])
+    return "\n".join([BEGIN, head, *told, *short, END])
 
 
 def _age(file: Path) -> tuple[str, int]:
@@ -42,6 +53,26 @@ def _where(results: Mapping[str, Any], file: Path) -> str:
     settings = results["settings"]
     link = f"{file.parent.relative_to(ROOT)}/{file.stem}.md"
     return f"[{results['shape']}, {settings['dtype']}, {results['machine']['device']}]({link})"
+
+
+def _brief(results: Mapping[str, Any], file: Path) -> str:
+    """What is told at length of another result of the same model and machine."""
+    rows = [row for row in results["rows"] if row["arm"] != "stock"]
+    answers = results["settings"]["new_tokens"]
+    parts = {"prefill": "", "decode": "decode per token ", "end_to_end": "end to end "}
+    if answers == 2:
+        del parts["decode"], parts["end_to_end"]  # a single step tells little
+
+    def told(arm: str) -> str:
+        of = [row for row in rows if row["arm"] == arm]
+        return ", ".join(
+            name + " / ".join(f"{row[part]['speed_up'][0]:.2f}" for row in of) for part, name in parts.items()
+        )
+
+    arms = "; ".join(f"{arm} {told(arm)}" for arm in dict.fromkeys(row["arm"] for row in rows))
+    batches = " / ".join(str(batch) for batch in dict.fromkeys(row["batch"] for row in rows))
+    kind = "Prefill" if answers == 2 else f"Prefill and answers of {answers} tokens"
+    return f"- {kind} at batch {batches}: {arms} ({_where(results, file)})."
 
 
 def _off(results: Mapping[str, Any], file: Path) -> str:
