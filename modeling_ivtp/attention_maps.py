@@ -36,19 +36,40 @@ def weighted_attention(
     -------
     float32 Tensor (B, M, K)
     """
-    _, heads, images, queries, _ = query.shape
-    if visible is None and images == 1 and is_served(query, key):
+    if visible is None and query.shape[2] == 1 and is_served(query, key):
         return fused_weighted_attention(weights[:, 0], query[:, :, 0], key, scale)[:, None]
-    result: torch.Tensor | None = None
+    maps = _maps(query, key, scale, visible)
+    return _over_heads([(weights[:, None, :, None] @ attention).squeeze(3) for attention in maps])
+
+
+def averaged_attention(
+    query: torch.Tensor, key: torch.Tensor, scale: float, visible: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Rows of the head-averaged attention map of Eq. 2, for so few queries that they may be written.
+
+    Parameters
+    ----------
+    query, key, scale, visible
+        As of `weighted_attention`.
+
+    Returns
+    -------
+    float32 Tensor (B, M, Q, K)
+    """
+    return _over_heads(list(_maps(query, key, scale, visible)))
+
+
+def _maps(query: torch.Tensor, key: torch.Tensor, scale: float, visible: torch.Tensor | None) -> Iterator[torch.Tensor]:
+    """Attention of some heads at a time: float32 (B, some heads, M, Q, K)."""
     for logits in map_heads(query.flatten(2, 3), key, scale):
-        logits = logits.unflatten(2, (images, queries))
+        logits = logits.unflatten(2, query.shape[2:4])
         if visible is not None:
             logits = logits.masked_fill_(~visible[:, None], float("-inf"))  # of nobody else's
-        attention = logits.softmax(-1, dtype=torch.float32)
-        part = (weights[:, None, :, None] @ attention).squeeze(3).sum(1)
-        result = part if result is None else result + part
-    assert result is not None
-    return result / heads
+        yield logits.softmax(-1, dtype=torch.float32)
+
+
+def _over_heads(parts: list[torch.Tensor]) -> torch.Tensor:
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).mean(1)
 
 
 def map_heads(query: torch.Tensor, key: torch.Tensor, scale: float) -> Iterator[torch.Tensor]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .attention_maps import weighted_attention
+from .attention_maps import averaged_attention, weighted_attention
 from .token_budget import Group
 
 
@@ -110,9 +110,8 @@ def _on_tracked(row: torch.Tensor, columns: torch.Tensor | None) -> torch.Tensor
 
 def reference_row(record: AttentionRecord) -> torch.Tensor:
     """The reference token's row of a layer's attention map, over the tracked tokens: float32 (B, M, 1 + k)."""
-    weights = record.query.new_ones(*record.query.shape[:1], record.query.shape[2], 1, dtype=torch.float32)
     visible = None if record.visible is None else record.visible[:, :, :1]
-    row = weighted_attention(weights, record.query[:, :, :, :1], record.key, record.scale, visible)
+    row = averaged_attention(record.query[:, :, :, :1], record.key, record.scale, visible)[:, :, 0]
     return _on_tracked(row, record.columns)
 
 
@@ -140,7 +139,7 @@ def roll_down(row: torch.Tensor, record: AttentionRecord, *, residual: bool) -> 
     else:
         product = weighted_attention(row, record.query, record.key, record.scale, record.visible)
         product = _on_tracked(product, record.columns)
-    return (product + row) / 2 if residual else product
+    return torch.lerp(product, row, 0.5) if residual else product
 
 
 def rollout(records: list[AttentionRecord]) -> torch.Tensor:
@@ -153,7 +152,7 @@ def rollout(records: list[AttentionRecord]) -> torch.Tensor:
     row = reference_row(records[-1])
     if len(records) > 1:
         row = row / 2
-        row[..., 0] += 0.5  # of the reference token itself, through the residual connection
+        row[..., 0].add_(0.5)  # of the reference token itself, through the residual connection
     for depth in range(len(records) - 2, -1, -1):
         row = roll_down(row.to(records[depth].key.device), records[depth], residual=depth > 0)
     return row

@@ -216,8 +216,9 @@ class VisualSequence:
 
 def _align_right(stay: torch.Tensor, size: int, full: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Columns to gather (B, n'), where each old column goes (B, n), and which new ones are tokens; `full`: all are."""
-    rank = stay.long().cumsum(1)
-    target = torch.where(stay, rank - 1 + (size - rank[:, -1:]), size)
+    rank = stay.cumsum(1)
+    place = rank - 1 if full else rank - 1 + (size - rank[:, -1:])
+    target = torch.where(stay, place, size)
     source = torch.arange(stay.shape[1], device=stay.device).expand_as(target)
     index = torch.zeros(stay.shape[0], size + 1, dtype=torch.int64, device=stay.device).scatter(1, target, source)
     valid = None if full else torch.arange(size, device=stay.device) >= size - rank[:, -1:]
