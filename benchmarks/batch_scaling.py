@@ -34,6 +34,11 @@ from modeling_ivtp.batch.progress import Counter
 from modeling_ivtp.hub.tables import markdown_table
 from modeling_ivtp.speed.bench import machine
 
+_TWO = "two processes of one thread"
+_KINDS = (("of one thread", 1, 1), ("of all threads", 1, None), (_TWO, 2, 1))
+"""What is timed by turns, the number of processes, and the threads of each. Two of one thread use as many cores as one
+of all does on two: the first ratio tells what a second process is worth, the second what it is worth here."""
+
 NEW_TOKENS, BATCH, SHARD, MEMORY = 8, 8, 16, "2GB"
 
 
@@ -59,16 +64,17 @@ def command(data: Path, model: Path, out: Path, processes: int) -> list[str]:
     return [*launch, *batch, "--batch-size", str(BATCH), "--shard-rows", str(SHARD), "--no-progress"]
 
 
-def start(arguments: list[str]) -> subprocess.Popen[bytes]:
-    """A run whose processes have one thread each."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+def start(arguments: list[str], threads: int | None = 1) -> subprocess.Popen[bytes]:
+    """A run whose processes have so many threads each; None: as many as PyTorch takes."""
+    told = {} if threads is None else {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    environment = os.environ | told
     return subprocess.Popen(
         arguments, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
     )
 
 
-def timed(arguments: list[str], out: Path) -> dict[str, float]:
-    """Run to the end.
+def timed(arguments: list[str], out: Path, threads: int | None = 1) -> dict[str, float]:
+    """Run to the end, with so many threads in each process.
 
     Returns
     -------
@@ -77,7 +83,7 @@ def timed(arguments: list[str], out: Path) -> dict[str, float]:
         out imports and loading.
     """
     began, claimed = time.time(), 0.0
-    process = start(arguments)
+    process = start(arguments, threads)
     while process.poll() is None:
         if not claimed and next((out / "_unfinished").glob("0*.lock"), None):
             claimed = time.time()
@@ -148,7 +154,7 @@ def same(first: Path, second: Path) -> bool:
 
 
 def measure(model: Path, rows: int, pairs: int, kills: int, seed: int) -> dict[str, Any]:
-    """Time one process and two by turns, and kill a run of two."""
+    """Time one process of one thread, one of all, and two of one by turns, and kill a run of two."""
     with tempfile.TemporaryDirectory() as folder:
         data = write_data(Path(folder) / "data", rows)
         reference = Path(folder) / "reference"
@@ -157,12 +163,12 @@ def measure(model: Path, rows: int, pairs: int, kills: int, seed: int) -> dict[s
         times, agree = [], []
         for pair in range(pairs):
             of_pair = {}
-            for processes in (1, 2) if pair % 2 == 0 else (2, 1):
-                out = Path(folder) / f"{pair}-{processes}"
-                of_pair[processes] = timed(command(data, model, out, processes), out)
+            for kind, processes, threads in _KINDS if pair % 2 == 0 else reversed(_KINDS):
+                out = Path(folder) / f"{pair}-{kind.replace(' ', '-')}"
+                of_pair[kind] = timed(command(data, model, out, processes), out, threads)
                 agree.append(same(reference, out))
-                print(f"pair {pair + 1} of {pairs}, {processes} process(es): {of_pair[processes]}", file=sys.stderr)
-            times.append({str(processes): taken for processes, taken in of_pair.items()})
+                print(f"turn {pair + 1} of {pairs}, {kind}: {of_pair[kind]}", file=sys.stderr)
+            times.append(of_pair)
         out = Path(folder) / "killed"
         told = killed(data, model, out, rows, kills, undisturbed, seed) if kills else {"kills": []}
         numbers = pq.read_table(out)["row"].to_pylist() if kills else []
@@ -176,9 +182,9 @@ def measure(model: Path, rows: int, pairs: int, kills: int, seed: int) -> dict[s
         }
 
 
-def ratios(pairs: list[Mapping[str, Any]], what: str) -> list[float]:
-    """How much faster two processes are, in each pair."""
-    return [pair["1"][what] / pair["2"][what] for pair in pairs]
+def ratios(pairs: list[Mapping[str, Any]], kind: str, what: str) -> list[float]:
+    """How much faster two processes are than one of some kind, in each pair."""
+    return [pair[kind][what] / pair[_TWO][what] for pair in pairs]
 
 
 def markdown(results: Mapping[str, Any]) -> str:
@@ -187,18 +193,19 @@ def markdown(results: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in machine_["versions"].items())
     lines = [
         f"# Batches by two processes, {results['date']}\n",
-        f"{machine_['device']}, {machine_['cpus']} CPUs, one thread per process, load average {results['load']:.2f} "
+        f"{machine_['device']}, {machine_['cpus']} CPUs, load average {results['load']:.2f} "
         f"before; {versions}; the miniature in float32, {results['rows']} rows, batches of up to {BATCH}.\n",
         f"`{results['command']}`\n",
     ]
     if pairs:
         rows = []
         for name, what in (("the whole command", "seconds"), ("answering alone", "answering")):
-            found = ratios(pairs, what)
-            one, two = (statistics.median(pair[number][what] for pair in pairs) for number in ("1", "2"))
-            spread = f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
-            rows.append((name, f"{one:.1f}", f"{two:.1f}", spread))
-        header = ("", "one process, s", "two, s", f"times as fast, median of {len(pairs)} pairs (least to most)")
+            for kind, *_ in _KINDS[:-1]:
+                found = ratios(pairs, kind, what)
+                one, two = (statistics.median(pair[number][what] for pair in pairs) for number in (kind, _TWO))
+                spread = f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
+                rows.append((name, kind, f"{one:.1f}", f"{two:.1f}", spread))
+        header = ("", "one process", "s", f"{_TWO}, s", f"times as fast, median of {len(pairs)} turns (least to most)")
         agreed = "same bytes" if results["all_runs_wrote_the_same_bytes"] else "NOT the same bytes"
         lines += [markdown_table(header, rows), f"All runs wrote the {agreed}.\n"]
     if told["kills"]:

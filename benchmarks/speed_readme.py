@@ -119,6 +119,8 @@ def _choosing(results: Mapping[str, Any]) -> str:
         return ""
     choosing, words = (sorted(row[share] for row in rows) for share in ("selection_share", "words_share"))
     launched = ", where they are launched and not replayed," if "NVIDIA" in results["machine"]["device"] else ""
+    if not all(row.get("in_layers") for row in rows):
+        launched += " (what observers do within layers left out)"
     return (
         f"Scoring and selecting take {choosing[0]:.1%} to {choosing[-1]:.1%} of these prefills{launched} and CLIP's "
         f"text tower {words[0]:.1%} to {words[-1]:.1%}. "

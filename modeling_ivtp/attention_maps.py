@@ -104,6 +104,11 @@ def map_heads(query: torch.Tensor, key: torch.Tensor, scale: float) -> Iterator[
             yield logits.view(batch, -1, queries, keys)
 
 
+def add_heads(total: torch.Tensor, attention: torch.Tensor) -> None:
+    """Add maps (B, some heads, N, N) to a total (B, N, N): what scoring costs a layer that makes its maps anyway."""
+    total += attention.sum(1)
+
+
 def attend_with_map(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,7 +133,7 @@ def attend_with_map(
     for logits in map_heads(query, key, scale):
         attention = logits.softmax(-1, dtype=torch.float32)
         last = first + attention.shape[1]
-        averaged += attention.sum(1)
+        add_heads(averaged, attention)
         output[:, :, first:last] = (attention.to(value.dtype) @ value[:, first:last]).transpose(1, 2)
         first = last
     return output, averaged / heads

@@ -263,6 +263,7 @@ BAD = [
     ({"question": "  "}, "row 7: the prompt is empty"),
     ({"question": "<image> and <image>?"}, "row 8: the prompt has 2 <image>, but there are 1 images"),
     ({"question": 5}, "row 9: the prompt is no text, but int 5"),
+    ({"question": "what \ud83d"}, "row 10: the prompt holds half of a character: 'what \\ud83d'"),
 ]
 
 
@@ -282,7 +283,15 @@ def test_a_bad_row_is_an_error_row_and_the_others_go_on(capsys, made, loaded, tm
     assert rows[-3]["answer"] == rows[-2]["answer"] == alone(made, picture)[0]
     assert rows[-1]["answer"] == alone(made, picture | {"image": []})[0]
     cli.main(arguments(made, tmp_path / "out", data=path))
-    assert "13 rows, 10 of them errors" in capsys.readouterr().out
+    assert "14 rows, 11 of them errors" in capsys.readouterr().out
+
+
+def test_an_id_that_no_file_takes_is_an_error_row(capsys, made, loaded, tmp_path):
+    sound = {"image": "pictures/1.png", "question": QUESTIONS[0]}
+    path = write_rows(made.root / "ids.jsonl", [sound | {"id": "a\ud800"}, sound | {"id": "b"}])
+    broken, whole = batch(capsys, made, tmp_path / "out", "--id-column", "id", data=path)
+    assert (broken["id"], broken["error"]) == (None, "row 0: the id holds half of a character: 'a\\ud800'")
+    assert (whole["id"], whole["error"]) == ("b", None)
 
 
 @pytest.mark.parametrize(
@@ -313,10 +322,12 @@ def test_data_that_cannot_be_read(capsys, made, tmp_path):
     (tmp_path / "torn.json").write_text('[{"image": "a.png", "question": "What?"}, {"image": ')
     assert "torn.json is damaged: Expecting value" in fails(capsys, made, tmp_path / "out", data=tmp_path / "torn.json")
     (tmp_path / "lines.jsonl").write_text("\n\n")
-    assert "lines.jsonl has no column 'image'" in fails(capsys, made, tmp_path / "out", data=tmp_path / "lines.jsonl")
+    assert "lines.jsonl has no rows" in fails(capsys, made, tmp_path / "out", data=tmp_path / "lines.jsonl")
     (tmp_path / "empty.jsonl").touch()
     assert "empty.jsonl is empty" in fails(capsys, made, tmp_path / "out", data=tmp_path / "empty.jsonl")
     assert "has no rows" in fails(capsys, made, tmp_path / "out", "--split", "train[:0]")
+    pq.write_table(pa.table({"image": pa.array([], pa.string())}), tmp_path / "none.parquet")
+    assert "none.parquet has no rows" in fails(capsys, made, tmp_path / "out", data=tmp_path / "none.parquet")
     none = datasets.Dataset.from_dict({"image": [], "question": []})
     with pytest.raises(ValueError, match="x has no rows"):
         Data(none, "x", tmp_path, image_column="image", prompt_column="question")
@@ -327,6 +338,14 @@ def test_data_that_cannot_be_read(capsys, made, tmp_path):
     assert "has no split 'test'; it has: train" in fails(
         capsys, made, tmp_path / "out", "--split", "test", data=tmp_path / "splits"
     )
+
+
+def test_answers_do_not_become_data(capsys, made, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    shutil.copy(made.root / "pictures/0.png", tmp_path / "pictures")
+    inside = tmp_path / "pictures" / "answers"
+    assert "answers would become data" in fails(capsys, made, inside, "-p", "What?", data=tmp_path / "pictures")
+    assert not inside.exists()
 
 
 def test_a_folder_of_something_else_is_left_alone(capsys, made, tmp_path):

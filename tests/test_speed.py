@@ -11,15 +11,18 @@ from transformers import LlavaForConditionalGeneration
 
 from benchmarks.quality.readme import ROOT, filled
 from benchmarks.speed_readme import excerpt
+from modeling_ivtp import attention_maps
 from modeling_ivtp.cli import main
 from modeling_ivtp.flops import load_shape
 from modeling_ivtp.flops.formula import kv_cache_bytes
+from modeling_ivtp.observed_attention import Observation
 from modeling_ivtp.speed import bench as speed_bench
-from modeling_ivtp.speed.bench import Settings, bench
+from modeling_ivtp.speed.bench import Settings, bench, check_largest
 from modeling_ivtp.speed.growth import growth
 from modeling_ivtp.speed.models import bytes_needed, check_room, prompt, random_model, stock_twin
 from modeling_ivtp.speed.products import products, seconds
 from modeling_ivtp.speed.report import markdown, reached
+from modeling_ivtp.speed.stopwatch import Stopwatch
 from modeling_ivtp.speed.timing import Arm, interleaved, ratio, run
 
 CPU = torch.device("cpu")
@@ -134,6 +137,7 @@ def test_the_command_writes_what_it_measured(tmp_path: Path, capsys: pytest.Capt
         ({"repeats": 0}, "repeats=0"),
         ({"dtype": "int8"}, "dtype='int8'; allowed: float32, bfloat16, float16"),
         ({"arms": ("fastv@64+graphs",)}, "arm 'fastv@64+graphs'; allowed: off"),
+        ({"arms": ("stock",)}, "stock always runs, and needs something beside it"),
         ({"label": "a/b"}, "label='a/b'; allowed: letters"),
     ],
 )
@@ -143,7 +147,9 @@ def test_bad_settings(options: dict[str, Any], said: str) -> None:
     assert said in str(raised.value)
 
 
-def test_what_the_machine_cannot_hold_is_refused_before_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_machine_cannot_hold_is_refused_before_it_is_made(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = load_shape("llava-1.5-13b")
     needed = bytes_needed(config, dtype=torch.float32, batch=32, text_tokens=64, new_tokens=128)
     assert 53e9 < bytes_needed(config, dtype=torch.float32, batch=1, text_tokens=64, new_tokens=128) < needed
@@ -157,6 +163,44 @@ def test_what_the_machine_cannot_hold_is_refused_before_it_is_made(monkeypatch: 
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 8_000_000_000})())
     with pytest.raises(ValueError, match=r"batch 1 in float32 needs at least .* GB, and 8 GB are free"):
         bench(config, Settings(), device=CPU)
+    arguments = [
+        "bench",
+        "--model",
+        str(ROOT / "examples" / "miniature"),
+        "--dtype",
+        "float32",
+        "--out",
+        str(tmp_path / "x"),
+    ]
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 80_000_000})())
+    monkeypatch.setattr("modeling_ivtp.hub.answering.load_model", never)
+    assert main(arguments) == 1
+    assert "batch 1 in float32 needs at least 92.6 MB, and 80 MB are free" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_weights_that_are_there_need_no_room(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    most = {"dtype": torch.float32, "batch": 1, "text_tokens": 64, "new_tokens": 128}
+    whole, rest = bytes_needed(model.config, **most), bytes_needed(model.config, **most, weights=0)
+    assert whole - rest == sum(parameter.nbytes for parameter in model.parameters())
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": rest})())
+    check_largest(model.config, Settings(), CPU, weights=0)
+    with pytest.raises(ValueError, match="needs at least"):
+        check_largest(model.config, Settings(), CPU)
+
+
+def test_choosing_counts_what_layers_do_for_it(model: Any, inputs: dict[str, Any]) -> None:
+    kept = attention_maps.add_heads, Observation.attend
+    watch = Stopwatch()
+    with model.pruning(visual_tokens=64), watch.watching(model), torch.inference_mode():
+        model(**inputs, use_cache=True, logits_to_keep=1)
+    spans = len(watch._spans["selection"])
+    assert (attention_maps.add_heads, Observation.attend) == kept
+    plan = model.model.plan()
+    layers = sum(group.last - group.first + 1 for group in plan.decoder)
+    # A choice for each group, the reference, an observer in each of the decoder's layers, and maps of some heads.
+    assert spans > len(plan.tower) + len(plan.decoder) + 1 + layers
+    assert 0 < watch.words < watch.selection
 
 
 def test_the_readme_tells_the_newest_speeds() -> None:

@@ -18,6 +18,7 @@ from ..hub.images import load_image
 from .answers import Answered
 from .data import Row
 from .plan import Task
+from .tables import is_text
 
 _LOG = logging.getLogger(__name__)
 
@@ -88,6 +89,8 @@ class Asker:
             raise ValueError("the prompt is missing")
         if not isinstance(row.question, str):
             raise ValueError(f"the prompt is no text, but {type(row.question).__name__} {row.question!r}")
+        if not is_text(row.question):
+            raise ValueError(f"the prompt holds half of a character: {row.question!r}")
         return as_prompt(self._processor, row.question, len(row.images))
 
     def prepare(self, tasks: Sequence[Task]) -> Prepared:

@@ -61,14 +61,6 @@ def value_type(checkpoint: Checkpoint, dtype: str) -> torch.dtype:
     return checkpoint.main_dtype if dtype == "auto" else DTYPES[dtype]
 
 
-def weight_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
-    """Bytes of the weights once they are loaded; quantised ones stay as they are."""
-    return sum(
-        info.nbytes // info.dtype.itemsize * dtype.itemsize if info.dtype.is_floating_point else info.nbytes
-        for info in checkpoint.tensors.values()
-    )
-
-
 def free_bytes(device: str | None) -> int:
     """Bytes that are free on a device; None: where `load_model` would spread a model, GPUs and then main memory."""
     main = int(psutil.virtual_memory().available)

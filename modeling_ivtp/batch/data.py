@@ -15,9 +15,10 @@ from typing import Any
 
 import datasets
 from PIL import Image
+from pyarrow.parquet import read_metadata
 
 from ..hub.sources import is_hub_id
-from .tables import ArrowTable, Broken, JsonTable, Size, Table, split_of
+from .tables import ArrowTable, Broken, JsonTable, Size, Table, is_text, split_of
 
 _JSON, _PARQUET = (".jsonl", ".json"), ".parquet"
 _READ_AT_ONCE = 10_000
@@ -100,13 +101,13 @@ class Data:
         id_column: str | None = None,
         prompt: str | None = None,
     ) -> None:
+        if not len(table):
+            raise ValueError(f"{source} has no rows")
         wanted = [name for name in (image_column, prompt_column, id_column) if name is not None]
         if unknown := [name for name in wanted if name not in table.column_names]:
             raise ValueError(
                 f"{source} has no column {', '.join(map(repr, unknown))}; it has: {', '.join(table.column_names)}"
             )
-        if not len(table):
-            raise ValueError(f"{source} has no rows")
         self._table = table
         self._folder = folder
         self._columns = (image_column, prompt_column, id_column)
@@ -140,6 +141,8 @@ class Data:
         for one in (cell, question, name):
             if isinstance(one, Broken):
                 return Row(number, None, None, (), one.why)
+        if name is not None and not is_text(str(name)):
+            return Row(number, None, None, (), f"the id holds half of a character: {name!r}")
         if isinstance(cell, list):
             found = [self._image(one, number, place) for place, one in enumerate(cell)]
         else:
@@ -289,6 +292,8 @@ def _load(source: str, split: str) -> tuple[Table, Path]:
     folder = Path(os.path.commonpath([Path(file).resolve().parent for file in files]))
     if endings[0] in _JSON:
         return split_of(JsonTable([Path(file) for file in files]), split), folder
+    if not any(read_metadata(file).num_rows for file in files):
+        raise ValueError(f"{source} has no rows")
     # What `datasets` gets are patterns.
     escaped = [glob.escape(file) for file in files]
     return ArrowTable(datasets.load_dataset("parquet", data_files=escaped, split=split)), folder

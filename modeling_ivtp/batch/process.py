@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,6 +63,12 @@ def run(options: Options) -> Summary:
     other = None if options.method == "ivtp" else make(options.method, options.visual_tokens or 64)
     if options.device is not None:
         check_device(options.device)
+    data = Path(options.data).expanduser()
+    if data.is_dir() and options.out.resolve().is_relative_to(data.resolve()):
+        raise ValueError(
+            f"--out={options.out} lies in the folder of the data, {options.data}, and answers would become data; "
+            "choose a folder beside it"
+        )
     state = _processes(options.device)
     try:
         return _run(options, state, other)
@@ -86,7 +93,7 @@ def _run(options: Options, state: PartialState, other: Any) -> Summary:
     config = read_config(files, options.model, quantized=True)
     dtype = budget.value_type(checkpoint, options.dtype)
     cost = budget.Cost(config, dtype.itemsize, options.max_new_tokens)
-    weights = budget.weight_bytes(checkpoint, dtype)
+    weights = checkpoint.loaded_bytes(dtype)
     least = cost(1, _FEWEST_TOKENS + config.num_patches, 1) if options.image_column else cost(1, _FEWEST_TOKENS, 0)
     begun = folder.settings()
     known: dict[str, Any] = begun or {}

@@ -211,3 +211,12 @@ def _sizes_for_bytes(column: pa.Array) -> Iterator[Any]:
             yield None if length is None else [next(inside) for _ in range(length)]
     else:
         yield from column.to_pylist()
+
+
+def is_text(value: str) -> bool:
+    """Whether a text can be written at all: JSON lets half of a character through, which no file takes."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -49,9 +49,10 @@ def bench(
     import torch
 
     from ..flops import load_shape
-    from ..hub.answering import check_device
+    from ..hub.answering import check_device, load_model
     from ..hub.console import quiet, steps_bar
-    from ..hub.sources import local_folder
+    from ..hub.llava_source import read_config
+    from ..hub.sources import HubOptions, open_checkpoint
     from ..speed import bench as speed
     from ..speed import report
 
@@ -74,14 +75,17 @@ def bench(
         torch.set_num_threads(threads)
     if device is not None:
         check_device(device)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    loaded, weights = None, None
+    if model is None:
+        config = load_shape(str(shape))
+    else:
+        checkpoint, files = open_checkpoint(model, HubOptions(), extra=("*.json",))
+        config, weights = read_config(files, model, quantized=True), checkpoint.loaded_bytes(speed.DTYPES[dtype])
+    speed.check_largest(config, settings, place, weights)
     folder = Path(out).expanduser()
     folder.mkdir(parents=True, exist_ok=True)  # rather now than after an hour of timing
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    loaded, config = None, None if shape is None else load_shape(shape)
     if model is not None:
-        from ..hub.answering import load_model
-
-        local_folder(model)
         loaded, _ = load_model(model, device=str(place), dtype=dtype)
         loaded.set_attn_implementation(attention)
         loaded.generation_config.eos_token_id = None
@@ -106,7 +110,8 @@ def _without_out(arguments: list[str]) -> list[str]:
     """A command as it counts for others: where its results went is this machine's business."""
     kept, skip = [], False
     for argument in arguments:
-        if not skip and argument not in ("--out", "-o") and not argument.startswith("--out="):
+        joined = argument.startswith(("--out=", "-o")) and argument != "-o"
+        if not skip and argument not in ("--out", "-o") and not joined:
             kept.append(argument)
         skip = not skip and argument in ("--out", "-o")
     return kept

@@ -74,6 +74,13 @@ class Checkpoint:
     folder: Path | None
     _open: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
+    def loaded_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of the weights once they are loaded in a type; quantised ones stay as they are."""
+        return sum(
+            info.nbytes // info.dtype.itemsize * dtype.itemsize if info.dtype.is_floating_point else info.nbytes
+            for info in self.tensors.values()
+        )
+
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU, in the type it is stored in.
 

@@ -85,6 +85,8 @@ class Settings:
         for arm in self.arms:
             if arm not in (STOCK, OFF, STOCK + GRAPHS):
                 split(arm)
+        if not set(self.arms) - {STOCK}:
+            raise ValueError(f"arms={self.arms}; {STOCK} always runs, and needs something beside it, such as ivtp@64.")
 
     @property
     def runs(self) -> int:
@@ -160,8 +162,7 @@ def bench(
         raise ValueError(f"{', '.join(graphs)}: CUDA graphs need a GPU, and this runs on {device}.")
     for system in systems.values():
         system.bind(config).plan(config, config.num_patches)
-    most = {"batch": max(settings.batches), "text_tokens": max(settings.text_tokens), "new_tokens": settings.new_tokens}
-    check_room(bytes_needed(config, dtype=dtype, **most), device, f"batch {most['batch']} in {settings.dtype}")
+    check_largest(config, settings, device, weights=None if model is None else 0)
     if model is None:
         model = random_model(config, dtype=dtype, device=device, attention=settings.attention)
     arms = [_arm(name, model, systems.get(name)) for name in settings.named]
@@ -199,11 +200,43 @@ def bench(
                 continue
             choosing, words = shares.get(arm.name, (None, None))
             case = {"arm": arm.name, "batch": batch, "text_tokens": text, "notes": []}
-            case |= {"selection_share": choosing, "words_share": words, "products": alone.get(_plain(arm.name))}
+            case |= {
+                "selection_share": choosing,
+                "words_share": words,
+                "in_layers": True,
+                "products": alone.get(_plain(arm.name)),
+            }
             rows.append(case | _summary(told[arm.name], told[STOCK]) | _implied(config, arm.name, text, spoken))
         rows[-1]["notes"] += [f"{arm} could not be recorded at batch {batch}, and is left out." for arm in unrecorded]
         keep(rows)
     return rows
+
+
+def check_largest(config: Any, settings: Settings, device: torch.device, weights: int | None = None) -> None:
+    """Refuse what the machine cannot hold, before anything is allocated.
+
+    Parameters
+    ----------
+    config, settings, device
+        As of `bench`.
+    weights : int, optional
+        Bytes of the weights that are to be loaded; default: all that the shape has.
+
+    Raises
+    ------
+    ValueError
+        With the bytes that the largest case needs.
+    """
+    batch, text_tokens = max(settings.batches), max(settings.text_tokens)
+    needed = bytes_needed(
+        config,
+        dtype=DTYPES[settings.dtype],
+        batch=batch,
+        text_tokens=text_tokens,
+        new_tokens=settings.new_tokens,
+        weights=weights,
+    )
+    check_room(needed, device, f"batch {batch} in {settings.dtype}")
 
 
 def _plain(arm: str) -> str:

@@ -87,14 +87,21 @@ def prompt(model: Any, *, batch: int, text_tokens: int, instruction_tokens: int,
     return moved
 
 
-def bytes_needed(config: Any, *, dtype: torch.dtype, batch: int, text_tokens: int, new_tokens: int) -> int:
-    """Weights, the unpruned cache, and what two decoder layers hold of a prompt: the least that a run takes."""
-    with torch.device("meta"):
-        weights = sum(p.numel() for p in IVTPLlavaForConditionalGeneration._from_config(config).parameters())
+def bytes_needed(
+    config: Any, *, dtype: torch.dtype, batch: int, text_tokens: int, new_tokens: int, weights: int | None = None
+) -> int:
+    """Weights, the unpruned cache, and what two decoder layers hold of a prompt: the least that a run takes.
+
+    `weights` are the bytes of those that are to come; None: all that the shape has.
+    """
+    if weights is None:
+        with torch.device("meta"):
+            made = IVTPLlavaForConditionalGeneration._from_config(config)
+        weights = sum(parameter.numel() for parameter in made.parameters()) * dtype.itemsize
     text, length = config.text_config, config.num_patches + text_tokens
     cache = sum(kv_cache_bytes(config, [length + new_tokens] * text.num_hidden_layers, dtype.itemsize))
     passing = 2 * layer_bytes(text, length, dtype.itemsize)
-    return weights * dtype.itemsize + batch * (cache + passing)
+    return weights + batch * (cache + passing)
 
 
 def check_room(needed: int, device: torch.device, what: str) -> None:

@@ -1,7 +1,8 @@
 """What the matrix products of a prefill take alone: how much of what FLOPs imply this machine can give at all.
 
 Fewer tokens make smaller products, and small ones run at a lower rate: with few rows a GPU reads weights for longer
-than it multiplies. No way of pruning is faster than that, whatever its scoring and launching cost.
+than it multiplies. What pruning reaches lies about there, whatever its scoring and launching cost; it can lie above,
+where what is not a product, attention and norms, shrinks by more.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from .timing import FEWEST
 
 _INK, _MUTED, _FAINT = "#1c2128", "#656d76", "#e7e9ec"
 _COLOURS = ("#d55e00", "#0072b2", "#009e73", "#e69f00", "#cc79a7", "#56b4e9", "#5f6b2d", "#7c5cbf")
+_MARKS = ("o", "s", "^", "D", "v", "P")
 
 
 def markdown(results: Mapping[str, Any]) -> str:
@@ -38,8 +39,9 @@ def markdown(results: Mapping[str, Any]) -> str:
                 for row in results["rows"] if row["arm"] != "stock"
             ],
         ),
-        "Implied: what FLOPs of the prefill say; reached: the share of it, of arms with graphs against stock+graphs; "
-        "products: how many times as fast as stock's its matrix products are by themselves.\n",
+        "Implied: what FLOPs of the prefill say; reached: the share of it, of arms with +graphs against stock+graphs, "
+        "of all others against stock, whose prompts are launched; products: how many times as fast as stock's its "
+        "matrix products are by themselves.\n",
         *(f"{note}\n" for note in results.get("notes", ())),
         "## What it takes\n",
         markdown_table(
@@ -55,9 +57,9 @@ def markdown(results: Mapping[str, Any]) -> str:
                 for row in results["rows"]
             ],
         ),
-        "Choosing: the share of the prefill that scoring and selecting take; words: that of CLIP's text tower, which "
-        "reads the instruction anew in every run here; both of a prefill that is launched, not replayed. Peak memory: "
-        "on a GPU, beside the weights.\n",
+        f"Choosing: the share of the prefill that scoring and selecting take, {_in_layers(results)}; words: that of "
+        "CLIP's text tower, which reads the instruction anew in every run here; both of a prefill that is launched, "
+        "not replayed. Peak memory: on a GPU, beside the weights.\n",
     ]  # fmt: skip
     if results["growth"]:
         lines += [
@@ -79,6 +81,12 @@ def _line(fit: Mapping[str, Any]) -> tuple[Any, ...]:
     typical = sorted(map(abs, shares))[len(shares) // 2]
     fixed = f"{1000 * fit['fixed']:.1f}"
     return fit["arm"], fixed, rate, len(shares), f"{min(shares):+.1%}", f"{max(shares):+.1%}", f"{typical:.1%}"
+
+
+def _in_layers(results: Mapping[str, Any]) -> str:
+    """Whether choosing was counted whole: earlier versions did not look into the layers."""
+    there = all(row.get("in_layers") for row in results["rows"])
+    return f"what layers do for it alone {'included' if there else 'left out'}"
 
 
 def _graphs(settings: Mapping[str, Any]) -> str:
@@ -133,7 +141,7 @@ def plot(results: Mapping[str, Any]) -> Any:
     )
     several = len({row[other] for row in rows}) > 1
     series = list(dict.fromkeys((row["arm"], row[other]) for row in rows))
-    figure = Figure(figsize=(9, 4), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(10, 4), layout="constrained", facecolor="white")
     panels = figure.subplots(1, 2, sharey=True)
     titles = ("Prefill", f"End to end, {results['settings']['new_tokens']} tokens")
     for axes, part, title in zip(panels, ("prefill", "end_to_end"), titles, strict=True):
@@ -147,12 +155,13 @@ def plot(results: Mapping[str, Any]) -> Any:
         for number, (arm, held) in enumerate(series):
             points = sorted((row for row in rows if (row["arm"], row[other]) == (arm, held)), key=lambda row: row[axis])
             x, colour = [row[axis] for row in points], _COLOURS[number % len(_COLOURS)]
+            mark = _MARKS[number // len(_COLOURS) % len(_MARKS)]
             y, low, high = zip(*(row[part]["speed_up"] for row in points), strict=True)
             axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
             alone = len(points) == 1  # no line and no area is seen of one point
             if alone:
                 axes.plot([*x, *x], [*low, *high], color=colour, alpha=0.4, lw=5, solid_capstyle="butt")
-            axes.plot(x, y, color=colour, marker="o", ms=4, lw=2, label=f"{arm}, batch {held}" if several else arm)
+            axes.plot(x, y, color=colour, marker=mark, ms=4, lw=2, label=f"{arm}, batch {held}" if several else arm)
             if part == "prefill":
                 implied = [row["implied"] for row in points]
                 axes.plot(x, implied, color=colour, lw=1, ls=":", marker="_" if alone else None, ms=16)
@@ -162,7 +171,8 @@ def plot(results: Mapping[str, Any]) -> Any:
         axes.set_xlabel(axis.replace("_", " "), color=_MUTED)
         axes.set_title(title, loc="left", color=_INK, fontweight="bold")
     panels[0].set_ylabel("times as fast as stock", color=_MUTED)
-    panels[1].legend(frameon=False, labelcolor=_INK)
+    # Beside the panels: inside it would lie over somebody's curve.
+    panels[1].legend(frameon=False, labelcolor=_INK, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.suptitle(
         f"{results['shape']}, {results['machine']['device']}; dotted or dash: what FLOPs imply",
         x=0.01, ha="left", fontsize=10, color=_MUTED,

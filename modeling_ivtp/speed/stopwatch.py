@@ -2,12 +2,15 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from .. import attention_maps
+from ..layer_watch import LayerWatch
+from ..observed_attention import Observation
 from ..pruning_policy import Wrapped
 
 
@@ -90,32 +93,50 @@ class Stopwatch:
 
     @contextmanager
     def watching(self, model: Any) -> Iterator[None]:
-        """Time a model's choices, and note when its language model has read the prompt; undone when left."""
+        """Time a model's choices, and note when its language model has read the prompt; undone when left.
+
+        Counted are scores and selection, the question's words, and what layers do for scoring alone: heads of maps that
+        are added up, and the observers' own attention. The observers' row in the other products is not.
+        """
         inner = model.model
         self._gpu = model.device.type == "cuda"
-        changed = {
-            "applied_policy": _Timed(inner.policy, self),
+        changed = [
+            (inner, "applied_policy", _Timed(inner.policy, self)),
             # What guides the choice by the question is part of choosing.
-            "_reference": self.timing(inner._reference),
-            "_in_prompt": self.timing(inner._in_prompt),
-            "text_features": self.timing(inner.text_features, "words"),
-        }
-        before = {name: vars(inner)[name] for name in changed if name in vars(inner)}
+            (inner, "_reference", self.timing(inner._reference)),
+            (inner, "_in_prompt", self.timing(inner._in_prompt)),
+            (inner, "text_features", self.timing(inner.text_features, "words")),
+            # So is what layers do for it alone.
+            (attention_maps, "add_heads", self.timing(attention_maps.add_heads)),
+            (Observation, "attend", self.timing(Observation.attend)),
+            (LayerWatch, "attend", self.timing(LayerWatch.attend)),
+        ]
 
         def read(*_: Any) -> None:
             self.first_token = self.first_token or time.perf_counter()
 
         hook = inner.language_model.register_forward_hook(read)
-        for name, value in changed.items():
-            setattr(inner, name, value)
         try:
-            yield
+            with ExitStack() as stack:
+                for owner, name, value in changed:
+                    stack.enter_context(_replaced(owner, name, value))
+                yield
         finally:
             hook.remove()
-            for name in changed:
-                delattr(inner, name)
-            for name, value in before.items():
-                setattr(inner, name, value)
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Another value of an attribute for a while; an object whose class has it gets rid of its own afterwards."""
+    own, before = name in vars(owner), vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
 
 
 class _Timed(Wrapped):
