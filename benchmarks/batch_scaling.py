@@ -8,7 +8,6 @@ import filecmp
 import json
 import os
 import random
-import shlex
 import statistics
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from benchmarks.quality.report import write_atomically
 from benchmarks.quality.world import sample_questions
 from modeling_ivtp.batch.folder import OutFolder
 from modeling_ivtp.batch.progress import Counter
+from modeling_ivtp.hub.console import told_command
 from modeling_ivtp.hub.tables import markdown_table
 from modeling_ivtp.speed.bench import machine
 
@@ -232,7 +232,7 @@ def main(
     date = datetime.date.today().isoformat()
     results = {
         "date": date,
-        "command": shlex.join(["python", "-m", "benchmarks.batch_scaling", *sys.argv[1:]]),
+        "command": told_command("python -m benchmarks.batch_scaling", sys.argv[1:]),
         "machine": machine(torch.device("cpu")),
         "load": load,
         "rows": rows,

@@ -80,7 +80,9 @@ class PromptPruning:
                 )
             valid = attention_mask[:, past : past + length].to(device=placeholders.device, dtype=torch.bool)
         policy = self.policy
-        words = policy.observes and policy.reading.guidance == "clip" and self.has_text_tower
+        words = policy.compares_patches or (
+            policy.observes and policy.reading.guidance == "clip" and self.has_text_tower
+        )
         return read_prompt(
             placeholders,
             valid,
@@ -129,7 +131,7 @@ class PromptPruning:
         elif recorder is not None:
             recorder.prompt(input_ids, whole, None, None)
         if plan.prompt is not None and plan.prompt < sequence.patches.shape[2]:
-            choice = self._in_prompt(plan.prompt, features, encoded, whole, clip_input_ids)
+            choice = self._in_prompt(plan.prompt, features, encoded, whole, clip_input_ids, reading.windows)
             if recorder is not None:
                 recorder.chosen("prompt", plan.prompt, sequence.patches, choice)
             features = choice.of(features)
@@ -149,9 +151,15 @@ class PromptPruning:
         return prompt, left
 
     def _in_prompt(
-        self, keep: int, features: torch.Tensor, encoded: Any, whole: VisualSequence, clip_input_ids: Any
+        self,
+        keep: int,
+        features: torch.Tensor,
+        encoded: Any,
+        whole: VisualSequence,
+        clip_input_ids: torch.Tensor | None,
+        read: tuple[tuple[int, ...], ...] | None,
     ) -> Choice:
-        """Ask the policy before the decoder."""
+        """Ask the policy before the decoder; `read` are the windows of `clip_input_ids` as the host knows them."""
         text = windows = patches = None
         if self.policy.compares_patches:
             if clip_input_ids is None:
@@ -160,8 +168,14 @@ class PromptPruning:
                     "with IVTPLlavaProcessor and a CLIP tokenizer."
                 )
             windows = clip_input_ids.any(-1)
-            text = self.clip_text_model(input_ids=clip_input_ids.flatten(0, 1)).text_embeds
-            text = text.unflatten(0, windows.shape).to(features.device)
+            tokens = self.text_features(clip_input_ids, read).unflatten(1, clip_input_ids.shape[1:])
+            # As transformers finds the token that stands for a text, old configurations included.
+            eos = self.clip_text_model.config.eos_token_id
+            ends = clip_input_ids.argmax(-1) if eos == 2 else (clip_input_ids == eos).int().argmax(-1)
+            text = tokens.gather(2, ends.to(tokens.device)[..., None, None].expand(-1, -1, 1, tokens.shape[-1]))[
+                :, :, 0
+            ]
+            text = text.to(features.device)
             patches = per_row(encoded.patch_embeds.to(features.device), whole)
         with torch.no_grad(), full_precision(features.device):
             return self.policy.in_prompt(PromptMoment(keep, features, patches, text, windows))

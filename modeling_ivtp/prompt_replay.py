@@ -165,7 +165,7 @@ class PromptCapture:
 
     model: Any
 
-    def capture_prompts(self, limit: int = RECORDINGS) -> None:
+    def capture_prompts(self, limit: int = RECORDINGS, automatic: bool = False) -> None:
         """Replay images and prompts of any size as CUDA graphs when their shapes come a second time, or never.
 
         On a fast GPU, launching the work of a small batch takes longer than doing it. So unasked, a model replays it
@@ -184,6 +184,8 @@ class PromptCapture:
         limit : int, default 32
             Recordings that are kept. They share one piece of memory for what they work on and one for what they put
             out, each as large as the largest needs, and half of the latter again. 0 switches replaying off.
+        automatic : bool, default False
+            True keeps both conditions, as a model has them that nobody asked.
 
         Raises
         ------
@@ -193,9 +195,9 @@ class PromptCapture:
         if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
             raise ValueError(f"limit={limit!r}; allowed: a number of recordings, 0 for none.")
         devices = sorted({str(parameter.device) for parameter in self.model.parameters()})
-        if limit and (len(devices) != 1 or not devices[0].startswith("cuda")):
+        if limit and not automatic and (len(devices) != 1 or not devices[0].startswith("cuda")):
             raise ValueError(f"CUDA graphs need the whole model on one GPU; it is on {', '.join(devices)}.")
-        self.model.graphs = Graphs(limit)
+        self.model.graphs = Graphs(limit, automatic=automatic)
 
 
 def _asks_the_device(config: Any, mask: torch.Tensor | None) -> bool:

@@ -337,6 +337,10 @@ def test_without_a_gpu_it_says_so():
         model.capture_prompts()
     model.capture_prompts(0)
     assert model.model.graphs.limit == 0
+    # The way back is open everywhere: such a model looks for itself whether it can.
+    model.capture_prompts(automatic=True)
+    untouched = tiny_model().model.graphs
+    assert (model.model.graphs.limit, model.model.graphs.automatic) == (untouched.limit, untouched.automatic)
 
 
 def test_the_replayed_baseline_is_stock_llava():

@@ -15,6 +15,7 @@ from modeling_ivtp import attention_maps
 from modeling_ivtp.cli import main
 from modeling_ivtp.flops import load_shape
 from modeling_ivtp.flops.formula import kv_cache_bytes
+from modeling_ivtp.hub.console import told_command
 from modeling_ivtp.observed_attention import Observation
 from modeling_ivtp.speed import bench as speed_bench
 from modeling_ivtp.speed.bench import Settings, bench, check_largest
@@ -207,6 +208,11 @@ def test_the_readme_tells_the_newest_speeds() -> None:
     page = (ROOT / "README.md").read_text()
     assert filled(page, excerpt()) == page
     assert "llava-tinyllama-1.1b" in excerpt()
+
+
+@pytest.mark.parametrize("out", [["--out", "x"], ["-o", "x"], ["--out=x"], ["-ox"], []])
+def test_a_command_is_told_without_its_folder(out: list[str]) -> None:
+    assert told_command("ivtp", ["bench", *out, "--arm", "a b"]) == "ivtp bench --arm 'a b'"
 
 
 def test_one_of_shape_and_model(capsys: pytest.CaptureFixture[str]) -> None:

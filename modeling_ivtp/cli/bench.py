@@ -44,13 +44,11 @@ def bench(
     debug: Debug = False,
 ) -> None:
     """Time pruning against stock LLaVA on this machine, in interleaved pairs."""
-    import shlex
-
     import torch
 
     from ..flops import load_shape
     from ..hub.answering import check_device, load_model
-    from ..hub.console import quiet, steps_bar
+    from ..hub.console import quiet, steps_bar, told_command
     from ..hub.llava_source import read_config
     from ..hub.sources import HubOptions, open_checkpoint
     from ..speed import bench as speed
@@ -90,7 +88,7 @@ def bench(
         loaded.set_attn_implementation(attention)
         loaded.generation_config.eos_token_id = None
         config = loaded.config
-    name, command = shape or Path(str(model)).name, shlex.join(["ivtp", *_without_out(sys.argv[1:])])
+    name, command = shape or Path(str(model)).name, told_command("ivtp", sys.argv[1:])
     file: Path | None = None
 
     def keep(rows: list[dict[str, Any]]) -> None:
@@ -104,14 +102,3 @@ def bench(
     finally:
         if file is not None:
             typer.echo(f"written: {file}, and beside it .md and .png")
-
-
-def _without_out(arguments: list[str]) -> list[str]:
-    """A command as it counts for others: where its results went is this machine's business."""
-    kept, skip = [], False
-    for argument in arguments:
-        joined = argument.startswith(("--out=", "-o")) and argument != "-o"
-        if not skip and argument not in ("--out", "-o") and not joined:
-            kept.append(argument)
-        skip = not skip and argument in ("--out", "-o")
-    return kept

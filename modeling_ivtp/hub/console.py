@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+import shlex
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -66,3 +67,14 @@ def steps_bar(total: int, what: str, shown: bool) -> Iterator[Callable[[], None]
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(what, total=total)
         yield lambda: bar.advance(task)
+
+
+def told_command(program: str, arguments: Sequence[str]) -> str:
+    """A command as results tell it to others: where they went is this machine's business."""
+    kept, skip = [], False
+    for argument in arguments:
+        joined = argument.startswith(("--out=", "-o")) and argument != "-o"
+        if not skip and argument not in ("--out", "-o") and not joined:
+            kept.append(argument)
+        skip = not skip and argument in ("--out", "-o")
+    return f"{program} {shlex.join(kept)}"
