@@ -61,10 +61,11 @@ def averaged_attention(
 
 def _maps(query: torch.Tensor, key: torch.Tensor, scale: float, visible: torch.Tensor | None) -> Iterator[torch.Tensor]:
     """Attention of some heads at a time: float32 (B, some heads, M, Q, K)."""
+    hidden = None if visible is None else ~visible[:, None]
     for logits in map_heads(query.flatten(2, 3), key, scale):
         logits = logits.unflatten(2, query.shape[2:4])
-        if visible is not None:
-            logits = logits.masked_fill_(~visible[:, None], float("-inf"))  # of nobody else's
+        if hidden is not None:
+            logits = logits.masked_fill_(hidden, float("-inf"))  # of nobody else's
         yield logits.softmax(-1, dtype=torch.float32)
 
 
@@ -106,7 +107,8 @@ def map_heads(query: torch.Tensor, key: torch.Tensor, scale: float) -> Iterator[
 
 def add_heads(total: torch.Tensor, attention: torch.Tensor) -> None:
     """Add maps (B, some heads, N, N) to a total (B, N, N): what scoring costs a layer that makes its maps anyway."""
-    total += attention.sum(1)
+    for head in attention.unbind(1):  # a sum over heads first would write one map more
+        total += head
 
 
 def attend_with_map(
