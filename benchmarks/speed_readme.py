@@ -118,11 +118,14 @@ def _choosing(results: Mapping[str, Any]) -> str:
     if not rows:
         return ""
     choosing, words = (sorted(row[share] for row in rows) for share in ("selection_share", "words_share"))
-    launched = ", where they are launched and not replayed," if "NVIDIA" in results["machine"]["device"] else ""
+    limits = []
+    if "NVIDIA" in results["machine"]["device"]:
+        limits.append("where they are launched and not replayed")
     if not all(row.get("in_layers") for row in rows):
-        launched += " (what observers do within layers left out)"
+        limits.append("what observers do within layers left out")
+    told = f", {', '.join(limits)}," if limits else ""
     return (
-        f"Scoring and selecting take {choosing[0]:.1%} to {choosing[-1]:.1%} of these prefills{launched} and CLIP's "
+        f"Scoring and selecting take {choosing[0]:.1%} to {choosing[-1]:.1%} of these prefills{told} and CLIP's "
         f"text tower {words[0]:.1%} to {words[-1]:.1%}. "
     )
 
