@@ -137,8 +137,9 @@ def _rollout_flops(plan: PruningPlan, config: Any, policy: Policy, text_before: 
                 if reading.aggregation == "last" and layer < group.last:
                     continue
                 one_row = layer == group.last or reading.aggregation != "rollout"
-                queries = 1 if one_row else 1 + tokens
-                total += 2 * queries * keys * (sizes.hidden_size + sizes.num_attention_heads)
+                # A single row of a map is averaged over heads as it is; others are weighted with the row from above.
+                weighed = 0 if one_row else sizes.num_attention_heads
+                total += 2 * (1 if one_row else 1 + tokens) * keys * (sizes.hidden_size + weighed)
             tokens = group.keep
     return total
 
