@@ -25,7 +25,7 @@ def excerpt(folder: Path = RESULTS) -> str:
         newest[name_of(told) + told["machine"]["device"]] = file
     every = [(json.loads(file.read_text()), file) for file in newest.values()]
     every.sort(key=lambda one: ("NVIDIA" in one[0]["machine"]["device"], one[0]["settings"]["label"], one[1].name))
-    told: list[str] = []
+    tables: list[str] = []
     short: list[str] = []
     shown: set[tuple[str, ...]] = set()
     for results, file in every:
@@ -37,9 +37,9 @@ def excerpt(folder: Path = RESULTS) -> str:
             short.append(_brief(results, file))
         else:
             shown.add(what)
-            told.append(_told(results, file))
+            tables.append(_told(results, file))
     head = "Times as fast as stock LLaVA with SDPA attention, on the same weights, run by turns.\n"
-    return "\n".join([BEGIN, head, *told, *short, END])
+    return "\n".join([BEGIN, head, *tables, *short, END])
 
 
 def _age(file: Path) -> tuple[str, int]:

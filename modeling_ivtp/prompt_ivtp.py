@@ -172,10 +172,8 @@ class PromptPruning:
             # As transformers finds the token that stands for a text, old configurations included.
             eos = self.clip_text_model.config.eos_token_id
             ends = clip_input_ids.argmax(-1) if eos == 2 else (clip_input_ids == eos).int().argmax(-1)
-            text = tokens.gather(2, ends.to(tokens.device)[..., None, None].expand(-1, -1, 1, tokens.shape[-1]))[
-                :, :, 0
-            ]
-            text = text.to(features.device)
+            place = ends.to(tokens.device)[..., None, None].expand(-1, -1, 1, tokens.shape[-1])
+            text = tokens.gather(2, place)[:, :, 0].to(features.device)
             patches = per_row(encoded.patch_embeds.to(features.device), whole)
         with torch.no_grad(), full_precision(features.device):
             return self.policy.in_prompt(PromptMoment(keep, features, patches, text, windows))

@@ -131,7 +131,7 @@ def test_a_padded_step_makes_a_mask_for_every_length(model, monkeypatch):
 
 
 def called(model, inputs, new_tokens):
-    """Python functions that each step of an answer calls, as (file, function), and what comes before it."""
+    """How often each step of an answer calls which Python function, as (file, function)."""
     told = []
 
     def begin(input_ids, scores, **kwargs):
