@@ -30,8 +30,8 @@ from benchmarks.quality.report import write_atomically
 from benchmarks.quality.world import sample_questions
 from modeling_ivtp.batch.folder import OutFolder
 from modeling_ivtp.batch.progress import Counter
-from modeling_ivtp.hub.console import told_command
-from modeling_ivtp.hub.tables import markdown_table
+from modeling_ivtp.files.console import told_command
+from modeling_ivtp.files.tables import markdown_table
 from modeling_ivtp.speed.bench import machine
 
 _TWO = "two processes of one thread"

@@ -15,10 +15,10 @@ from rich.progress import track
 
 from benchmarks.quality.checkpoint import checkpoint_fingerprint
 from benchmarks.quality.report import counted, results_in, write_atomically
+from modeling_ivtp.checkpoints.recipes import Recipe, load_recipe, recipe_names
+from modeling_ivtp.checkpoints.weights import Checkpoint
 from modeling_ivtp.flops import count_named
-from modeling_ivtp.hub.cards import card_names, preview
-from modeling_ivtp.hub.recipes import Recipe, load_recipe, recipe_names
-from modeling_ivtp.hub.weights import Checkpoint
+from modeling_ivtp.publish.cards import card_names, preview
 
 ROOT = Path(__file__).parents[1]
 CARDS = ROOT / "hub_cards"

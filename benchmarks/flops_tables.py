@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rich.progress import track
 
+from modeling_ivtp.files.tables import markdown_table
 from modeling_ivtp.flops import Count, count_named, load_shape
-from modeling_ivtp.hub.tables import markdown_table
 
 OUT = Path(__file__).parent / "results" / "flops.md"
 LLAVA_7B, LLAVA_13B = "llava-1.5-7b", "llava-1.5-13b"

@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.quality.readme import RESULTS, ROOT, filled
 from benchmarks.quality.report import write_atomically
-from modeling_ivtp.hub.tables import markdown_table
+from modeling_ivtp.files.tables import markdown_table
 from modeling_ivtp.speed.report import interval, name_of, products, reached, times
 
 BEGIN, END = "<!-- speed: written by benchmarks/speed_readme.py -->", "<!-- /speed -->"

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from benchmarks.quality.world import RELATIONS, Question, Scene, draw_scene, questions
 from examples.demo_picture import Kept, draw
-from modeling_ivtp.hub import answering
+from modeling_ivtp.serving import answering
 
 MINIATURE = Path(__file__).parent / "miniature"
 BUDGETS = (64, 16)

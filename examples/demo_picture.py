@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from benchmarks.quality.world import Question, Scene, needed_objects
-from modeling_ivtp.hub.answering import Answer
-from modeling_ivtp.trace_picture import dim, square
+from modeling_ivtp.model.trace_plot import dim, square
+from modeling_ivtp.serving.answering import Answer
 
 _INK, _MUTED, _RIGHT, _WRONG = "#1c2128", "#656d76", "#1a7f37", "#cf222e"
 _GAP = 3

@@ -3,10 +3,10 @@
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 from transformers.models.auto.modeling_auto import AutoModelForMultimodalLM
 
-from .configuration_ivtp import IVTPLlavaConfig, IVTPPruningConfig
-from .modeling_ivtp import IVTPLlavaForConditionalGeneration, IVTPLlavaModel
-from .processing_ivtp import IVTPLlavaProcessor
-from .pruning_trace import PruningTrace
+from .model.configuration_ivtp import IVTPLlavaConfig, IVTPPruningConfig
+from .model.modeling_ivtp import IVTPLlavaForConditionalGeneration, IVTPLlavaModel
+from .model.processing_ivtp import IVTPLlavaProcessor
+from .model.trace import PruningTrace
 
 __version__ = "0.1.0"
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from modeling_ivtp.trace_recorder import TraceRecorder
+from modeling_ivtp.model.trace import TraceRecorder
 from tests.reference import attend, decoder_layer, project
 
 

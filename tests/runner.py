@@ -24,7 +24,7 @@ def prepare() -> None:
     import uvicorn
 
     from modeling_ivtp import IVTPLlavaConfig
-    from modeling_ivtp.hub import recipes
+    from modeling_ivtp.checkpoints import recipes
 
     small = IVTPLlavaConfig.from_pretrained("OWNER/ivtp-llava-1.5-7b")
     original = recipes.load_shape

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from modeling_ivtp.hub.fresh_check import HIDE
+from modeling_ivtp.publish.fresh_check import HIDE
 
 
 def run(script: str, *arguments: object, home: Path) -> str:

@@ -30,8 +30,8 @@ from modeling_ivtp.batch.folder import OutFolder
 from modeling_ivtp.batch.journal import Journal, journaled_rows
 from modeling_ivtp.batch.plan import Task, default_shard_rows, plan_batches
 from modeling_ivtp.batch.tables import ArrowTable
-from modeling_ivtp.hub import answering
-from modeling_ivtp.hub.convert import convert
+from modeling_ivtp.checkpoints.convert import convert
+from modeling_ivtp.serving import answering
 from tests.checkpoints import PRUNING, clip_folder, llava_folder
 
 ROOT = Path(cli.__file__).parents[2]

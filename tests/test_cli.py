@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 
 from modeling_ivtp import IVTPLlavaForConditionalGeneration, IVTPLlavaProcessor, cli
+from modeling_ivtp.checkpoints import convert
 from modeling_ivtp.cli import quality
 from modeling_ivtp.cli.generate import _comparison
 from modeling_ivtp.cli.tables import show
-from modeling_ivtp.hub import answering, convert
+from modeling_ivtp.serving import answering
 from tests.checkpoints import PRUNING, clip_folder, llava_folder
 
 
@@ -196,7 +197,7 @@ def test_no_warning_comes_before_an_error_or_without_need(capsys, made, unguided
 
 
 def test_what_the_package_logs_is_one_line_too(capsys, monkeypatch):
-    log = logging.getLogger("modeling_ivtp.hub.convert")
+    log = logging.getLogger("modeling_ivtp.checkpoints.convert")
 
     def noisy(*_, **__):
         log.warning("first\nsecond %s", "third")

@@ -9,8 +9,8 @@ from open_clip.model import CLIP, CustomTextCLIP
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTextModelWithProjection
 
-from modeling_ivtp.hub.clip_checkpoint import load_clip_text
-from modeling_ivtp.hub.weights import Checkpoint, TensorInfo, write_safetensors
+from modeling_ivtp.checkpoints.clip_checkpoint import load_clip_text
+from modeling_ivtp.checkpoints.weights import Checkpoint, TensorInfo, write_safetensors
 
 VOCABULARY = 49408
 TEXT = {"context_length": 16, "vocab_size": VOCABULARY, "width": 128, "heads": 2, "layers": 2}
@@ -152,7 +152,7 @@ def test_an_open_clip_folder(tmp_path):
 
 
 def test_a_published_tag_is_downloaded_as_safetensors_and_knows_its_activation(tmp_path, monkeypatch, registered_model):
-    from modeling_ivtp.hub import sources
+    from modeling_ivtp.checkpoints import sources
 
     save(open_clip_model(), tmp_path / "open_clip_model.safetensors")
     tags = {registered_model: {"openai": {"hf_hub": "somebody/tiny/", "quick_gelu": True}}}
@@ -172,7 +172,7 @@ def test_a_published_tag_is_downloaded_as_safetensors_and_knows_its_activation(t
 def test_a_repository_without_safetensors_is_read_from_the_hubs_own_conversion(tmp_path, monkeypatch):
     from types import SimpleNamespace
 
-    from modeling_ivtp.hub import sources
+    from modeling_ivtp.checkpoints import sources
 
     weights, small = tmp_path / "weights", tmp_path / "small"
     transformers_clip(weights)

@@ -6,7 +6,7 @@ from torch._dynamo.utils import counters
 from transformers import DynamicCache, StaticCache
 
 from modeling_ivtp import methods
-from modeling_ivtp.cache_name import CACHE
+from modeling_ivtp.model.compat import CACHE
 from tests.tiny import prompt, tiny_model
 
 ROWS = [[3, "image", 7], [4, "image", 6]]

@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
 from modeling_ivtp import IVTPLlavaConfig, IVTPLlavaForConditionalGeneration, IVTPLlavaProcessor
-from modeling_ivtp.hub import convert as conversion
-from modeling_ivtp.hub import shards
-from modeling_ivtp.hub.clip_checkpoint import load_clip_text
-from modeling_ivtp.hub.convert import convert
-from modeling_ivtp.hub.weights import Checkpoint
+from modeling_ivtp.checkpoints import convert as conversion
+from modeling_ivtp.checkpoints import shards
+from modeling_ivtp.checkpoints.clip_checkpoint import load_clip_text
+from modeling_ivtp.checkpoints.convert import convert
+from modeling_ivtp.checkpoints.weights import Checkpoint
 from tests.checkpoints import PRUNING, clip_folder, llava_folder, open_clip_file
 from tests.text_tokenizers import clip_tokenizer
 
@@ -182,7 +182,7 @@ def test_a_dry_run_writes_nothing_and_tells_the_truth(parent, made):
 
 
 def test_a_dry_run_of_hub_repositories_downloads_headers_alone(parent, made, monkeypatch):
-    from modeling_ivtp.hub import sources
+    from modeling_ivtp.checkpoints import sources
 
     small = parent.parent / "small"
     asked = []
@@ -357,8 +357,8 @@ def test_a_wrong_result_is_thrown_away(parent, made, monkeypatch):
 
 SLOW = """
 import sys, time
-from modeling_ivtp.hub import convert as conversion
-from modeling_ivtp.hub.weights import Checkpoint
+from modeling_ivtp.checkpoints import convert as conversion
+from modeling_ivtp.checkpoints.weights import Checkpoint
 original, calls = Checkpoint.read, []
 def read(self, name):
     calls.append(name)

@@ -7,7 +7,7 @@ from PIL import Image
 from benchmarks.quality.world import PATCH, RELATIONS, draw_scene
 from examples import demo
 from examples.demo_picture import Kept, draw
-from modeling_ivtp.hub.answering import Answer
+from modeling_ivtp.serving.answering import Answer
 from tests.untaught import PATCHES, untaught
 
 

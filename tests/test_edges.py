@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from modeling_ivtp.pruned_cache import layer_segments
+from modeling_ivtp.model.pruned_cache import layer_segments
 from tests.reference import decoder_reference
 from tests.tiny import prompt, tiny_model
 
@@ -119,7 +119,7 @@ def test_several_feature_layers_stand_side_by_side():
 
 @torch.no_grad()
 def test_scores_are_made_in_full_precision_under_autocast(monkeypatch):
-    from modeling_ivtp import group_rollout
+    from modeling_ivtp.model import rollout as group_rollout
 
     seen = []
     original = group_rollout.weighted_attention
@@ -135,7 +135,7 @@ def test_scores_are_made_in_full_precision_under_autocast(monkeypatch):
 
 
 def test_half_precision_products_do_not_overflow():
-    from modeling_ivtp.group_rollout import weighted_attention
+    from modeling_ivtp.model.rollout import weighted_attention
 
     query = torch.full((1, 1, 1, 4, 128), 30.0, dtype=torch.float16)
     row = weighted_attention(torch.ones(1, 1, 4), query, query[:, :, 0], 128**-0.5)

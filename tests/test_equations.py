@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_ivtp.configuration_ivtp import IVTPLlavaConfig, IVTPPruningConfig
-from modeling_ivtp.group_rollout import AttentionRecord, aggregate, importance, keep_most_important
-from modeling_ivtp.token_budget import geometric_schedule, plan_pruning
+from modeling_ivtp.model.configuration_ivtp import IVTPLlavaConfig, IVTPPruningConfig
+from modeling_ivtp.model.rollout import AttentionRecord, aggregate, importance, keep_most_important
+from modeling_ivtp.model.schedule import geometric_schedule, plan_pruning
 from tests import reference
 
 

@@ -15,7 +15,7 @@ from modeling_ivtp.flops.formula import (
     text_tower_flops,
     tower_flops,
 )
-from modeling_ivtp.token_budget import PruningPlan
+from modeling_ivtp.model.schedule import PruningPlan
 from tests.tiny import tiny_config
 
 

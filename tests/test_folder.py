@@ -12,8 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from modeling_ivtp.hub import folder as folders
-from modeling_ivtp.hub.folder import byte_count, human_bytes, new_folder
+from modeling_ivtp.files import folder as folders
+from modeling_ivtp.files.folder import byte_count, human_bytes, new_folder
 
 
 def write(path, text="new"):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from modeling_ivtp import attention_maps, fused_attention
-from modeling_ivtp.attention_maps import attend_with_map, weighted_attention
+from modeling_ivtp.model import attention_maps, fused_attention
+from modeling_ivtp.model.attention_maps import attend_with_map, weighted_attention
 
 triton = pytest.importorskip("triton", reason="Triton has no build for this platform")
 
@@ -22,7 +22,7 @@ SHAPES = [
 ]
 INTERPRETED = """
 import numpy as np, torch
-from modeling_ivtp.fused_attention import fused_weighted_attention
+from modeling_ivtp.model.fused_attention import fused_weighted_attention
 from tests.test_fused_attention import SHAPES, averaged_map
 for dtype in (torch.float32, torch.float16):
     for seed, (batch, heads, kv_heads, queries, keys, width) in enumerate(SHAPES):

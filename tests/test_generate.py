@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import CompileConfig, DynamicCache, StaticCache, TextIteratorStreamer
 
-from modeling_ivtp.pruned_cache import layer_segments
+from modeling_ivtp.model.pruned_cache import layer_segments
 from tests.tiny import IMAGE_TOKEN, image_features, prompt, rows_alone, tiny_model
 
 ROWS = [[3, "image", 7], [5], [2, "image", 4, "image", 3], [1, "image", "image", 2]]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers.utils import is_flash_attn_2_available
 
-from modeling_ivtp.attention_maps import weighted_attention
-from modeling_ivtp.cuda_graphs import Graphs
-from modeling_ivtp.fused_attention import fused_weighted_attention, is_served
+from modeling_ivtp.model.attention_maps import weighted_attention
+from modeling_ivtp.model.cuda_graphs import Graphs
+from modeling_ivtp.model.fused_attention import fused_weighted_attention, is_served
 from tests.tiny import prompt, tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -82,7 +82,7 @@ def test_the_kernel_writes_no_map(monkeypatch):
 
     one_map = 8 * 577 * 577 * 4
     assert peak() < one_map / 2
-    monkeypatch.setattr("modeling_ivtp.attention_maps.is_served", lambda *_: False)
+    monkeypatch.setattr("modeling_ivtp.model.attention_maps.is_served", lambda *_: False)
     assert peak() > 16 * one_map
 
 

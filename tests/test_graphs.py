@@ -19,9 +19,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import DynamicCache
 
 from modeling_ivtp import methods
-from modeling_ivtp.cuda_graphs import Graphs
-from modeling_ivtp.graph_recording import Packing, SharedMemory
-from modeling_ivtp.prompt_replay import RECORDINGS, _asks_the_device
+from modeling_ivtp.model.cuda_graphs import Graphs, Packing, SharedMemory
+from modeling_ivtp.model.prompt_graphs import RECORDINGS, _asks_the_device
 from modeling_ivtp.speed.captured_stock import captured
 from modeling_ivtp.speed.models import stock_twin
 from tests.tiny import prompt, tiny_model

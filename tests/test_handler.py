@@ -25,8 +25,8 @@ import torch
 from PIL import Image
 
 from benchmarks.quality.world import Question, draw_scene, questions
-from modeling_ivtp.hub.convert import convert
-from modeling_ivtp.hub.staging import stage
+from modeling_ivtp.checkpoints.convert import convert
+from modeling_ivtp.publish.staging import stage
 
 SIDE = 336
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modeling_ivtp.hub import images
-from modeling_ivtp.hub.images import load_image
+from modeling_ivtp.files import images
+from modeling_ivtp.files.images import load_image
 
 
 def encoded(image, kind="PNG", **options):

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from modeling_ivtp.instruction_cache import InstructionCache
-from modeling_ivtp.prompt_reading import read_prompt
+from modeling_ivtp.model.instruction_cache import InstructionCache
+from modeling_ivtp.model.prompt import read_prompt
 from tests.tiny import IMAGE_TOKEN, prompt, tiny_model
 
 ROWS = [[3, "image", 7], [4, "image", 6]]

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration, StaticCache
 
 from modeling_ivtp import methods
-from modeling_ivtp.visual_sequence import VisualSequence
+from modeling_ivtp.model.visual_sequence import VisualSequence
 from tests.masked import choices_of, masked_logits
 from tests.tiny import PATCHES, prompt, rows_alone, tiny_model
 

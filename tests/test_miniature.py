@@ -13,7 +13,7 @@ from benchmarks.quality.assemble import leave_out_code
 from benchmarks.quality.checkpoint import check_world
 from benchmarks.quality.world import sample_questions
 from examples.demo import MINIATURE
-from modeling_ivtp.hub.answering import load_model
+from modeling_ivtp.serving.answering import load_model
 
 TYPES = ("existence", "colour", "corner", "left_of", "above", "larger")
 

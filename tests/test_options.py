@@ -162,7 +162,7 @@ def test_without_clip_inputs_it_warns_once_and_uses_the_images_own_cls(model):
     messages = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
-    logger = logging.getLogger("modeling_ivtp.prompt_ivtp")
+    logger = logging.getLogger("modeling_ivtp.model.prompt")
     type(logger).warning_once.cache_clear()
     logger.addHandler(handler)
     try:

@@ -20,10 +20,10 @@ from nbclient import NotebookClient
 from PIL import Image
 
 from benchmarks.card_facts import costs, quality
-from modeling_ivtp.hub.cards import card_images, card_names, preview
-from modeling_ivtp.hub.convert import convert
-from modeling_ivtp.hub.recipes import load_recipe, recipe_names
-from modeling_ivtp.hub.staging import stage
+from modeling_ivtp.checkpoints.convert import convert
+from modeling_ivtp.checkpoints.recipes import load_recipe, recipe_names
+from modeling_ivtp.publish.cards import card_images, card_names, preview
+from modeling_ivtp.publish.staging import stage
 from tests.checkpoints import clip_folder, llava_folder
 from tests.hub_server import TOKEN, Hub, running_hub
 from tests.stranger import HIDE

@@ -12,8 +12,8 @@ from PIL import Image
 from transformers import AutoTokenizer, LlavaProcessor
 from transformers.pipelines.base import pad_collate_fn
 
-from modeling_ivtp import processing_ivtp
-from modeling_ivtp.processing_ivtp import IVTPLlavaProcessor
+from modeling_ivtp.model import processing_ivtp
+from modeling_ivtp.model.processing_ivtp import IVTPLlavaProcessor
 from tests import stranger, text_tokenizers
 from tests.text_tokenizers import CHATML_TEMPLATE, LLAVA_TEMPLATE, MISTRAL_TEMPLATE, llama_tokenizer
 

@@ -9,7 +9,7 @@ import pytest
 from traces import image_trace, pruning_trace, spell
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
-from modeling_ivtp.pruning_trace import PruningTrace, TokenTrace
+from modeling_ivtp.model.trace import PruningTrace, TokenTrace
 
 PATH = Path(__file__).parent.parent / "modeling_ivtp/pruning_trace.py"
 

@@ -16,10 +16,10 @@ import pytest
 from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file, save_file
 
+from modeling_ivtp.checkpoints.convert import convert
 from modeling_ivtp.cli import main
-from modeling_ivtp.hub import push as pushing
-from modeling_ivtp.hub.convert import convert
-from modeling_ivtp.hub.staging import stage
+from modeling_ivtp.publish import push as pushing
+from modeling_ivtp.publish.staging import stage
 from tests.checkpoints import clip_folder, llava_folder
 from tests.hub_server import OWNER, READER, TOKEN, Fault, Hub, running_hub
 from tests.stranger import HIDE

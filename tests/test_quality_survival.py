@@ -13,7 +13,7 @@ from benchmarks.quality import report, survival
 from benchmarks.quality.evaluate_quality import evaluate_checkpoint
 from benchmarks.quality.methods import main_rows
 from benchmarks.quality.world import PATCH, TYPES, sample_questions
-from modeling_ivtp.hub.answering import load_model
+from modeling_ivtp.serving.answering import load_model
 from tests.untaught import SIDE, untaught
 
 KEPT = 24

@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
 
 from modeling_ivtp import IVTPLlavaConfig, IVTPLlavaForConditionalGeneration
+from modeling_ivtp.checkpoints.convert import RECIPE_FILE, convert
+from modeling_ivtp.checkpoints.recipes import load_recipe, recipe_names
+from modeling_ivtp.checkpoints.stock import export_stock
 from modeling_ivtp.cli import main
-from modeling_ivtp.hub.convert import RECIPE_FILE, convert
-from modeling_ivtp.hub.recipes import load_recipe, recipe_names
-from modeling_ivtp.hub.stock import export_stock
 from tests.checkpoints import PRUNING, clip_folder, llava_folder
 
 ROOT = Path(__file__).parents[1]
@@ -193,7 +193,7 @@ def test_without_our_extras_a_folder_is_an_official_llava(tmp_path: Path, made: 
 def test_recipes_without_their_base_are_not_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An installed package has no miniature beside it."""
     shutil.copytree(ROOT / "configuration", tmp_path / "configuration")
-    monkeypatch.setattr("modeling_ivtp.hub.recipes.shipped", lambda name: tmp_path / name)
+    monkeypatch.setattr("modeling_ivtp.checkpoints.recipes.shipped", lambda name: tmp_path / name)
     assert {name.rpartition("-")[0] for name in recipe_names()} == {"ivtp-llava-1.5-7b", "ivtp-llava-1.5-13b"}
 
 

@@ -10,11 +10,11 @@ from PIL import Image
 
 from benchmarks.quality.world import draw_scene, questions
 from modeling_ivtp import methods
-from modeling_ivtp.hub.answering import load_model
 from modeling_ivtp.methods.random import fingerprint
 from modeling_ivtp.methods.sparsevlm import adapted, recycled_tokens, text_raters
 from modeling_ivtp.methods.spatial_pooling import cells
 from modeling_ivtp.methods.tome import halving_schedule
+from modeling_ivtp.serving.answering import load_model
 from tests.selections import BY_IMAGE, BY_ROW, array, raters
 from tests.test_methods import ROWS, SYSTEMS
 from tests.tiny import prompt, tiny_model

@@ -14,9 +14,9 @@ import pytest
 import transformers
 import uvicorn
 
+from modeling_ivtp.checkpoints.convert import convert
 from modeling_ivtp.cli import main
-from modeling_ivtp.hub.convert import convert
-from modeling_ivtp.hub.server import build, load_handler
+from modeling_ivtp.serving.server import build, load_handler
 
 ROOT = Path(__file__).parents[1]
 SCENE = ROOT / "hub_cards" / "ivtp-llava-miniature" / "images" / "scene.png"

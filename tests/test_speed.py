@@ -11,12 +11,12 @@ from transformers import LlavaForConditionalGeneration
 
 from benchmarks.quality.readme import ROOT, filled
 from benchmarks.speed_readme import excerpt
-from modeling_ivtp import attention_maps
 from modeling_ivtp.cli import main
+from modeling_ivtp.files.console import told_command
 from modeling_ivtp.flops import load_shape
 from modeling_ivtp.flops.formula import kv_cache_bytes
-from modeling_ivtp.hub.console import told_command
-from modeling_ivtp.observed_attention import Observation
+from modeling_ivtp.model import attention_maps
+from modeling_ivtp.model.pseudo_cls_attention import Observation
 from modeling_ivtp.speed import bench as speed_bench
 from modeling_ivtp.speed.bench import Settings, bench, check_largest
 from modeling_ivtp.speed.growth import growth
@@ -174,7 +174,7 @@ def test_what_the_machine_cannot_hold_is_refused_before_it_is_made(
         str(tmp_path / "x"),
     ]
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 80_000_000})())
-    monkeypatch.setattr("modeling_ivtp.hub.answering.load_model", never)
+    monkeypatch.setattr("modeling_ivtp.serving.answering.load_model", never)
     assert main(arguments) == 1
     assert "batch 1 in float32 needs at least 92.6 MB, and 80 MB are free" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()

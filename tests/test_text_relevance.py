@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip.tokenizer import SimpleTokenizer
 
-from modeling_ivtp.hub.clip_bpe import clip_tokenizer_from_open_clip
-from modeling_ivtp.text_relevance import (
+from modeling_ivtp.checkpoints.clip_bpe import clip_tokenizer_from_open_clip
+from modeling_ivtp.model.text_relevance import (
     instruction_tokens,
     key_tokens,
     map_relevance,
@@ -375,6 +375,6 @@ def test_clip_tokenizer_has_the_ids_of_open_clips_own():
 
 
 def test_a_missing_open_clip_is_named(monkeypatch):
-    monkeypatch.setattr("modeling_ivtp.hub.clip_bpe.find_spec", lambda name: None)
+    monkeypatch.setattr("modeling_ivtp.checkpoints.clip_bpe.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install open_clip_torch"):
         clip_tokenizer_from_open_clip()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from traces import COFFEE, QUESTION, image_trace, pruning_trace, spell
 
-from modeling_ivtp.pruning_trace import GroupTrace, ImageTrace
+from modeling_ivtp.model.trace import GroupTrace, ImageTrace
 
 pytest.importorskip("matplotlib", reason="plots need matplotlib")
 

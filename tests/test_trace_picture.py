@@ -9,7 +9,7 @@ from PIL import Image
 from traces import COFFEE
 from transformers import CLIPImageProcessor
 
-from modeling_ivtp.trace_picture import dim, square
+from modeling_ivtp.model.trace_plot import dim, square
 
 
 def centres(picture, rows=24, columns=24):

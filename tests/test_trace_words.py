@@ -6,7 +6,7 @@ import math
 import pytest
 from traces import QUESTION, spell
 
-from modeling_ivtp.trace_words import key_words, mark
+from modeling_ivtp.model.trace_plot import key_words, mark
 from tests.text_tokenizers import llama_tokenizer
 
 

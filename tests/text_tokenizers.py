@@ -9,8 +9,8 @@ from typing import Any
 from transformers import CLIPImageProcessor, CLIPTokenizer, LlamaTokenizer
 
 from benchmarks.quality import tokenizer
-from modeling_ivtp.hub.clip_bpe import clip_tokenizer_from_open_clip
-from modeling_ivtp.processing_ivtp import IVTPLlavaProcessor
+from modeling_ivtp.checkpoints.clip_bpe import clip_tokenizer_from_open_clip
+from modeling_ivtp.model.processing_ivtp import IVTPLlavaProcessor
 
 TEXT = """
 What is the colour of the bird that sits on the left branch of the tree? Describe the image in detail, please. How many

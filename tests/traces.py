@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from modeling_ivtp.pruning_trace import GroupTrace, ImageTrace, PruningTrace, TokenTrace
+from modeling_ivtp.model.trace import GroupTrace, ImageTrace, PruningTrace, TokenTrace
 
 COFFEE = Path(__file__).parent.parent / "examples/images/coffee.jpg"
 QUESTION = ["▁How", "▁many", "▁clo", "cks", "▁are", "▁on", "▁the", "▁wall", "?"]

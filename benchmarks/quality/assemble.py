@@ -19,7 +19,7 @@ from benchmarks.quality.train_clip import Teacher
 from benchmarks.quality.train_llava import load_teacher
 from benchmarks.quality.world import fingerprint
 from modeling_ivtp import IVTPLlavaConfig, IVTPLlavaForConditionalGeneration
-from modeling_ivtp.hub.folder import new_folder
+from modeling_ivtp.files.folder import new_folder
 
 
 def assemble(teacher: Teacher, speaker: Speaker) -> IVTPLlavaForConditionalGeneration:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from benchmarks.quality.world import Scene, caption, kinds, questions
-from modeling_ivtp.hub.clip_bpe import clip_tokenizer_from_open_clip
+from modeling_ivtp.checkpoints.clip_bpe import clip_tokenizer_from_open_clip
 
 LENGTH = 64
 

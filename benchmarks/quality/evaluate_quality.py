@@ -27,8 +27,8 @@ from benchmarks.quality.examination import Asked, Examination, row_cost, row_sig
 from benchmarks.quality.methods import BUDGETS, Row, ablation_rows, main_rows, system_rows
 from benchmarks.quality.progress import Asking
 from benchmarks.quality.world import TYPES, fingerprint, sample_questions
-from modeling_ivtp.hub.answering import load_model
-from modeling_ivtp.hub.console import quiet
+from modeling_ivtp.files.console import quiet
+from modeling_ivtp.serving.answering import load_model
 
 MINIATURE = Path(__file__).parents[2] / "examples" / "miniature"
 """The checkpoint that ships with the project."""

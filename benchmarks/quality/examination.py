@@ -14,8 +14,8 @@ from benchmarks.quality.checkpoint import ANSWER_TOKENS
 from benchmarks.quality.methods import Row, encode_whole, patch_order, see_whole, unsealed
 from benchmarks.quality.world import GREY, Question, Scene
 from modeling_ivtp.flops.formula import decoder_flops, head_flops, text_tower_flops, tower_depth, tower_flops
+from modeling_ivtp.model.schedule import PruningPlan
 from modeling_ivtp.speed.stopwatch import Stopwatch, Taken
-from modeling_ivtp.token_budget import PruningPlan
 
 
 @dataclass

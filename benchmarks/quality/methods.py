@@ -16,13 +16,12 @@ import torch
 
 from benchmarks.quality.world import Question, Scene, oracle_order
 from benchmarks.quality.world.draws import Draws
-from modeling_ivtp.group_rollout import aggregate
-from modeling_ivtp.ivtp_policy import IVTPPolicy
 from modeling_ivtp.methods import METHODS, make
-from modeling_ivtp.modeling_ivtp import IVTPImageFeatures
-from modeling_ivtp.pruning_policy import Policy
-from modeling_ivtp.token_budget import PruningPlan
-from modeling_ivtp.vision_ivtp import PrunedVisionOutput
+from modeling_ivtp.model.modeling_ivtp import IVTPImageFeatures
+from modeling_ivtp.model.pruner import IVTPPolicy, Policy
+from modeling_ivtp.model.rollout import aggregate
+from modeling_ivtp.model.schedule import PruningPlan
+from modeling_ivtp.model.vision_ivtp import PrunedVisionOutput
 
 BUDGETS = (192, 128, 64, 32, 16)
 CHOOSERS = ("random", "cls-topk", "oracle")

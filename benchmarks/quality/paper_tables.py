@@ -5,7 +5,7 @@ from typing import Any
 
 from benchmarks.quality.intervals import paired_interval
 from benchmarks.quality.plots import flops_unit, label
-from modeling_ivtp.hub.tables import markdown_table
+from modeling_ivtp.files.tables import markdown_table
 
 STAGES = (("topk", "topk+"), ("tome", "tome+"), ("ivtp-v", "ivtp"))
 """Systems in the vision tower, and the same continued in the decoder."""

@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.quality import report
 from benchmarks.quality.paper_tables import with_interval
 from benchmarks.quality.plots import MAIN, flops_unit, unpruned_of
-from modeling_ivtp.hub.tables import markdown_table
+from modeling_ivtp.files.tables import markdown_table
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -25,7 +25,7 @@ from benchmarks.quality.intervals import LEVEL, bootstrap_interval, paired_inter
 from benchmarks.quality.paper_tables import percent, table_1, table_7, with_interval
 from benchmarks.quality.plots import flops_unit, label, plot, plot_systems, unpruned_of
 from benchmarks.quality.world import TYPES, Question, chance, fingerprint, sample_questions
-from modeling_ivtp.hub.tables import markdown_table
+from modeling_ivtp.files.tables import markdown_table
 
 METRIC = Path(__file__).parent / "metrics" / "exact_word" / "exact_word.py"
 _PACKAGES = ("torch", "transformers", "evaluate", "numpy", "ivtp-llava")

@@ -21,9 +21,9 @@ from benchmarks.quality.checkpoint import check_world, checkpoint_fingerprint
 from benchmarks.quality.loop import TrainingRun, cosine_rate, drawn_ahead, optimize, optimizers_of, set_up
 from benchmarks.quality.world import SIDE, Question, Scene, draw_scene, questions
 from modeling_ivtp import IVTPLlavaConfig
-from modeling_ivtp.generation_ivtp import take_images
-from modeling_ivtp.hub.answering import load_model, set_budget
-from modeling_ivtp.hub.folder import check_target, new_folder
+from modeling_ivtp.files.folder import check_target, new_folder
+from modeling_ivtp.model.generation_ivtp import take_images
+from modeling_ivtp.serving.answering import load_model, set_budget
 
 _FIRST = 500_000_000
 """Training before had the scenes below."""

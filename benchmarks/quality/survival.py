@@ -22,8 +22,8 @@ from benchmarks.quality.checkpoint import check_world, checkpoint_fingerprint
 from benchmarks.quality.examination import Examination
 from benchmarks.quality.methods import Row, encode_whole, main_rows, patch_order
 from benchmarks.quality.world import Question, Scene, needed_objects, sample_questions, shown_patches
-from modeling_ivtp.hub.answering import load_model
-from modeling_ivtp.hub.console import quiet
+from modeling_ivtp.files.console import quiet
+from modeling_ivtp.serving.answering import load_model
 
 FOLLOWED = ("random", "cls-topk", "ivtp-v", "ivtp")
 

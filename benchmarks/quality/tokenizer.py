@@ -11,7 +11,7 @@ from transformers import AddedToken, CLIPImageProcessor, LlamaTokenizer
 
 from benchmarks.quality.world import all_words, answer_words, draw_scene, questions
 from modeling_ivtp import IVTPLlavaProcessor
-from modeling_ivtp.hub.clip_bpe import clip_tokenizer_from_open_clip
+from modeling_ivtp.checkpoints.clip_bpe import clip_tokenizer_from_open_clip
 
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}

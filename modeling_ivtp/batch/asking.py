@@ -12,9 +12,9 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from PIL import Image
 
-from ..hub.answering import as_prompt
-from ..hub.console import quiet
-from ..hub.images import load_image
+from ..files.console import quiet
+from ..files.images import load_image
+from ..serving.answering import as_prompt
 from .answers import Answered
 from .data import Row
 from .plan import Task

@@ -8,10 +8,10 @@ from typing import Any
 import psutil
 import torch
 
+from ..checkpoints.weights import Checkpoint
+from ..files.folder import human_bytes
 from ..flops.formula import kv_cache_bytes
-from ..hub.folder import human_bytes
-from ..hub.weights import Checkpoint
-from ..prompt_replay import layer_bytes
+from ..model.prompt_graphs import layer_bytes
 from ..speed.models import DTYPES
 
 _SHARE = {"cuda": 0.8, "cpu": 0.5}

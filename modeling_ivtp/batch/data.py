@@ -17,7 +17,7 @@ import datasets
 from PIL import Image
 from pyarrow.parquet import read_metadata
 
-from ..hub.sources import is_hub_id
+from ..checkpoints.sources import is_hub_id
 from .tables import ArrowTable, Broken, JsonTable, Size, Table, is_text, split_of
 
 _JSON, _PARQUET = (".jsonl", ".json"), ".parquet"

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from ..hub.answering import check_device, load_model, set_budget, warn_if_unguided
-from ..hub.llava_source import read_config
-from ..hub.sources import HubOptions, open_checkpoint
+from ..checkpoints.llava_source import read_config
+from ..checkpoints.sources import HubOptions, open_checkpoint
 from ..methods import make
+from ..serving.answering import check_device, load_model, set_budget, warn_if_unguided
 from . import answers, budget
 from .asking import Asker, failure
 from .data import Data, open_data

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..hub.weights import Checkpoint
+from ..checkpoints.weights import Checkpoint
 from .data import Data
 from .options import Options
 

@@ -81,7 +81,7 @@ def batch(
     if prompt is not None and prompt_column is not None:
         raise ValueError("batch takes one of --prompt and --prompt-column")
     from .. import batch as batches
-    from ..hub.folder import byte_count
+    from ..files.folder import byte_count
 
     options = batches.Options(
         model=model,

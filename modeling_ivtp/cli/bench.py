@@ -46,11 +46,11 @@ def bench(
     """Time pruning against stock LLaVA on this machine, in interleaved pairs."""
     import torch
 
+    from ..checkpoints.llava_source import read_config
+    from ..checkpoints.sources import HubOptions, open_checkpoint
+    from ..files.console import quiet, steps_bar, told_command
     from ..flops import load_shape
-    from ..hub.answering import check_device, load_model
-    from ..hub.console import quiet, steps_bar, told_command
-    from ..hub.llava_source import read_config
-    from ..hub.sources import HubOptions, open_checkpoint
+    from ..serving.answering import check_device, load_model
     from ..speed import bench as speed
     from ..speed import report
 

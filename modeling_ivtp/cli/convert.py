@@ -84,8 +84,8 @@ def convert(
 ) -> None:
     """Join a LLaVA with CLIP's text tower into a folder that loads as an IVTP-LLaVA."""
     grouping = {} if layers_per_group is None else {"layers_per_group": _group_size(layers_per_group)}
-    from ..hub.convert import convert as join
-    from ..hub.folder import human_bytes
+    from ..checkpoints.convert import convert as join
+    from ..files.folder import human_bytes
 
     pruning = {
         "visual_tokens": visual_tokens,
@@ -113,7 +113,7 @@ def convert(
             raise ValueError(f"--stock changes no weight and prunes nothing; leave out {', '.join(given)}")
         if llava is None:
             raise ValueError("--stock needs the folder or Hub id of an IVTP-LLaVA")
-        from ..hub.stock import export_stock
+        from ..checkpoints.stock import export_stock
 
         result = export_stock(llava, out, **shared)
     else:
@@ -133,7 +133,7 @@ def convert(
 
 
 def _check_size(size: str) -> str:
-    from ..hub.folder import byte_count
+    from ..files.folder import byte_count
 
     byte_count(size, "--max-shard-size")
     return size

@@ -67,16 +67,16 @@ def flops(
 
 def _shape_of(model: str | None) -> Any:
     """The configuration of a checkpoint, without its weights."""
-    from ..configuration_ivtp import IVTPLlavaConfig
-    from ..hub.llava_source import read_config
-    from ..hub.sources import local_folder
+    from ..checkpoints.llava_source import read_config
+    from ..checkpoints.sources import local_folder
+    from ..model.configuration_ivtp import IVTPLlavaConfig
 
     folder = local_folder(str(model))
     return IVTPLlavaConfig.from_pretrained(model) if folder is None else read_config(folder, str(model), quantized=True)
 
 
 def _flops_parts(found: Any) -> Any:
-    from ..hub.folder import human_bytes
+    from ..files.folder import human_bytes
 
     table = new_table("part", "executed, TFLOPs", "closed formula, TFLOPs")
     for part, executed in found.parts.items():

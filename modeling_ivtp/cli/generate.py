@@ -37,7 +37,7 @@ def generate(
 ) -> None:
     """Answer a question about pictures."""
     pictures = load_pictures(image)
-    from ..hub import answering
+    from ..serving import answering
 
     other = None if method == "ivtp" else _system(method, visual_tokens)
     loaded, processor = answering.load_model(model, device=device, dtype=dtype)
@@ -61,7 +61,7 @@ def generate(
 
 
 def _comparison(unpruned: Any, pruned: Any) -> Any:
-    from ..hub.folder import human_bytes
+    from ..files.folder import human_bytes
 
     table = new_table("", "unpruned", "pruned", "ratio")
     table.add_row("answer", unpruned.text, pruned.text, "")

@@ -37,6 +37,6 @@ VisualTokens = Annotated[
 
 def load_pictures(sources: list[str] | None) -> list[Any]:
     """What `ImageOption` names."""
-    from ..hub.images import load_image
+    from ..files.images import load_image
 
     return [load_image(source) for source in sources or ()]

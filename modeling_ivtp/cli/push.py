@@ -42,7 +42,7 @@ def push(
     """Publish a checkpoint on the Hub, with code, card and endpoint handler, in one commit."""
     if not (dry_run or yes or sys.stdin.isatty()):
         raise ValueError("nobody is there to ask; give --yes to upload, or --dry-run to look")
-    from ..hub.push import push as publish
+    from ..publish.push import push as publish
 
     def confirm(made: Any) -> bool:
         _show_upload(made)
@@ -72,7 +72,7 @@ def push(
 
 
 def _show_upload(made: Any) -> None:
-    from ..hub.folder import human_bytes
+    from ..files.folder import human_bytes
 
     table = new_table("file", "bytes")
     files = made.repository.files

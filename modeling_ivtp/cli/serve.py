@@ -21,7 +21,7 @@ def serve(
         import uvicorn
     except ImportError as error:
         raise ImportError("a server needs FastAPI and uvicorn: pip install 'ivtp-llava[serve]'") from error
-    from ..hub.server import build, load_handler
+    from ..serving.server import build, load_handler
 
     handler = load_handler(model, revision)
     typer.echo(f"serving {model} at http://{host}:{port}/v1")

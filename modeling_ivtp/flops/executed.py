@@ -18,15 +18,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
-from ..configuration_ivtp import IVTPLlavaConfig
-from ..group_rollout import AttentionRecord
-from ..ivtp_policy import IVTPPolicy
-from ..layer_watch import LayerWatch
 from ..methods import METHODS, Method, make
-from ..modeling_ivtp import IVTPLlavaForConditionalGeneration
-from ..pruning_policy import Choice, DecoderMoment, FeatureMoment, Policy, PromptMoment, TowerMoment, Wrapped
-from ..token_budget import PruningPlan
-from ..visual_sequence import VisualSequence, count_rows, locate_images
+from ..model.configuration_ivtp import IVTPLlavaConfig
+from ..model.modeling_ivtp import IVTPLlavaForConditionalGeneration
+from ..model.pruner import Choice, DecoderMoment, FeatureMoment, IVTPPolicy, Policy, PromptMoment, TowerMoment, Wrapped
+from ..model.rollout import AttentionRecord, LayerWatch
+from ..model.schedule import PruningPlan
+from ..model.visual_sequence import VisualSequence, count_rows, locate_images
 from .formula import PARTS, closed_formula, kv_cache_bytes
 
 _TEXT_BEFORE = 1

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..pruned_cache import key_value_shape
-from ..pruning_policy import Policy
-from ..token_budget import PruningPlan
+from ..model.pruned_cache import key_value_shape
+from ..model.pruner import Policy
+from ..model.schedule import PruningPlan
 
 PARTS = ("tower", "projector", "text_tower", "scoring", "decoder", "head")
 

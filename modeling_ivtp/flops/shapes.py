@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from ..configuration_ivtp import IVTPLlavaConfig
-from ..hub.shipped import shipped
+from ..files.shipped import shipped
+from ..model.configuration_ivtp import IVTPLlavaConfig
 
 
 def shape_names() -> list[str]:

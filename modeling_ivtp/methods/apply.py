@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from ..configuration_ivtp import IVTPLlavaConfig, IVTPPruningConfig
-from ..language_ivtp import DECODERS
-from ..modeling_ivtp import IVTPLlavaForConditionalGeneration, IVTPLlavaModel
-from ..pruning_policy import STAGES, Choice, DecoderMoment, FeatureMoment, Policy, PromptMoment, TowerMoment
-from ..token_budget import PruningPlan
-from ..vision_ivtp import CLIPEncoderLayer, GroupedCLIPAttention, GroupedCLIPVisionModel
-from ..visual_sequence import VisualSequence
+from ..model.configuration_ivtp import IVTPLlavaConfig, IVTPPruningConfig
+from ..model.language_ivtp import DECODERS
+from ..model.modeling_ivtp import IVTPLlavaForConditionalGeneration, IVTPLlavaModel
+from ..model.pruner import STAGES, Choice, DecoderMoment, FeatureMoment, Policy, PromptMoment, TowerMoment
+from ..model.schedule import PruningPlan
+from ..model.vision_ivtp import CLIPEncoderLayer, GroupedCLIPAttention, GroupedCLIPVisionModel
+from ..model.visual_sequence import VisualSequence
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..layer_watch import LayerWatch
-from ..pruning_policy import Choice, DecoderMoment
-from ..token_budget import PruningPlan, geometric_schedule
-from ..visual_sequence import VisualSequence
+from ..model.pruner import Choice, DecoderMoment
+from ..model.rollout import LayerWatch
+from ..model.schedule import PruningPlan, geometric_schedule
+from ..model.visual_sequence import VisualSequence
 from .method import Method, behind
 from .selecting import behind_images, best, best_for_decoder, on_visual, ranking, received
 

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch.nn.functional import normalize
 
-from ..pruning_policy import Choice, PromptMoment
-from ..token_budget import PruningPlan
+from ..model.pruner import Choice, PromptMoment
+from ..model.schedule import PruningPlan
 from .method import Method
 
 

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..pruning_policy import Choice, TowerMoment
-from ..token_budget import PruningPlan, geometric_schedule
+from ..model.pruner import Choice, TowerMoment
+from ..model.schedule import PruningPlan, geometric_schedule
 from .method import Method, behind
 from .selecting import cls_attention, one_hot, ranking
 

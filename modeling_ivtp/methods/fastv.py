@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..pruning_policy import Choice, DecoderMoment
-from ..token_budget import Group, PruningPlan
+from ..model.pruner import Choice, DecoderMoment
+from ..model.schedule import Group, PruningPlan
 from .method import Method
 from .selecting import best_for_decoder, on_visual
 

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from ..ivtp_policy import IVTPPolicy
-from ..pruning_policy import Policy
+from ..model.pruner import IVTPPolicy, Policy
 from .method import Method
 
 

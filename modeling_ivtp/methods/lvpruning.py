@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..pruning_policy import Choice, DecoderMoment
-from ..token_budget import PruningPlan
+from ..model.pruner import Choice, DecoderMoment
+from ..model.schedule import PruningPlan
 from .method import Method, behind
 from .selecting import behind_images, best_for_decoder
 

@@ -7,9 +7,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from ..configuration_ivtp import is_whole
-from ..pruning_policy import Policy
-from ..token_budget import Group, PruningPlan
+from ..model.configuration_ivtp import is_whole
+from ..model.pruner import Policy
+from ..model.schedule import Group, PruningPlan
 
 
 @dataclass(frozen=True)

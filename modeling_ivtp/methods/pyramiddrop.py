@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..pruning_policy import Choice, DecoderMoment
-from ..token_budget import PruningPlan, geometric_schedule
+from ..model.pruner import Choice, DecoderMoment
+from ..model.schedule import PruningPlan, geometric_schedule
 from .fastv import received_from_last
 from .method import Method, behind
 from .selecting import best_for_decoder

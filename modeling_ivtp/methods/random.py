@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..pruning_policy import Choice, FeatureMoment
-from ..token_budget import PruningPlan
+from ..model.pruner import Choice, FeatureMoment
+from ..model.schedule import PruningPlan
 from .method import Method
 
 

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from ..group_rollout import AttentionRecord, reference_row
-from ..layer_watch import LayerWatch
-from ..pruning_policy import Choice, DecoderMoment
-from ..visual_sequence import VisualSequence
+from ..model.pruner import Choice, DecoderMoment
+from ..model.rollout import AttentionRecord, LayerWatch, reference_row
+from ..model.visual_sequence import VisualSequence
 
 
 def ranking(scores: torch.Tensor) -> torch.Tensor:

@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..pruning_policy import Choice, DecoderMoment
-from ..token_budget import PruningPlan, geometric_schedule
-from ..visual_sequence import VisualSequence
+from ..model.pruner import Choice, DecoderMoment
+from ..model.schedule import PruningPlan, geometric_schedule
+from ..model.visual_sequence import VisualSequence
 from .method import Method, behind
 from .selecting import behind_images, first_reader, on_visual, one_hot, ranking, received, together
 

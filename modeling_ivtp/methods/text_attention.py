@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..pruning_policy import Choice, DecoderMoment
-from ..token_budget import Group, PruningPlan, geometric_schedule
+from ..model.pruner import Choice, DecoderMoment
+from ..model.schedule import Group, PruningPlan, geometric_schedule
 from .method import Method
 from .selecting import behind_images, best_for_decoder, received
 

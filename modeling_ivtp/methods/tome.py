@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch.nn.functional import normalize
 
-from ..pruning_policy import Choice, DecoderMoment, TowerMoment
-from ..token_budget import PruningPlan
+from ..model.pruner import Choice, DecoderMoment, TowerMoment
+from ..model.schedule import PruningPlan
 from .method import Method, linear_schedule, single_layers
 from .selecting import on_visual, patch_keys, ranking
 from .two_stage import TwoStage

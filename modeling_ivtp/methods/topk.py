@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..configuration_ivtp import IVTPPruningConfig
-from ..group_rollout import reference_row
-from ..pruning_policy import Choice, DecoderMoment, TowerMoment
-from ..token_budget import PruningPlan
+from ..model.configuration_ivtp import IVTPPruningConfig
+from ..model.pruner import Choice, DecoderMoment, TowerMoment
+from ..model.rollout import reference_row
+from ..model.schedule import PruningPlan
 from .method import Method, linear_schedule, single_layers
 from .selecting import best, cls_attention
 from .two_stage import TwoStage

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch.nn.functional import normalize
 
-from ..pruning_policy import Choice, FeatureMoment
-from ..token_budget import PruningPlan
+from ..model.pruner import Choice, FeatureMoment
+from ..model.schedule import PruningPlan
 from .method import Method
 from .selecting import best, cls_attention, one_hot, patch_keys
 

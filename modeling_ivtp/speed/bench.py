@@ -17,10 +17,10 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from transformers.utils import is_flash_attn_2_available
 
-from ..cuda_graphs import Graphs
 from ..flops import count_named
 from ..methods import make
-from ..prompt_replay import RECORDINGS
+from ..model.cuda_graphs import Graphs
+from ..model.prompt_graphs import RECORDINGS
 from .captured_stock import captured
 from .compiling import compiled, static_cache
 from .growth import growth

@@ -10,8 +10,8 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
-from ..cache_name import CACHE, cache_of, one_cache
-from ..cuda_graphs import Graphs
+from ..model.compat import CACHE, cache_of, one_cache
+from ..model.cuda_graphs import Graphs
 
 
 class CapturedLlava(LlavaForConditionalGeneration):

@@ -10,7 +10,7 @@ import torch
 import torch._dynamo
 from transformers import StaticCache
 
-from ..pruned_cache import key_value_shape
+from ..model.pruned_cache import key_value_shape
 from .timing import Arm
 
 

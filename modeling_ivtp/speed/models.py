@@ -8,10 +8,10 @@ import psutil
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
+from ..files.folder import human_bytes
 from ..flops.formula import kv_cache_bytes
-from ..hub.folder import human_bytes
-from ..modeling_ivtp import IVTPLlavaForConditionalGeneration
-from ..prompt_replay import layer_bytes
+from ..model.modeling_ivtp import IVTPLlavaForConditionalGeneration
+from ..model.prompt_graphs import layer_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _OURS = ("pruning", "clip_text_config", "auto_map", "model_type", "architectures")

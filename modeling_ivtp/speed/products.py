@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..token_budget import PruningPlan
+from ..model.schedule import PruningPlan
 
 Work = Sequence[tuple[nn.Linear, int]]
 """Linear layers in the order in which they run, and how many rows each gets."""

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..hub.folder import human_bytes
-from ..hub.tables import markdown_table
+from ..files.folder import human_bytes
+from ..files.tables import markdown_table
 from .timing import FEWEST
 
 _INK, _MUTED, _FAINT = "#1c2128", "#656d76", "#e7e9ec"

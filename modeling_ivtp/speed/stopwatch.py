@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from .. import attention_maps
-from ..layer_watch import LayerWatch
-from ..observed_attention import Observation
-from ..pruning_policy import Wrapped
+from ..model import attention_maps
+from ..model.pruner import Wrapped
+from ..model.pseudo_cls_attention import Observation
+from ..model.rollout import LayerWatch
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from ..cache_name import CACHE, cache_of
-from ..hub.answering import kv_bytes
+from ..model.compat import CACHE, cache_of
+from ..serving.answering import kv_bytes
 from .stopwatch import Stopwatch
 
 PARTS = ("tower", "prefill", "decode", "end_to_end")

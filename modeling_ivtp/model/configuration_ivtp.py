@@ -1,0 +1,244 @@
+"""Configuration of IVTP-LLaVA: LLaVA's own, CLIP's text tower, and what to prune."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from numbers import Integral
+from typing import Any
+
+from transformers import LlavaConfig
+from transformers.models.clip.configuration_clip import CLIPTextConfig
+
+from .schedule import PruningPlan, plan_pruning
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "aggregation": ("rollout", "mean", "max", "multiply", "last"),
+    "guidance": ("clip", "mean_text", "text_similarity", "visual_cls"),
+    "pseudo_cls": ("propagate", "pool"),
+    "positions": ("original", "compact"),
+}
+
+
+# Saving adds the class that is saved; a page that is to load through every Auto class needs all of them.
+AUTO_MAP = {
+    "AutoConfig": "configuration_ivtp.IVTPLlavaConfig",
+    "AutoModel": "modeling_ivtp.IVTPLlavaModel",
+    "AutoModelForImageTextToText": "modeling_ivtp.IVTPLlavaForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_ivtp.IVTPLlavaForConditionalGeneration",
+}
+
+
+def is_whole(value: Any) -> bool:
+    """Whether it is a whole number, NumPy's among them."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class IVTPPruningConfig:
+    """What IVTP drops, where, and guided by what. Immutable: change it with `changed` or `model.set_pruning`.
+
+    Attributes
+    ----------
+    enabled : bool, default True
+        False runs stock LLaVA, operation for operation.
+    visual_tokens : int, default 64
+        Visual tokens of one image that are left in the end. A number above what there is keeps all.
+    tower_tokens : int or None, default None
+        Visual tokens that the vision tower hands to the language model. None: 1.875 x `visual_tokens` (120 for 64), at
+        most all; the ratio follows from the FLOPs in the paper's Tables 3 and 9.
+    layers_per_group : int or None, default 3
+        Layers that are rolled out together (Table 8). None: each stage is one group.
+    tower_layers : int or None, default None
+        Layers of the vision tower that take part, counted from the first. None: all. 0: the tower drops nothing.
+    decoder_layers : int, default 12
+        Layers of the language model that take part, counted from the first. 0: IVTP-V, vision only (Table 7).
+    relevance_threshold : float, default 0.2
+        The threshold tau of Eq. 8 on the cosine of Eq. 6.
+    aggregation : {"rollout", "mean", "max", "multiply", "last"}, default "rollout"
+        How a group's attention maps become one: Eq. 3, the rows of Table 5, or the last layer alone (Table 4).
+    guidance : {"clip", "mean_text", "text_similarity", "visual_cls"}, default "clip"
+        What the language model's reference token is made of (Table 6, from the last row to the first but one).
+    pseudo_cls : {"propagate", "pool"}, default "propagate"
+        Whether the reference token runs through the layers itself, or is pooled anew from the key words at each layer.
+    positions : {"original", "compact"}, default "original"
+        Whether kept tokens keep their RoPE positions or are renumbered without gaps.
+    strict : bool, default False
+        Raise, instead of warning once, when the inputs that text guidance needs are missing.
+
+    Raises
+    ------
+    ValueError
+        For a value outside what is allowed, naming both.
+    """
+
+    enabled: bool = True
+    visual_tokens: int = 64
+    tower_tokens: int | None = None
+    layers_per_group: int | None = 3
+    tower_layers: int | None = None
+    decoder_layers: int = 12
+    relevance_threshold: float = 0.2
+    aggregation: str = "rollout"
+    guidance: str = "clip"
+    pseudo_cls: str = "propagate"
+    positions: str = "original"
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("enabled", "strict"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"pruning.{name}={getattr(self, name)!r}; allowed: True, False.")
+        for name, minimum, optional in (
+            ("visual_tokens", 1, False),
+            ("tower_tokens", 1, True),
+            ("layers_per_group", 1, True),
+            ("tower_layers", 0, True),
+            ("decoder_layers", 0, False),
+        ):
+            value = getattr(self, name)
+            if not (value is None and optional) and not (is_whole(value) and value >= minimum):
+                allowed = f"an integer of at least {minimum}" + (", or None" if optional else "")
+                raise ValueError(f"pruning.{name}={value!r}; allowed: {allowed}.")
+            object.__setattr__(self, name, None if value is None else int(value))
+        if self.tower_tokens is not None and self.tower_tokens < self.visual_tokens:
+            raise ValueError(
+                f"pruning.tower_tokens={self.tower_tokens} is below visual_tokens={self.visual_tokens}: the language "
+                "model cannot keep more than the vision tower hands over."
+            )
+        threshold = self.relevance_threshold
+        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not -1 <= threshold <= 1:
+            raise ValueError(f"pruning.relevance_threshold={threshold!r}; allowed: a cosine, from -1 to 1.")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"pruning.{name}={getattr(self, name)!r}; allowed: {', '.join(choices)}.")
+
+    @classmethod
+    def create(cls, value: Any = None, **changes: Any) -> "IVTPPruningConfig":
+        """Make a checked config from None (all defaults), a mapping or another config, with `changes` on top.
+
+        Raises
+        ------
+        ValueError
+            For an unknown field, a value outside what is allowed, or a `value` that is none of these.
+        """
+        if value is None:
+            options: dict[str, Any] = {}
+        elif isinstance(value, Mapping):
+            options = dict(value)
+        elif is_dataclass(value) and not isinstance(value, type):
+            options = asdict(value)
+        else:
+            raise ValueError(f"pruning={value!r}; allowed: a mapping of options or an IVTPPruningConfig.")
+        options |= changes
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise ValueError(f"Unknown pruning option(s) {', '.join(unknown)}; allowed: {', '.join(known)}.")
+        return cls(**options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as plain values, ready for JSON."""
+        return asdict(self)
+
+    def changed(self, **changes: Any) -> "IVTPPruningConfig":
+        """A copy with `changes`, checked; raises ValueError as the class does."""
+        return type(self).create(self, **changes)
+
+
+class IVTPLlavaConfig(LlavaConfig):
+    """`LlavaConfig` with CLIP's text tower and the pruning options.
+
+    Parameters
+    ----------
+    clip_text_config : CLIPTextConfig or dict, optional
+        CLIP's text tower; its `projection_dim` is the width in which words and image are compared (Eq. 6). None builds
+        the model without it: the visual CLS token then is the reference in the language model.
+    pruning : IVTPPruningConfig or dict, optional
+        What to drop; default: the paper's setting for LLaVA-1.5, 576 to 64 tokens.
+    **kwargs
+        Everything `LlavaConfig` takes.
+
+    Raises
+    ------
+    ValueError
+        For an unknown pruning option or a value outside what is allowed.
+    """
+
+    model_type = "ivtp_llava"
+    # Attention implementation and dtype reach the parts through this table.
+    sub_configs = {**LlavaConfig.sub_configs, "clip_text_config": CLIPTextConfig}  # noqa: RUF012
+
+    clip_text_config: dict | CLIPTextConfig | None = None
+    pruning: Any = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.pruning = IVTPPruningConfig.create(self.pruning)
+        if isinstance(self.clip_text_config, dict):
+            self.clip_text_config = CLIPTextConfig(**self.clip_text_config)
+        super().__post_init__(**{"auto_map": dict(AUTO_MAP)} | kwargs)
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in transformers; an official LLaVA folder counts as one of ours, which it is but for defaults."""
+        config, rest = super().get_config_dict(*args, **kwargs)
+        if config.get("model_type") == LlavaConfig.model_type:
+            config["model_type"] = cls.model_type
+        if config.get("model_type", cls.model_type) != cls.model_type:
+            where = args[0] if args else "The configuration"
+            raise ValueError(
+                f"{where} is of model_type {config['model_type']!r}; allowed: {LlavaConfig.model_type!r} (LLaVA-1.5 in "
+                f"transformers' format) and {cls.model_type!r}."
+            )
+        return config, rest
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "pruning" and not isinstance(value, IVTPPruningConfig):
+            # Some options given on top of a checkpoint's change those and leave the others.
+            known = self.__dict__.get("pruning")
+            if isinstance(known, IVTPPruningConfig) and isinstance(value, Mapping):
+                value = known.changed(**value)
+            else:
+                value = IVTPPruningConfig.create(value)
+        super().__setattr__(name, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain values, `pruning` included."""
+        output = super().to_dict()
+        output["pruning"] = self.pruning.to_dict()
+        return output
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of one image, N: 576 for 336 pixels and patches of 14."""
+        rows, columns = self.grid
+        return rows * columns
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches of one image: (24, 24) for 336 pixels and patches of 14."""
+        side = self.vision_config.image_size // self.vision_config.patch_size
+        return side, side
+
+    @property
+    def feature_depth(self) -> int:
+        """How many layers of the vision tower make the features that LLaVA reads: 23 of 24."""
+        layers = self.vision_feature_layer
+        states = self.vision_config.num_hidden_layers + 1
+        return max(layer % states for layer in ([layers] if isinstance(layers, int) else layers))
+
+    def pruning_plan(self) -> PruningPlan | None:
+        """The groups of both stages for this model, or None when nothing is to be dropped.
+
+        Raises
+        ------
+        ValueError
+            If the options do not fit the model's layers.
+        """
+        return plan_pruning(
+            self.pruning,
+            self.num_patches,
+            self.vision_config.num_hidden_layers,
+            self.text_config.num_hidden_layers,
+        )
+
+
+IVTPLlavaConfig.register_for_auto_class()

@@ -1,0 +1,197 @@
+"""What `generate()` has to know about pruning: masks of a static cache, beams, what cannot be combined with it."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.masking_utils import create_masks_for_generate
+
+from .compat import CACHE
+from .pruned_cache import is_pruned, release
+
+
+class PrunedGeneration:
+    """Mixin for the class that has `generate()`; the model's forward does the rest."""
+
+    config: Any
+    model: Any
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        next_sequence_length: int | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> Any:
+        """As in transformers; what only a prompt needs does not follow into the decoding steps."""
+        prompt = kwargs.pop("prompt_length", None)
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            for name in ("mm_encoder_outputs", "clip_input_ids", "clip_spans"):
+                kwargs.pop(name, None)
+        elif inputs_embeds is None:
+            if (spans := kwargs.get("clip_spans")) is not None:
+                # Tokens behind the prompt, such as an assistant's candidates, are no words of the person.
+                kwargs["clip_spans"] = nn.functional.pad(spans, (0, 0, 0, input_ids.shape[1] - spans.shape[1]))
+            if prompt is not None and input_ids.shape[1] > prompt:
+                kwargs["drafted"] = input_ids.shape[1] - prompt
+            if next_sequence_length is not None and next_sequence_length < input_ids.shape[1]:
+                self._leave_seen_images(input_ids, next_sequence_length, kwargs)
+        given = super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
+        if is_first_iteration:
+            self._read_ahead(given, mask)
+            if cache is not None:
+                asked = "reading" in given or is_pruned(cache)
+                cache.rows_are_whole = asked and (mask is None or bool(mask.all()))
+        elif _needs_no_mask(cache) and getattr(given.get("attention_mask"), "ndim", 0) == 2:
+            given["attention_mask"] = None
+        return given
+
+    def _read_ahead(self, given: dict[str, Any], mask: torch.Tensor | None) -> None:
+        """Before the prompt's work begins: what the host has to know of it, and the memory of a static cache."""
+        cache = given.get(CACHE)
+        release(cache)
+        plan = self.model.plan() if _count_images(given) else None
+        if plan is None:
+            return
+        past = 0 if cache is None else int(cache.get_seq_length())
+        names = ("input_ids", "inputs_embeds", "clip_input_ids")
+        reading = given["reading"] = self.model.read(
+            plan=plan,
+            images=_count_images(given),
+            attention_mask=mask,
+            past=past,
+            drafted=given.get("drafted", 0),
+            **{name: given.get(name) for name in names},
+        )
+        if cache is not None and past == 0 and plan.exact:
+            self.model.language_model.allocate(cache, plan, reading.sequence)
+
+    def _leave_seen_images(self, input_ids: torch.Tensor, new: int, kwargs: dict[str, Any]) -> None:
+        """Of a whole conversation's images keep those of the `new` last tokens: the others are in the cache."""
+        marks = input_ids == self.config.image_token_id
+        counts, fresh = self._images_of(marks), self._images_of(marks[:, marks.shape[1] - new :])
+        images = _count_images(kwargs)
+        if images != sum(counts) or images == sum(fresh):
+            return
+        last = 0
+        order: list[int] = []
+        for count, kept in zip(counts, fresh, strict=True):
+            last += count
+            order += range(last - kept, last)
+        for name in ("pixel_values", "mm_encoder_outputs"):
+            if kwargs.get(name) is not None:
+                kwargs[name] = _reordered(kwargs[name], order) if order else None
+
+    def _images_of(self, marks: torch.Tensor) -> list[int]:
+        return (marks.sum(1) // self.config.num_patches).tolist()
+
+    def create_masks_for_generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Masks that `generate` prepares for a static cache; a prompt that is pruned makes its own, layer by layer."""
+        cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
+        if not is_pruned(cache):
+            if kwargs.get("is_first_iteration") and self.model.plan() is not None:
+                return mask
+            return create_masks_for_generate(*args, **kwargs)
+        if kwargs.get("is_first_iteration"):
+            return mask
+        mask = None if _needs_no_mask(cache) else mask
+        return self.model.language_model.masks_for_pruned_cache(kwargs["inputs_embeds"], mask, cache)
+
+    def _prefill(
+        self, input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kw: Any
+    ) -> Any:
+        chunked = generation_config.prefill_chunk_size is not None
+        if chunked and _count_images(model_kwargs) and self.model.plan() is not None:
+            raise ValueError(
+                f"prefill_chunk_size={generation_config.prefill_chunk_size}: pruning looks at the whole prompt, so it "
+                "cannot be prefilled in chunks. Use prefill_chunk_size=None, or model.pruning(enabled=False)."
+            )
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kw)  # type: ignore[misc]
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.LongTensor | None = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Repeat rows for beams; the images of a row stay together and in order."""
+        embeds = model_kwargs.get("inputs_embeds")
+        prompt = input_ids if embeds is None else embeds
+        assert prompt is not None
+        length = model_kwargs["prompt_length"] = prompt.shape[1]
+        if (spans := model_kwargs.get("clip_spans")) is not None and spans.shape[1] < length:
+            # Spans of the last words alone: what stands before them, say an earlier answer, has none.
+            model_kwargs["clip_spans"] = nn.functional.pad(spans, (0, 0, length - spans.shape[1], 0))
+        names = ("pixel_values", "mm_encoder_outputs") if expand_size > 1 and _count_images(model_kwargs) else ()
+        given = {name: model_kwargs.pop(name) for name in names if model_kwargs.get(name) is not None}
+        order: list[int] = []
+        if given:
+            marks = self.model.placeholders(None if embeds is not None else input_ids, embeds)
+            order = self._image_order(expand_size, marks, _count_images(given), model_kwargs)
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        return input_ids, model_kwargs | {name: _reordered(value, order) for name, value in given.items()}
+
+    def _image_order(self, repeats: int, marks: torch.Tensor, images: int, model_kwargs: dict[str, Any]) -> list[int]:
+        """Which image stands where once every row is repeated."""
+        if (mask := model_kwargs.get("attention_mask")) is not None:
+            marks = marks & mask[:, mask.shape[1] - marks.shape[1] :].bool()
+        counts = self._images_of(marks)
+        if sum(counts) != images and (cache := model_kwargs.get(CACHE)) is not None:
+            counts = self._images_of(marks[:, int(cache.get_seq_length()) :])
+        first, order = 0, []
+        for count in counts:
+            order += list(range(first, first + count)) * repeats
+            first += count
+        return order
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        """Leave out what an assistant that is a plain language model would not take."""
+        assistant, given = kwargs.get("assistant_model"), kwargs.get("model_kwargs")
+        if assistant is not None and given is not None:
+            taken = inspect.signature(assistant.forward).parameters
+            ours = {"clip_input_ids", "clip_spans", "pixel_values", "prompt_length"} - set(taken)
+            kwargs["model_kwargs"] = {name: value for name, value in given.items() if name not in ours}
+        return super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]
+
+
+def _needs_no_mask(cache: Any) -> bool:
+    """Whether a decoding step sees every entry of a pruned cache, in every row."""
+    return is_pruned(cache) and getattr(cache, "rows_are_whole", False)
+
+
+def _count_images(kwargs: dict[str, Any]) -> int:
+    if (pixels := kwargs.get("pixel_values")) is not None:
+        return pixels.shape[0]
+    encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+    return 0 if encoded is None else len(encoded.pooler_output)
+
+
+def _reordered(images: Any, order: list[int]) -> Any:
+    """Pixels (I, ...) or encoder outputs, for images in another order."""
+    if isinstance(images, torch.Tensor):
+        return images[torch.tensor(order, device=images.device)]
+    return {kind: None if output is None else take_images(output, order) for kind, output in images.items()}
+
+
+def take_images(output: Any, order: list[int]) -> Any:
+    """Encoder outputs of some of their images, which may repeat."""
+    chosen: dict[str, Any] = {"pooler_output": [output.pooler_output[image] for image in order]}
+    # Of images that keep different numbers, the one that kept most may be among those that are left out.
+    most = max(len(image) for image in chosen["pooler_output"])
+    for name, cut in (("kept_patches", True), ("cls_features", False), ("image_embeds", False), ("patch_embeds", True)):
+        if (value := getattr(output, name, None)) is not None:
+            value = value[torch.tensor(order, device=value.device)]
+            chosen[name] = value[:, :most] if cut else value
+    return type(output)(**chosen)

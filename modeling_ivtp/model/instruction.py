@@ -1,0 +1,177 @@
+"""Where the person speaks in a prompt: the role markers of chat formats, known ones and those a template reveals."""
+
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from itertools import takewhile
+from typing import Any
+
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# Regular expressions of what opens and what closes a user turn: the formats of the LLaVA checkpoints on the Hub.
+KNOWN_FORMATS = (
+    (r"<\|im_start\|>user\b", r"<\|im_end\|>"),
+    (r"<\|start_header_id\|>user<\|end_header_id\|>", r"<\|eot_id\|>"),
+    (r"<start_of_turn>user\b", r"<end_of_turn>"),
+    (r"<\|user\|>", r"<\|end\|>|<\|assistant\|>"),
+    (r"\[INST\]", r"\[/INST\]"),
+    (r"###\s*Human:", r"###\s*Assistant:"),
+    (r"(?<!\w)USER:", r"(?<!\w)ASSISTANT:"),
+)
+SYSTEM_INSIDE_TURN = r"<<SYS>>.*?<</SYS>>"
+_NEVER = r"(?!)"
+
+
+def user_turns(text: str, formats: Sequence[tuple[str, str]]) -> list[tuple[int, int]]:
+    """Find the user turns of a prompt by the first format whose markers stand in it; without any, it is one turn."""
+    opened = next((markers for markers in formats if re.search(markers[0], text)), None)
+    # A prompt that only closes a turn begins inside of it.
+    markers = opened or next((markers for markers in formats if re.search(markers[1], text)), None)
+    if markers is None:
+        return [(0, len(text))]
+    turns, start = [], None if opened else 0
+    for match in re.finditer(f"(?P<opening>{markers[0]})|{markers[1]}", text):
+        if start is not None:
+            turns.append((start, match.start()))
+        start = match.end() if match["opening"] else None
+    return turns if start is None else [*turns, (start, len(text))]
+
+
+def template_markers(render: Callable[[list[Any], bool], str], special_tokens: str) -> tuple[str, str] | None:
+    """Learn a chat template's role markers from how it renders a conversation.
+
+    Parameters
+    ----------
+    render : callable
+        Renders a conversation; the second argument asks for a generation prompt behind it.
+    special_tokens : str
+        A regular expression for the prompt's special tokens.
+
+    Returns
+    -------
+    (str, str) or None
+        Regular expressions of what stands before every user's words and of what follows them; None if the template
+        cannot render a plain conversation or sets no words before the user's.
+    """
+    words = ["probequestion", "probeanswer", "probefollowup"]
+    roles = ["user", "assistant", "user"]
+    for content in (lambda word: [{"type": "text", "text": word}], lambda word: word):
+        chat: Any = [{"role": role, "content": content(word)} for role, word in zip(roles, words, strict=True)]
+        try:
+            whole = render(chat, True)
+            answered = render(chat[:2], False)
+        except Exception as error:  # a template is a program and may raise whatever it likes
+            logger.info(f"The chat template cannot render a plain conversation: {error}")
+            continue
+        if re.findall("|".join(words), whole) == words:
+            break
+    else:
+        return None
+    before, between, again, after = re.split("|".join(words), whole)
+    again = again.removeprefix(answered.split(words[1])[-1])
+    # Special tokens count as one letter: "<s>[INST]" and "</s>[INST]" have "[INST]" in common.
+    letters = re.compile(f"{special_tokens}|.", re.DOTALL)
+    opening = "".join(reversed(_common_start(letters.findall(before)[::-1], letters.findall(again)[::-1])))
+    after = after.strip() or between  # a template need not know generation prompts
+    closing = _common_start(letters.findall(between.lstrip()), letters.findall(after.lstrip()))
+    if closing and len(closing[0]) > 1:
+        closing = closing[:1]  # a special token closes the turn, whoever speaks next
+    if not re.search(r"\w", opening):
+        return None
+    return _marker(opening), _marker("".join(closing))
+
+
+def _marker(text: str) -> str:
+    """Turn a role marker into a regular expression, free in its white space and never inside of a word."""
+    text = text.strip()
+    if not re.search(r"\w", text):
+        return _NEVER
+    pattern = r"\s*".join(re.escape(part) for part in text.split())
+    return (r"(?<!\w)" if re.match(r"\w", text) else "") + pattern + (r"(?!\w)" if re.search(r"\w$", text) else "")
+
+
+def _common_start(one: list[str], other: list[str]) -> list[str]:
+    return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]
+
+
+Range = tuple[int, int]
+
+
+def with_composed(text: str, offsets: Iterable[Range]) -> list[Range]:
+    """Extend CLIP's character ranges over the combining characters that its Unicode normalization left out.
+
+    "e" and a combining accent become one letter, whose range is then that of the "e". CLIP's tokens leave nothing but
+    white space uncovered, so whatever else is uncovered belongs to the token before it.
+    """
+    offsets = list(offsets)
+    covered = bytearray(len(text))
+    for start, end in offsets:
+        covered[start:end] = b"\1" * (end - start)
+    extended = []
+    for start, end in offsets:
+        while end < len(text) and not covered[end] and not text[end].isspace():
+            end += 1
+        extended.append((start, end))
+    return extended
+
+
+def moved(
+    offsets: Sequence[Range], pieces: Sequence[Range], replacements: Sequence[tuple[int, int, int, int]]
+) -> list[Range]:
+    """Move ranges from the joined pieces of an instruction into the prompt with its placeholders expanded.
+
+    Parameters
+    ----------
+    offsets : sequence of (int, int)
+        Ranges in the pieces joined by one character each.
+    pieces : sequence of (int, int)
+        Ranges of the pieces in the prompt.
+    replacements : sequence of (int, int, int, int)
+        Range of each placeholder in the prompt, and of what replaced it in the expanded prompt, ascending.
+
+    Returns
+    -------
+    list of (int, int)
+    """
+    ends = [end for _, end, _, _ in replacements]
+    growth = [0, *(new_end - end for _, end, _, new_end in replacements)]
+    joined, shifts, place = [], [], 0
+    for start, end in pieces:
+        joined.append(place)
+        shifts.append(start + growth[bisect_right(ends, start)] - place)
+        place += end - start + 1
+    moves = [shifts[bisect_right(joined, start) - 1] for start, _ in offsets]
+    return [(start + move, end + move) for (start, end), move in zip(offsets, moves, strict=True)]
+
+
+def window_bounds(words: Sequence[int | None], room: int) -> list[Range]:
+    """Divide CLIP's tokens into windows of at most `room`, between words where a word fits into one window."""
+    bounds, start = [], 0
+    while len(words) - start > room:
+        cut = start + room
+        while cut > start and words[cut - 1] == words[cut]:
+            cut -= 1
+        bounds.append((start, cut if cut > start else start + room))
+        start = bounds[-1][1]
+    return [*bounds, (start, len(words))] if words else []
+
+
+def places(spans: Sequence[Range], bounds: Sequence[Range], context: int) -> list[list[int]]:
+    """Turn ranges of CLIP's tokens into places in the row's windows, counted from the end.
+
+    A range that crosses into another window is confined to the window that holds most of it, the first of equals.
+    """
+    starts = [start for start, _ in bounds]
+    found = []
+    for first, last in spans:
+        if first == last:
+            found.append([0, 0])
+            continue
+        touched = range(bisect_right(starts, first) - 1, bisect_right(starts, last - 1))
+        window = max(touched, key=lambda number: min(last, bounds[number][1]) - max(first, bounds[number][0]))
+        start, end = bounds[window]
+        shift = (window - len(bounds)) * context + 1 - start
+        found.append([max(first, start) + shift, min(last, end) + shift])
+    return found

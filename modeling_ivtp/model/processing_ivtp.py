@@ -1,0 +1,415 @@
+"""The processor: stock LLaVA's, which also hands the model the instruction as CLIP's text tower reads it.
+
+Two inputs come on top of `LlavaProcessor`'s. `clip_input_ids` (B, W, C) int64: the instruction in windows of CLIP's
+context length C. `clip_spans` (B, S, 2) int64: for each prompt token the CLIP tokens that share a character with it
+(paper, Eq. 7), as a half-open range over the row's W * C places counted from the end, (0, 0) for none. What is missing
+is zeros on the left in both, which is also what left-padding an unknown input gives.
+"""
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, BatchFeature, LlavaProcessor, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.utils import cached_file, logging
+
+from .instruction import (
+    KNOWN_FORMATS,
+    SYSTEM_INSIDE_TURN,
+    Range,
+    moved,
+    places,
+    template_markers,
+    user_turns,
+    window_bounds,
+    with_composed,
+)
+from .text_relevance import overlapping_spans
+
+logger = logging.get_logger(__name__)
+
+_HUB_ACCESS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
+
+
+class _PresentComponents:
+    """`ProcessorMixin.get_attributes`, which leaves out the CLIP tokenizer for an instance that has none.
+
+    The mixin checks, saves and prints every component it lists, and takes none of them for optional.
+    """
+
+    def __get__(self, processor: ProcessorMixin | None, owner: type[ProcessorMixin]) -> Callable[[], list[str]]:
+        names = vars(ProcessorMixin)["get_attributes"].__get__(None, owner)()
+        present = processor is None or getattr(processor, "clip_tokenizer", None) is not None
+        return lambda: [name for name in names if present or name != "clip_tokenizer"]
+
+
+class IVTPLlavaProcessor(LlavaProcessor):
+    """LLaVA's processor with CLIP's tokenizer beside the language model's.
+
+    Parameters
+    ----------
+    image_processor, tokenizer, patch_size, vision_feature_select_strategy, chat_template, image_token, \
+num_additional_image_tokens
+        As in `LlavaProcessor`.
+    clip_tokenizer : fast tokenizer, optional
+        Tokenizer of CLIP's text tower, kept in its own folder `clip_tokenizer/` of a checkpoint. Without it the
+        processor is a stock `LlavaProcessor`.
+    instruction_pattern : str, optional
+        Regular expression (`.` matches newlines too) for what in a prompt is the instruction: its first group, or the
+        whole match if it has none; every match counts. By default the user turns are found by the role markers of the
+        chat template, else by those of the known LLaVA formats; a prompt without role markers is all instruction.
+        Special tokens and image placeholders never are.
+
+    Raises
+    ------
+    ValueError
+        If the CLIP tokenizer, or with it the language model's, cannot tell character offsets; if the CLIP tokenizer
+        lacks a start or end token or room between them; if `instruction_pattern` is not a regular expression.
+    """
+
+    get_attributes = _PresentComponents()
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        clip_tokenizer: Any = None,
+        patch_size: int | None = None,
+        vision_feature_select_strategy: str | None = None,
+        chat_template: str | dict[str, str] | None = None,
+        image_token: str = "<image>",
+        num_additional_image_tokens: int = 0,
+        instruction_pattern: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            image_processor=image_processor,
+            tokenizer=tokenizer,
+            patch_size=patch_size,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            chat_template=chat_template,
+            image_token=image_token,
+            num_additional_image_tokens=num_additional_image_tokens,
+            **kwargs,
+        )
+        if clip_tokenizer is not None:
+            _check_tokenizers(tokenizer, clip_tokenizer)
+        if instruction_pattern is not None:
+            try:
+                re.compile(instruction_pattern)
+            except (re.error, TypeError) as error:
+                raise ValueError(
+                    f"instruction_pattern must be a regular expression, got {instruction_pattern!r}: {error}"
+                ) from error
+        self.clip_tokenizer = clip_tokenizer
+        self.instruction_pattern = instruction_pattern
+        self._markers_of_template: dict[str, tuple[str, str] | None] = {}
+
+    @classmethod
+    def from_llava(
+        cls, llava: str | os.PathLike, clip_tokenizer: Any = None, instruction_pattern: str | None = None, **kwargs: Any
+    ) -> "IVTPLlavaProcessor":
+        """Join a stock LLaVA processor with CLIP's tokenizer.
+
+        Parameters
+        ----------
+        llava : str or path
+            Folder or Hub id of a LLaVA checkpoint.
+        clip_tokenizer : fast tokenizer, str or path, optional
+            CLIP's tokenizer, or the folder or Hub id of a CLIP checkpoint. Default: the one of `llava`, if that is a
+            checkpoint of ours; a stock LLaVA has none.
+        instruction_pattern : str, optional
+            As for the class.
+        **kwargs
+            Passed on to `LlavaProcessor.from_pretrained`; access to the Hub (`token`, ...) holds for CLIP too.
+
+        Returns
+        -------
+        IVTPLlavaProcessor
+        """
+        stock = LlavaProcessor.from_pretrained(llava, **kwargs)
+        if isinstance(clip_tokenizer, (str, os.PathLike)):
+            access = {name: kwargs[name] for name in _HUB_ACCESS if name in kwargs}
+            clip_tokenizer = AutoTokenizer.from_pretrained(clip_tokenizer, **access)
+        elif clip_tokenizer is None:
+            clip_tokenizer = _stored_clip_tokenizer(llava, **kwargs)
+        return cls(
+            image_processor=stock.image_processor,
+            tokenizer=stock.tokenizer,
+            clip_tokenizer=clip_tokenizer,
+            patch_size=stock.patch_size,
+            vision_feature_select_strategy=stock.vision_feature_select_strategy,
+            chat_template=stock.chat_template,
+            image_token=stock.image_token,
+            num_additional_image_tokens=stock.num_additional_image_tokens,
+            instruction_pattern=instruction_pattern,
+        )
+
+    @classmethod
+    def _get_arguments_from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, processor_dict: dict | None = None, **kwargs: Any
+    ) -> list:
+        if "clip_tokenizer" in kwargs:  # the mixin would store it in the config of every other component
+            raise ValueError(
+                f"IVTPLlavaProcessor.from_llava joins a CLIP tokenizer, got clip_tokenizer={kwargs['clip_tokenizer']!r}"
+            )
+        return super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
+
+    @classmethod
+    def _load_tokenizer_from_pretrained(
+        cls,
+        sub_processor_type: str,
+        pretrained_model_name_or_path: str | os.PathLike,
+        subfolder: str = "",
+        **kwargs: Any,
+    ) -> Any:
+        if sub_processor_type != "clip_tokenizer":
+            return super()._load_tokenizer_from_pretrained(
+                sub_processor_type, pretrained_model_name_or_path, subfolder=subfolder, **kwargs
+            )
+        # The mixin would fall back to the language model's own tokenizer, and every relevance would be noise.
+        found = _stored_clip_tokenizer(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if found is None:
+            logger.warning_once(
+                f"{pretrained_model_name_or_path} has no clip_tokenizer/, so the image alone guides the pruning, not "
+                "the question. To join CLIP's tokenizer: IVTPLlavaProcessor.from_llava(llava, clip_tokenizer=clip) in "
+                "Python, `ivtp convert LLAVA --clip CLIP --out FOLDER` on the command line."
+            )
+        return found
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names of what the processor returns for the model."""
+        if self.clip_tokenizer is None:
+            return super().model_input_names
+        return [*dict.fromkeys(super().model_input_names), "clip_input_ids", "clip_spans"]
+
+    def __call__(
+        self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
+    ) -> BatchFeature:
+        """Process images and prompts.
+
+        Parameters
+        ----------
+        images, text, videos, audio, **kwargs
+            As in `LlavaProcessor`.
+
+        Returns
+        -------
+        BatchFeature
+            `LlavaProcessor`'s, and `clip_input_ids` (B, W, C) and `clip_spans` (B, S, 2), int64, as this file's head
+            describes them. They have the type of `input_ids`: tensors, arrays, or lists.
+
+        Raises
+        ------
+        ValueError
+            For what `LlavaProcessor` rejects, and for arguments after which a token has no place in the prompt
+            (`text_pair`, `is_split_into_words`, `return_overflowing_tokens`).
+        """
+        if self.clip_tokenizer is None or text is None:
+            return super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
+        text_kwargs = dict(kwargs.pop("text_kwargs", None) or {})
+        for name in ("text_pair", "is_split_into_words", "return_overflowing_tokens"):
+            if value := kwargs.get(name) or text_kwargs.get(name):
+                raise ValueError(f"{name} is not possible together with a CLIP tokenizer, got {value!r}")
+        if kwargs.get("sanitize_control_tokens") or text_kwargs.get("sanitize_control_tokens"):
+            logger.warning_once(
+                "sanitize_control_tokens=True leaves no character offsets, so the instruction cannot be matched with "
+                "CLIP's tokens: pruning is guided by the image alone."
+            )
+            return super().__call__(
+                images=images, text=text, videos=videos, audio=audio, text_kwargs=text_kwargs, **kwargs
+            )
+        wanted = {
+            output: any([kwargs.pop(option, False), text_kwargs.pop(option, False)])
+            for output, option in (
+                ("offset_mapping", "return_offsets_mapping"),
+                ("text_replacement_offsets", "return_text_replacement_offsets"),
+            )
+        }
+        text_kwargs["return_offsets_mapping"] = True
+        outputs = super().__call__(
+            images=images,
+            text=text,
+            videos=videos,
+            audio=audio,
+            text_kwargs=text_kwargs,
+            return_text_replacement_offsets=True,
+            **kwargs,
+        )
+        windows, spans = self._clip_inputs(
+            [text] if isinstance(text, str) else text,
+            outputs["text_replacement_offsets"],
+            _as_list(outputs["input_ids"]),
+            _as_list(outputs["offset_mapping"]),
+        )
+        for output, keep in wanted.items():
+            if not keep:
+                del outputs[output]
+        outputs["clip_input_ids"] = _as_type_of(outputs["input_ids"], windows, _context_length(self.clip_tokenizer))
+        outputs["clip_spans"] = _as_type_of(outputs["input_ids"], spans, 2)
+        return outputs
+
+    def instruction_ranges(self, text: str) -> list[Range]:
+        """Find what the person wrote in a prompt.
+
+        Parameters
+        ----------
+        text : str
+            The prompt, before its image placeholders are expanded.
+
+        Returns
+        -------
+        list of (int, int)
+            Half-open character ranges, ascending and disjoint, without white space at their ends: the user turns, cut
+            where a special token, an image placeholder or a system prompt stands in them.
+        """
+        if self.instruction_pattern is not None:
+            matches = re.finditer(self.instruction_pattern, text, re.DOTALL)
+            turns = [match.span(min(match.re.groups, 1)) for match in matches]
+            if not turns:
+                logger.warning_once(f"instruction_pattern {self.instruction_pattern!r} matches nothing in a prompt.")
+        else:
+            turns = user_turns(text, [*self._template_formats(), *KNOWN_FORMATS])
+        foreign = re.compile(f"{self._special_tokens()}|{SYSTEM_INSIDE_TURN}", re.DOTALL)
+        ranges = []
+        for start, end in turns:
+            if start < 0:  # the pattern's group took no part in the match
+                continue
+            cuts = [(start, start), *(cut.span() for cut in foreign.finditer(text, start, end)), (end, end)]
+            for (_, first), (last, _) in pairwise(cuts):
+                words = text[first:last]
+                first, last = last - len(words.lstrip()), first + len(words.rstrip())
+                if first < last:
+                    ranges.append((first, last))
+        return ranges
+
+    def _clip_inputs(
+        self,
+        texts: Sequence[str],
+        replacements: Sequence[Sequence[dict[str, Any]]],
+        input_ids: Sequence[Sequence[int]],
+        offsets: Sequence[Sequence[Range]],
+    ) -> tuple[list[list[list[int]]], list[list[list[int]]]]:
+        """Tokenize the instruction of each prompt for CLIP and align it with the prompt's tokens.
+
+        Parameters
+        ----------
+        texts : sequence of str
+            Prompts before their placeholders were expanded.
+        replacements : sequence (per row) of sequence (per placeholder) of dict
+            The mixin's record of that expansion.
+        input_ids, offsets : sequence (per row) of sequence
+            The tokens of the expanded prompts and their character ranges in it.
+
+        Returns
+        -------
+        windows : list (B, W, C) of int
+        spans : list (B, S, 2) of int
+        """
+        ranges = [self.instruction_ranges(text) for text in texts]
+        # White space between the pieces keeps CLIP's words, and the characters that compose, apart.
+        instructions = [
+            " ".join(text[slice(*piece)] for piece in pieces) for text, pieces in zip(texts, ranges, strict=True)
+        ]
+        encoded = self.clip_tokenizer(
+            instructions,
+            add_special_tokens=False,
+            split_special_tokens=True,  # what a person wrote is text, even where it looks like CLIP's end token
+            return_offsets_mapping=True,
+            verbose=False,
+        )
+        context = _context_length(self.clip_tokenizer)
+        windows, spans = [], []
+        for row, pieces in enumerate(ranges):
+            bounds = window_bounds(encoded.word_ids(row), context - 2)
+            covered = with_composed(instructions[row], encoded["offset_mapping"][row])
+            in_prompt = moved(covered, pieces, [(*one["span"], *one["new_span"]) for one in replacements[row]])
+            tokens = self.tokenizer.convert_ids_to_tokens(input_ids[row])
+            # Metaspace tokenizers begin a text with a mark of their own, whose range is the first character's.
+            own = [(0, 0) if token.strip("▁") == "" else pair for token, pair in zip(tokens, offsets[row], strict=True)]
+            windows.append([self._window(encoded["input_ids"][row][slice(*bound)]) for bound in bounds])
+            spans.append(places(overlapping_spans(own, in_prompt), bounds, context))
+        longest = max(1, *map(len, windows))
+        return [[[0] * context] * (longest - len(row)) + row for row in windows], spans
+
+    def _window(self, tokens: list[int]) -> list[int]:
+        """Frame at most C - 2 of CLIP's tokens with start and end token and pad them to C."""
+        clip = self.clip_tokenizer
+        pad = clip.eos_token_id if clip.pad_token_id is None else clip.pad_token_id
+        window = [clip.bos_token_id, *tokens, clip.eos_token_id]
+        return window + [pad] * (_context_length(clip) - len(window))
+
+    def _special_tokens(self) -> str:
+        """Give a regular expression for the special tokens of the prompt, image placeholders included."""
+        added = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        names = {self.image_token, *self.tokenizer.all_special_tokens, *added}
+        return "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+
+    def _template_formats(self) -> list[tuple[str, str]]:
+        """Give the role markers of the chat templates, as in `KNOWN_FORMATS`."""
+        template = self.chat_template or getattr(self.tokenizer, "chat_template", None) or {}
+        formats = []
+        for one in [template] if isinstance(template, str) else template.values():
+            if one not in self._markers_of_template:
+                self._markers_of_template[one] = template_markers(partial(self._render, one), self._special_tokens())
+            if (markers := self._markers_of_template[one]) is not None:
+                formats.append(markers)
+        return formats
+
+    def _render(self, template: str, chat: list[Any], prompted: bool) -> str:
+        return self.apply_chat_template(chat, chat_template=template, add_generation_prompt=prompted)
+
+
+def _stored_clip_tokenizer(source: str | os.PathLike, *, subfolder: str = "", **kwargs: Any) -> Any:
+    """Load the CLIP tokenizer that a checkpoint of ours holds; None if there is none."""
+    folder = f"{subfolder}/clip_tokenizer" if subfolder else "clip_tokenizer"
+    access = {name: kwargs[name] for name in (*_HUB_ACCESS, "revision") if name in kwargs}
+    found = cached_file(
+        source,
+        "tokenizer_config.json",
+        subfolder=folder,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **access,
+    )
+    return None if found is None else AutoTokenizer.from_pretrained(source, subfolder=folder, **access)
+
+
+def _check_tokenizers(tokenizer: Any, clip_tokenizer: Any) -> None:
+    """Raise ValueError for tokenizers that an instruction cannot be aligned with."""
+    for name, one in (("clip_tokenizer", clip_tokenizer), ("tokenizer", tokenizer)):
+        if not isinstance(one, PreTrainedTokenizerBase) or not one.is_fast:
+            raise ValueError(
+                f"{name} must be a fast tokenizer (one that knows character offsets), got {type(one).__name__}: {one!r}"
+            )
+    if clip_tokenizer.bos_token_id is None or clip_tokenizer.eos_token_id is None:
+        raise ValueError(f"clip_tokenizer must have a start and an end token, got {clip_tokenizer!r}")
+    if len(clip_tokenizer) < 300:  # bytes and end marks alone are 512
+        raise ValueError(f"clip_tokenizer knows {len(clip_tokenizer)} words only: is its tokenizer.json missing?")
+    if _context_length(clip_tokenizer) < 3:
+        raise ValueError(f"clip_tokenizer must take 3 tokens or more, got {clip_tokenizer.model_max_length}")
+
+
+def _context_length(clip_tokenizer: Any) -> int:
+    """Give CLIP's context length; a tokenizer that was saved without one has an absurdly large number there."""
+    return int(clip_tokenizer.model_max_length) if clip_tokenizer.model_max_length < 1_000_000 else 77
+
+
+def _as_list(values: Any) -> list:
+    return values if isinstance(values, list) else values.tolist()
+
+
+def _as_type_of(example: Any, values: list, width: int) -> Any:
+    """Convert nested lists (B, n, width) to what `example` is: a tensor, an array, or lists as they are."""
+    if isinstance(example, list):
+        return values
+    tensor = torch.tensor(values, dtype=torch.int64).reshape(len(values), len(values[0]), width)
+    return tensor if isinstance(example, torch.Tensor) else tensor.numpy()
+
+
+IVTPLlavaProcessor.register_for_auto_class("AutoProcessor")

@@ -1,0 +1,466 @@
+"""A KV cache whose layers differ in length, because later layers never saw the tokens that were dropped.
+
+transformers counts positions with `get_seq_length()` and sizes masks with `get_mask_sizes()`. A pruned layer answers
+the first *logically*, as if nothing had been dropped, and the second *physically*, with the entries it stores, offset
+by the difference; so generation, masks and RoPE positions go on as for an unpruned cache.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+
+from .cache_index import KeyLayout
+from .visual_sequence import VisualSequence
+
+_NOTHING = KeyLayout()
+"""What layers that hold nothing share, as they share a layout afterwards."""
+
+
+class PrunedDynamicLayer(DynamicLayer):
+    """`DynamicLayer` that stores fewer entries than the sequence has tokens."""
+
+    is_pruned = True
+
+    def __init__(self, layout: KeyLayout | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.layout = layout or KeyLayout()
+
+    @property
+    def entries(self) -> int:
+        """Entries that are stored now."""
+        return super().get_seq_length()
+
+    def leave_out(self, tokens: int) -> None:
+        """Nothing to do: a dynamic layer allocates as it grows."""
+
+    def get_seq_length(self) -> int:
+        """Logical length: what the sequence would have without pruning."""
+        return self.entries + self.layout.dropped
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Entries with the new ones, and how far they lie behind the logical count."""
+        return self.entries + query_length, self.layout.dropped
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens; see `KeyLayout.cropped` for how far that goes."""
+        if tokens_to_remove > 0:  # how earlier versions of transformers name the length to keep
+            tokens_to_remove = min(0, tokens_to_remove - self.get_seq_length())
+        if self.is_initialized and tokens_to_remove:
+            self.layout = self.layout.cropped(self.entries - abs(tokens_to_remove))
+        super().crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.keys = self.values = None
+        self.is_initialized = False
+        self.layout = _NOTHING
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorder the rows for beam search."""
+        super().reorder_cache(beam_idx)
+        self.layout = self.layout.select_rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        super().batch_repeat_interleave(repeats)
+        self.layout = self.layout.repeat_rows(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep only some rows."""
+        super().batch_select_indices(indices)
+        self.layout = self.layout.select_rows(indices)
+
+
+class PrunedStaticLayer(StaticLayer):
+    """`StaticLayer` sized for the entries that are kept instead of for all tokens.
+
+    While nothing is stored, it takes a prompt as a dynamic layer does: what attends are the new tokens alone, so that
+    attention keeps its causal kernels, and what is known of it is known without a look at the device.
+
+    Parameters
+    ----------
+    max_cache_len : int
+        Entries that it can hold.
+    logical_len : int
+        Tokens that the stock layer it stands for was made for; `reset` goes back to that size.
+    """
+
+    is_pruned = True
+    is_initialized: bool
+    max_cache_len: int
+    empty: bool = True
+    """Whether nothing is stored yet."""
+    _spare: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def __init__(self, max_cache_len: int, logical_len: int, layout: KeyLayout | None = None, **kwargs: Any) -> None:
+        super().__init__(max_cache_len, **kwargs)
+        self.logical_len = logical_len
+        self.layout = layout or KeyLayout()
+
+    @property
+    def entries(self) -> int:
+        """Entries that are stored now. Reads a tensor unless it is empty: only a first prompt compiles."""
+        return 0 if self.empty else int(self.cumulative_length)
+
+    def leave_out(self, tokens: int) -> None:
+        """Make room for `tokens` fewer, as long as nothing is allocated."""
+        if not self.is_initialized:
+            self.max_cache_len -= tokens
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Store keys and values; those to attend to: all entries, or the new ones alone where there were none."""
+        stored = super().update(key_states, value_states, *args, **kwargs)
+        if not self.empty:
+            return stored
+        self.empty = False
+        return key_states, value_states
+
+    def get_seq_length(self) -> Any:
+        """Logical length: what the sequence would have without pruning."""
+        return self.layout.dropped + (0 if self.empty else super().get_seq_length())
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Entries that are attended to, and how far they lie behind the logical count."""
+        return query_length if self.empty else self.max_cache_len, self.layout.dropped
+
+    def get_max_length(self) -> int:
+        """Tokens, counted logically, for which there is room."""
+        return self.max_cache_len + self.layout.dropped
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last `-tokens_to_remove` tokens; see `KeyLayout.cropped` for how far that goes."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove={tokens_to_remove}; allowed: a number of tokens, negated.")
+        if self.is_initialized and tokens_to_remove:
+            self.layout = self.layout.cropped(self.entries + tokens_to_remove)
+            self.cumulative_length.add_(tokens_to_remove)  # in place: compiled code knows its address
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Allocate, or take what was allocated before a `reset` if the prompt is as large: compiled code knows it."""
+        spare, self._spare = self._spare, None
+        entries: int = self.max_cache_len
+        fits = spare is not None and all(
+            old.shape == (*new.shape[:2], entries, new.shape[3]) and (old.dtype, old.device) == (new.dtype, new.device)
+            for old, new in zip(spare, (key_states, value_states), strict=True)
+        )
+        if not fits:
+            del spare
+            super().lazy_initialization(key_states, value_states)
+            return
+        self.keys, self.values = spare  # type: ignore[misc]
+        self.keys.zero_()
+        self.values.zero_()  # an infinite value would count, even where nothing attends to it
+        self.is_initialized = True
+
+    def reset(self) -> None:
+        """Forget everything and take the stock size again: the next prompt may drop less."""
+        if self.is_initialized:
+            self.cumulative_length.zero_()
+            self._spare = self.keys, self.values
+        self.keys = self.values = None
+        self.is_initialized, self.empty = False, True
+        self.max_cache_len = self.logical_len
+        self.layout = _NOTHING
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorder the rows for beam search."""
+        super().reorder_cache(beam_idx)
+        self.layout = self.layout.select_rows(beam_idx)
+
+
+PrunedLayer = PrunedDynamicLayer | PrunedStaticLayer
+
+
+def is_pruned(cache: Cache | None) -> bool:
+    """Whether a cache holds a prompt whose layers may differ in length.
+
+    The last layer tells: what a lower layer never saw, it never sees either.
+    """
+    if cache is None or not getattr(cache, "layers", ()):
+        return False
+    last: Any = cache.layers[-1]
+    return getattr(last, "is_pruned", False) and last.is_initialized and not getattr(last, "empty", False)
+
+
+def layer_segments(cache: Cache) -> list[tuple[int, int]]:
+    """Runs of cache layers that share a layout, and with it a mask: (first, last) layer, both inside."""
+    segments: list[tuple[int, int]] = []
+    for index, layer in enumerate(cache.layers):
+        if segments and layer.layout is cache.layers[index - 1].layout:
+            segments[-1] = (segments[-1][0], index)
+        else:
+            segments.append((index, index))
+    return segments
+
+
+def prepare_layers(cache: Cache, num_layers: int, past_mask: torch.Tensor | None, length: int) -> None:
+    """Swap the layers of a cache for pruned ones that hold the same entries, so that lengths may differ from now on.
+
+    Parameters
+    ----------
+    cache : Cache
+        Dynamic or static, empty or not; changed in place.
+    num_layers : int
+        Layers of the decoder; a `DynamicCache()` made without config grows lazily and is filled up to it.
+    past_mask : bool Tensor (B, past) or None
+        The 2D attention mask of the tokens that are in the cache already.
+    length : int
+        Tokens that are to come, counted logically.
+
+    Raises
+    ------
+    ValueError
+        For a kind of cache whose layers cannot differ in length, or a static one that is too short.
+    """
+    if not isinstance(getattr(cache, "layers", None), list):
+        raise ValueError(_unsupported(type(cache).__name__))
+    fresh = KeyLayout()
+    while len(cache.layers) < num_layers:
+        make = cache.layer_class_to_replicate
+        if make is not DynamicLayer:
+            raise ValueError(_unsupported(getattr(make, "__name__", type(cache).__name__)))
+        cache.layers.append(DynamicLayer())
+    # Sliding layers hold their window; full ones decide how long the sequence may be, for all of them.
+    capacity = max(getattr(layer, "logical_len", getattr(layer, "max_cache_len", 0)) for layer in cache.layers)
+    needed = int(cache.get_seq_length()) + length
+    if any(isinstance(layer, StaticLayer) for layer in cache.layers) and capacity < needed:
+        raise ValueError(f"The static cache has room for {capacity} tokens; the prompt needs {needed}: max_cache_len.")
+    held = fresh
+    for index, layer in enumerate(cache.layers):
+        if getattr(layer, "is_pruned", False):
+            if not layer.is_initialized or getattr(layer, "empty", False):
+                layer.layout = fresh
+            continue
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer):
+            raise ValueError(_unsupported(type(layer).__name__))
+        past = int(layer.get_seq_length())
+        if past and held.stored != past:
+            held = KeyLayout(stored=past, tail=past, key_mask=past_mask)
+        cache.layers[index] = _adopt(layer, held if past else fresh, capacity)
+
+
+def key_value_shape(config: Any) -> tuple[int, int]:
+    """Heads of keys and values, and their width, of a decoder's configuration."""
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return getattr(config, "num_key_value_heads", None) or heads, width
+
+
+def allocate(
+    cache: Cache, entries: Sequence[int], *, length: int, heads: int, head_dim: int, like: torch.Tensor
+) -> None:
+    """Give a static cache that is empty its memory ahead of a prompt, layer by layer for what each will keep.
+
+    A graph that is compiled or captured needs its addresses before it runs.
+
+    Parameters
+    ----------
+    cache : Cache
+        From `prepare_layers`; dynamic layers are left alone.
+    entries : sequence of int
+        What each layer will store of the prompt.
+    length : int
+        Tokens of the prompt, counted logically.
+    heads, head_dim : int
+        Of keys and values.
+    like : Tensor (B, ...)
+        For its rows, dtype and device.
+    """
+    for layer, left in zip(cache.layers, entries, strict=True):
+        if isinstance(layer, PrunedStaticLayer) and not layer.is_initialized:
+            layer.leave_out(length - left)
+            shape = like.new_empty(like.shape[0], heads, 0, head_dim)
+            layer.lazy_initialization(shape, shape)
+
+
+def release(cache: Cache | None) -> None:
+    """Take back what `allocate` gave for a prompt that never came: it failed, and the next may be another."""
+    for layer in getattr(cache, "layers", ()):
+        if isinstance(layer, PrunedStaticLayer) and layer.is_initialized and layer.empty:
+            layer.reset()
+
+
+def fill(
+    cache: Cache,
+    stored: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    layouts: Sequence[tuple[int, int, torch.Tensor | None, torch.Tensor | None]],
+    places: Sequence[int],
+    tail: int,
+    extra: int = 0,
+) -> None:
+    """Put a prompt that ran elsewhere into an empty dynamic cache.
+
+    Parameters
+    ----------
+    cache : Cache
+        From `prepare_layers`; changed in place.
+    stored : sequence of (Tensor, Tensor)
+        Keys and values of each layer, (B, H_kv, entries, dh).
+    layouts : sequence of (int, int, Tensor or None, Tensor or None)
+        `stored`, `dropped`, `key_mask` and `position_shift` of the layouts.
+    places : sequence of int
+        Which of them each layer has.
+    tail : int
+        See `KeyLayout`.
+    extra : int, default 0
+        Last entries that are to be left out.
+    """
+    made = [
+        KeyLayout(entries - extra, dropped, tail, None if mask is None else mask[:, : entries - extra], shift)
+        for entries, dropped, mask, shift in layouts
+    ]
+    for layer, (keys, values), place in zip(cache.layers, stored, places, strict=True):
+        filled: Any = layer
+        entries = keys.shape[2] - extra
+        filled.keys, filled.values, filled.layout = keys[:, :, :entries], values[:, :, :entries], made[place]
+        filled.device, filled.dtype, filled.is_initialized = keys.device, keys.dtype, True
+
+
+def _adopt(layer: CacheLayerMixin, layout: KeyLayout, capacity: int) -> PrunedLayer:
+    pruned: PrunedLayer
+    carried = ["keys", "values", "device"]
+    carried += ["dtype"] if hasattr(layer, "dtype") else []  # until transformers 5.23
+    if isinstance(layer, StaticLayer):
+        if layer.is_initialized:
+            capacity = layer.max_cache_len
+        pruned = PrunedStaticLayer(capacity, capacity, layout)
+        carried += ["batch_size", "num_heads", "k_head_dim", "v_head_dim"]
+        pruned.cumulative_length = layer.cumulative_length
+        pruned.empty = not layer.is_initialized or int(layer.cumulative_length) == 0
+    else:
+        pruned = PrunedDynamicLayer(layout)
+    if layer.is_initialized:
+        for name in carried:
+            setattr(pruned, name, getattr(layer, name))
+        pruned.is_initialized = True
+    return pruned
+
+
+def _unsupported(name: str) -> str:
+    return (
+        f"Pruning needs cache layers that may differ in length, and {name} cannot. Use a DynamicCache or StaticCache "
+        '(cache_implementation="dynamic", "static" or "offloaded"), or switch pruning off: '
+        "model.set_pruning(enabled=False)."
+    )
+
+
+def padding_mask(layer: PrunedLayer, attention_mask: torch.Tensor | None, new: int) -> torch.Tensor | None:
+    """The padding mask of a pruned layer for a pass that drops nothing, in the form `create_causal_mask` takes.
+
+    Works on shapes alone, so that a decoding step with a static cache compiles.
+
+    Parameters
+    ----------
+    layer : PrunedDynamicLayer or PrunedStaticLayer
+    attention_mask : Tensor (B, logical length) or None
+        The 2D mask of the whole sequence, new tokens included.
+    new : int
+        New tokens.
+    """
+    layout = layer.layout
+    template = layout.key_mask if layout.key_mask is not None else attention_mask
+    if template is None:
+        return None
+    rows, device = template.shape[0], template.device
+
+    def ones(columns: int) -> torch.Tensor:
+        return torch.ones(rows, columns, dtype=torch.bool, device=device)
+
+    if attention_mask is not None:
+        later = attention_mask[:, layout.stored + layout.dropped :].to(device=device, dtype=torch.bool)
+    elif isinstance(layer, StaticLayer):
+        # Entries that are not filled yet lie in the future of every query: the causal pattern hides them.
+        later = ones(layer.max_cache_len - layout.stored)
+    else:
+        later = ones(layer.entries - layout.stored + new)
+    stored = ones(layout.stored) if layout.key_mask is None else layout.key_mask
+    return torch.cat([ones(layout.dropped), stored, later], dim=1)
+
+
+@dataclass
+class LayerRun:
+    """Consecutive decoder layers that share a layout, for one pass that drops tokens; without a cache, any layers.
+
+    Attributes
+    ----------
+    first, last : int
+        Both inside.
+    layers : list of PrunedDynamicLayer or PrunedStaticLayer
+        Empty without a cache.
+    entries : int
+        What they store before the pass.
+    past_valid : bool Tensor (B, entries) or None
+        Which entries are tokens of their row. None: all.
+    """
+
+    first: int
+    last: int
+    layers: list[Any] = field(default_factory=list)
+    entries: int = 0
+    past_valid: torch.Tensor | None = None
+
+    @property
+    def layout(self) -> KeyLayout:
+        """What the layers share."""
+        return self.layers[0].layout if self.layers else KeyLayout()
+
+    def begin(self, sequence: VisualSequence) -> torch.Tensor | None:
+        """Make room for a sequence; its padding mask in the form that `create_causal_mask` takes.
+
+        Returns
+        -------
+        bool Tensor (B, layout.dropped + entries + n) or None
+            Columns count logically, so the first `layout.dropped` ones are never read. None: nothing is masked.
+        """
+        for layer in self.layers:
+            layer.leave_out(sequence.length - sequence.size)
+        past, new = self.past_valid, sequence.valid
+        template = past if past is not None else new
+        if template is None or not self.layers:
+            return new
+        rows = template.shape[0]
+        past = template.new_ones(rows, self.entries) if past is None else past
+        new = template.new_ones(rows, sequence.size) if new is None else new
+        return torch.cat([template.new_ones(rows, self.layout.dropped), past, new.to(past.device)], dim=1)
+
+    def end(self, sequence: VisualSequence, renumbered: torch.Tensor | None) -> None:
+        """Note what the layers hold after the pass; `renumbered` (B, 1) is how far positions went down."""
+        if self.layers:
+            grown = self.layout.extended(self.entries, self.past_valid, sequence, renumbered)
+            for layer in self.layers:
+                layer.layout = grown
+
+
+def layer_runs(cache: Cache | None, first: int, last: int, attention_mask: torch.Tensor | None) -> Iterator[LayerRun]:
+    """Layers `first` to `last`, cut where the layout changes: an earlier turn may have been pruned otherwise.
+
+    Parameters
+    ----------
+    cache : Cache or None
+        With layers from `prepare_layers`.
+    first, last : int
+    attention_mask : Tensor (B, logical length) or None
+        The 2D mask of the whole sequence.
+    """
+    if cache is None:
+        if first <= last:
+            yield LayerRun(first, last)
+        return
+    start = first
+    for index in range(first, last + 1):
+        if index == last or cache.layers[index + 1].layout is not cache.layers[start].layout:
+            layer: Any = cache.layers[start]
+            entries = layer.entries
+            valid = layer.layout.valid_entries(entries, attention_mask)
+            yield LayerRun(start, index, list(cache.layers[start : index + 1]), entries, valid)
+            start = index + 1

@@ -1,0 +1,466 @@
+"""What was pruned, where and why: the record that `explain` returns, and its picture (Fig. 5 of IVTP, ECCV 2024)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from .pruner import Choice
+from .rollout import GroupScores
+from .schedule import Group
+from .trace_plot import MarkedText, as_image, choose_panels, dim, draw, key_words, mark, square
+from .visual_sequence import VisualSequence
+
+if TYPE_CHECKING:
+    from .trace_plot import Figure
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class GroupTrace:
+    """One group of layers of one stage, for one image.
+
+    Attributes
+    ----------
+    stage : str
+        `"tower"` or `"decoder"`.
+    layers : tuple of int
+        First and last layer of the group, counted from 0, both included.
+    candidates : Tensor
+        (k_in,) int64, ascending: the patches of the original grid, row by row, that stood before.
+    importance : Tensor
+        (k_in,) float32, Eq. 4: one value per candidate, their sum is 1.
+    kept : Tensor
+        (k_out,) int64, ascending: the patches that stayed.
+    """
+
+    stage: str
+    layers: tuple[int, int]
+    candidates: Tensor
+    importance: Tensor
+    kept: Tensor
+
+    def __repr__(self) -> str:
+        return (
+            f"GroupTrace({self.stage}, layers {self.layers[0]} to {self.layers[1]}: "
+            f"{len(self.candidates)} → {len(self.kept)})"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: tensors become lists, a number that is not finite None."""
+        return {
+            "stage": self.stage,
+            "layers": list(self.layers),
+            "candidates": self.candidates.tolist(),
+            "importance": [_finite(value) for value in self.importance.tolist()],
+            "kept": self.kept.tolist(),
+        }
+
+
+@dataclass(frozen=True)
+class TokenTrace:
+    """One token of the instruction.
+
+    Attributes
+    ----------
+    position : int
+        Logical column in the prompt.
+    token_id : int
+        Its id in the language model's vocabulary.
+    text : str
+        The tokenizer's text of it, in any of the common spellings: `"▁how"`, `"Ġhow"`, `" how"`, `"<0xE4>"`; or
+        `"<id>"` where no tokenizer was to be had.
+    relevance : float
+        C_s of Eq. 7; nan where the guidance does not compute one.
+    is_key : bool
+        Whether it passed the threshold.
+    """
+
+    position: int
+    token_id: int
+    text: str
+    relevance: float
+    is_key: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: a relevance that is not finite becomes None."""
+        return {**vars(self), "relevance": _finite(self.relevance)}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ImageTrace:
+    """One image: its groups in the order they ran, and the instruction it was pruned for.
+
+    Attributes
+    ----------
+    row : int
+        Row of the batch.
+    grid : tuple of int
+        Rows and columns of patches.
+    groups : tuple of GroupTrace
+    tokens : tuple of TokenTrace
+        Empty where there was no instruction to go by.
+    reference : str
+        What the decoder measured importance against: `"pseudo_cls"` or `"visual_cls"`.
+    """
+
+    row: int
+    grid: tuple[int, int]
+    groups: tuple[GroupTrace, ...]
+    tokens: tuple[TokenTrace, ...]
+    reference: str
+
+    def __repr__(self) -> str:
+        counts = " → ".join(map(str, self.counts))
+        return f"ImageTrace(row {self.row}, {counts} tokens, {self.reference}, key words: {_listed(self.key_words)})"
+
+    @property
+    def patches(self) -> int:
+        """Patches of the grid, which is the number of visual tokens without pruning."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Visual tokens at first, after the tower and after the decoder; a stage that did not run is left out."""
+        last = {group.stage: len(group.kept) for group in self.groups}
+        return (self.patches, *last.values())
+
+    @property
+    def key_words(self) -> tuple[str, ...]:
+        """The words that hold a key token, in reading order."""
+        return key_words(self.tokens)
+
+    @property
+    def instruction(self) -> MarkedText:
+        """The text the image was pruned for, its key words marked by relevance."""
+        return mark(self.tokens)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, the derived numbers included."""
+        return {
+            "row": self.row,
+            "grid": list(self.grid),
+            "reference": self.reference,
+            "counts": list(self.counts),
+            "key_words": list(self.key_words),
+            "groups": [group.to_dict() for group in self.groups],
+            "tokens": [token.to_dict() for token in self.tokens],
+        }
+
+
+class StagePicture(NamedTuple):
+    """What one group left of an image: what to call it, how many visual tokens, and the picture (PIL.Image.Image)."""
+
+    label: str
+    tokens: int
+    image: Any
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PruningTrace:
+    """All images of one prefill.
+
+    Attributes
+    ----------
+    images : tuple of ImageTrace
+    kv_bytes, kv_bytes_unpruned : int
+        Size of the KV cache after the prefill, and what it would have been without pruning, over the whole batch.
+    decoder_layer_tokens : tuple of int or float
+        Visual tokens of one image that each decoder layer saw.
+    """
+
+    images: tuple[ImageTrace, ...]
+    kv_bytes: int
+    kv_bytes_unpruned: int
+    decoder_layer_tokens: tuple[float, ...]
+
+    @property
+    def final_tokens(self) -> tuple[int, ...]:
+        """Visual tokens left at the end, per image."""
+        return tuple(image.counts[-1] for image in self.images)
+
+    @property
+    def layer_averaged_tokens(self) -> float:
+        """Visual tokens of one image that a decoder layer saw on average; 0 without an image."""
+        return sum(self.decoder_layer_tokens) / max(1, len(self.decoder_layer_tokens))
+
+    @property
+    def kv_bytes_saved(self) -> int:
+        """Bytes of KV cache that pruning spared."""
+        return self.kv_bytes_unpruned - self.kv_bytes
+
+    def __repr__(self) -> str:
+        return f"PruningTrace({self.summary()})"
+
+    def summary(self) -> str:
+        """The whole trace on one line."""
+        parts = [f"{_plural(len(self.images), 'image')}: {self._counts()}" if self.images else "no image"]
+        if self.kv_bytes_unpruned:
+            parts.append(f"KV cache {_size(self.kv_bytes)} of {_size(self.kv_bytes_unpruned)}")
+        words = list(dict.fromkeys(word for image in self.images for word in image.key_words))
+        if words:
+            parts.append(f"key words: {_listed(words)}")
+        elif self.images:
+            parts.append("no key words")
+        return "; ".join(parts)
+
+    def _counts(self) -> str:
+        wording = {"tower": "in the tower", "decoder": "in the decoder"}
+        first = self.images[0]
+        stages = list(dict.fromkeys(group.stage for group in first.groups))
+        text = _span([image.patches for image in self.images])
+        for place, stage in enumerate(stages, 1):
+            counts = [image.counts[place] for image in self.images if len(image.counts) > place]
+            text += f"{',' if place > 1 else ''} → {_span(counts)} {wording.get(stage, stage)}"
+        return f"{text} ({self.layer_averaged_tokens:.1f} layer-averaged)"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, the derived numbers included: ints, floats, strings and lists only, None for nan."""
+        return {
+            "images": [image.to_dict() for image in self.images],
+            "final_tokens": list(self.final_tokens),
+            "layer_averaged_tokens": self.layer_averaged_tokens,
+            "decoder_layer_tokens": list(self.decoder_layer_tokens),
+            "kv_bytes": self.kv_bytes,
+            "kv_bytes_unpruned": self.kv_bytes_unpruned,
+            "kv_bytes_saved": self.kv_bytes_saved,
+        }
+
+    def plot(
+        self,
+        image: Any,
+        index: int = 0,
+        *,
+        stages: str | int | Sequence[int] | None = None,
+        title: str | None = None,
+        size: float | None = None,
+    ) -> Figure:
+        """Draw what one image lost on its way, under the instruction with its key words marked (Fig. 5).
+
+        Parameters
+        ----------
+        image : PIL.Image.Image, numpy.ndarray or path
+            The picture that was given to the processor; an array is (H, W), (H, W, C) or (C, H, W), in 0 to 255 or, for
+            floats, 0 to 1. It is cut to the centre square as CLIP's image processor does.
+        index : int
+            Which image of the trace it is.
+        stages : str, int or sequence of int, optional
+            The groups to show: `"all"`, `"tower"`, `"decoder"`, or places in `images[index].groups`. By default the end
+            of the tower, half of the decoder's pruning and its end.
+        title : str, optional
+            A line above the instruction.
+        size : float, optional
+            Width in inches; the height follows, and everything grows or shrinks with it.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
+            Unknown to pyplot, so nothing has to be closed. Notebooks show it; `figure.savefig("trace.png")` writes it.
+
+        Raises
+        ------
+        ImportError
+            Without matplotlib.
+        ValueError
+            If `index`, `stages`, `size` or `image` is not what is said above.
+        """
+        chosen = self._image(index)
+        if size is not None and not (isinstance(size, int | float) and math.isfinite(size) and size > 0):
+            raise ValueError(f"size={size!r}: expected the width in inches, a positive number")
+        panels = choose_panels(chosen.groups, chosen.grid, stages)
+        return draw(square(image, chosen.grid), panels, chosen.instruction, self._caption(index), title, size)
+
+    def pictures(
+        self, image: Any, index: int = 0, *, stages: str | int | Sequence[int] | None = None
+    ) -> list[StagePicture]:
+        """The panels of `plot` as pictures of their own: the whole image, then what each group left of it.
+
+        Parameters
+        ----------
+        image, index, stages
+            As for `plot`.
+
+        Raises
+        ------
+        ValueError
+            As `plot`.
+        """
+        chosen = self._image(index)
+        panels = choose_panels(chosen.groups, chosen.grid, stages)
+        whole = square(image, chosen.grid)
+        return [StagePicture(label, int(mask.sum()), as_image(dim(whole, mask))) for label, mask in panels]
+
+    def _image(self, index: int) -> ImageTrace:
+        if index not in range(len(self.images)):
+            raise ValueError(f"index={index!r}: the trace holds {_plural(len(self.images), 'image')}, counted from 0")
+        return self.images[index]
+
+    def _caption(self, index: int) -> list[str]:
+        image = self.images[index]
+        facts = [f"image {index + 1} of {len(self.images)}"] if len(self.images) > 1 else []
+        facts.append(" → ".join(map(str, image.counts)) + " visual tokens")
+        if self.decoder_layer_tokens:
+            facts.append(f"{self.layer_averaged_tokens:.1f} averaged over the decoder's layers")
+        if self.kv_bytes_unpruned:
+            facts.append(f"KV cache {_size(self.kv_bytes)} of {_size(self.kv_bytes_unpruned)}")
+        if image.reference == "visual_cls" and any(group.stage == "decoder" for group in image.groups):
+            scored = any(math.isfinite(token.relevance) for token in image.tokens)
+            facts.append(f"decoder guided by the visual CLS{' (no key words)' if scored else ''}")
+        return facts
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def _span(counts: Sequence[int]) -> str:
+    return str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+
+
+def _listed(words: Sequence[str], most: int = 12) -> str:
+    return " ".join(words[:most]) + (" …" if len(words) > most else "") if words else "none"
+
+
+def _size(count: float) -> str:
+    if count < 1000:
+        return f"{count} B"
+    power = 3 if count >= 1e9 else 2 if count >= 1e6 else 1
+    return f"{count / 1000**power:.1f} {('kB', 'MB', 'GB')[power - 1]}"
+
+
+class TraceRecorder:
+    """Handed through the model by `explain`.
+
+    Parameters
+    ----------
+    processor : processor or tokenizer, optional
+        Puts token numbers into words.
+
+    Attributes
+    ----------
+    tower : list of GroupScores
+        Tensors by image, (I, ...).
+    prompted, decoder : list of GroupScores
+        Tensors by row and image, (B, M, ...).
+    """
+
+    def __init__(self, processor: Any = None) -> None:
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.tower: list[GroupScores] = []
+        self.prompted: list[GroupScores] = []
+        self.decoder: list[GroupScores] = []
+        self._input_ids: torch.Tensor | None = None
+        self._sequence: VisualSequence | None = None
+        self._relevance: torch.Tensor | None = None
+        self._keys: torch.Tensor | None = None
+
+    def prompt(
+        self,
+        input_ids: torch.Tensor | None,
+        sequence: VisualSequence,
+        relevance: torch.Tensor | None,
+        keys: torch.Tensor | None,
+    ) -> None:
+        """Note the prompt before anything is dropped, and the relevance (B, M, S) of its tokens for each image."""
+        self._input_ids, self._sequence, self._relevance, self._keys = input_ids, sequence, relevance, keys
+
+    def chosen(self, stage: str, keep: int, candidates: torch.Tensor, choice: Choice) -> None:
+        """Note what was chosen among features (I, k) or for a prompt (B, M, k), outside of any layer."""
+        kept = torch.nn.functional.pad(candidates, (0, 1), value=-1).gather(-1, choice.kept)
+        scores = GroupScores(stage, Group(-1, -1, keep), candidates, choice.scores, kept, choice.mixture)
+        (self.tower if stage == "features" else self.prompted).append(scores)
+
+    def trace(self, model: Any, cache: Any) -> PruningTrace:
+        """Everything that was collected; `model` and the `cache` after the pass give the sizes."""
+        if self.tokenizer is None:
+            self.tokenizer = _saved_tokenizer(model.name_or_path)
+        assert self._sequence is not None
+        side = model.config.vision_config.image_size // model.config.vision_config.patch_size
+        images, flat = [], 0
+        for row, counts in enumerate(self._sequence.rows):
+            for image in range(counts.images):
+                groups = [_group(scores, (flat,)) for scores in self.tower]
+                groups += [_group(scores, (row, image)) for scores in (*self.prompted, *self.decoder)]
+                tokens = self._tokens(row, image)
+                reference = "pseudo_cls" if any(token.is_key for token in tokens) else "visual_cls"
+                images.append(
+                    ImageTrace(row=row, grid=(side, side), groups=tuple(groups), tokens=tokens, reference=reference)
+                )
+                flat += 1
+        layers = model.config.text_config.num_hidden_layers
+        stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        first = cache.layers[0]
+        per_entry = first.keys[:, :, :1].nbytes + first.values[:, :, :1].nbytes
+        return PruningTrace(
+            images=tuple(images),
+            kv_bytes=stored,
+            kv_bytes_unpruned=per_entry * layers * int(cache.get_seq_length()),
+            decoder_layer_tokens=_layer_tokens(images, model.model.plan().tower_tokens, layers),
+        )
+
+    def _tokens(self, row: int, image: int) -> tuple[TokenTrace, ...]:
+        if self._keys is None:
+            return ()
+        relevance = self._relevance[row, image].tolist() if self._relevance is not None else None
+        keys = self._keys[row, image].tolist()
+        ids = self._input_ids[row].tolist() if self._input_ids is not None else [-1] * len(keys)
+        tokens = []
+        for position, is_key in enumerate(keys):
+            value = float("nan") if relevance is None else relevance[position]
+            if is_key or value > float("-inf"):
+                text = self._text(ids[position])
+                tokens.append(TokenTrace(position, ids[position], text, value, is_key))
+        return tuple(tokens)
+
+    def _text(self, token: int) -> str:
+        if self.tokenizer is None or token < 0:
+            return f"<{token}>"
+        return self.tokenizer.convert_ids_to_tokens(token)
+
+
+def _group(scores: GroupScores, at: tuple[int, ...]) -> GroupTrace:
+    candidates, kept = scores.candidates[at].cpu(), scores.kept[at].cpu()
+    there = candidates >= 0
+    if scores.importance is None:
+        importance = torch.full(candidates.shape, float("nan"))
+    else:
+        importance = scores.importance[at].float().cpu()
+    return GroupTrace(
+        stage=scores.stage,
+        layers=(scores.group.first, scores.group.last),
+        candidates=candidates[there],
+        importance=importance[there],
+        kept=kept[kept >= 0],
+    )
+
+
+def _layer_tokens(images: list[ImageTrace], handed_over: int, layers: int) -> tuple[float, ...]:
+    """Visual tokens of one image in each decoder layer; of images that keep different numbers, the mean."""
+    totals = [0] * layers
+    for image in images:
+        before = [group for group in image.groups if group.stage != "decoder"]
+        tokens, start = len(before[-1].kept) if before else handed_over, 0
+        for group in image.groups[len(before) :]:
+            totals[start : group.layers[1] + 1] = [one + tokens for one in totals[start : group.layers[1] + 1]]
+            tokens, start = len(group.kept), group.layers[1] + 1
+        totals[start:] = [one + tokens for one in totals[start:]]
+    return tuple(total // len(images) if total % len(images) == 0 else total / len(images) for total in totals)
+
+
+def _saved_tokenizer(name_or_path: str) -> Any:
+    """The tokenizer next to the checkpoint, if it is on disk; explaining is no reason to download anything."""
+    if not name_or_path:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path, local_files_only=True)
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,1 @@
+"""Staging, checking and pushing a repository, and its card."""

@@ -1,0 +1,203 @@
+"""Model cards: metadata and text of a Hub page, filled from files that were counted and measured.
+
+`hub_cards/NAME/` holds `card.json` (what the card is of), `facts.json` (numbers, written by
+`benchmarks.card_facts`) and `README.md` (how it looks, for reading here); the text is in the templates beside them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from ..checkpoints.recipes import load_recipe
+from ..files.folder import human_bytes
+from ..files.shipped import shipped
+
+GENERIC = "generic"
+"""The card of a checkpoint that no recipe here built."""
+
+_TAGS = ["custom_code", "ivtp", "llava", "token-pruning", "vision-language-model"]
+
+
+def card_names() -> list[str]:
+    """The published checkpoints that have a card of their own."""
+    return sorted(file.parent.name for file in shipped("hub_cards").glob("*/card.json") if file.parent.name != GENERIC)
+
+
+def card_images(name: str) -> dict[str, Path]:
+    """The sample images that go with a card: their place in the repository, and where they are here."""
+    return {f"images/{Path(source).name}": shipped(source) for source in _read(name, "card.json")["images"]}
+
+
+def sample(name: str) -> tuple[str, str]:
+    """The first of a card's examples: the image's place in the repository, and the question."""
+    first = _read(name, "card.json")["widget"][0]
+    return first["src"], first["text"]
+
+
+def preview(name: str) -> str:
+    """A card of its own as it would look in a repository of the same name at the paper's budget."""
+    recipe = load_recipe(f"{name}-64")
+    base = {"base_model": recipe.base_model if "/" in recipe.base_model and recipe.base_model[0] != "/" else None}
+    built = recipe.to_dict() | base | {"recipe": recipe.name}
+    return render(name, f"OWNER/{name}", recipe.config(), built, weights=(_facts(name)["quality"] or {}).get("weights"))
+
+
+def render(
+    name: str,
+    repo_id: str,
+    config: Any,
+    recipe: Mapping[str, Any] | None,
+    *,
+    weights: str | None,
+    revision: str = "main",
+) -> str:
+    """A card as the README.md of a repository. It says of a checkpoint only what was counted or measured of it.
+
+    Parameters
+    ----------
+    name : str
+        A folder of `hub_cards/`.
+    repo_id : str
+        Where it will be.
+    config : IVTPLlavaConfig
+        Of the checkpoint; its budget is the one that the card speaks of.
+    recipe : mapping, optional
+        What the checkpoint was built from, as noted in its folder.
+    weights : str or None
+        Their digest: accuracies stand only where these very weights were examined.
+    revision : str, default "main"
+        The branch that it is pushed to.
+
+    Raises
+    ------
+    ValueError
+        For a card that is not there.
+    """
+    if name != GENERIC and name not in card_names():
+        raise ValueError(f"there is no card {name!r}; allowed: {', '.join([*card_names(), GENERIC])}")
+    card = _read(name, "card.json")
+    facts = _facts(name)
+    if not _is_of_recipes(name, config):
+        facts = {"costs": None, "quality": None}
+    if (facts["quality"] or {}).get("weights") != weights:
+        facts = facts | {"quality": None}
+    recipe = dict(recipe or {})
+    small = max((row["tflops"] for row in (facts["costs"] or {"rows": ()})["rows"]), default=1.0) < 0.5
+    templates = Environment(
+        loader=FileSystemLoader(shipped("hub_cards")),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    templates.filters |= {"bytes": human_bytes, "percent": lambda share: f"{100 * share:.1f}"}
+    text = templates.get_template(card["template"]).render(
+        card=card,
+        costs=facts["costs"],
+        unit="GFLOPs" if small else "TFLOPs",
+        per_tflop=1000 if small else 1,
+        quality=facts["quality"],
+        accuracy=_accuracy(facts["quality"]),
+        repo_id=repo_id,
+        revision=revision,
+        pruning=config.pruning,
+        patches=config.num_patches,
+        groups=_groups(config),
+        base_model=recipe.get("base_model"),
+        clip=recipe.get("clip"),
+        recipe=recipe.get("recipe"),
+    )
+    return f"---\n{_metadata(card, facts, repo_id, config, recipe).to_yaml()}\n---\n\n{text}"
+
+
+def _facts(name: str) -> dict[str, Any]:
+    there = (_folder(name) / "facts.json").is_file()
+    return _read(name, "facts.json") if there else {"costs": None, "quality": None}
+
+
+def _is_of_recipes(name: str, config: Any) -> bool:
+    """Whether a configuration is that of the card's recipes, but for the budget: only then its costs are theirs."""
+    if name == GENERIC:
+        return False
+    recipe = load_recipe(f"{name}-64")
+    try:
+        recipe.check(config, name)
+    except ValueError:
+        return False
+    pruning = config.pruning
+    return pruning.tower_tokens is None and pruning.changed(visual_tokens=64) == recipe.pruning
+
+
+def _metadata(
+    card: Mapping[str, Any], facts: Mapping[str, Any], repo_id: str, config: Any, recipe: Mapping[str, Any]
+) -> ModelCardData:
+    stated: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text",
+        "tags": _TAGS,
+        **{name: card[name] for name in ("license", "license_link", "language", "datasets", "widget") if name in card},
+    }
+    if recipe.get("base_model"):
+        stated["base_model"] = recipe["base_model"]
+    measured = _measured(facts["quality"], config.pruning.visual_tokens)
+    if measured:
+        stated |= {"model_name": repo_id.partition("/")[2] or repo_id, "eval_results": measured}
+    return ModelCardData(**stated)
+
+
+def _measured(quality: Mapping[str, Any] | None, budget: int) -> list[EvalResult]:
+    """The results of this very budget; none where it was not examined."""
+    found = [
+        row for row in (quality or {"rows": ()})["rows"] if (row["method"], row["visual_tokens"]) == ("ivtp", budget)
+    ]
+    return [
+        EvalResult(
+            task_type="visual-question-answering",
+            task_name="One-word questions about drawn scenes",
+            dataset_type="ivtp-drawn-world",
+            dataset_name="IVTP drawn world, held-out test questions",
+            dataset_split="test",
+            metric_type="accuracy",
+            metric_name=f"accuracy in % at {budget} visual tokens",
+            metric_value=round(100 * row["accuracy"], 1),
+            metric_args={"command": quality["command"], "questions": quality["questions"], "date": quality["date"]},
+        )
+        for row in found
+        if quality is not None
+    ]
+
+
+def _accuracy(quality: Mapping[str, Any] | None) -> dict[Any, str]:
+    """Accuracy and half its interval in %, by budget; None is unpruned."""
+    rows = [row for row in (quality or {"rows": ()})["rows"] if row["method"] != "random"]
+    return {
+        None if row["method"] == "unpruned" else row["visual_tokens"]: (
+            f"{100 * row['accuracy']:.1f} ± {50 * (row['interval'][1] - row['interval'][0]):.1f}"
+        )
+        for row in rows
+    }
+
+
+def _groups(config: Any) -> dict[str, Any]:
+    plan = config.pruning_plan()
+    if plan is None:
+        return {"tower": None, "decoder": None, "handed_over": config.num_patches}
+    return {
+        "tower": f"{len(plan.tower)} groups" if plan.tower else None,
+        "decoder": f"{len(plan.decoder)} groups" if plan.decoder else None,
+        "handed_over": plan.tower[-1].keep if plan.tower else config.num_patches,
+    }
+
+
+def _folder(name: str) -> Path:
+    return shipped("hub_cards") / name
+
+
+def _read(name: str, file: str) -> dict[str, Any]:
+    return dict(json.loads((_folder(name) / file).read_text(encoding="utf-8")))

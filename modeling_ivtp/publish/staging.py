@@ -1,0 +1,214 @@
+"""A complete Hub repository from a checkpoint folder: weights, code, processor, card, terms, endpoint handler."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints.convert import RECIPE_FILE, TERMS, copy_beside
+from ..checkpoints.llava_source import meta_model, read_config
+from ..checkpoints.sources import reading
+from ..checkpoints.weights import INDEX_FILE, Checkpoint
+from ..files.console import quiet
+from ..files.shipped import shipped
+from ..model.processing_ivtp import IVTPLlavaProcessor
+from .cards import GENERIC, card_images, card_names, render
+
+# What a git host must not diff; everything else is text.
+_ATTRIBUTES = "".join(
+    f"*.{ending} filter=lfs diff=lfs merge=lfs -text\n" for ending in ("safetensors", "png", "jpg", "model")
+)
+_LLAMA_2 = (
+    "Llama 2 is licensed under the LLAMA 2 Community License, Copyright (c) Meta Platforms, Inc. All Rights Reserved.\n"
+)
+"""The notice that the Llama 2 Community License (1.b.iii) asks for."""
+
+
+@dataclass(frozen=True)
+class Repository:
+    """What will be uploaded.
+
+    Attributes
+    ----------
+    folder : Path
+        Where it lies complete; weights are links to the checkpoint's.
+    card : str
+        What its model card is: a name of `hub_cards/`, or the file it comes from.
+    files : mapping of str to int
+        Bytes of every file by its place in the repository.
+    left_out : tuple of str
+        Files of the checkpoint's folder that do not go along.
+    """
+
+    folder: Path
+    card: str
+    files: Mapping[str, int]
+    left_out: tuple[str, ...]
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(size for name, size in self.files.items() if name.endswith(".safetensors"))
+
+
+def stage(
+    source: str | os.PathLike[str], repo_id: str, target: Path, *, card: str | None = None, revision: str = "main"
+) -> Repository:
+    """Lay out a repository in an empty folder.
+
+    Parameters
+    ----------
+    source : str or path
+        Folder of an IVTP-LLaVA.
+    repo_id : str
+        Where it goes; the card tells people to load it from there.
+    target : Path
+        An empty folder.
+    card : str, optional
+        A card of `hub_cards/` by name, or a file. Default: that of the recipe the checkpoint was built by, else the
+        folder's own README.md if it has a card's metadata, else the one for any checkpoint.
+    revision : str, default "main"
+        The branch; the card tells people to load it.
+
+    Raises
+    ------
+    ValueError
+        If the folder is no IVTP-LLaVA, lacks CLIP's text half, or there is no such card.
+    OSError
+        If a file is missing or damaged.
+    """
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {source}; ivtp convert makes one")
+    with quiet():
+        config = read_config(folder, str(source))
+    stated = json.loads((folder / "config.json").read_text())
+    if stated["model_type"] != config.model_type:
+        raise ValueError(
+            f"{source} is a stock LLaVA (model_type {stated['model_type']!r}), not an IVTP-LLaVA; ivtp convert "
+            f"{source} --clip CLIP --out FOLDER makes one of it"
+        )
+    if config.clip_text_config is None:
+        raise ValueError(f"{source} has no text tower of CLIP; ivtp convert {source} --clip CLIP --out FOLDER joins it")
+    checkpoint = Checkpoint.from_folder(folder, str(source))
+    recipe = _recipe(folder)
+    # Reading 7B takes a while: only where something was said of these very weights.
+    weights = checkpoint.digest() if recipe is not None or card in card_names() else None
+    if recipe is not None and recipe["weights"] != weights:
+        warnings.warn(
+            f"the weights in {source} are not those that recipe {recipe['recipe']} made; its card is not theirs",
+            stacklevel=2,
+        )
+        recipe = None
+    name, text = _card(folder, card, recipe, repo_id, config, weights, revision)
+    with quiet(), reading(source, folder):
+        model = meta_model(config, checkpoint.tensors, checkpoint.main_dtype, str(source))
+        processor = IVTPLlavaProcessor.from_pretrained(folder)
+        if processor.clip_tokenizer is None:
+            raise ValueError(
+                f"{source} has no clip_tokenizer/; ivtp convert {source} --clip CLIP --out FOLDER joins it"
+            )
+        model.save_pretrained(target, state_dict={})
+        processor.save_pretrained(target)
+    copy_beside(folder, target)
+    if recipe is not None:
+        shutil.copyfile(folder / RECIPE_FILE, target / RECIPE_FILE)
+    for file in sorted({info.file for info in checkpoint.tensors.values()}):
+        _link(folder / file, target / file)
+    if (folder / INDEX_FILE).is_file() and not (target / "model.safetensors").exists():
+        shutil.copyfile(folder / INDEX_FILE, target / INDEX_FILE)
+    (target / "README.md").write_text(text, encoding="utf-8")
+    (target / ".gitattributes").write_text(_ATTRIBUTES)
+    _terms(target)
+    _endpoint(target)
+    if name in (*card_names(), GENERIC):
+        _images(name, target)
+    files = _files(target)
+    left_out = [place for place in _files(folder) if place not in files and not place.startswith(".")]
+    return Repository(target, name, files, tuple(left_out))
+
+
+def _files(folder: Path) -> dict[str, int]:
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and "__pycache__" not in path.parts]
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
+
+
+def _recipe(folder: Path) -> dict[str, Any] | None:
+    if not (folder / RECIPE_FILE).is_file():
+        return None
+    try:
+        stated = json.loads((folder / RECIPE_FILE).read_text())
+        return {name: stated[name] for name in ("recipe", "card", "base_model", "clip", "weights")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / RECIPE_FILE} is damaged ({error}); remove it or convert again") from error
+
+
+def _card(
+    folder: Path,
+    card: str | None,
+    recipe: Mapping[str, Any] | None,
+    repo_id: str,
+    config: Any,
+    weights: str | None,
+    revision: str,
+) -> tuple[str, str]:
+    """Which card it is, and its text."""
+    if card is not None and card not in (*card_names(), GENERIC):
+        file = Path(card).expanduser()
+        if not file.is_file():
+            allowed = ", ".join([*card_names(), GENERIC])
+            raise ValueError(f"there is no card {card!r}; allowed: a file, or one of {allowed}")
+        return str(file), file.read_text(encoding="utf-8")
+    if card is None and recipe is not None:
+        card = recipe["card"]
+    own = folder / "README.md"
+    if card is None and own.is_file() and own.read_text(encoding="utf-8").startswith("---\n"):
+        return str(own), own.read_text(encoding="utf-8")
+    name = card or GENERIC
+    return name, render(name, repo_id, config, recipe, weights=weights, revision=revision)
+
+
+def _terms(target: Path) -> None:
+    """The licence of the code, beside whatever terms came with the weights, and what Llama 2's ask for."""
+    if "license: llama2" in (target / "README.md").read_text(encoding="utf-8"):
+        if not any(target.glob("NOTICE*")):
+            (target / "NOTICE").write_text(_LLAMA_2)
+        if not any(target.glob("LICEN[SC]E*")):
+            warnings.warn(
+                "the Llama 2 licence asks for a copy of itself wherever the weights go, and the base came without one: "
+                "put it into the folder as LICENSE.txt, and it goes along",
+                stacklevel=3,
+            )
+    of_weights = [file for pattern in TERMS for file in target.glob(pattern)]
+    free = "license: apache-2.0" in (target / "README.md").read_text(encoding="utf-8") and not of_weights
+    shutil.copyfile(shipped("LICENSE"), target / ("LICENSE" if free else "LICENSE-CODE"))
+
+
+def _endpoint(target: Path) -> None:
+    for name in ("handler.py", "requirements.txt"):
+        shutil.copyfile(shipped(f"hub_cards/{name}"), target / name)
+    shutil.copyfile(Path(__file__).with_name("images.py"), target / "handler_images.py")
+
+
+def _images(card: str, target: Path) -> None:
+    (target / "images").mkdir()
+    for place, file in card_images(card).items():
+        shutil.copyfile(file, target / place)
+        beside = file.with_name("LICENSES.md")
+        if beside.is_file():
+            shutil.copyfile(beside, target / "images" / beside.name)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Weights are linked; where the system has no links for everybody (Windows), a hard link or a copy has to do."""
+    for make in (lambda: target.symlink_to(source.resolve()), lambda: os.link(source, target)):
+        with suppress(OSError):
+            make()
+            return
+    shutil.copyfile(source, target)
