@@ -45,7 +45,7 @@ Other papers' figures, of which no table is made here:
 
 - LVPruning's 8.38, 3.97, 3.18 and 2.79 (30 text tokens) leave out the products inside attention, as counters of modules
   do, and hold three decision modules of two blocks; ATP-LLaVA's 302.4, 75.6 and 46.2 MB are the visual tokens' keys and
-  values alone, in half precision. `tests/test_flops.py` has both rules.
+  values alone, in half precision. `tests/flops/test_flops.py` has both rules.
 """
 
 

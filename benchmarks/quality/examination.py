@@ -93,7 +93,7 @@ class Examination:
                 row.chooser, lambda: patch_order(row.chooser, whole, self.asked, places, seed=self.seed)
             )
             return whole.keep(order, row.visual_tokens), taken + replace(more, selection=more.prefill)
-        policy = inner.policy
+        pruner = inner.pruner
         if plan.features is not None and not plan.tower:
             vision, taken = self._once("vision", lambda: see_whole(self.model, self.pixels))
             start = time.perf_counter()
@@ -104,9 +104,9 @@ class Examination:
         choice = (
             (row.system, row.visual_tokens, *row.options.items())
             if plan.tower and row.system
-            else policy.compares_patches
+            else pruner.compares_patches
         )
-        key = (plan.tower, choice, policy.embeds_image, getattr(policy.reading, "aggregation", None))
+        key = (plan.tower, choice, pruner.embeds_image, getattr(pruner.options, "aggregation", None))
         return self._once(key, lambda: inner.get_image_features(self.pixels))
 
     def _once(self, key: Any, make: Any) -> tuple[Any, Taken]:
@@ -146,19 +146,19 @@ def row_cost(row: Row, config: Any, asked: Asked) -> dict[str, Any]:
     FLOPs by the paper's counting rule (`modeling_ivtp.flops.formula`): the layers and the head over the prompt, not the
     patch embedding, the projector and the few tokens of the answer.
     """
-    plan, policy, layers = row.plan(config), row.policy(config), config.text_config.num_hidden_layers
+    plan, pruner, layers = row.plan(config), row.pruner(config), config.text_config.num_hidden_layers
     visual = (plan or PruningPlan(config.num_patches)).decoder_layer_tokens(layers)
     # What is chosen for the decoder is no work of the tower's: it sees all patches, up to its top where CLS is asked.
     tower, depth = PruningPlan(config.num_patches), config.feature_depth
     if row.chooser == "cls-topk":
         depth = config.vision_config.num_hidden_layers
     elif plan is not None and not row.chooser:
-        tower, depth = plan, tower_depth(config, plan, policy)
+        tower, depth = plan, tower_depth(config, plan, pruner)
     texts = np.array(asked.text_tokens, dtype=np.float64)
     cost = tower_flops(config, tower, depth)
     cost = cost + decoder_flops(config, texts, visual) + head_flops(config, texts + visual[-1])
     guided = (
-        plan is not None and not row.chooser and (policy.compares_patches or (policy.embeds_image and plan.decoder))
+        plan is not None and not row.chooser and (pruner.compares_patches or (pruner.embeds_image and plan.decoder))
     )
     if guided and config.clip_text_config is not None:
         cost = cost + np.array([text_tower_flops(config, windows) for windows in asked.windows])

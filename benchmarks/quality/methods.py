@@ -18,7 +18,7 @@ from benchmarks.quality.world import Question, Scene, oracle_order
 from benchmarks.quality.world.draws import Draws
 from modeling_ivtp.methods import METHODS, make
 from modeling_ivtp.model.modeling_ivtp import IVTPImageFeatures
-from modeling_ivtp.model.pruner import IVTPPolicy, Policy
+from modeling_ivtp.model.pruner import IVTPPruner, Pruner
 from modeling_ivtp.model.rollout import aggregate
 from modeling_ivtp.model.schedule import PruningPlan
 from modeling_ivtp.model.vision_ivtp import PrunedVisionOutput
@@ -66,11 +66,11 @@ class Row:
         """The pruning options in force: IVTPPruningConfig."""
         return config.pruning.changed(**self.options)
 
-    def policy(self, config: Any) -> Policy:
+    def pruner(self, config: Any) -> Pruner:
         """What prunes."""
         if self.system:
             return make(self.system, self.visual_tokens, **self.options).bind(config)
-        return IVTPPolicy(self.pruning(config))
+        return IVTPPruner(self.pruning(config))
 
     def applied(self, model: Any) -> AbstractContextManager[Any]:
         """Have it prune a model for a while."""
@@ -86,7 +86,7 @@ class Row:
         ValueError
             If the options do not fit the model.
         """
-        return self.policy(config).plan(config, config.num_patches)
+        return self.pruner(config).plan(config, config.num_patches)
 
 
 def main_rows(config: Any, budgets: Sequence[int] = BUDGETS) -> list[Row]:
@@ -235,8 +235,8 @@ def encode_whole(model: Any, pixel_values: torch.Tensor) -> WholeImages:
 
 @torch.no_grad()
 def see_whole(model: Any, pixel_values: torch.Tensor) -> PrunedVisionOutput:
-    """What the tower makes of whole images, with the records of every layer that a system on the features watches."""
-    watched = {layer for system in METHODS.values() for layer in system.watched_layers}
+    """What the tower makes of whole images, with the records of every layer that a system on the features decoder_records."""
+    watched = {layer for system in METHODS.values() for layer in system.recorded_layers}
     return _see(model, pixel_values, tuple(sorted(watched)))
 
 
@@ -249,7 +249,7 @@ def _see(model: Any, pixel_values: torch.Tensor, layers: tuple[int, ...]) -> Pru
     chosen = model.config.vision_feature_layer
     return model.model.vision_tower(
         pixel_values,
-        policy=_Watching(layers),
+        pruner=_Watching(layers),
         plan=PruningPlan(model.config.num_patches),
         feature_layers=[chosen] if isinstance(chosen, int) else chosen,
         to_the_top=False,
@@ -257,10 +257,10 @@ def _see(model: Any, pixel_values: torch.Tensor, layers: tuple[int, ...]) -> Pru
 
 
 @dataclass(frozen=True)
-class _Watching(Policy):
+class _Watching(Pruner):
     """Drops nothing and notes what layers of the tower attend to."""
 
-    watched_layers: tuple[int, ...]
+    recorded_layers: tuple[int, ...]
 
 
 def patch_order(

@@ -80,7 +80,7 @@ class Asked(Pictures):
     lead : int64 Tensor (L,)
         The prompt's tokens before the picture.
     tokens : int64 Tensor (B, Q, T)
-        What comes behind it: question, answer, end; padded on the right.
+        What comes after it: question, answer, end; padded on the right.
     answers : int64 Tensor (B, Q)
         The token that predicts the answer; then come the answer and the end.
     types : int64 Tensor (B, Q)
@@ -176,10 +176,10 @@ def ask(
         asked += [(scene, of_scene[index % len(of_scene)]) for index in range(number)]
     encoded = tokenizer([f"{one.prompt} {one.answer}</s>" for _, one in asked], return_offsets_mapping=True)
     image = encoded["input_ids"][0].index(tokenizer.convert_tokens_to_ids("<image>"))
-    behind = [ids[image + 1 :] for ids in encoded["input_ids"]]
-    tokens = torch.zeros(len(asked), max(map(len, behind)), dtype=torch.long)
+    after = [ids[image + 1 :] for ids in encoded["input_ids"]]
+    tokens = torch.zeros(len(asked), max(map(len, after)), dtype=torch.long)
     nouns = torch.zeros(len(asked), dtype=torch.long)
-    for row, ids in enumerate(behind):
+    for row, ids in enumerate(after):
         tokens[row, : len(ids)] = torch.tensor(ids)
         span = next(span for span in asked[row][1].prompt_spans if span.role == "object")
         starts = [start for start, _ in encoded["offset_mapping"][row][image + 1 :]]
@@ -196,7 +196,7 @@ def ask(
         **pictures,
         lead=torch.tensor(encoded["input_ids"][0][:image]),
         tokens=tokens.unflatten(0, shape),
-        answers=torch.tensor([len(ids) - 3 for ids in behind]).unflatten(0, shape),
+        answers=torch.tensor([len(ids) - 3 for ids in after]).unflatten(0, shape),
         types=torch.tensor([TYPES.index(one.type) for _, one in asked]).unflatten(0, shape),
         nouns=nouns.unflatten(0, shape),
         named=places[:, 0].unflatten(0, shape),

@@ -76,7 +76,7 @@ class Speaker(nn.Module):
         lead : int64 Tensor (L,)
             What stands before every picture.
         asked : int64 Tensor (B, Q, T)
-            What stands behind it, question by question, padded on the right.
+            What stands after it, question by question, padded on the right.
         patches : int64 Tensor (N,), optional
             Which patches of a whole picture the features are; default: all.
         ground : bool Tensor (B, N), optional
@@ -103,8 +103,8 @@ class Speaker(nn.Module):
         places = torch.arange(len(lead) + GRID**2 + length, device=asked.device)
         if patches is None:
             patches = torch.arange(GRID**2, device=asked.device)
-        behind = places[len(lead) + GRID**2 :].repeat(number)
-        places = torch.cat([places[: len(lead)], len(lead) + patches, behind])[None]
+        after = places[len(lead) + GRID**2 :].repeat(number)
+        places = torch.cat([places[: len(lead)], len(lead) + patches, after])[None]
         cos, sin = self.language.rotary_emb(states, places)
         reading = _no_later(read, states)
         own = _no_later(length, states)
@@ -139,7 +139,7 @@ class Watched:
 
     @classmethod
     def of(cls, ground: torch.Tensor, things: torch.Tensor | None, asking: torch.Tensor | None, lead: int) -> "Watched":
-        """For a picture behind `lead` tokens; see `Speaker.forward`."""
+        """For a picture after `lead` tokens; see `Speaker.forward`."""
         others = None
         if things is not None:
             others = F.pad((things[:, :, None] != things[:, None]) & ~ground[:, :, None], (lead, 0, lead, 0))

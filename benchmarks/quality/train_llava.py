@@ -107,7 +107,7 @@ class Course:
         return ask(step, 8 * more, 40 if terse else number, types, style=style)
 
     def rate(self, step: int) -> float:
-        """Share of the peak learning rates: a cosine, and half of another for each part behind the terse ones."""
+        """Share of the peak learning rates: a cosine, and half of another for each part after the terse ones."""
         if step < self.terse:
             return cosine_rate(step, self.terse)
         step -= self.terse
@@ -238,7 +238,7 @@ def _name(speaker: Speaker, features: torch.Tensor, batch: Named) -> dict[str, t
 def _answer(
     speaker: Speaker, features: torch.Tensor, batch: Asked, help: float, settling: bool
 ) -> dict[str, torch.Tensor]:
-    """Stage 3: the answer and the end behind it."""
+    """Stage 3: the answer and the end after it."""
     device = features.device
     tokens, at, nouns = batch.tokens.to(device), batch.answers.to(device), batch.nouns.to(device)
     ground = batch.shown[..., 0].to(device) == len(kinds())

@@ -191,7 +191,7 @@ def build(demo: Demo) -> gr.Blocks:
             with gr.Column(scale=3, min_width=280):
                 answers = gr.HTML(elem_id="answers")
                 words = gr.HTML(elem_id="words")
-        gr.Markdown("### What is left after each group of layers")
+        gr.Markdown("### What is left behind each group of layers")
         stages = gr.HTML(elem_id="stages")
         examples = [[str(HERE / one["image"]), one["question"]] for one in EXAMPLES]
         gr.Examples(examples, [image, question], label="Examples", examples_per_page=8)

@@ -219,7 +219,7 @@ def open_data(
     ----------
     source : str
         A `.jsonl`, `.json` or `.parquet` file, or a pattern such as `part-*.parquet`; a folder of images, or any other
-        that `datasets` reads, one of `save_to_disk` included; or a data set's name on the Hub, with `:CONFIG` behind
+        that `datasets` reads, one of `save_to_disk` included; or a data set's name on the Hub, with `:CONFIG` after
         it if it has several. Relative paths of pictures start at the file's folder (of several files, at the deepest
         folder that holds them all), or at the folder itself.
     split : str, default "train"

@@ -36,7 +36,7 @@ class Journal:
         for line in _complete(content):
             told = _read(line)
             if told is None:
-                break  # what stands behind a damaged line was written before it was known to be whole
+                break  # what stands after a damaged line was written before it was known to be whole
             self.batches[told[0]] = told[1]
             whole += len(line)
         self._file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115, closed by __exit__

@@ -1,6 +1,6 @@
 """CLIP's text half: the text tower and both projections, read from any of the places where CLIP is published.
 
-LLaVA's checkpoints hold CLIP's vision tower without the projection behind it and nothing of the text tower. Eq. 5 and 6
+LLaVA's checkpoints hold CLIP's vision tower without the projection after it and nothing of the text tower. Eq. 5 and 6
 of IVTP need the rest. Only those tensors are read; the vision tower beside them stays on the disk.
 """
 

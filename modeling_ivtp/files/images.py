@@ -94,7 +94,7 @@ def load_image(
     Raises
     ------
     ValueError
-        If there is no readable picture behind `source`, one that is too large, or a source that a stranger may not
+        If there is no readable picture after `source`, one that is too large, or a source that a stranger may not
         name.
     OSError
         If the file cannot be opened or the address does not answer.

@@ -21,8 +21,8 @@ from transformers import DynamicCache
 from ..methods import METHODS, Method, make
 from ..model.configuration_ivtp import IVTPLlavaConfig
 from ..model.modeling_ivtp import IVTPLlavaForConditionalGeneration
-from ..model.pruner import Choice, DecoderMoment, FeatureMoment, IVTPPolicy, Policy, PromptMoment, TowerMoment, Wrapped
-from ..model.rollout import AttentionRecord, LayerWatch
+from ..model.pruner import Choice, DecoderStep, FeatureStep, IVTPPruner, PromptStep, Pruner, TowerStep, Wrapped
+from ..model.rollout import AttentionRecord, DecoderAttentionRecord
 from ..model.schedule import PruningPlan
 from ..model.visual_sequence import VisualSequence, count_rows, locate_images
 from .formula import PARTS, closed_formula, kv_cache_bytes
@@ -110,14 +110,14 @@ def count(
     """
     if text_tokens < _TEXT_BEFORE + 1:
         raise ValueError(f"text_tokens={text_tokens}; allowed: at least {_TEXT_BEFORE + 1}.")
-    policy = IVTPPolicy(config.pruning) if system is None else system.bind(config)
-    plan = policy.plan(config, config.num_patches)
+    pruner = IVTPPruner(config.pruning) if system is None else system.bind(config)
+    plan = pruner.plan(config, config.num_patches)
     windows = 0
     if config.clip_text_config is not None:
         body = config.clip_text_config.max_position_embeddings - 2
         windows = max(1, -(-(text_tokens if instruction_tokens is None else instruction_tokens) // body))
-    parts = _run(config, policy, plan, text_tokens, windows)
-    formula = closed_formula(config, plan, policy, text_tokens=text_tokens, windows=windows, text_before=_TEXT_BEFORE)
+    parts = _run(config, pruner, plan, text_tokens, windows)
+    formula = closed_formula(config, plan, pruner, text_tokens=text_tokens, windows=windows, text_before=_TEXT_BEFORE)
     visual = (plan or PruningPlan(config.num_patches)).decoder_layer_tokens(config.text_config.num_hidden_layers)
     return Count(
         {name: flops / 1e12 for name, flops in parts.items()},
@@ -146,14 +146,14 @@ def count_named(config: Any, name: str, visual_tokens: int, **options: Any) -> C
 
 
 @torch.no_grad()
-def _run(config: Any, policy: Policy, plan: PruningPlan | None, text_tokens: int, windows: int) -> dict[str, int]:
+def _run(config: Any, pruner: Pruner, plan: PruningPlan | None, text_tokens: int, windows: int) -> dict[str, int]:
     """Run the parts one after the other."""
     parts = dict.fromkeys(PARTS, 0)
     model = _without_weights(config.to_json_string())
     inner: Any = model.model
     # That a method adapts its counts to a picture is left out: it keeps the most it may.
     plan = None if plan is None else replace(plan, exact=True)
-    dry = None if plan is None else _Dry(policy, plan, _TEXT_BEFORE, text_tokens)
+    dry = None if plan is None else _Dry(pruner, plan, _TEXT_BEFORE, text_tokens)
     vision = config.vision_config
     pixels = torch.empty(1, 3, vision.image_size, vision.image_size, device="meta")
     length = text_tokens + config.num_patches
@@ -172,10 +172,10 @@ def _run(config: Any, policy: Policy, plan: PruningPlan | None, text_tokens: int
         else:
             with _counting() as counted:
                 asked = {"input_ids": ids, "inputs_embeds": embeds, "past": 0}
-                reading = inner.read(plan=plan, images=1, attention_mask=None, clip_input_ids=None, **asked)
+                prompt_index = inner.read(plan=plan, images=1, attention_mask=None, clip_input_ids=None, **asked)
                 visual, embeds = inner.visual_prompt(
                     plan=plan,
-                    reading=reading,
+                    prompt_index=prompt_index,
                     encoded=encoded,
                     position_ids=None,
                     clip_input_ids=torch.ones(1, windows, _context(config), dtype=torch.long, device="meta"),
@@ -200,17 +200,17 @@ def _run(config: Any, policy: Policy, plan: PruningPlan | None, text_tokens: int
 
 
 @contextmanager
-def _only(model: Any, policy: Policy | None) -> Iterator[None]:
-    """Let a policy prune a model, or nothing."""
-    if policy is None:
+def _only(model: Any, pruner: Pruner | None) -> Iterator[None]:
+    """Let a pruner prune a model, or nothing."""
+    if pruner is None:
         with model.pruning(enabled=False):
             yield
         return
-    model.model.applied_policy = policy
+    model.model.applied_pruner = pruner
     try:
         yield
     finally:
-        del model.model.applied_policy
+        del model.model.applied_pruner
 
 
 @lru_cache(maxsize=2)
@@ -239,7 +239,7 @@ def _context(config: Any) -> int:
 
 
 def _spans(length: int, patches: int, clip_tokens: int) -> torch.Tensor:
-    """Text behind the image as the instruction, all of it on CLIP's first token."""
+    """Text after the image as the instruction, all of it on CLIP's first token."""
     spans = torch.zeros(1, length, 2, dtype=torch.long)
     spans[:, _TEXT_BEFORE + patches :, 0] = -clip_tokens
     spans[:, _TEXT_BEFORE + patches :, 1] = 1 - clip_tokens
@@ -247,18 +247,18 @@ def _spans(length: int, patches: int, clip_tokens: int) -> torch.Tensor:
 
 
 class _Dry(Wrapped):
-    """A policy that asks another one about random tensors, counts what that costs, and keeps the first tokens.
+    """A pruner that asks another one about random tensors, counts what that costs, and keeps the first tokens.
 
     Parameters
     ----------
-    policy : Policy
+    pruner : Pruner
     plan : PruningPlan
     before, text : int
         Text tokens before the image, and all of them.
     """
 
-    def __init__(self, policy: Policy, plan: PruningPlan, before: int, text: int) -> None:
-        super().__init__(policy)
+    def __init__(self, pruner: Pruner, plan: PruningPlan, before: int, text: int) -> None:
+        super().__init__(pruner)
         self.laid, self.before, self.text = plan, before, text
         self.scoring, self._new = 0, 0
         self._state: Any = None
@@ -271,15 +271,15 @@ class _Dry(Wrapped):
     def plan(self, config: Any, patches: int) -> PruningPlan | None:
         return self.laid
 
-    def in_tower(self, moment: TowerMoment) -> Choice:
+    def in_tower(self, moment: TowerStep) -> Choice:
         patches = torch.arange(moment.patches.shape[1])[None]
-        real = TowerMoment(moment.group, [_real_record(one) for one in moment.records], patches, _ones(moment.sizes))
-        return self._ask(lambda: self.policy.in_tower(real), moment.group.keep)
+        real = TowerStep(moment.group, [_real_record(one) for one in moment.records], patches, _ones(moment.sizes))
+        return self._ask(lambda: self.pruner.in_tower(real), moment.group.keep)
 
-    def in_features(self, moment: FeatureMoment) -> Choice:
+    def in_features(self, moment: FeatureStep) -> Choice:
         tokens = moment.patches.shape[1]
         width = moment.project(moment.features[:, :1]).shape[-1]
-        real = FeatureMoment(
+        real = FeatureStep(
             keep=moment.keep,
             features=torch.randn(moment.features.shape),
             patches=torch.arange(tokens)[None],
@@ -288,37 +288,37 @@ class _Dry(Wrapped):
             grid=moment.grid,
             project=lambda features: torch.randn(*features.shape[:-1], width),
         )
-        choice = self._ask(lambda: self.policy.in_features(real), moment.keep)
+        choice = self._ask(lambda: self.pruner.in_features(real), moment.keep)
         if real._projected is not None:
             moment.projected  # noqa: B018 - what the method looks at is really projected
         return choice
 
-    def in_prompt(self, moment: PromptMoment) -> Choice:
+    def in_prompt(self, moment: PromptStep) -> Choice:
         def real(tensor: torch.Tensor | None) -> torch.Tensor | None:
             return None if tensor is None else torch.randn(tensor.shape)
 
         features, windows = torch.randn(moment.features.shape), moment.windows
         windows = None if windows is None else torch.ones(windows.shape, dtype=torch.bool)
-        asked = PromptMoment(moment.keep, features, real(moment.patch_embeds), real(moment.text_embeds), windows)
-        return self._ask(lambda: self.policy.in_prompt(asked), moment.keep)
+        asked = PromptStep(moment.keep, features, real(moment.patch_embeds), real(moment.text_embeds), windows)
+        return self._ask(lambda: self.pruner.in_prompt(asked), moment.keep)
 
     def prepare(self, sequence: VisualSequence, embeds: torch.Tensor) -> Any:
         def prepare() -> None:
-            self._state = self.policy.prepare(self._sequence(sequence), torch.randn(embeds.shape))
+            self._state = self.pruner.prepare(self._sequence(sequence), torch.randn(embeds.shape))
 
         self._count(prepare)
 
-    def in_decoder(self, moment: DecoderMoment) -> Choice:
-        real = DecoderMoment(
+    def in_decoder(self, moment: DecoderStep) -> Choice:
+        real = DecoderStep(
             group=moment.group,
             records=[_real_record(one) for one in moment.records],
-            watches=[_real_watch(one) for one in moment.watches],
+            decoder_records=[_real_watch(one) for one in moment.decoder_records],
             hidden=torch.randn(moment.hidden.shape),
             sequence=self._sequence(moment.sequence),
             sizes=_ones(moment.sizes),
             state=self._state,
         )
-        return self._ask(lambda: self.policy.in_decoder(real), moment.group.keep)
+        return self._ask(lambda: self.pruner.in_decoder(real), moment.group.keep)
 
     def _sequence(self, sequence: VisualSequence) -> VisualSequence:
         """The same sequence with data: so many visual tokens between the text, the first ones of the image."""
@@ -368,9 +368,9 @@ def _real_record(record: AttentionRecord) -> AttentionRecord:
     return real
 
 
-def _real_watch(watch: LayerWatch) -> LayerWatch:
+def _real_watch(watch: DecoderAttentionRecord) -> DecoderAttentionRecord:
     """A watch of the same shapes with data."""
-    real = LayerWatch(watch.past, None, None)
+    real = DecoderAttentionRecord(watch.past, None, None)
     key = torch.randn(watch.key.shape)
     real.attend(torch.randn(watch.query.shape), key, key, None, None, watch.scale)
     return real

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..model.pruned_cache import key_value_shape
-from ..model.pruner import Policy
+from ..model.pruner import Pruner
 from ..model.schedule import PruningPlan
 
 PARTS = ("tower", "projector", "text_tower", "scoring", "decoder", "head")
@@ -50,12 +50,12 @@ def layer_flops(
     return total + 4 * tokens * tokens * width if products else total
 
 
-def tower_depth(config: Any, plan: PruningPlan, policy: Policy | None) -> int:
+def tower_depth(config: Any, plan: PruningPlan, pruner: Pruner | None) -> int:
     """How many layers of the tower run: those that make the features, drop something, or are looked at."""
     layers = config.vision_config.num_hidden_layers
-    if policy is None or (policy.embeds_image and config.clip_text_config is not None):
+    if pruner is None or (pruner.embeds_image and config.clip_text_config is not None):
         return layers
-    watched = [layer % layers + 1 for layer in policy.watched_layers]
+    watched = [layer % layers + 1 for layer in pruner.recorded_layers]
     return max([config.feature_depth, *(group.last + 1 for group in plan.tower), *watched])
 
 
@@ -123,9 +123,9 @@ def kv_cache_bytes(config: Any, tokens: Sequence[float], value_bytes: int) -> li
     return [round(2 * one * kv_width(config) * value_bytes) for one in tokens]
 
 
-def _rollout_flops(plan: PruningPlan, config: Any, policy: Policy, text_before: int) -> int:
+def _rollout_flops(plan: PruningPlan, config: Any, pruner: Pruner, text_before: int) -> int:
     """Queries with keys, and rows with maps, down every group of IVTP (Eq. 3) in both towers."""
-    reading, total = policy.reading, 0
+    options, total = pruner.options, 0
     stages = [
         (plan.tower, plan.patches, config.vision_config, 0),
         (plan.decoder, plan.tower_tokens, config.text_config, text_before + 1),
@@ -134,9 +134,9 @@ def _rollout_flops(plan: PruningPlan, config: Any, policy: Policy, text_before: 
         for group in groups:
             keys = 1 + tokens + more - (1 if more else 0)
             for layer in range(group.first, group.last + 1):
-                if reading.aggregation == "last" and layer < group.last:
+                if options.aggregation == "last" and layer < group.last:
                     continue
-                one_row = layer == group.last or reading.aggregation != "rollout"
+                one_row = layer == group.last or options.aggregation != "rollout"
                 # A single row of a map is averaged over heads as it is; others are weighted with the row from above.
                 weighed = 0 if one_row else sizes.num_attention_heads
                 total += 2 * (1 if one_row else 1 + tokens) * keys * (sizes.hidden_size + weighed)
@@ -147,7 +147,7 @@ def _rollout_flops(plan: PruningPlan, config: Any, policy: Policy, text_before: 
 def closed_formula(
     config: Any,
     plan: PruningPlan | None,
-    policy: Policy | None,
+    pruner: Pruner | None,
     *,
     text_tokens: int,
     windows: int,
@@ -160,7 +160,7 @@ def closed_formula(
     config : IVTPLlavaConfig
     plan : PruningPlan or None
         None: nothing is dropped, and stock LLaVA runs.
-    policy : Policy or None
+    pruner : Pruner or None
         What prunes. Only IVTP's scoring has a formula; that of other systems, and the sums that merging ones make,
         count as 0.
     text_tokens : int
@@ -172,15 +172,15 @@ def closed_formula(
     """
     pruned = plan is not None
     laid = plan or PruningPlan(config.num_patches)
-    depth = tower_depth(config, laid, policy if pruned else None)
+    depth = tower_depth(config, laid, pruner if pruned else None)
     layers = config.text_config.num_hidden_layers
     visual = laid.decoder_layer_tokens(layers)
     clip = config.clip_text_config
-    asks_clip = pruned and clip is not None and policy is not None and (policy.embeds_image or policy.compares_patches)
+    asks_clip = pruned and clip is not None and pruner is not None and (pruner.embeds_image or pruner.compares_patches)
     parts = dict.fromkeys(PARTS, 0)
     parts["tower"] = patch_embedding_flops(config) + tower_flops(config, laid, depth)
     projected = laid.encoded_tokens
-    if policy is not None and policy.projects_all:
+    if pruner is not None and pruner.projects_all:
         projected = laid.tower[-1].keep if laid.tower else laid.patches
     parts["projector"] = projector_flops(config, projected + (1 if pruned else 0))
     if asks_clip:
@@ -189,8 +189,8 @@ def closed_formula(
         )
         parts["tower"] += 2 * config.vision_config.hidden_size * clip.projection_dim
     parts["decoder"] = round(decoder_flops(config, text_tokens, visual))
-    if pruned and policy is not None and policy.observes:
-        parts["scoring"] = _rollout_flops(laid, config, policy, text_before)
+    if pruned and pruner is not None and pruner.observes:
+        parts["scoring"] = _rollout_flops(laid, config, pruner, text_before)
         # The pseudo CLS is one more token in the layers of the groups.
         text = config.text_config
         observed = layer_flops(

@@ -1,6 +1,6 @@
 """The systems that IVTP is compared with, on one engine: `with FastV(keep=64)(model): model.generate(...)`.
 
-A system is one file here, a row in `METHODS`, and a row in `tests/test_methods.py`.
+A system is one file here, a row in `METHODS`, and a row in `tests/methods/test_methods.py`.
 """
 
 from __future__ import annotations

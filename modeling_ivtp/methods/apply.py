@@ -13,24 +13,24 @@ from transformers import LlavaForConditionalGeneration
 from ..model.configuration_ivtp import IVTPLlavaConfig, IVTPPruningConfig
 from ..model.language_ivtp import DECODERS
 from ..model.modeling_ivtp import IVTPLlavaForConditionalGeneration, IVTPLlavaModel
-from ..model.pruner import STAGES, Choice, DecoderMoment, FeatureMoment, Policy, PromptMoment, TowerMoment
+from ..model.pruner import STAGES, Choice, DecoderStep, FeatureStep, PromptStep, Pruner, TowerStep
 from ..model.schedule import PruningPlan
 from ..model.vision_ivtp import CLIPEncoderLayer, GroupedCLIPAttention, GroupedCLIPVisionModel
 from ..model.visual_sequence import VisualSequence
 
 
 @dataclass(frozen=True)
-class Applied(Policy):
+class Applied(Pruner):
     """Systems that were applied to one model, in the order of the stages at which they act.
 
     Attributes
     ----------
-    parts : tuple of (Policy, stages, name)
+    parts : tuple of (Pruner, stages, name)
     """
 
-    parts: tuple[tuple[Policy, tuple[str, ...], str], ...]
+    parts: tuple[tuple[Pruner, tuple[str, ...], str], ...]
 
-    def joined(self, policy: Policy, stages: tuple[str, ...], name: str) -> Applied:
+    def joined(self, pruner: Pruner, stages: tuple[str, ...], name: str) -> Applied:
         """With one more system.
 
         Raises
@@ -45,25 +45,25 @@ class Applied(Policy):
                     f"{name} acts at {' and '.join(stages)}, where {other} acts already ({' and '.join(others)}); two "
                     "systems at once must act at different stages."
                 )
-        parts = sorted([*self.parts, (policy, stages, name)], key=lambda part: STAGES.index(part[1][0]))
+        parts = sorted([*self.parts, (pruner, stages, name)], key=lambda part: STAGES.index(part[1][0]))
         return Applied(tuple(parts))
 
-    def at(self, stage: str) -> Policy | None:
+    def at(self, stage: str) -> Pruner | None:
         """The system that acts at a stage."""
-        return next((policy for policy, stages, _ in self.parts if stage in stages), None)
+        return next((pruner for pruner, stages, _ in self.parts if stage in stages), None)
 
     def plan(self, config: Any, patches: int) -> PruningPlan | None:
         """Each system on what the one before leaves."""
         whole, tokens, exact = PruningPlan(patches), patches, True
-        for policy, _, name in self.parts:
-            plan = policy.plan(config, tokens)
+        for pruner, _, name in self.parts:
+            plan = pruner.plan(config, tokens)
             if plan is None:
                 continue
-            if policy.watched_layers and whole.tower:
+            if pruner.recorded_layers and whole.tower:
                 raise ValueError(
                     f"{name} reads the attention of the whole picture, and patches are dropped in the tower already."
                 )
-            if (policy.observes or plan.prompt is not None) and not exact:
+            if (pruner.observes or plan.prompt is not None) and not exact:
                 raise ValueError(
                     f"{name} follows a system that keeps another number of every picture (adaptive=True); allowed: "
                     "adaptive=False."
@@ -80,7 +80,7 @@ class Applied(Policy):
         return whole if whole.final_tokens < patches else None
 
     def _any(self, attribute: str) -> bool:
-        return any(getattr(policy, attribute) for policy, _, _ in self.parts)
+        return any(getattr(pruner, attribute) for pruner, _, _ in self.parts)
 
     @property
     def observes(self) -> bool:  # type: ignore[override]
@@ -89,10 +89,10 @@ class Applied(Policy):
         return decoder is not None and decoder.observes
 
     @property
-    def reading(self) -> Any:
+    def options(self) -> Any:
         """Of the system in the decoder."""
         decoder = self.at("decoder")
-        return None if decoder is None else decoder.reading
+        return None if decoder is None else decoder.options
 
     @property
     def proportional(self) -> bool:  # type: ignore[override]
@@ -120,42 +120,42 @@ class Applied(Policy):
         return self._any("projects_all")
 
     @property
-    def watched_layers(self) -> tuple[int, ...]:  # type: ignore[override]
+    def recorded_layers(self) -> tuple[int, ...]:  # type: ignore[override]
         """Of the system on the features."""
-        return tuple(layer for policy, _, _ in self.parts for layer in policy.watched_layers)
+        return tuple(layer for pruner, _, _ in self.parts for layer in pruner.recorded_layers)
 
-    def _must(self, stage: str) -> Policy:
-        policy = self.at(stage)
-        assert policy is not None
-        return policy
+    def _must(self, stage: str) -> Pruner:
+        pruner = self.at(stage)
+        assert pruner is not None
+        return pruner
 
     def record(self, group: Any, layer: int) -> Any:
         """As the system says whose group it is."""
-        for policy, _, _ in self.parts:
-            if policy.observes or policy.proportional or self.at("tower") is policy:
-                return policy.record(group, layer)
+        for pruner, _, _ in self.parts:
+            if pruner.observes or pruner.proportional or self.at("tower") is pruner:
+                return pruner.record(group, layer)
         return super().record(group, layer)
 
-    def in_tower(self, moment: TowerMoment) -> Choice:
+    def in_tower(self, step: TowerStep) -> Choice:
         """Ask the system that acts here."""
-        return self._must("tower").in_tower(moment)
+        return self._must("tower").in_tower(step)
 
-    def in_features(self, moment: FeatureMoment) -> Choice:
+    def in_features(self, step: FeatureStep) -> Choice:
         """Ask the system that acts here."""
-        return self._must("features").in_features(moment)
+        return self._must("features").in_features(step)
 
-    def in_prompt(self, moment: PromptMoment) -> Choice:
+    def in_prompt(self, step: PromptStep) -> Choice:
         """Ask the system that acts here."""
-        return self._must("prompt").in_prompt(moment)
+        return self._must("prompt").in_prompt(step)
 
     def prepare(self, sequence: VisualSequence, embeds: torch.Tensor) -> Any:
         """For the system in the decoder."""
         decoder = self.at("decoder")
         return None if decoder is None else decoder.prepare(sequence, embeds)
 
-    def in_decoder(self, moment: DecoderMoment) -> Choice:
+    def in_decoder(self, step: DecoderStep) -> Choice:
         """Ask the system that acts here."""
-        return self._must("decoder").in_decoder(moment)
+        return self._must("decoder").in_decoder(step)
 
 
 @contextmanager
@@ -179,36 +179,36 @@ def applied(model: Any, method: Any) -> Iterator[Any]:
     llava = model.get_base_model() if hasattr(model, "get_base_model") else model
     with _as_ours(llava):
         inner, config = llava.model, llava.config
-        before = inner.applied_policy
+        before = inner.applied_pruner
         now = (before or Applied(())).joined(method.bind(config), method.stages, method.name)
         now.plan(config, config.num_patches)
         _check_fits(now, method.name, inner, config)
-        inner.applied_policy = now
+        inner.applied_pruner = now
         try:
             yield model
         finally:
             if before is None:
-                del inner.applied_policy
+                del inner.applied_pruner
             else:
-                inner.applied_policy = before
+                inner.applied_pruner = before
 
 
-def _check_fits(policy: Policy, name: str, inner: Any, config: Any) -> None:
+def _check_fits(pruner: Pruner, name: str, inner: Any, config: Any) -> None:
     """Refuse what would only fail in the middle of a prompt."""
-    if policy.compares_patches and not inner.has_text_tower:
+    if pruner.compares_patches and not inner.has_text_tower:
         raise ValueError(
             f"{name} compares patches with the instruction and needs CLIP's text tower, which this model is without: "
             "IVTPLlavaForConditionalGeneration.from_llava(..., clip=...) joins it."
         )
     layers, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
-    if policy.compares_patches and not isinstance(layers, int):
+    if pruner.compares_patches and not isinstance(layers, int):
         raise ValueError(
             f"{name} needs features of one layer in CLIP's space; vision_feature_layer={layers} has several."
         )
     if strategy != "default":
         raise ValueError(f'vision_feature_select_strategy="{strategy}": pruning takes "default" only.')
     attention = config.vision_config._attn_implementation
-    if policy.proportional and attention not in (None, "eager", "sdpa"):
+    if pruner.proportional and attention not in (None, "eager", "sdpa"):
         raise ValueError(
             f'{name} weighs attention in the tower, which attn_implementation="{attention}" cannot; allowed: eager, '
             "sdpa."
@@ -218,7 +218,7 @@ def _check_fits(policy: Policy, name: str, inner: Any, config: Any) -> None:
 @contextmanager
 def _as_ours(model: Any) -> Iterator[None]:
     """Change the classes of a stock LLaVA's modules and configuration to ours for a while; ours are left alone."""
-    if hasattr(type(getattr(model, "model", None)), "applied_policy"):
+    if hasattr(type(getattr(model, "model", None)), "applied_pruner"):
         yield
         return
     if not isinstance(model, LlavaForConditionalGeneration):

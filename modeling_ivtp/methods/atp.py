@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..model.pruner import Choice, DecoderMoment
-from ..model.rollout import LayerWatch
+from ..model.pruner import Choice, DecoderStep
+from ..model.rollout import DecoderAttentionRecord
 from ..model.schedule import PruningPlan, geometric_schedule
 from ..model.visual_sequence import VisualSequence
-from .method import Method, behind
-from .selecting import behind_images, best, best_for_decoder, on_visual, ranking, received
+from .method import Method, after
+from .selecting import after_images, best, best_for_decoder, on_visual, ranking, received
 
 
 @dataclass(frozen=True)
@@ -42,34 +42,34 @@ class ATPSpatial(Method):
         super().__post_init__()
         self.check_share("spatial")
 
-    def layout(self, config: Any, patches: int) -> PruningPlan:
+    def schedule(self, config: Any, patches: int) -> PruningPlan:
         """One ratio for every drop."""
         tops = self.tops(config, (4, 14, 24))
         counts = geometric_schedule(patches, self.keep, len(tops))
-        return PruningPlan(patches, decoder=behind(tops, counts))
+        return PruningPlan(patches, decoder=after(tops, counts))
 
-    def in_decoder(self, moment: DecoderMoment) -> Choice:
+    def in_decoder(self, step: DecoderStep) -> Choice:
         """The sample first, then by redundancy score."""
-        watch, sequence = moment.watches[-1], moment.sequence
-        cross = received(watch, sequence, behind_images(sequence))
+        watch, sequence = step.decoder_records[-1], step.sequence
+        cross = received(watch, sequence, after_images(sequence))
         score = (received_logits(watch, sequence) + cross) / 2
-        tokens, keep = sequence.columns.shape[2], moment.group.keep
+        tokens, keep = sequence.columns.shape[2], step.group.keep
         number = round(self.spatial * keep)
         if number == 0:
-            return best_for_decoder(moment, score)
-        count = sequence.there.sum(-1, keepdim=True).to(score.device)
+            return best_for_decoder(step, score)
+        count = sequence.token_present.sum(-1, keepdim=True).to(score.device)
         # The middle of each of `number` equal stretches of what is left, row by row.
         sample = (torch.arange(number, device=score.device) * 2 + 1) * count // (2 * number)
         first = torch.zeros_like(score).scatter(-1, sample.clamp_max(tokens - 1), 1.0)
         rank = ranking(score).argsort(-1)
-        chosen = best(first * tokens - rank, keep, sequence.there if sequence.ragged else None)
+        chosen = best(first * tokens - rank, keep, sequence.token_present if sequence.ragged else None)
         return Choice(chosen.kept, scores=score, ragged=chosen.ragged)
 
 
-def received_logits(watch: LayerWatch, sequence: VisualSequence) -> torch.Tensor:
+def received_logits(watch: DecoderAttentionRecord, sequence: VisualSequence) -> torch.Tensor:
     """Mean product of the visual tokens' queries with each one's key, averaged over heads (Eq. 1, 3): (B, M, k)."""
     query, key = watch.query.float(), watch.key[:, :, watch.past :].float()
-    there = sequence.there.to(query.device)
+    there = sequence.token_present.to(query.device)
     weight = torch.zeros(*there.shape[:2], sequence.size + 1, device=query.device)
     weight = weight.scatter(2, sequence.columns.to(query.device), 1.0)[..., :-1]
     mean = torch.einsum("bmn,bhnd->bhmd", weight, query) / there.sum(-1).clamp_min(1)[:, None, :, None]

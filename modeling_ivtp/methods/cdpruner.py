@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch.nn.functional import normalize
 
-from ..model.pruner import Choice, PromptMoment
+from ..model.pruner import Choice, PromptStep
 from ..model.schedule import PruningPlan
 from .method import Method
 
@@ -38,24 +38,24 @@ class CDPruner(Method):
         super().__post_init__()
         self.check_flag("negated")
 
-    def layout(self, config: Any, patches: int) -> PruningPlan:
+    def schedule(self, config: Any, patches: int) -> PruningPlan:
         """All at once, before the decoder."""
         return PruningPlan(patches, prompt=self.keep)
 
-    def in_prompt(self, moment: PromptMoment) -> Choice:
+    def in_prompt(self, step: PromptStep) -> Choice:
         """Pick one after the other."""
-        assert moment.patch_embeds is not None
-        assert moment.text_embeds is not None
-        assert moment.windows is not None
-        likeness = normalize(moment.patch_embeds.float(), dim=-1) @ normalize(
-            moment.text_embeds.float(), dim=-1
-        ).transpose(1, 2).unsqueeze(1)  # (B, M, k, W)
-        windows = moment.windows[:, None, None].to(likeness.device)
+        assert step.patch_embeds is not None
+        assert step.text_embeds is not None
+        assert step.windows is not None
+        likeness = normalize(step.patch_embeds.float(), dim=-1) @ normalize(step.text_embeds.float(), dim=-1).transpose(
+            1, 2
+        ).unsqueeze(1)  # (B, M, k, W)
+        windows = step.windows[:, None, None].to(likeness.device)
         relevance = (likeness * windows).sum(-1) / windows.sum(-1).clamp_min(1)
         scores = stretched(-relevance if self.negated else relevance)
-        unit = normalize(moment.features.float(), dim=-1)
+        unit = normalize(step.features.float(), dim=-1)
         kernel = scores[..., None] * (unit @ unit.transpose(-1, -2)) * scores[..., None, :]
-        kept = most_spanning(kernel.flatten(0, 1), moment.keep).sort(-1).values
+        kept = most_spanning(kernel.flatten(0, 1), step.keep).sort(-1).values
         return Choice(kept.unflatten(0, scores.shape[:2]), scores=scores)
 
 

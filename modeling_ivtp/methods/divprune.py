@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch.nn.functional import normalize
 
-from ..model.pruner import Choice, FeatureMoment
+from ..model.pruner import Choice, FeatureStep
 from ..model.schedule import PruningPlan
 from .method import Method
 
@@ -21,14 +21,14 @@ class DivPrune(Method):
     stages: ClassVar[tuple[str, ...]] = ("features",)
     projects_all = True
 
-    def layout(self, config: Any, patches: int) -> PruningPlan:
-        """All at once, behind the projector."""
+    def schedule(self, config: Any, patches: int) -> PruningPlan:
+        """All at once, after the projector."""
         return PruningPlan(patches, features=self.keep)
 
-    def in_features(self, moment: FeatureMoment) -> Choice:
+    def in_features(self, step: FeatureStep) -> Choice:
         """Pick one after the other."""
-        unit = normalize(moment.projected.float(), dim=-1)
-        return Choice(farthest(1 - unit @ unit.transpose(1, 2), moment.keep).sort(1).values)
+        unit = normalize(step.projected.float(), dim=-1)
+        return Choice(farthest(1 - unit @ unit.transpose(1, 2), step.keep).sort(1).values)
 
 
 def farthest(distance: torch.Tensor, keep: int) -> torch.Tensor:

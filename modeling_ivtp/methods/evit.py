@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..model.pruner import Choice, TowerMoment
+from ..model.pruner import Choice, TowerStep
 from ..model.schedule import PruningPlan, geometric_schedule
-from .method import Method, behind
+from .method import Method, after
 from .selecting import cls_attention, one_hot, ranking
 
 
@@ -25,20 +25,20 @@ class EViT(Method):
     name: ClassVar[str] = "evit"
     stages: ClassVar[tuple[str, ...]] = ("tower",)
 
-    def layout(self, config: Any, patches: int) -> PruningPlan:
+    def schedule(self, config: Any, patches: int) -> PruningPlan:
         """Three steps of one ratio."""
         depth = config.feature_depth
         layers = tuple(dict.fromkeys(max(1, round(at * depth / 12)) - 1 for at in (4, 7, 10)))
         counts = geometric_schedule(patches, self.keep, len(layers))
-        return PruningPlan(patches, tower=behind(layers, counts, middle=True))
+        return PruningPlan(patches, tower=after(layers, counts, middle=True))
 
-    def in_tower(self, moment: TowerMoment) -> Choice:
+    def in_tower(self, step: TowerStep) -> Choice:
         """The attentive patches and the fused one."""
-        attention = cls_attention(moment.records[-1])
+        attention = cls_attention(step.records[-1])
         tokens = attention.shape[-1]
         order = ranking(attention)
-        stays = torch.zeros_like(attention, dtype=torch.bool).scatter(-1, order[:, : moment.group.keep - 1], True)
-        kept = order[:, : moment.group.keep].sort(-1).values
+        stays = torch.zeros_like(attention, dtype=torch.bool).scatter(-1, order[:, : step.group.keep - 1], True)
+        kept = order[:, : step.group.keep].sort(-1).values
         mixture = one_hot(kept, tokens)
         fused = attention.masked_fill(stays, 0)
         is_fused = ~stays.gather(-1, kept)

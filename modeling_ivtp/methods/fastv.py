@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..model.pruner import Choice, DecoderMoment
+from ..model.pruner import Choice, DecoderStep
 from ..model.schedule import Group, PruningPlan
 from .method import Method
 from .selecting import best_for_decoder, on_visual
@@ -32,19 +32,19 @@ class FastV(Method):
         super().__post_init__()
         self.check_whole("layer", 1)
 
-    def layout(self, config: Any, patches: int) -> PruningPlan:
-        """All at once behind layer K."""
+    def schedule(self, config: Any, patches: int) -> PruningPlan:
+        """All at once after layer K."""
         self.check_depth("layer", (self.layer,), config.text_config.num_hidden_layers)
         return PruningPlan(patches, decoder=(Group(self.layer - 1, self.layer - 1, self.keep),))
 
-    def in_decoder(self, moment: DecoderMoment) -> Choice:
+    def in_decoder(self, step: DecoderStep) -> Choice:
         """By the last token's attention."""
-        return best_for_decoder(moment, received_from_last(moment))
+        return best_for_decoder(step, received_from_last(step))
 
 
-def received_from_last(moment: DecoderMoment) -> torch.Tensor:
+def received_from_last(step: DecoderStep) -> torch.Tensor:
     """What visual tokens receive from the prompt's last token: float32 (B, M, k)."""
-    watch, sequence = moment.watches[-1], moment.sequence
+    watch, sequence = step.decoder_records[-1], step.sequence
     first = sequence.asked - 1
     one = torch.zeros(*sequence.columns.shape[:2], sequence.size - first, device=watch.query.device)
     one[..., 0] = 1.0

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from ..model.pruner import IVTPPolicy, Policy
+from ..model.pruner import IVTPPruner, Pruner
 from .method import Method
 
 
@@ -35,13 +35,13 @@ class IVTP(Method):
                 f"{', '.join(own)}."
             )
 
-    def bind(self, config: Any) -> Policy:
+    def bind(self, config: Any) -> Pruner:
         """IVTP as the model's options say."""
         handed_over = config.pruning.tower_tokens
         if handed_over is not None and handed_over < self.keep:
             handed_over = None
         fixed = {"enabled": True, "visual_tokens": self.keep, "tower_tokens": handed_over, "positions": self.positions}
-        return IVTPPolicy(config.pruning.changed(**fixed | dict(self.options)))
+        return IVTPPruner(config.pruning.changed(**fixed | dict(self.options)))
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class IVTPV(IVTP):
     name: ClassVar[str] = "ivtp-v"
     stages: ClassVar[tuple[str, ...]] = ("tower",)
 
-    def bind(self, config: Any) -> Policy:
+    def bind(self, config: Any) -> Pruner:
         """IVTP without layers of the decoder."""
         # The hand-over of a stage that is left out is none.
         fixed = {"decoder_layers": 0, "guidance": "visual_cls", "tower_tokens": None}

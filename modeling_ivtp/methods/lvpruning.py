@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..model.pruner import Choice, DecoderMoment
+from ..model.pruner import Choice, DecoderStep
 from ..model.schedule import PruningPlan
-from .method import Method, behind
-from .selecting import behind_images, best_for_decoder
+from .method import Method, after
+from .selecting import after_images, best_for_decoder
 
 Scorer = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""Scores visual tokens behind a layer: of layer, visual (B, M, k, d), hidden (B, n, d) and text (B, M, n) bool makes
+"""Scores visual tokens after a layer: of layer, visual (B, M, k, d), hidden (B, n, d) and text (B, M, n) bool makes
 (B, M, k)."""
 
 
@@ -50,20 +50,20 @@ class LVPruningTopK(Method):
         if not callable(self.scores):
             raise ValueError(f"{self.name}: scores={self.scores!r}; allowed: a callable, see `Scorer`.")
 
-    def layout(self, config: Any, patches: int) -> PruningPlan:
+    def schedule(self, config: Any, patches: int) -> PruningPlan:
         """Equal steps of 0.2 of all patches, up from what is left in the end."""
         tops = self.tops(config, (1, 8, 16))
         counts = [min(patches, round(self.keep + 0.2 * patches * above)) for above in range(len(tops) - 1, -1, -1)]
-        return PruningPlan(patches, decoder=behind(tops, counts))
+        return PruningPlan(patches, decoder=after(tops, counts))
 
-    def in_decoder(self, moment: DecoderMoment) -> Choice:
+    def in_decoder(self, step: DecoderStep) -> Choice:
         """By the given scores."""
-        sequence = moment.sequence
-        text = behind_images(sequence)
-        scores = self.scores(moment.group.last, sequence.visual(moment.hidden), moment.hidden, text)
+        sequence = step.sequence
+        text = after_images(sequence)
+        scores = self.scores(step.group.last, sequence.visual(step.hidden), step.hidden, text)
         if scores.shape != sequence.columns.shape:
             raise ValueError(
                 f"{self.name}: scores made {tuple(scores.shape)}; allowed: {tuple(sequence.columns.shape)}, one for "
                 "each visual token."
             )
-        return best_for_decoder(moment, scores.float())
+        return best_for_decoder(step, scores.float())

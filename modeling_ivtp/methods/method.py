@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ..model.configuration_ivtp import is_whole
-from ..model.pruner import Policy
+from ..model.pruner import Pruner
 from ..model.schedule import Group, PruningPlan
 
 
 @dataclass(frozen=True)
-class Method(Policy):
+class Method(Pruner):
     """A pruning system. Called with a model it is a context manager, inside of which it prunes, and nothing else does.
 
     Parameters
@@ -39,7 +39,7 @@ class Method(Policy):
 
     name: ClassVar[str]
     stages: ClassVar[tuple[str, ...]]
-    """At which of the moments of `pruning_policy.STAGES` it acts."""
+    """At which of the steps of `pruner.STAGES` it acts."""
 
     def __post_init__(self) -> None:
         self.check_whole("keep", 1)
@@ -59,16 +59,16 @@ class Method(Policy):
         """Whether positions are renumbered without gaps."""
         return self.positions == "compact"
 
-    def bind(self, config: Any) -> Policy:
-        """The policy for one model: defaults that depend on its depth are filled in."""
+    def bind(self, config: Any) -> Pruner:
+        """The pruner for one model: defaults that depend on its depth are filled in."""
         return self
 
     def plan(self, config: Any, patches: int) -> PruningPlan | None:
         """What stays where; None where `keep` is not below `patches`."""
-        plan = self.layout(config, patches) if self.keep < patches else None
+        plan = self.schedule(config, patches) if self.keep < patches else None
         return None if plan is None or plan.final_tokens >= patches else plan
 
-    def layout(self, config: Any, patches: int) -> PruningPlan:
+    def schedule(self, config: Any, patches: int) -> PruningPlan:
         """What stays where for a budget below `patches`."""
         raise self._silent("lays out what stays where")
 
@@ -107,7 +107,7 @@ class Method(Policy):
             raise ValueError(f"{self.name}: {option}={value!r}; allowed: from 0 to 1{' or None' if optional else ''}.")
 
     def tops(self, config: Any, default: tuple[int, ...]) -> tuple[int, ...]:
-        """The decoder layers behind which a system of several steps drops: its `layers`, or a default for 32 layers.
+        """The decoder layers after which a system of several steps drops: its `layers`, or a default for 32 layers.
 
         Raises
         ------
@@ -137,14 +137,14 @@ def linear_schedule(start: int, end: int, steps: int) -> tuple[int, ...]:
     return tuple(round(start + (end - start) * step / steps) for step in range(1, steps + 1))
 
 
-def behind(layers: Sequence[int], counts: Sequence[int], *, middle: bool = False) -> tuple[Group, ...]:
+def after(layers: Sequence[int], counts: Sequence[int], *, middle: bool = False) -> tuple[Group, ...]:
     """Groups of one layer each, with what stays behind it."""
     return tuple(Group(layer, layer, count, middle) for layer, count in zip(layers, counts, strict=True))
 
 
 def single_layers(counts: tuple[int, ...], *, middle: bool = False) -> tuple[Group, ...]:
     """A group of one layer for each count, from the first layer on."""
-    return behind(range(len(counts)), counts, middle=middle)
+    return after(range(len(counts)), counts, middle=middle)
 
 
 def scaled_layers(layers: tuple[int, ...], of: int, depth: int) -> tuple[int, ...]:

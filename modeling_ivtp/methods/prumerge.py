@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch.nn.functional import normalize
 
-from ..model.pruner import Choice, FeatureMoment
+from ..model.pruner import Choice, FeatureStep
 from ..model.schedule import PruningPlan
 from .method import Method
 from .selecting import cls_attention, one_hot, patch_keys, ranking, together
@@ -37,25 +37,25 @@ class PruMergePlus(Method):
 
     name: ClassVar[str] = "prumerge+"
     stages: ClassVar[tuple[str, ...]] = ("features",)
-    watched_layers = (-1,)
+    recorded_layers = (-1,)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_whole("neighbours", 0)
         self.check_flag("adaptive")
 
-    def layout(self, config: Any, patches: int) -> PruningPlan:
+    def schedule(self, config: Any, patches: int) -> PruningPlan:
         """All at once, before the projector."""
         return PruningPlan(patches, features=self.keep, exact=not self.adaptive)
 
-    def in_features(self, moment: FeatureMoment) -> Choice:
+    def in_features(self, step: FeatureStep) -> Choice:
         """Choose and merge, image by image."""
-        record = moment.records[-1]
+        record = step.records[-1]
         attention = cls_attention(record)
         keys = normalize(patch_keys(record).float().transpose(1, 2).flatten(2), dim=-1)  # (I, k, H dh)
         chosen: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         for paid, key in zip(attention, keys, strict=True):
-            kept = outliers_and_sample(paid, moment.keep, self.adaptive)
+            kept = outliers_and_sample(paid, step.keep, self.adaptive)
             chosen.append((kept, take_in(paid, key, kept, self.neighbours)))
         return together(chosen, attention.shape[1], attention.shape[:1])
 

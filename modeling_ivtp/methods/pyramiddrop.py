@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..model.pruner import Choice, DecoderMoment
+from ..model.pruner import Choice, DecoderStep
 from ..model.schedule import PruningPlan, geometric_schedule
 from .fastv import received_from_last
-from .method import Method, behind
+from .method import Method, after
 from .selecting import best_for_decoder
 
 
@@ -30,12 +30,12 @@ class PyramidDrop(Method):
     name: ClassVar[str] = "pyramiddrop"
     stages: ClassVar[tuple[str, ...]] = ("decoder",)
 
-    def layout(self, config: Any, patches: int) -> PruningPlan:
+    def schedule(self, config: Any, patches: int) -> PruningPlan:
         """One ratio for every stage."""
         tops = self.tops(config, (8, 16, 24))
         counts = geometric_schedule(patches, self.keep, len(tops))
-        return PruningPlan(patches, decoder=behind(tops, counts))
+        return PruningPlan(patches, decoder=after(tops, counts))
 
-    def in_decoder(self, moment: DecoderMoment) -> Choice:
+    def in_decoder(self, step: DecoderStep) -> Choice:
         """By the last token's attention."""
-        return best_for_decoder(moment, received_from_last(moment))
+        return best_for_decoder(step, received_from_last(step))

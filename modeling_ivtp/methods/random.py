@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..model.pruner import Choice, FeatureMoment
+from ..model.pruner import Choice, FeatureStep
 from ..model.schedule import PruningPlan
 from .method import Method
 
@@ -32,18 +32,18 @@ class Random(Method):
         super().__post_init__()
         self.check_whole("seed", 0)
 
-    def layout(self, config: Any, patches: int) -> PruningPlan:
-        """All at once, behind the tower."""
+    def schedule(self, config: Any, patches: int) -> PruningPlan:
+        """All at once, after the tower."""
         return PruningPlan(patches, features=self.keep)
 
-    def in_features(self, moment: FeatureMoment) -> Choice:
+    def in_features(self, step: FeatureStep) -> Choice:
         """Draw for each image."""
-        patches = moment.patches.shape[1]
+        patches = step.patches.shape[1]
         kept = []
-        for pixels in moment.pixel_values:
+        for pixels in step.pixel_values:
             generator = torch.Generator().manual_seed((self.seed * 1_000_003 + fingerprint(pixels)) % 2**63)
-            kept.append(torch.randperm(patches, generator=generator)[: moment.keep].sort().values)
-        return Choice(torch.stack(kept).to(moment.patches.device))
+            kept.append(torch.randperm(patches, generator=generator)[: step.keep].sort().values)
+        return Choice(torch.stack(kept).to(step.patches.device))
 
 
 def fingerprint(pixels: torch.Tensor) -> int:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ..model.pruner import Choice, DecoderMoment
-from ..model.rollout import AttentionRecord, LayerWatch, reference_row
+from ..model.pruner import Choice, DecoderStep
+from ..model.rollout import AttentionRecord, DecoderAttentionRecord, reference_row
 from ..model.visual_sequence import VisualSequence
 
 
@@ -36,10 +36,10 @@ def best(scores: torch.Tensor, keep: int, there: torch.Tensor | None = None) -> 
     return Choice(order.sort(-1).values, scores=scores, ragged=True)
 
 
-def best_for_decoder(moment: DecoderMoment, scores: torch.Tensor, keep: int | None = None) -> Choice:
+def best_for_decoder(step: DecoderStep, scores: torch.Tensor, keep: int | None = None) -> Choice:
     """`best` for the visual tokens of a prompt, with scores (B, M, k)."""
-    sequence = moment.sequence
-    return best(scores, keep or moment.group.keep, sequence.there if sequence.ragged else None)
+    sequence = step.sequence
+    return best(scores, keep or step.group.keep, sequence.token_present if sequence.ragged else None)
 
 
 def cls_attention(record: AttentionRecord) -> torch.Tensor:
@@ -52,8 +52,8 @@ def patch_keys(record: AttentionRecord) -> torch.Tensor:
     return record.key[:, :, 1:]
 
 
-def behind_images(sequence: VisualSequence) -> torch.Tensor:
-    """The text tokens behind each image, which are all that can attend to it: bool (B, M, n).
+def after_images(sequence: VisualSequence) -> torch.Tensor:
+    """The text tokens after each image, which are all that can attend to it: bool (B, M, n).
 
     Behind an image that ends its prompt there are none; its last token, which answers, stands in for them.
     """
@@ -61,26 +61,26 @@ def behind_images(sequence: VisualSequence) -> torch.Tensor:
     visual = torch.zeros(sequence.slots.shape[0], sequence.size + 1, dtype=torch.bool, device=place.device)
     visual = visual.scatter(1, sequence.columns.flatten(1), True)[:, :-1]
     text = ~visual if sequence.valid is None else ~visual & sequence.valid
-    last = sequence.columns.masked_fill(~sequence.there, -1).amax(-1)
-    behind = text[:, None] & (place > last[..., None]) & (place < sequence.asked)
-    alone = ~behind.any(-1, keepdim=True) & (place == sequence.asked - 1)
-    return behind | alone
+    last = sequence.columns.masked_fill(~sequence.token_present, -1).amax(-1)
+    after = text[:, None] & (place > last[..., None]) & (place < sequence.asked)
+    alone = ~after.any(-1, keepdim=True) & (place == sequence.asked - 1)
+    return after | alone
 
 
 def first_reader(sequence: VisualSequence) -> int:
-    """A column before which nothing stands behind an image: those from it on are all whose attention matters."""
+    """A column before which nothing stands after an image: those from it on are all whose attention matters."""
     if not sequence.counted or any(row.images > 1 for row in sequence.rows):
         return 0
     least = sequence.drafted + 1
-    return max(0, sequence.size - max((max(row.behind, least) for row in sequence.rows if row.images), default=least))
+    return max(0, sequence.size - max((max(row.after, least) for row in sequence.rows if row.images), default=least))
 
 
-def received(watch: LayerWatch, sequence: VisualSequence, readers: torch.Tensor) -> torch.Tensor:
+def received(watch: DecoderAttentionRecord, sequence: VisualSequence, readers: torch.Tensor) -> torch.Tensor:
     """What each visual token receives from tokens that read it, averaged over them and over heads.
 
     Parameters
     ----------
-    watch : LayerWatch
+    watch : DecoderAttentionRecord
     sequence : VisualSequence
     readers : bool Tensor (B, M, n)
         Which tokens of the sequence count, for each image.

@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..model.pruner import Choice, DecoderMoment
+from ..model.pruner import Choice, DecoderStep
 from ..model.schedule import PruningPlan, geometric_schedule
 from ..model.visual_sequence import VisualSequence
-from .method import Method, behind
-from .selecting import behind_images, first_reader, on_visual, one_hot, ranking, received, together
+from .method import Method, after
+from .selecting import after_images, first_reader, on_visual, one_hot, ranking, received, together
 
 RECYCLED, CLUSTERS = 0.3, 0.1
 """Shares: of what is dropped, what is recycled; and of that, how many tokens it becomes."""
@@ -21,7 +21,7 @@ RECYCLED, CLUSTERS = 0.3, 0.1
 class SparseVLM(Method):
     """Drops after three layers of the decoder what the text that speaks of the picture attends to least.
 
-    *Raters* are the text tokens behind an image whose similarity with its visual tokens, before the decoder, is at
+    *Raters* are the text tokens after an image whose similarity with its visual tokens, before the decoder, is at
     least the mean. Of L tokens, N = λ (L − rank) go, where rank is that of the raters' attention map. The paper tunes
     λ; here it is what leads to the step's count at full rank, one rater each, so that raters who agree leave fewer. The
     upper part of what goes is clustered by density peaks, and each cluster's mean stays, where its centre stood.
@@ -48,11 +48,11 @@ class SparseVLM(Method):
         self.check_flag("adaptive")
         self.check_flag("recycle")
 
-    def layout(self, config: Any, patches: int) -> PruningPlan:
+    def schedule(self, config: Any, patches: int) -> PruningPlan:
         """One ratio for every drop."""
         tops = self.tops(config, (3, 7, 16))
         counts = geometric_schedule(patches, self.keep, len(tops))
-        return PruningPlan(patches, decoder=behind(tops, counts), exact=not self.adaptive)
+        return PruningPlan(patches, decoder=after(tops, counts), exact=not self.adaptive)
 
     def prepare(self, sequence: VisualSequence, embeds: torch.Tensor) -> torch.Tensor:
         """The raters, by logical column: bool (B, M, S)."""
@@ -61,28 +61,28 @@ class SparseVLM(Method):
         slots = sequence.slots[:, None].expand(-1, raters.shape[1], -1)
         return full.scatter(2, slots, raters)[..., :-1]
 
-    def in_decoder(self, moment: DecoderMoment) -> Choice:
+    def in_decoder(self, step: DecoderStep) -> Choice:
         """Rate, count, and recycle, image by image."""
-        sequence, watch = moment.sequence, moment.watches[-1]
-        raters = sequence.at_slots(moment.state)
+        sequence, watch = step.sequence, step.decoder_records[-1]
+        raters = sequence.at_slots(step.state)
         if sequence.valid is not None:
             raters = raters & sequence.valid[:, None]
         scores = received(watch, sequence, raters)
-        hidden = sequence.visual(moment.hidden).float()
+        hidden = sequence.visual(step.hidden).float()
         first = first_reader(sequence)
         attention = None
         if self.adaptive:
             rows = watch.attention_map(first)
             attention = on_visual(rows[:, None].expand(-1, sequence.columns.shape[1], -1, -1), sequence)
-        there, tokens = sequence.there, sequence.columns.shape[2]
+        there, tokens = sequence.token_present, sequence.columns.shape[2]
         chosen: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         for row in range(scores.shape[0]):
             for image in range(scores.shape[1]):
-                count = int(there[row, image].sum()) if sequence.ragged or not sequence.present.all() else tokens
+                count = int(there[row, image].sum()) if sequence.ragged or not sequence.image_present.all() else tokens
                 if count == 0:
                     chosen.append((torch.zeros(0, dtype=torch.int64, device=scores.device), None))
                     continue
-                keep = min(moment.group.keep, count)
+                keep = min(step.group.keep, count)
                 if attention is not None:
                     rated = attention[row, image][raters[row, image, first:].to(attention.device)][:, :count]
                     keep = adapted(keep, count, rank_of(rated), len(rated))
@@ -94,18 +94,18 @@ class SparseVLM(Method):
 
 
 def text_raters(sequence: VisualSequence, embeds: torch.Tensor) -> torch.Tensor:
-    """Text tokens behind each image that are as similar to its visual tokens as the mean, or more: bool (B, M, n).
+    """Text tokens after each image that are as similar to its visual tokens as the mean, or more: bool (B, M, n).
 
     Similarity is the softmax over the text of the products with each visual token, averaged over the visual tokens.
     """
-    behind = behind_images(sequence)
+    after = after_images(sequence)
     visual = sequence.visual(embeds).float()
     logits = torch.einsum("bmkd,bnd->bmkn", visual, embeds.float())
-    share = logits.masked_fill(~behind[:, :, None], float("-inf")).softmax(-1)
-    there = sequence.there[..., None].to(share.device)
+    share = logits.masked_fill(~after[:, :, None], float("-inf")).softmax(-1)
+    there = sequence.token_present[..., None].to(share.device)
     similarity = (share.nan_to_num(0) * there).sum(2) / there.sum(2).clamp_min(1)
-    mean = similarity.sum(-1, keepdim=True) / behind.sum(-1, keepdim=True)
-    return behind & (similarity >= mean)
+    mean = similarity.sum(-1, keepdim=True) / after.sum(-1, keepdim=True)
+    return after & (similarity >= mean)
 
 
 def rank_of(attention: torch.Tensor) -> int:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..model.pruner import Choice, FeatureMoment
+from ..model.pruner import Choice, FeatureStep
 from ..model.schedule import PruningPlan
 from .method import Method
 
@@ -23,29 +23,29 @@ class SpatialPooling(Method):
     name: ClassVar[str] = "spatial_pooling"
     stages: ClassVar[tuple[str, ...]] = ("features",)
 
-    def layout(self, config: Any, patches: int) -> PruningPlan:
-        """All at once, behind the tower."""
+    def schedule(self, config: Any, patches: int) -> PruningPlan:
+        """All at once, after the tower."""
         if patches != config.num_patches:
             raise ValueError(f"{self.name} needs the whole grid of patches, and some are dropped before it already.")
         cells(self.keep, *config.grid)
         return PruningPlan(patches, features=self.keep)
 
-    def in_features(self, moment: FeatureMoment) -> Choice:
+    def in_features(self, step: FeatureStep) -> Choice:
         """Average each cell; it depends on no image."""
-        rows, columns = moment.grid
-        if moment.patches.shape[1] != rows * columns:
+        rows, columns = step.grid
+        if step.patches.shape[1] != rows * columns:
             raise ValueError(
-                f"{self.name} needs the whole grid of {rows} x {columns} patches; {moment.patches.shape[1]} came."
+                f"{self.name} needs the whole grid of {rows} x {columns} patches; {step.patches.shape[1]} came."
             )
-        vertical, horizontal = cells(moment.keep, rows, columns)
-        device = moment.patches.device
+        vertical, horizontal = cells(step.keep, rows, columns)
+        device = step.patches.device
         tall = pooling(rows, vertical, device)
         wide = pooling(columns, horizontal, device)
-        mixture = torch.einsum("ar,bc->abrc", tall, wide).reshape(moment.keep, rows * columns)
+        mixture = torch.einsum("ar,bc->abrc", tall, wide).reshape(step.keep, rows * columns)
         middle = torch.tensor(middles(rows, vertical), device=device)[:, None] * columns
         middle = (middle + torch.tensor(middles(columns, horizontal), device=device)).flatten()
         order = middle.argsort()
-        images = moment.patches.shape[0]
+        images = step.patches.shape[0]
         return Choice(middle[order].expand(images, -1), mixture=mixture[order].expand(images, -1, -1))
 
 

@@ -13,15 +13,15 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..model.pruner import Choice, DecoderMoment
+from ..model.pruner import Choice, DecoderStep
 from ..model.schedule import Group, PruningPlan, geometric_schedule
 from .method import Method
-from .selecting import behind_images, best_for_decoder, received
+from .selecting import after_images, best_for_decoder, received
 
 
 @dataclass(frozen=True)
 class TextAttention(Method):
-    """Ranks visual tokens by the attention of the text behind their image, averaged over heads and text tokens.
+    """Ranks visual tokens by the attention of the text after their image, averaged over heads and text tokens.
 
     Parameters
     ----------
@@ -48,7 +48,7 @@ class TextAttention(Method):
                 f"{self.name}: weights={self.weights}; allowed: {self.fuse} numbers (fuse) of at least 0, not all 0."
             )
 
-    def layout(self, config: Any, patches: int) -> PruningPlan:
+    def schedule(self, config: Any, patches: int) -> PruningPlan:
         """One ratio for every drop."""
         tops = self.tops(config, (8,))
         groups: list[Group] = []
@@ -62,11 +62,11 @@ class TextAttention(Method):
             groups.append(Group(first, top, count))
         return PruningPlan(patches, decoder=tuple(groups))
 
-    def in_decoder(self, moment: DecoderMoment) -> Choice:
+    def in_decoder(self, step: DecoderStep) -> Choice:
         """By the fused attention of the text."""
-        readers = behind_images(moment.sequence)
-        rows = [received(watch, moment.sequence, readers) for watch in moment.watches]
-        return best_for_decoder(moment, fused(rows, self.weights))
+        readers = after_images(step.sequence)
+        rows = [received(watch, step.sequence, readers) for watch in step.decoder_records]
+        return best_for_decoder(step, fused(rows, self.weights))
 
 
 def _are_weights(weights: Any, number: int) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch.nn.functional import normalize
 
-from ..model.pruner import Choice, DecoderMoment, TowerMoment
+from ..model.pruner import Choice, DecoderStep, TowerStep
 from ..model.schedule import PruningPlan
 from .method import Method, linear_schedule, single_layers
 from .selecting import on_visual, patch_keys, ranking
@@ -27,14 +27,14 @@ class ToMe(Method):
     stages: ClassVar[tuple[str, ...]] = ("tower",)
     proportional = True
 
-    def layout(self, config: Any, patches: int) -> PruningPlan:
+    def schedule(self, config: Any, patches: int) -> PruningPlan:
         """As many merges at every layer; near the end no more than half of what is left can be merged."""
         counts = halving_schedule(patches, self.keep, config.feature_depth)
         return PruningPlan(patches, tower=single_layers(counts, middle=True))
 
-    def in_tower(self, moment: TowerMoment) -> Choice:
+    def in_tower(self, step: TowerStep) -> Choice:
         """Match the patches' keys."""
-        return merge(patch_keys(moment.records[-1]).float().mean(1), moment.group.keep, moment.sizes, first_goes=False)
+        return merge(patch_keys(step.records[-1]).float().mean(1), step.group.keep, step.sizes, first_goes=False)
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class ToMePlus(TwoStage, ToMe):
     name: ClassVar[str] = "tome+"
     stages: ClassVar[tuple[str, ...]] = ("tower", "decoder")
 
-    def layout(self, config: Any, patches: int) -> PruningPlan:
+    def schedule(self, config: Any, patches: int) -> PruningPlan:
         """As many merges at every layer of a stage."""
         handed_over = self.handed_over(patches)
         return PruningPlan(
@@ -56,16 +56,16 @@ class ToMePlus(TwoStage, ToMe):
             decoder=single_layers(halving_schedule(handed_over, self.keep, self.depth(config))),
         )
 
-    def in_decoder(self, moment: DecoderMoment) -> Choice:
+    def in_decoder(self, step: DecoderStep) -> Choice:
         """Match the visual tokens' keys; sizes start anew at one, since the tower's end with the features."""
-        watch = moment.watches[-1]
+        watch = step.decoder_records[-1]
         keys = watch.key[:, :, watch.past :].float().mean(1)  # (B, n, dh)
         width = keys.shape[-1]
-        images = moment.sequence.columns.shape[1]
-        keys = on_visual(keys.transpose(1, 2)[:, None].expand(-1, images, -1, -1), moment.sequence).transpose(2, 3)
-        sizes = None if moment.sizes is None else moment.sizes.flatten(0, 1)
-        merged = merge(keys.reshape(-1, keys.shape[2], width), moment.group.keep, sizes, first_goes=True)
-        shape = moment.sequence.columns.shape[:2]
+        images = step.sequence.columns.shape[1]
+        keys = on_visual(keys.transpose(1, 2)[:, None].expand(-1, images, -1, -1), step.sequence).transpose(2, 3)
+        sizes = None if step.sizes is None else step.sizes.flatten(0, 1)
+        merged = merge(keys.reshape(-1, keys.shape[2], width), step.group.keep, sizes, first_goes=True)
+        shape = step.sequence.columns.shape[:2]
         assert merged.mixture is not None
         assert merged.sizes is not None
         return Choice(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..model.configuration_ivtp import IVTPPruningConfig
-from ..model.pruner import Choice, DecoderMoment, TowerMoment
+from ..model.pruner import Choice, DecoderStep, TowerStep
 from ..model.rollout import reference_row
 from ..model.schedule import PruningPlan
 from .method import Method, linear_schedule, single_layers
@@ -25,13 +25,13 @@ class TopK(Method):
     name: ClassVar[str] = "topk"
     stages: ClassVar[tuple[str, ...]] = ("tower",)
 
-    def layout(self, config: Any, patches: int) -> PruningPlan:
+    def schedule(self, config: Any, patches: int) -> PruningPlan:
         """Equal steps down the layers that make the features."""
         return PruningPlan(patches, tower=single_layers(linear_schedule(patches, self.keep, config.feature_depth)))
 
-    def in_tower(self, moment: TowerMoment) -> Choice:
+    def in_tower(self, step: TowerStep) -> Choice:
         """By the CLS row of the layer's attention, averaged over heads."""
-        return best(cls_attention(moment.records[-1]), moment.group.keep)
+        return best(cls_attention(step.records[-1]), step.group.keep)
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class TopKPlus(TwoStage, TopK):
     name: ClassVar[str] = "topk+"
     stages: ClassVar[tuple[str, ...]] = ("tower", "decoder")
     observes = True
-    reading = IVTPPruningConfig(guidance="visual_cls", aggregation="last")
+    options = IVTPPruningConfig(guidance="visual_cls", aggregation="last")
 
-    def layout(self, config: Any, patches: int) -> PruningPlan:
+    def schedule(self, config: Any, patches: int) -> PruningPlan:
         """Equal steps in each of the two stages."""
         handed_over = self.handed_over(patches)
         return PruningPlan(
@@ -52,6 +52,6 @@ class TopKPlus(TwoStage, TopK):
             decoder=single_layers(linear_schedule(handed_over, self.keep, self.depth(config))),
         )
 
-    def in_decoder(self, moment: DecoderMoment) -> Choice:
+    def in_decoder(self, step: DecoderStep) -> Choice:
         """By the attention of the image's CLS, which travels along."""
-        return best(reference_row(moment.records[-1])[..., 1:], moment.group.keep)
+        return best(reference_row(step.records[-1])[..., 1:], step.group.keep)

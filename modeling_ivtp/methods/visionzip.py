@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch.nn.functional import normalize
 
-from ..model.pruner import Choice, FeatureMoment
+from ..model.pruner import Choice, FeatureStep
 from ..model.schedule import PruningPlan
 from .method import Method
 from .selecting import best, cls_attention, one_hot, patch_keys
@@ -31,31 +31,31 @@ class VisionZip(Method):
 
     name: ClassVar[str] = "visionzip"
     stages: ClassVar[tuple[str, ...]] = ("features",)
-    watched_layers = (-2,)
+    recorded_layers = (-2,)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_whole("contextual", 0, self.keep, optional=True)
 
-    def layout(self, config: Any, patches: int) -> PruningPlan:
+    def schedule(self, config: Any, patches: int) -> PruningPlan:
         """All at once, before the projector."""
         return PruningPlan(patches, features=self.keep)
 
-    def in_features(self, moment: FeatureMoment) -> Choice:
+    def in_features(self, step: FeatureStep) -> Choice:
         """Dominant and contextual tokens."""
-        record = moment.records[-2]
+        record = step.records[-2]
         attention = cls_attention(record)
         keys = normalize(patch_keys(record).float().mean(1), dim=-1)
         images, tokens = attention.shape
-        contextual = round(moment.keep * 10 / 64) if self.contextual is None else self.contextual
-        dominant = best(attention, moment.keep - contextual).kept
+        contextual = round(step.keep * 10 / 64) if self.contextual is None else self.contextual
+        dominant = best(attention, step.keep - contextual).kept
         if contextual == 0:
             return Choice(dominant, scores=attention)
         others = torch.ones_like(attention, dtype=torch.bool).scatter(1, dominant, False)
         rest = others.nonzero()[:, 1].view(images, -1)  # (I, r), ascending
-        step = rest.shape[1] // contextual
+        stride = rest.shape[1] // contextual
         is_target = torch.zeros(rest.shape[1], dtype=torch.bool, device=rest.device)
-        is_target[: step * contextual : step] = True
+        is_target[: stride * contextual : stride] = True
         targets, joining = rest[:, is_target], rest[:, ~is_target]
 
         def at(index: torch.Tensor) -> torch.Tensor:

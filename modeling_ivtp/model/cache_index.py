@@ -10,7 +10,7 @@ from .visual_sequence import VisualSequence
 
 
 @dataclass(eq=False)
-class KeyLayout:
+class CacheIndex:
     """Which logical tokens the entries of a cache layer stand for. Layers that saw the same tokens share one object.
 
     Attributes
@@ -34,10 +34,10 @@ class KeyLayout:
     position_shift: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        self._latest: tuple[Any, KeyLayout] | None = None
+        self._latest: tuple[Any, CacheIndex] | None = None
 
-    def _once(self, key: Any, change: Callable[[], "KeyLayout"]) -> "KeyLayout":
-        """Make a changed layout once for all layers that share this one, so that they go on sharing."""
+    def _once(self, key: Any, change: Callable[[], "CacheIndex"]) -> "CacheIndex":
+        """Make a changed cache_index once for all layers that share this one, so that they go on sharing."""
         if self._latest is not None:
             known = self._latest[0]
             if known is key or (not isinstance(key, torch.Tensor) and type(known) is type(key) and known == key):
@@ -45,7 +45,7 @@ class KeyLayout:
         self._latest = (key, change())
         return self._latest[1]
 
-    def _of_rows(self, key: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> "KeyLayout":
+    def _of_rows(self, key: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> "CacheIndex":
         mask, shift = self.key_mask, self.position_shift
         if mask is None and shift is None:
             return self
@@ -58,16 +58,16 @@ class KeyLayout:
             ),
         )
 
-    def select_rows(self, rows: torch.Tensor) -> "KeyLayout":
-        """The layout of the batch `rows` (int64 Tensor), for beams that are reordered."""
+    def select_rows(self, rows: torch.Tensor) -> "CacheIndex":
+        """The cache_index of the batch `rows` (int64 Tensor), for beams that are reordered."""
         return self._of_rows(rows, lambda tensor: tensor[rows.to(tensor.device)])
 
-    def repeat_rows(self, repeats: int) -> "KeyLayout":
-        """The layout with every row repeated."""
+    def repeat_rows(self, repeats: int) -> "CacheIndex":
+        """The cache_index with every row repeated."""
         return self._of_rows(("repeat", repeats), lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
-    def cropped(self, entries: int) -> "KeyLayout":
-        """The layout when only the first `entries` entries are left.
+    def cropped(self, entries: int) -> "CacheIndex":
+        """The cache_index when only the first `entries` entries are left.
 
         Raises
         ------
@@ -94,7 +94,7 @@ class KeyLayout:
         ----------
         entries : int
         attention_mask : Tensor (B, logical length) or None
-            The 2D mask of the whole sequence; it speaks for entries behind `stored`.
+            The 2D mask of the whole sequence; it speaks for entries after `stored`.
         """
         later = entries - self.stored
         if self.key_mask is None and (attention_mask is None or later == 0):
@@ -113,8 +113,8 @@ class KeyLayout:
         past_valid: torch.Tensor | None,
         sequence: VisualSequence,
         renumbered: torch.Tensor | None,
-    ) -> "KeyLayout":
-        """The layout after a pass that stored what is left of a prompt.
+    ) -> "CacheIndex":
+        """The cache_index after a pass that stored what is left of a prompt.
 
         Parameters
         ----------
@@ -134,7 +134,7 @@ class KeyLayout:
         shift = self.position_shift
         if renumbered is not None:
             shift = renumbered if shift is None else shift + renumbered.to(shift.device)
-        return KeyLayout(
+        return CacheIndex(
             stored=past_entries + sequence.size,
             dropped=self.dropped + sequence.length - sequence.size,
             tail=sequence.tail,

@@ -53,7 +53,7 @@ class PruningOptions:
 
     def _use_pruning(self, pruning: IVTPPruningConfig) -> None:
         before = self.config.pruning
-        if getattr(getattr(self, "model", self), "applied_policy", None) is not None:
+        if getattr(getattr(self, "model", self), "applied_pruner", None) is not None:
             raise ValueError(
                 "Another system prunes this model, and its own options have no say: leave that system's `with` block."
             )
@@ -94,7 +94,7 @@ class PruningControls(PruningOptions):
         if model.model.plan() is None:
             options, patches = self.config.pruning, self.config.num_patches
             asked = (
-                f"visual_tokens={options.visual_tokens}" if model.model.applied_policy is None else "the system applied"
+                f"visual_tokens={options.visual_tokens}" if model.model.applied_pruner is None else "the system applied"
             )
             why = f"{asked} keeps all {patches} patches; allowed: 1 to {patches - 1}"
             raise ValueError(f"Nothing to explain: {why if options.enabled else 'pruning is off (enabled=False)'}")

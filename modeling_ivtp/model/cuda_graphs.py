@@ -38,7 +38,7 @@ class _Piece:
 
 
 class Packing:
-    """How outputs lie one behind the other, all of a type in one piece of memory, so that one copy takes them along.
+    """How outputs lie one after the other, all of a type in one piece of memory, so that one copy takes them along.
 
     Parameters
     ----------
@@ -101,7 +101,7 @@ class SharedMemory:
         return {dtype: self._rooms[dtype][:size] for dtype, size in sizes.items()}
 
 
-class Recorded:
+class CapturedGraph:
     """A function, recorded for inputs of some shapes.
 
     Parameters
@@ -168,7 +168,7 @@ class Graphs:
         compute from their weights alone.
     """
 
-    record, memory = Recorded, SharedMemory
+    record, memory = CapturedGraph, SharedMemory
 
     def __init__(self, limit: int, automatic: bool = False) -> None:
         self.limit, self.automatic = limit, automatic

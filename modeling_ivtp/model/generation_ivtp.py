@@ -32,7 +32,7 @@ class PrunedGeneration:
                 kwargs.pop(name, None)
         elif inputs_embeds is None:
             if (spans := kwargs.get("clip_spans")) is not None:
-                # Tokens behind the prompt, such as an assistant's candidates, are no words of the person.
+                # Tokens after the prompt, such as an assistant's candidates, are no words of the person.
                 kwargs["clip_spans"] = nn.functional.pad(spans, (0, 0, 0, input_ids.shape[1] - spans.shape[1]))
             if prompt is not None and input_ids.shape[1] > prompt:
                 kwargs["drafted"] = input_ids.shape[1] - prompt
@@ -47,15 +47,15 @@ class PrunedGeneration:
         )
         cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
         if is_first_iteration:
-            self._read_ahead(given, mask)
+            self._index_ahead(given, mask)
             if cache is not None:
-                asked = "reading" in given or is_pruned(cache)
+                asked = "prompt_index" in given or is_pruned(cache)
                 cache.rows_are_whole = asked and (mask is None or bool(mask.all()))
         elif _needs_no_mask(cache) and getattr(given.get("attention_mask"), "ndim", 0) == 2:
             given["attention_mask"] = None
         return given
 
-    def _read_ahead(self, given: dict[str, Any], mask: torch.Tensor | None) -> None:
+    def _index_ahead(self, given: dict[str, Any], mask: torch.Tensor | None) -> None:
         """Before the prompt's work begins: what the host has to know of it, and the memory of a static cache."""
         cache = given.get(CACHE)
         release(cache)
@@ -64,7 +64,7 @@ class PrunedGeneration:
             return
         past = 0 if cache is None else int(cache.get_seq_length())
         names = ("input_ids", "inputs_embeds", "clip_input_ids")
-        reading = given["reading"] = self.model.read(
+        prompt_index = given["prompt_index"] = self.model.read(
             plan=plan,
             images=_count_images(given),
             attention_mask=mask,
@@ -73,7 +73,7 @@ class PrunedGeneration:
             **{name: given.get(name) for name in names},
         )
         if cache is not None and past == 0 and plan.exact:
-            self.model.language_model.allocate(cache, plan, reading.sequence)
+            self.model.language_model.allocate(cache, plan, prompt_index.sequence)
 
     def _leave_seen_images(self, input_ids: torch.Tensor, new: int, kwargs: dict[str, Any]) -> None:
         """Of a whole conversation's images keep those of the `new` last tokens: the others are in the cache."""

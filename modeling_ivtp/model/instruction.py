@@ -45,7 +45,7 @@ def template_markers(render: Callable[[list[Any], bool], str], special_tokens: s
     Parameters
     ----------
     render : callable
-        Renders a conversation; the second argument asks for a generation prompt behind it.
+        Renders a conversation; the second argument asks for a generation prompt after it.
     special_tokens : str
         A regular expression for the prompt's special tokens.
 

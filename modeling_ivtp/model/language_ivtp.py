@@ -1,4 +1,4 @@
-"""Stage 2: a decoder of LLaMA's layout that drops visual tokens under the eyes of a pseudo CLS (IVTP Sec. 3.3)."""
+"""Stage 2: a decoder of LLaMA's cache_index that drops visual tokens under the eyes of a pseudo CLS (IVTP Sec. 3.3)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,16 +15,16 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2Model
 from .compat import CACHE, one_cache
 from .pruned_cache import (
     allocate,
+    cache_spans,
     is_pruned,
     key_value_shape,
-    layer_runs,
     layer_segments,
     padding_mask,
     prepare_layers,
 )
-from .pruner import DecoderMoment, Policy, full_precision
-from .pseudo_cls_attention import Observation, ObservedAttention
-from .rollout import AttentionRecord, GroupScores, LayerWatch
+from .pruner import DecoderStep, Pruner, full_precision
+from .pseudo_cls_attention import GroupedAttention, PseudoCLSAttention
+from .rollout import AttentionRecord, DecoderAttentionRecord, GroupScores
 from .schedule import Group, PruningPlan
 from .text_relevance import pseudo_cls
 from .visual_sequence import VisualSequence
@@ -38,16 +38,16 @@ class VisualPrompt:
     ----------
     sequence : VisualSequence
         The prompt as it comes to the decoder.
-    policy : Policy
+    pruner : Pruner
         What chooses.
     groups : tuple of Group
         At the tops of which it is asked.
     state : any
-        What the policy prepared.
+        What the pruner prepared.
     scores : list of GroupScores or None
         Each group's decision is appended.
     reference : Tensor (B, M, d) or None
-        The pseudo CLS of each image, an input embedding (Eq. 8), where the policy observes.
+        The pseudo CLS of each image, an input embedding (Eq. 8), where the pruner observes.
     end_positions : int64 Tensor (B, M) or None
         RoPE position of the first token after each image, likewise.
     key_tokens : bool Tensor (B, M, S) or None
@@ -55,7 +55,7 @@ class VisualPrompt:
     """
 
     sequence: VisualSequence
-    policy: Policy
+    pruner: Pruner
     groups: tuple[Group, ...]
     state: Any = None
     scores: list[GroupScores] | None = None
@@ -133,7 +133,7 @@ class Numbering:
 
 
 class GroupedDecoder:
-    """Mixin for decoder models of LLaMA's layout that drops visual tokens at the top of each group of layers.
+    """Mixin for decoder models of LLaMA's cache_index that drops visual tokens at the top of each group of layers.
 
     Modules and weights are those of the stock class. Without a `visual` prompt and with an unpruned cache, the stock
     forward runs.
@@ -305,7 +305,7 @@ class GroupedDecoder:
         states: list[torch.Tensor] | None,
         kwargs: dict[str, Any],
     ) -> torch.Tensor:
-        """Tokens behind a pruned prompt: nothing is dropped, but masks and positions differ between layers."""
+        """Tokens after a pruned prompt: nothing is dropped, but masks and positions differ between layers."""
         segments = layer_segments(cache)
         masks = attention_mask
         if not isinstance(masks, dict):
@@ -313,7 +313,7 @@ class GroupedDecoder:
         rotary, known_shift = None, None
         layers, options = self._steps(cache, kwargs)
         for first, last in segments:
-            shift = cache.layers[first].layout.position_shift
+            shift = cache.layers[first].cache_index.position_shift
             if rotary is None or shift is not known_shift:
                 positions = position_ids if shift is None else position_ids - shift.to(position_ids.device)
                 rotary, known_shift = self.rotary_emb(hidden, position_ids=positions), shift  # type: ignore[attr-defined]
@@ -340,58 +340,58 @@ class GroupedDecoder:
             past = int(cache.get_seq_length())
             known = None if attention_mask is None or past == 0 else attention_mask[:, :past].bool()
             prepare_layers(cache, len(model.layers), known, visual.sequence.length)
-        sequence, policy = visual.sequence, visual.policy
+        sequence, pruner = visual.sequence, visual.pruner
         observers = None if visual.reference is None else visual.reference.to(tokens.dtype)
         sizes = None
         numbering = Numbering(
             position_ids.expand(tokens.shape[0], -1),
             None if attention_mask is None else attention_mask[:, past : past + sequence.length],
             visual.end_positions,
-            policy.compact,
+            pruner.compact,
         )
         layers, options = self._steps(cache, kwargs)
         for first, last, group in visual.stages(len(layers)):
             drops = group is not None and group.keep < sequence.patches.shape[2]
             observed = group is not None and observers is not None
             records: list[AttentionRecord] = []
-            watches: list[LayerWatch] = []
+            decoder_records: list[DecoderAttentionRecord] = []
             both: torch.Tensor | None = None
-            for run in layer_runs(cache, first, last, attention_mask):
+            for run in cache_spans(cache, first, last, attention_mask):
                 mask = self._causal_mask(tokens, run.begin(sequence), cache, run.first)
-                positions, ends, renumbered = numbering.of(sequence, run.layout.position_shift)
+                positions, ends, renumbered = numbering.of(sequence, run.cache_index.position_shift)
                 if observed:
                     assert ends is not None
                     positions = torch.cat([positions, ends], 1)
                 rotary = model.rotary_emb(tokens, position_ids=positions)
-                seen = Observation.of(sequence, run.entries, run.past_valid) if observed else None
+                seen = PseudoCLSAttention.of(sequence, run.entries, run.past_valid) if observed else None
                 where = {"attention_mask": mask, "position_embeddings": rotary, **options}
                 for index in range(run.first, run.last + 1):
                     if states is not None:
                         states.append(sequence.restore(tokens))
                     if seen is None:
                         if drops:
-                            watches.append(LayerWatch(run.entries, run.past_valid, sequence.valid))
-                            where["observation"] = watches[-1]
+                            decoder_records.append(DecoderAttentionRecord(run.entries, run.past_valid, sequence.valid))
+                            where["record"] = decoder_records[-1]
                         tokens = layers[index](tokens, **where)
                         continue
                     assert group is not None
                     assert observers is not None
                     if drops:
-                        records.append(policy.record(group, index))
-                    observation = replace(seen, record=records[-1] if drops else None)
+                        records.append(pruner.record(group, index))
+                    record = replace(seen, record=records[-1] if drops else None)
                     if both is None or visual.key_tokens is not None:
                         observers = self._observers(observers, tokens, visual.key_tokens, sequence)
                         both = torch.cat([tokens, observers], 1)
-                    both = layers[index](both, observation=observation, **where)
+                    both = layers[index](both, record=record, **where)
                     tokens, observers = both.split([tokens.shape[1], observers.shape[1]], 1)
                 run.end(sequence, renumbered)
             if drops:
                 assert group is not None
                 with torch.no_grad(), full_precision(tokens.device):
-                    choice = policy.in_decoder(
-                        DecoderMoment(group, records, watches, tokens, sequence, sizes, visual.state)
+                    choice = pruner.in_decoder(
+                        DecoderStep(group, records, decoder_records, tokens, sequence, sizes, visual.state)
                     )
-                watched: list[Any] = [*records, *watches]
+                watched: list[Any] = [*records, *decoder_records]
                 for layer in watched:
                     layer.seal()
                 before, sizes = sequence, choice.sizes
@@ -436,7 +436,7 @@ class GroupedDecoder:
                 return None
         elif config._attn_implementation == "sdpa" and (cache is None or not _waits(cache.layers[layer])):
             # transformers would look whether anything is padded at all, and wait for the device.
-            dropped = 0 if cache is None else cache.layers[layer].layout.dropped
+            dropped = 0 if cache is None else cache.layers[layer].cache_index.dropped
             there = padding[:, dropped:].to(hidden.device)
             keys = torch.arange(there.shape[1], device=hidden.device)
             return (keys <= keys[-new:, None]) & there[:, None, None]
@@ -482,34 +482,34 @@ def _waits(layer: Any) -> bool:
     return isinstance(layer, StaticLayer) and not getattr(layer, "empty", False)
 
 
-class ObservedLlamaAttention(ObservedAttention, LlamaAttention):
+class GroupedLlamaAttention(GroupedAttention, LlamaAttention):
     """LLaMA's attention with observers."""
 
 
 class GroupedLlamaModel(GroupedDecoder, LlamaModel):
     """`LlamaModel` with pruning."""
 
-    attention_class = ObservedLlamaAttention
+    attention_class = GroupedLlamaAttention
 
 
-class ObservedMistralAttention(ObservedAttention, MistralAttention):
+class GroupedMistralAttention(GroupedAttention, MistralAttention):
     """Mistral's attention with observers."""
 
 
 class GroupedMistralModel(GroupedDecoder, MistralModel):
     """`MistralModel` with pruning."""
 
-    attention_class = ObservedMistralAttention
+    attention_class = GroupedMistralAttention
 
 
-class ObservedQwen2Attention(ObservedAttention, Qwen2Attention):
+class GroupedQwen2Attention(GroupedAttention, Qwen2Attention):
     """Qwen2's attention with observers."""
 
 
 class GroupedQwen2Model(GroupedDecoder, Qwen2Model):
     """`Qwen2Model` with pruning."""
 
-    attention_class = ObservedQwen2Attention
+    attention_class = GroupedQwen2Attention
 
 
 DECODERS: dict[str, Any] = {

@@ -27,9 +27,9 @@ from .cuda_graphs import Graphs
 from .generation_ivtp import PrunedGeneration
 from .instruction_cache import InstructionCache
 from .language_ivtp import DECODERS
-from .prompt import PromptPruning, PromptReading, choose_features
-from .prompt_graphs import RECORDINGS, PromptCapture, PromptReplay
-from .pruner import Choice, FeatureMoment
+from .prompt import PromptIndex, PromptPruning, choose_features
+from .prompt_graphs import MAX_GRAPHS, PromptCapture, PromptReplay
+from .pruner import Choice, FeatureStep
 from .schedule import PruningPlan
 from .trace import TraceRecorder
 from .vision_ivtp import GroupedCLIPVisionModel, PrunedVisionOutput
@@ -47,7 +47,7 @@ class IVTPImageFeatures(BaseModelOutputWithPooling):
     pooler_output : list of Tensor (k, d)
         Kept patches of each image, projected for the language model.
     kept_patches : int64 Tensor (I, k)
-        Which patches they are, 0 to N - 1; N behind those of an image that keeps fewer than others.
+        Which patches they are, 0 to N - 1; N after those of an image that keeps fewer than others.
     cls_features : Tensor (I, d)
         The CLS token, projected the same way.
     image_embeds : Tensor (I, P) or None
@@ -102,7 +102,7 @@ class IVTPLlavaModel(PromptReplay, PromptPruning, PruningOptions, IVTPLlavaPreTr
         self.multi_modal_projector = LlavaMultiModalProjector(config)
         self.language_model = DECODERS[config.text_config.model_type]._from_config(config.text_config)
         self.instruction_cache = InstructionCache()
-        self.graphs = Graphs(RECORDINGS, automatic=True)
+        self.graphs = Graphs(MAX_GRAPHS, automatic=True)
         if config.clip_text_config is not None:
             # These choose tokens; no gradient comes through a choice, so training leaves them as they are.
             self.clip_text_model = CLIPTextModelWithProjection._from_config(config.clip_text_config)
@@ -134,7 +134,7 @@ class IVTPLlavaModel(PromptReplay, PromptPruning, PruningOptions, IVTPLlavaPreTr
         -------
         IVTPImageFeatures; LLaVA's own output where pruning is off.
         """
-        policy, plan = self.policy, self.plan()
+        pruner, plan = self.pruner, self.plan()
         if plan is None:
             options = {"image_sizes": image_sizes} if image_sizes is not None else {}
             return super().get_image_features(
@@ -158,10 +158,10 @@ class IVTPLlavaModel(PromptReplay, PromptPruning, PruningOptions, IVTPLlavaPreTr
         def encode(pixel_values: torch.Tensor) -> IVTPImageFeatures:
             vision = self.vision_tower(
                 pixel_values,
-                policy=policy,
+                pruner=pruner,
                 plan=plan,
                 feature_layers=wanted,
-                to_the_top=self.has_text_tower and policy.embeds_image,
+                to_the_top=self.has_text_tower and pruner.embeds_image,
                 scores=None if recorder is None else recorder.tower,
                 **kwargs,
             )
@@ -178,12 +178,12 @@ class IVTPLlavaModel(PromptReplay, PromptPruning, PruningOptions, IVTPLlavaPreTr
         self, vision: PrunedVisionOutput, plan: PruningPlan, pixel_values: torch.Tensor, recorder: Any = None
     ) -> IVTPImageFeatures:
         """What the language model gets of images, from what the vision tower made of them."""
-        policy, patches, choice = self.policy, vision.patches, None
+        pruner, patches, choice = self.pruner, vision.patches, None
         if plan.features is None:
             features = self.multi_modal_projector(vision.features)
             cls, features = features[:, 0], features[:, 1:]
         else:
-            moment = FeatureMoment(
+            step = FeatureStep(
                 keep=plan.features,
                 features=vision.features[:, 1:],
                 patches=patches,
@@ -193,13 +193,13 @@ class IVTPLlavaModel(PromptReplay, PromptPruning, PruningOptions, IVTPLlavaPreTr
                 project=self.multi_modal_projector,
             )
             cls = self.multi_modal_projector(vision.features[:, :1])[:, 0]
-            choice, patches, features = choose_features(policy, moment, recorder)
+            choice, patches, features = choose_features(pruner, step, recorder)
         return IVTPImageFeatures(
             pooler_output=_trimmed(features, patches < plan.patches) if choice and choice.ragged else list(features),
             kept_patches=patches,
             cls_features=cls,
             image_embeds=None if vision.pooler_output is None else self.visual_projection(vision.pooler_output),
-            patch_embeds=self._patch_embeds(vision.features, choice) if policy.compares_patches else None,
+            patch_embeds=self._patch_embeds(vision.features, choice) if pruner.compares_patches else None,
         )
 
     def _patch_embeds(self, features: torch.Tensor, choice: Choice | None) -> torch.Tensor:
@@ -224,7 +224,7 @@ class IVTPLlavaModel(PromptReplay, PromptPruning, PruningOptions, IVTPLlavaPreTr
         recorder: TraceRecorder | None = None,
         past_key_values: Cache | None = None,
         drafted: int = 0,
-        reading: PromptReading | None = None,
+        prompt_index: PromptIndex | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run LLaVA on a prompt, keeping of each image what its question needs.
@@ -242,7 +242,7 @@ class IVTPLlavaModel(PromptReplay, PromptPruning, PruningOptions, IVTPLlavaPreTr
             Collects what `explain` shows.
         drafted : int, default 0
             Last columns that an assistant proposes: they are no words of the prompt, and choose nothing.
-        reading : PromptReading, optional
+        prompt_index : PromptIndex, optional
             What `read` told of this very prompt, so that the host does not wait for the device here. `generate` passes
             it.
 
@@ -276,8 +276,8 @@ class IVTPLlavaModel(PromptReplay, PromptPruning, PruningOptions, IVTPLlavaPreTr
             raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
         return_dict = kwargs.pop("return_dict", None)
         past = 0 if cache is None else int(cache.get_seq_length())
-        if reading is None or torch.compiler.is_compiling():
-            reading = self.read(
+        if prompt_index is None or torch.compiler.is_compiling():
+            prompt_index = self.read(
                 plan=plan,
                 images=pixel_values.shape[0] if encoded is None else len(encoded.pooler_output),  # type: ignore[union-attr]
                 input_ids=input_ids,
@@ -286,9 +286,9 @@ class IVTPLlavaModel(PromptReplay, PromptPruning, PruningOptions, IVTPLlavaPreTr
                 past=past,
                 clip_input_ids=clip_input_ids,
                 drafted=drafted,
-                known=reading,
+                known=prompt_index,
             )
-        if reading.sequence.valid is None and past == 0:
+        if prompt_index.sequence.valid is None and past == 0:
             attention_mask = None  # where nothing is padded, no layer has to look for it
         if encoded is None:
             encoded = self.get_image_features(
@@ -315,14 +315,14 @@ class IVTPLlavaModel(PromptReplay, PromptPruning, PruningOptions, IVTPLlavaPreTr
             and not drafted
             and inputs_embeds is None
             and kwargs.get("use_cache")
-            and reading.sequence.order is None
+            and prompt_index.sequence.order is None
             and self.replay_serves(given, kwargs)
         ):
-            outputs = self.replay_prompt(self._run_prompt, reading, encoded, given, cache)
+            outputs = self.replay_prompt(self._run_prompt, prompt_index, encoded, given, cache)
         if outputs is None:
             outputs = self._run_prompt(
                 encoded=encoded,
-                reading=reading,
+                prompt_index=prompt_index,
                 cache=cache,
                 inputs_embeds=inputs_embeds,
                 recorder=recorder,
@@ -343,7 +343,7 @@ class IVTPLlavaModel(PromptReplay, PromptPruning, PruningOptions, IVTPLlavaPreTr
     def _run_prompt(
         self,
         encoded: Any,
-        reading: PromptReading,
+        prompt_index: PromptIndex,
         cache: Cache | None,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -362,7 +362,7 @@ class IVTPLlavaModel(PromptReplay, PromptPruning, PruningOptions, IVTPLlavaPreTr
         assert plan is not None
         visual, inputs_embeds = self.visual_prompt(
             plan=plan,
-            reading=reading,
+            prompt_index=prompt_index,
             encoded=encoded,
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
@@ -433,7 +433,7 @@ class IVTPLlavaForConditionalGeneration(
         Parameters
         ----------
         labels : int64 Tensor (B, S), optional
-            As in LLaVA. A token that was dropped predicts nothing, so the label right behind it is left out.
+            As in LLaVA. A token that was dropped predicts nothing, so the label right after it is left out.
         clip_input_ids : int64 Tensor (B, W, C), optional
         clip_spans : int64 Tensor (B, S, 2), optional
             The instruction, from `IVTPLlavaProcessor`.

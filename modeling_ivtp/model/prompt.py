@@ -10,7 +10,7 @@ from transformers.utils import logging
 from .configuration_ivtp import IVTPPruningConfig
 from .instruction_cache import InstructionCache
 from .language_ivtp import VisualPrompt
-from .pruner import Choice, FeatureMoment, IVTPPolicy, Policy, PromptMoment, full_precision
+from .pruner import Choice, FeatureStep, IVTPPruner, PromptStep, Pruner, full_precision
 from .schedule import PruningPlan
 from .text_relevance import instruction_tokens, key_tokens, map_relevance, pseudo_cls, text_similarity, token_relevance
 from .trace import TraceRecorder
@@ -18,7 +18,7 @@ from .visual_sequence import VisualSequence, count_rows, locate_images, per_row,
 
 
 @dataclass(frozen=True)
-class PromptReading:
+class PromptIndex:
     """A prompt as the host knows it.
 
     Attributes
@@ -33,7 +33,7 @@ class PromptReading:
     windows: tuple[tuple[int, ...], ...] | None = None
 
 
-def read_prompt(
+def index_prompt(
     placeholders: torch.Tensor,
     valid: torch.Tensor | None,
     *,
@@ -41,8 +41,8 @@ def read_prompt(
     patches: int,
     drafted: int = 0,
     clip_input_ids: torch.Tensor | None = None,
-    known: PromptReading | None = None,
-) -> PromptReading:
+    known: PromptIndex | None = None,
+) -> PromptIndex:
     """Read a prompt. The host waits for the device, unless this is being compiled.
 
     Parameters
@@ -59,7 +59,7 @@ def read_prompt(
         Last columns that an assistant proposes.
     clip_input_ids : int64 Tensor (B, W, C), optional
         To be read, too.
-    known : PromptReading, optional
+    known : PromptIndex, optional
         What was read before compiled code began; without it, every row is to have as many images.
 
     Raises
@@ -85,7 +85,7 @@ def read_prompt(
             per_row = (images // placeholders.shape[0],) * placeholders.shape[0]
         rows = uncounted_rows(placeholders if valid is None else placeholders & valid, per_row, patches)
         sequence = locate_images(placeholders, valid, rows, patches, counted=False)
-        return PromptReading(replace(sequence, drafted=drafted))
+        return PromptIndex(replace(sequence, drafted=drafted))
     rows = count_rows(placeholders, valid, images, patches)
     if all(row.tokens == placeholders.shape[1] for row in rows):
         valid = None
@@ -93,7 +93,7 @@ def read_prompt(
     windows = None
     if clip_input_ids is not None:
         windows = tuple(_without_padding(window) for row in clip_input_ids.tolist() for window in row)
-    return PromptReading(sequence, windows)
+    return PromptIndex(sequence, windows)
 
 
 def _without_padding(window: list[int]) -> tuple[int, ...]:
@@ -116,13 +116,13 @@ class PromptPruning:
     training: bool
     instruction_cache: InstructionCache
     """CLIP's features of the last instructions; not asked in training."""
-    applied_policy: Policy | None = None
+    applied_pruner: Pruner | None = None
     """What prunes instead of the model's own options, for a while; `modeling_ivtp.methods` sets it."""
 
     @property
-    def policy(self) -> Policy:
+    def pruner(self) -> Pruner:
         """What prunes: the model's own options, unless a method was applied."""
-        return self.applied_policy or IVTPPolicy(self.config.pruning)
+        return self.applied_pruner or IVTPPruner(self.config.pruning)
 
     def plan(self) -> PruningPlan | None:
         """What stays where; None if nothing is to be dropped.
@@ -132,7 +132,7 @@ class PromptPruning:
         ValueError
             If the options, or the applied method, do not fit the model.
         """
-        return self.policy.plan(self.config, self.config.num_patches)
+        return self.pruner.plan(self.config, self.config.num_patches)
 
     @property
     def has_text_tower(self) -> bool:
@@ -150,9 +150,9 @@ class PromptPruning:
         past: int,
         clip_input_ids: torch.Tensor | None,
         drafted: int = 0,
-        known: PromptReading | None = None,
-    ) -> PromptReading:
-        """What the host has to know of a prompt; see `read_prompt`."""
+        known: PromptIndex | None = None,
+    ) -> PromptIndex:
+        """What the host has to know of a prompt; see `index_prompt`."""
         placeholders = self.placeholders(input_ids, inputs_embeds)
         length, valid = placeholders.shape[1], None
         if attention_mask is not None:
@@ -166,11 +166,11 @@ class PromptPruning:
                     f"{past} + {length}."
                 )
             valid = attention_mask[:, past : past + length].to(device=placeholders.device, dtype=torch.bool)
-        policy = self.policy
-        words = policy.compares_patches or (
-            policy.observes and policy.reading.guidance == "clip" and self.has_text_tower
+        pruner = self.pruner
+        words = pruner.compares_patches or (
+            pruner.observes and pruner.options.guidance == "clip" and self.has_text_tower
         )
-        return read_prompt(
+        return index_prompt(
             placeholders,
             valid,
             images=images,
@@ -184,7 +184,7 @@ class PromptPruning:
         self,
         *,
         plan: PruningPlan,
-        reading: PromptReading,
+        prompt_index: PromptIndex,
         encoded: Any,
         input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor,
@@ -196,16 +196,16 @@ class PromptPruning:
     ) -> tuple[VisualPrompt, torch.Tensor]:
         """Leave out the placeholders of dropped patches, fill in the features, and make the pseudo CLS."""
         length, device = inputs_embeds.shape[1], inputs_embeds.device
-        whole = reading.sequence.to(device)
+        whole = prompt_index.sequence.to(device)
         kept, features = _by_row(encoded, whole)
         sequence, index = whole.keep(kept, ragged=not plan.exact)
         left = inputs_embeds.gather(1, index[..., None].expand(-1, -1, inputs_embeds.shape[-1]))
-        policy = self.policy
+        pruner = self.pruner
         observers: dict[str, Any] = {}
         spans = _spans_of(clip_spans, length, past, inputs_embeds)
-        if policy.observes:
+        if pruner.observes:
             reference, relevance, keys = self._reference(
-                encoded, whole, inputs_embeds, clip_input_ids, spans, reading.windows
+                encoded, whole, inputs_embeds, clip_input_ids, spans, prompt_index.windows
             )
             if recorder is not None:
                 recorder.prompt(input_ids, whole, relevance, keys)
@@ -213,12 +213,12 @@ class PromptPruning:
                 position_ids = (torch.arange(length, device=device) + past)[None]
             last_patch = whole.columns[..., -1].clamp_max(length - 1)
             ends = position_ids.to(device).expand(last_patch.shape[0], -1).gather(1, last_patch) + 1
-            pool = policy.reading.pseudo_cls == "pool" and keys is not None
+            pool = pruner.options.pseudo_cls == "pool" and keys is not None
             observers = {"reference": reference, "end_positions": ends, "key_tokens": keys if pool else None}
         elif recorder is not None:
             recorder.prompt(input_ids, whole, None, None)
         if plan.prompt is not None and plan.prompt < sequence.patches.shape[2]:
-            choice = self._in_prompt(plan.prompt, features, encoded, whole, clip_input_ids, reading.windows)
+            choice = self._in_prompt(plan.prompt, features, encoded, whole, clip_input_ids, prompt_index.windows)
             if recorder is not None:
                 recorder.chosen("prompt", plan.prompt, sequence.patches, choice)
             features = choice.of(features)
@@ -226,10 +226,10 @@ class PromptPruning:
             left = left.gather(1, index[..., None].expand(-1, -1, left.shape[-1]))
         left = sequence.with_visual(left, features.to(left.device))
         with torch.no_grad():
-            state = policy.prepare(sequence, left)
+            state = pruner.prepare(sequence, left)
         prompt = VisualPrompt(
             sequence=sequence,
-            policy=policy,
+            pruner=pruner,
             groups=plan.decoder,
             state=state,
             scores=None if recorder is None else recorder.decoder,
@@ -246,9 +246,9 @@ class PromptPruning:
         clip_input_ids: torch.Tensor | None,
         read: tuple[tuple[int, ...], ...] | None,
     ) -> Choice:
-        """Ask the policy before the decoder; `read` are the windows of `clip_input_ids` as the host knows them."""
+        """Ask the pruner before the decoder; `read` are the windows of `clip_input_ids` as the host knows them."""
         text = windows = patches = None
-        if self.policy.compares_patches:
+        if self.pruner.compares_patches:
             if clip_input_ids is None:
                 raise ValueError(
                     "This method compares patches with the instruction, and clip_input_ids is missing: prepare inputs "
@@ -263,7 +263,7 @@ class PromptPruning:
             text = tokens.gather(2, place)[:, :, 0].to(features.device)
             patches = per_row(encoded.patch_embeds.to(features.device), whole)
         with torch.no_grad(), full_precision(features.device):
-            return self.policy.in_prompt(PromptMoment(keep, features, patches, text, windows))
+            return self.pruner.in_prompt(PromptStep(keep, features, patches, text, windows))
 
     def placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """Where an image token stands, as a number or as its embedding: bool Tensor (B, S)."""
@@ -283,7 +283,7 @@ class PromptPruning:
         windows: tuple[tuple[int, ...], ...] | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """The pseudo CLS of every image (Eq. 5 to 8): (B, M, d), relevance (B, M, S) and key tokens (B, M, S)."""
-        pruning: IVTPPruningConfig = self.policy.reading
+        pruning: IVTPPruningConfig = self.pruner.options
         device = inputs_embeds.device
         fallback = per_row(encoded.cls_features.to(device), whole).to(inputs_embeds.dtype)
         if pruning.guidance == "visual_cls" or not self._has_guidance(clip_input_ids, clip_spans):
@@ -291,7 +291,7 @@ class PromptPruning:
         assert clip_spans is not None
         with torch.no_grad():
             if pruning.guidance == "mean_text":
-                words = instruction_tokens(clip_spans)[:, None].expand(-1, whole.present.shape[1], -1)
+                words = instruction_tokens(clip_spans)[:, None].expand(-1, whole.image_present.shape[1], -1)
                 relevance, keys = None, words
             elif pruning.guidance == "text_similarity":
                 relevance = text_similarity(inputs_embeds, fallback, clip_spans)
@@ -332,7 +332,7 @@ class PromptPruning:
         return features.unflatten(0, clip_input_ids.shape[:2]).flatten(1, 2)
 
     def _has_guidance(self, clip_input_ids: torch.Tensor | None, clip_spans: torch.Tensor | None) -> bool:
-        guidance = self.policy.reading.guidance
+        guidance = self.pruner.options.guidance
         missing = []
         if clip_spans is None:
             missing.append("clip_spans")
@@ -347,28 +347,28 @@ class PromptPruning:
             f'guidance="{guidance}" needs {" and ".join(missing)}, so the question cannot guide the pruning. Prepare '
             "inputs with IVTPLlavaProcessor and a CLIP tokenizer."
         )
-        if self.policy.reading.strict:
+        if self.pruner.options.strict:
             raise ValueError(message)
         logger.warning_once(message + " The image's own CLS token is the reference instead (Eq. 8).")
         return False
 
 
 def choose_features(
-    policy: Policy, moment: FeatureMoment, recorder: TraceRecorder | None
+    pruner: Pruner, step: FeatureStep, recorder: TraceRecorder | None
 ) -> tuple[Choice | None, torch.Tensor, torch.Tensor]:
-    """Ask the policy about features: the choice, None where all stay; the patches left (I, k'), and their features."""
-    if moment.keep >= moment.patches.shape[1]:
-        return None, moment.patches, moment.projected
-    with torch.no_grad(), full_precision(moment.features.device):
-        choice = policy.in_features(moment)
-    for record in moment.records.values():
+    """Ask the pruner about features: the choice, None where all stay; the patches left (I, k'), and their features."""
+    if step.keep >= step.patches.shape[1]:
+        return None, step.patches, step.projected
+    with torch.no_grad(), full_precision(step.features.device):
+        choice = pruner.in_features(step)
+    for record in step.records.values():
         record.seal()
     if recorder is not None:
-        recorder.chosen("features", moment.keep, moment.patches, choice)
-    patches = moment.patches
+        recorder.chosen("features", step.keep, step.patches, choice)
+    patches = step.patches
     if choice.ragged:
-        patches = nn.functional.pad(patches, (0, 1), value=moment.grid[0] * moment.grid[1])
-    return choice, patches.gather(1, choice.kept), moment.apply(choice)
+        patches = nn.functional.pad(patches, (0, 1), value=step.grid[0] * step.grid[1])
+    return choice, patches.gather(1, choice.kept), step.apply(choice)
 
 
 def _by_row(encoded: Any, whole: VisualSequence) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,14 +14,14 @@ from transformers.cache_utils import Cache, DynamicCache
 from .compat import CACHE
 from .cuda_graphs import Graphs
 from .language_ivtp import PrunedDecoderOutput
-from .prompt import PromptReading
+from .prompt import PromptIndex
 from .pruned_cache import fill, key_value_shape, prepare_layers
 from .visual_sequence import RowCounts, locate_images
 
 STEP = 8
 """Lengths of recorded prompts are multiples of it."""
 
-RECORDINGS = 32
+MAX_GRAPHS = 32
 """Kept unless somebody asks for another number."""
 
 _HARMLESS = {"use_cache", "return_dict", "output_attentions", "output_hidden_states", "cache_position"}
@@ -32,13 +32,13 @@ class PromptReplay:
 
     config: Any
     graphs: Graphs
-    applied_policy: Any
+    applied_pruner: Any
     plan: Callable[[], Any]
     training: bool
 
     def replay_serves(self, inputs: Mapping[str, torch.Tensor | None], options: Mapping[str, Any]) -> bool:
         """Whether work on these inputs can be replayed; `options` are further keyword arguments of a forward."""
-        if torch.compiler.is_compiling() or self.applied_policy is not None or not self.graphs.limit:
+        if torch.compiler.is_compiling() or self.applied_pruner is not None or not self.graphs.limit:
             return False
         # In training a decoder leaves out the cache, and what is dropped at random is to be another every time.
         if self.training:
@@ -60,7 +60,7 @@ class PromptReplay:
     def replay_prompt(
         self,
         run: Any,
-        reading: PromptReading,
+        prompt_index: PromptIndex,
         encoded: Any,
         inputs: Mapping[str, torch.Tensor | None],
         cache: Cache | None,
@@ -70,8 +70,8 @@ class PromptReplay:
         Parameters
         ----------
         run : callable
-            The forward, called with `inputs`, `encoded`, `reading` and `cache`.
-        reading : PromptReading
+            The forward, called with `inputs`, `encoded`, `prompt_index` and `cache`.
+        prompt_index : PromptIndex
             Of rows with as many images each.
         encoded : IVTPImageFeatures
             Of as many patches each.
@@ -80,14 +80,14 @@ class PromptReplay:
             An empty one; None makes one.
         """
         kind, text = type(encoded), self.config.text_config
-        images = tuple(row.images for row in reading.sequence.rows)
-        mask, length = inputs["attention_mask"], reading.sequence.length
+        images = tuple(row.images for row in prompt_index.sequence.rows)
+        mask, length = inputs["attention_mask"], prompt_index.sequence.length
         if _asks_the_device(text, mask):
             return None
         # A mask may speak of tokens that are to come.
-        mask = None if mask is None or reading.sequence.valid is None else mask[:, :length]
-        # A prompt that ends on an image ends with the last patch that is left: nothing can stand behind it.
-        extra = -length % STEP if reading.sequence.tail else 0
+        mask = None if mask is None or prompt_index.sequence.valid is None else mask[:, :length]
+        # A prompt that ends on an image ends with the last patch that is left: nothing can stand after it.
+        extra = -length % STEP if prompt_index.sequence.tail else 0
         window = getattr(text, "sliding_window", None)
         extra = 0 if window is not None and length + extra > window else extra
         inputs = _longer({**inputs, "attention_mask": mask}, extra)
@@ -102,16 +102,18 @@ class PromptReplay:
                 image_embeds=given.pop("image_embeds", None),
             )
             held = DynamicCache(config=text)
-            output = run(encoded=again, reading=self._unread(given, images), cache=held, use_cache=True, **given)
+            output = run(encoded=again, prompt_index=self._unread(given, images), cache=held, use_cache=True, **given)
             layers = [(layer.keys, layer.values) for layer in held.layers]
-            layouts = [layer.layout for layer in held.layers]
-            shared = list({id(layout): layout for layout in layouts}.values())
-            places = [next(place for place, one in enumerate(shared) if one is layout) for layout in layouts]
+            cache_indices = [layer.cache_index for layer in held.layers]
+            shared = list({id(cache_index): cache_index for cache_index in cache_indices}.values())
+            places = [
+                next(place for place, one in enumerate(shared) if one is cache_index) for cache_index in cache_indices
+            ]
             return {
                 "hidden": output.last_hidden_state,
                 "kept_tokens": output.kept_tokens,
                 "layers": layers,
-                "layouts": [(one.stored, one.dropped, one.key_mask, one.position_shift) for one in shared],
+                "cache_indices": [(one.stored, one.dropped, one.key_mask, one.position_shift) for one in shared],
                 "places": places,
             }
 
@@ -124,7 +126,7 @@ class PromptReplay:
             return None
         cache = DynamicCache(config=text) if cache is None else cache
         prepare_layers(cache, text.num_hidden_layers, None, length)
-        fill(cache, told["layers"], told["layouts"], told["places"], reading.sequence.tail, extra)
+        fill(cache, told["layers"], told["cache_indices"], told["places"], prompt_index.sequence.tail, extra)
         return PrunedDecoderOutput(
             last_hidden_state=told["hidden"][:, :length], kept_tokens=told["kept_tokens"][:, :length], **{CACHE: cache}
         )
@@ -145,13 +147,13 @@ class PromptReplay:
         words = getattr(self, "has_text_tower", False)
         return kind, what, config.pruning, attention, words, config.image_token_id, config.num_patches
 
-    def _unread(self, given: Mapping[str, Any], images: tuple[int, ...]) -> PromptReading:
+    def _unread(self, given: Mapping[str, Any], images: tuple[int, ...]) -> PromptIndex:
         """A prompt of which only shapes are known, as a graph is to serve all that have them."""
         ids, mask = given["input_ids"], given.get("attention_mask")
         valid = None if mask is None else mask.bool()
         rows = tuple(RowCounts(ids.shape[1], count, 0, 0) for count in images)
         placeholders = ids == self.config.image_token_id
-        return PromptReading(locate_images(placeholders, valid, rows, self.config.num_patches, counted=False))
+        return PromptIndex(locate_images(placeholders, valid, rows, self.config.num_patches, counted=False))
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         # Moved or cast: nothing that was recorded is valid, and what it held is wanted back now.
@@ -165,7 +167,7 @@ class PromptCapture:
 
     model: Any
 
-    def capture_prompts(self, limit: int = RECORDINGS, automatic: bool = False) -> None:
+    def capture_prompts(self, limit: int = MAX_GRAPHS, automatic: bool = False) -> None:
         """Replay images and prompts of any size as CUDA graphs when their shapes come a second time, or never.
 
         On a fast GPU, launching the work of a small batch takes longer than doing it. So unasked, a model replays it

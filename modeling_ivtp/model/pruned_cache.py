@@ -19,11 +19,11 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
-from .cache_index import KeyLayout
+from .cache_index import CacheIndex
 from .visual_sequence import VisualSequence
 
-_NOTHING = KeyLayout()
-"""What layers that hold nothing share, as they share a layout afterwards."""
+_NOTHING = CacheIndex()
+"""What layers that hold nothing share, as they share a cache_index afterwards."""
 
 
 class PrunedDynamicLayer(DynamicLayer):
@@ -31,9 +31,9 @@ class PrunedDynamicLayer(DynamicLayer):
 
     is_pruned = True
 
-    def __init__(self, layout: KeyLayout | None = None, **kwargs: Any) -> None:
+    def __init__(self, cache_index: CacheIndex | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.layout = layout or KeyLayout()
+        self.cache_index = cache_index or CacheIndex()
 
     @property
     def entries(self) -> int:
@@ -45,40 +45,40 @@ class PrunedDynamicLayer(DynamicLayer):
 
     def get_seq_length(self) -> int:
         """Logical length: what the sequence would have without pruning."""
-        return self.entries + self.layout.dropped
+        return self.entries + self.cache_index.dropped
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Entries with the new ones, and how far they lie behind the logical count."""
-        return self.entries + query_length, self.layout.dropped
+        """Entries with the new ones, and how far they lie after the logical count."""
+        return self.entries + query_length, self.cache_index.dropped
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last tokens; see `KeyLayout.cropped` for how far that goes."""
+        """Remove the last tokens; see `CacheIndex.cropped` for how far that goes."""
         if tokens_to_remove > 0:  # how earlier versions of transformers name the length to keep
             tokens_to_remove = min(0, tokens_to_remove - self.get_seq_length())
         if self.is_initialized and tokens_to_remove:
-            self.layout = self.layout.cropped(self.entries - abs(tokens_to_remove))
+            self.cache_index = self.cache_index.cropped(self.entries - abs(tokens_to_remove))
         super().crop(tokens_to_remove)
 
     def reset(self) -> None:
         """Forget everything."""
         self.keys = self.values = None
         self.is_initialized = False
-        self.layout = _NOTHING
+        self.cache_index = _NOTHING
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder the rows for beam search."""
         super().reorder_cache(beam_idx)
-        self.layout = self.layout.select_rows(beam_idx)
+        self.cache_index = self.cache_index.select_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
         super().batch_repeat_interleave(repeats)
-        self.layout = self.layout.repeat_rows(repeats)
+        self.cache_index = self.cache_index.repeat_rows(repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only some rows."""
         super().batch_select_indices(indices)
-        self.layout = self.layout.select_rows(indices)
+        self.cache_index = self.cache_index.select_rows(indices)
 
 
 class PrunedStaticLayer(StaticLayer):
@@ -102,10 +102,12 @@ class PrunedStaticLayer(StaticLayer):
     """Whether nothing is stored yet."""
     _spare: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def __init__(self, max_cache_len: int, logical_len: int, layout: KeyLayout | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, max_cache_len: int, logical_len: int, cache_index: CacheIndex | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(max_cache_len, **kwargs)
         self.logical_len = logical_len
-        self.layout = layout or KeyLayout()
+        self.cache_index = cache_index or CacheIndex()
 
     @property
     def entries(self) -> int:
@@ -127,22 +129,22 @@ class PrunedStaticLayer(StaticLayer):
 
     def get_seq_length(self) -> Any:
         """Logical length: what the sequence would have without pruning."""
-        return self.layout.dropped + (0 if self.empty else super().get_seq_length())
+        return self.cache_index.dropped + (0 if self.empty else super().get_seq_length())
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Entries that are attended to, and how far they lie behind the logical count."""
-        return query_length if self.empty else self.max_cache_len, self.layout.dropped
+        """Entries that are attended to, and how far they lie after the logical count."""
+        return query_length if self.empty else self.max_cache_len, self.cache_index.dropped
 
     def get_max_length(self) -> int:
         """Tokens, counted logically, for which there is room."""
-        return self.max_cache_len + self.layout.dropped
+        return self.max_cache_len + self.cache_index.dropped
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last `-tokens_to_remove` tokens; see `KeyLayout.cropped` for how far that goes."""
+        """Remove the last `-tokens_to_remove` tokens; see `CacheIndex.cropped` for how far that goes."""
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove={tokens_to_remove}; allowed: a number of tokens, negated.")
         if self.is_initialized and tokens_to_remove:
-            self.layout = self.layout.cropped(self.entries + tokens_to_remove)
+            self.cache_index = self.cache_index.cropped(self.entries + tokens_to_remove)
             self.cumulative_length.add_(tokens_to_remove)  # in place: compiled code knows its address
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -170,12 +172,12 @@ class PrunedStaticLayer(StaticLayer):
         self.keys = self.values = None
         self.is_initialized, self.empty = False, True
         self.max_cache_len = self.logical_len
-        self.layout = _NOTHING
+        self.cache_index = _NOTHING
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder the rows for beam search."""
         super().reorder_cache(beam_idx)
-        self.layout = self.layout.select_rows(beam_idx)
+        self.cache_index = self.cache_index.select_rows(beam_idx)
 
 
 PrunedLayer = PrunedDynamicLayer | PrunedStaticLayer
@@ -193,10 +195,10 @@ def is_pruned(cache: Cache | None) -> bool:
 
 
 def layer_segments(cache: Cache) -> list[tuple[int, int]]:
-    """Runs of cache layers that share a layout, and with it a mask: (first, last) layer, both inside."""
+    """Runs of cache layers that share a cache_index, and with it a mask: (first, last) layer, both inside."""
     segments: list[tuple[int, int]] = []
     for index, layer in enumerate(cache.layers):
-        if segments and layer.layout is cache.layers[index - 1].layout:
+        if segments and layer.cache_index is cache.layers[index - 1].cache_index:
             segments[-1] = (segments[-1][0], index)
         else:
             segments.append((index, index))
@@ -224,7 +226,7 @@ def prepare_layers(cache: Cache, num_layers: int, past_mask: torch.Tensor | None
     """
     if not isinstance(getattr(cache, "layers", None), list):
         raise ValueError(_unsupported(type(cache).__name__))
-    fresh = KeyLayout()
+    fresh = CacheIndex()
     while len(cache.layers) < num_layers:
         make = cache.layer_class_to_replicate
         if make is not DynamicLayer:
@@ -239,13 +241,13 @@ def prepare_layers(cache: Cache, num_layers: int, past_mask: torch.Tensor | None
     for index, layer in enumerate(cache.layers):
         if getattr(layer, "is_pruned", False):
             if not layer.is_initialized or getattr(layer, "empty", False):
-                layer.layout = fresh
+                layer.cache_index = fresh
             continue
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer):
             raise ValueError(_unsupported(type(layer).__name__))
         past = int(layer.get_seq_length())
         if past and held.stored != past:
-            held = KeyLayout(stored=past, tail=past, key_mask=past_mask)
+            held = CacheIndex(stored=past, tail=past, key_mask=past_mask)
         cache.layers[index] = _adopt(layer, held if past else fresh, capacity)
 
 
@@ -293,7 +295,7 @@ def release(cache: Cache | None) -> None:
 def fill(
     cache: Cache,
     stored: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    layouts: Sequence[tuple[int, int, torch.Tensor | None, torch.Tensor | None]],
+    cache_indices: Sequence[tuple[int, int, torch.Tensor | None, torch.Tensor | None]],
     places: Sequence[int],
     tail: int,
     extra: int = 0,
@@ -306,39 +308,39 @@ def fill(
         From `prepare_layers`; changed in place.
     stored : sequence of (Tensor, Tensor)
         Keys and values of each layer, (B, H_kv, entries, dh).
-    layouts : sequence of (int, int, Tensor or None, Tensor or None)
-        `stored`, `dropped`, `key_mask` and `position_shift` of the layouts.
+    cache_indices : sequence of (int, int, Tensor or None, Tensor or None)
+        `stored`, `dropped`, `key_mask` and `position_shift` of the cache_indices.
     places : sequence of int
         Which of them each layer has.
     tail : int
-        See `KeyLayout`.
+        See `CacheIndex`.
     extra : int, default 0
         Last entries that are to be left out.
     """
     made = [
-        KeyLayout(entries - extra, dropped, tail, None if mask is None else mask[:, : entries - extra], shift)
-        for entries, dropped, mask, shift in layouts
+        CacheIndex(entries - extra, dropped, tail, None if mask is None else mask[:, : entries - extra], shift)
+        for entries, dropped, mask, shift in cache_indices
     ]
     for layer, (keys, values), place in zip(cache.layers, stored, places, strict=True):
         filled: Any = layer
         entries = keys.shape[2] - extra
-        filled.keys, filled.values, filled.layout = keys[:, :, :entries], values[:, :, :entries], made[place]
+        filled.keys, filled.values, filled.cache_index = keys[:, :, :entries], values[:, :, :entries], made[place]
         filled.device, filled.dtype, filled.is_initialized = keys.device, keys.dtype, True
 
 
-def _adopt(layer: CacheLayerMixin, layout: KeyLayout, capacity: int) -> PrunedLayer:
+def _adopt(layer: CacheLayerMixin, cache_index: CacheIndex, capacity: int) -> PrunedLayer:
     pruned: PrunedLayer
     carried = ["keys", "values", "device"]
     carried += ["dtype"] if hasattr(layer, "dtype") else []  # until transformers 5.23
     if isinstance(layer, StaticLayer):
         if layer.is_initialized:
             capacity = layer.max_cache_len
-        pruned = PrunedStaticLayer(capacity, capacity, layout)
+        pruned = PrunedStaticLayer(capacity, capacity, cache_index)
         carried += ["batch_size", "num_heads", "k_head_dim", "v_head_dim"]
         pruned.cumulative_length = layer.cumulative_length
         pruned.empty = not layer.is_initialized or int(layer.cumulative_length) == 0
     else:
-        pruned = PrunedDynamicLayer(layout)
+        pruned = PrunedDynamicLayer(cache_index)
     if layer.is_initialized:
         for name in carried:
             setattr(pruned, name, getattr(layer, name))
@@ -367,8 +369,8 @@ def padding_mask(layer: PrunedLayer, attention_mask: torch.Tensor | None, new: i
     new : int
         New tokens.
     """
-    layout = layer.layout
-    template = layout.key_mask if layout.key_mask is not None else attention_mask
+    cache_index = layer.cache_index
+    template = cache_index.key_mask if cache_index.key_mask is not None else attention_mask
     if template is None:
         return None
     rows, device = template.shape[0], template.device
@@ -377,19 +379,19 @@ def padding_mask(layer: PrunedLayer, attention_mask: torch.Tensor | None, new: i
         return torch.ones(rows, columns, dtype=torch.bool, device=device)
 
     if attention_mask is not None:
-        later = attention_mask[:, layout.stored + layout.dropped :].to(device=device, dtype=torch.bool)
+        later = attention_mask[:, cache_index.stored + cache_index.dropped :].to(device=device, dtype=torch.bool)
     elif isinstance(layer, StaticLayer):
         # Entries that are not filled yet lie in the future of every query: the causal pattern hides them.
-        later = ones(layer.max_cache_len - layout.stored)
+        later = ones(layer.max_cache_len - cache_index.stored)
     else:
-        later = ones(layer.entries - layout.stored + new)
-    stored = ones(layout.stored) if layout.key_mask is None else layout.key_mask
-    return torch.cat([ones(layout.dropped), stored, later], dim=1)
+        later = ones(layer.entries - cache_index.stored + new)
+    stored = ones(cache_index.stored) if cache_index.key_mask is None else cache_index.key_mask
+    return torch.cat([ones(cache_index.dropped), stored, later], dim=1)
 
 
 @dataclass
-class LayerRun:
-    """Consecutive decoder layers that share a layout, for one pass that drops tokens; without a cache, any layers.
+class CacheSpan:
+    """Consecutive decoder layers that share a cache_index, for one pass that drops tokens; without a cache, any layers.
 
     Attributes
     ----------
@@ -410,17 +412,17 @@ class LayerRun:
     past_valid: torch.Tensor | None = None
 
     @property
-    def layout(self) -> KeyLayout:
+    def cache_index(self) -> CacheIndex:
         """What the layers share."""
-        return self.layers[0].layout if self.layers else KeyLayout()
+        return self.layers[0].cache_index if self.layers else CacheIndex()
 
     def begin(self, sequence: VisualSequence) -> torch.Tensor | None:
         """Make room for a sequence; its padding mask in the form that `create_causal_mask` takes.
 
         Returns
         -------
-        bool Tensor (B, layout.dropped + entries + n) or None
-            Columns count logically, so the first `layout.dropped` ones are never read. None: nothing is masked.
+        bool Tensor (B, cache_index.dropped + entries + n) or None
+            Columns count logically, so the first `cache_index.dropped` ones are never read. None: nothing is masked.
         """
         for layer in self.layers:
             layer.leave_out(sequence.length - sequence.size)
@@ -431,18 +433,18 @@ class LayerRun:
         rows = template.shape[0]
         past = template.new_ones(rows, self.entries) if past is None else past
         new = template.new_ones(rows, sequence.size) if new is None else new
-        return torch.cat([template.new_ones(rows, self.layout.dropped), past, new.to(past.device)], dim=1)
+        return torch.cat([template.new_ones(rows, self.cache_index.dropped), past, new.to(past.device)], dim=1)
 
     def end(self, sequence: VisualSequence, renumbered: torch.Tensor | None) -> None:
         """Note what the layers hold after the pass; `renumbered` (B, 1) is how far positions went down."""
         if self.layers:
-            grown = self.layout.extended(self.entries, self.past_valid, sequence, renumbered)
+            grown = self.cache_index.extended(self.entries, self.past_valid, sequence, renumbered)
             for layer in self.layers:
-                layer.layout = grown
+                layer.cache_index = grown
 
 
-def layer_runs(cache: Cache | None, first: int, last: int, attention_mask: torch.Tensor | None) -> Iterator[LayerRun]:
-    """Layers `first` to `last`, cut where the layout changes: an earlier turn may have been pruned otherwise.
+def cache_spans(cache: Cache | None, first: int, last: int, attention_mask: torch.Tensor | None) -> Iterator[CacheSpan]:
+    """Layers `first` to `last`, cut where the cache_index changes: an earlier turn may have been pruned otherwise.
 
     Parameters
     ----------
@@ -454,13 +456,13 @@ def layer_runs(cache: Cache | None, first: int, last: int, attention_mask: torch
     """
     if cache is None:
         if first <= last:
-            yield LayerRun(first, last)
+            yield CacheSpan(first, last)
         return
     start = first
     for index in range(first, last + 1):
-        if index == last or cache.layers[index + 1].layout is not cache.layers[start].layout:
+        if index == last or cache.layers[index + 1].cache_index is not cache.layers[start].cache_index:
             layer: Any = cache.layers[start]
             entries = layer.entries
-            valid = layer.layout.valid_entries(entries, attention_mask)
-            yield LayerRun(start, index, list(cache.layers[start : index + 1]), entries, valid)
+            valid = layer.cache_index.valid_entries(entries, attention_mask)
+            yield CacheSpan(start, index, list(cache.layers[start : index + 1]), entries, valid)
             start = index + 1

@@ -1,8 +1,8 @@
-"""What a pruning method decides, and the moments at which the towers ask it.
+"""What a pruning method decides, and the steps at which the towers ask it.
 
-The towers run layers, gather what stays, and keep positions, masks and cache right; a *policy* says what stays, or what
-is merged into what. It is asked at up to four moments, in this order: inside the vision tower, on the features of an
-image, on a prompt before the decoder, and inside the decoder. IVTP is one policy, `modeling_ivtp.methods` has others.
+The towers run layers, gather what stays, and keep positions, masks and cache right; a *pruner* says what stays, or what
+is merged into what. It is asked at up to four steps, in this order: inside the vision tower, on the features of an
+image, on a prompt before the decoder, and inside the decoder. IVTP is one pruner, `modeling_ivtp.methods` has others.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,17 +13,17 @@ from typing import Any
 import torch
 
 from .configuration_ivtp import IVTPPruningConfig
-from .rollout import AttentionRecord, LayerWatch, decide
+from .rollout import AttentionRecord, DecoderAttentionRecord, decide
 from .schedule import Group, PruningPlan, plan_pruning
 from .visual_sequence import VisualSequence
 
 STAGES = ("tower", "features", "prompt", "decoder")
-"""The moments, in their order."""
+"""The steps, in their order."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What stays of the k visual tokens of every image; leading dimensions are those of the moment.
+    """What stays of the k visual tokens of every image; leading dimensions are those of the step.
 
     Attributes
     ----------
@@ -59,7 +59,7 @@ def full_precision(device: torch.device) -> AbstractContextManager[Any]:
 
 
 @dataclass
-class TowerMoment:
+class TowerStep:
     """The top of a group of layers of the vision tower.
 
     Attributes
@@ -80,7 +80,7 @@ class TowerMoment:
 
 
 @dataclass
-class FeatureMoment:
+class FeatureStep:
     """The features of images, before the projector.
 
     Attributes
@@ -90,7 +90,7 @@ class FeatureMoment:
     features : Tensor (I, k, D)
     patches : int64 Tensor (I, k)
     records : dict of int to AttentionRecord
-        Of the tower layers that the policy watches.
+        Of the tower layers that the pruner decoder_records.
     pixel_values : Tensor (I, 3, height, width)
     grid : (int, int)
         Rows and columns of patches of a whole image.
@@ -120,7 +120,7 @@ class FeatureMoment:
 
 
 @dataclass
-class PromptMoment:
+class PromptStep:
     """A prompt with its images before the decoder.
 
     Attributes
@@ -130,7 +130,7 @@ class PromptMoment:
     features : Tensor (B, M, k, d)
         Projected.
     patch_embeds : Tensor (B, M, k, P) or None
-        The patches in CLIP's space, for a policy that asks for them.
+        The patches in CLIP's space, for a pruner that asks for them.
     text_embeds : Tensor (B, W, P) or None
         CLIP's embedding of each window of the instruction; None where no instruction came.
     windows : bool Tensor (B, W) or None
@@ -145,15 +145,15 @@ class PromptMoment:
 
 
 @dataclass
-class DecoderMoment:
+class DecoderStep:
     """The top of a group of decoder layers.
 
     Attributes
     ----------
     group : Group
     records : list of AttentionRecord
-        Of the group's layers, lowest first, where the policy `observes`.
-    watches : list of LayerWatch
+        Of the group's layers, lowest first, where the pruner `observes`.
+    decoder_records : list of DecoderAttentionRecord
         The same, where it does not.
     hidden : Tensor (B, n, d)
         The group's output.
@@ -162,44 +162,44 @@ class DecoderMoment:
     sizes : float32 Tensor (B, M, k) or None
         What `Choice.sizes` said last.
     state : any
-        What `Policy.prepare` made of the prompt.
+        What `Pruner.prepare` made of the prompt.
     """
 
     group: Group
     records: list[AttentionRecord]
-    watches: list[LayerWatch]
+    decoder_records: list[DecoderAttentionRecord]
     hidden: torch.Tensor
     sequence: VisualSequence
     sizes: torch.Tensor | None
     state: Any
 
 
-class Policy:
-    """Base class of pruning methods: says what each moment keeps. A policy changes nothing by itself.
+class Pruner:
+    """Base class of pruning methods: says what each step keeps. A pruner changes nothing by itself.
 
     Attributes
     ----------
     observes : bool
-        Whether a pseudo CLS travels through the decoder's groups; `reading` then says how it is made and aggregated.
-    reading : IVTPPruningConfig or None
+        Whether a pseudo CLS travels through the decoder's groups; `options` then says how it is made and aggregated.
+    options : IVTPPruningConfig or None
     proportional : bool
         Whether the tower's attention counts a token as many times as the patches it stands for.
-    watched_layers : tuple of int
-        Tower layers that the features' moment gets records of; negative ones count from the top.
+    recorded_layers : tuple of int
+        Tower layers that the features' step gets records of; negative ones count from the top.
     compares_patches : bool
-        Whether the prompt's moment needs patches and instruction in CLIP's space.
+        Whether the prompt's step needs patches and instruction in CLIP's space.
     embeds_image : bool
         Whether CLIP's embedding of the image is needed, for which the tower runs to its top.
     compact : bool
         Whether positions are renumbered without gaps.
     projects_all : bool
-        Whether the features' moment looks at projected features, so that those that go are projected, too.
+        Whether the features' step looks at projected features, so that those that go are projected, too.
     """
 
     observes: bool = False
-    reading: Any = None
+    options: Any = None
     proportional: bool = False
-    watched_layers: tuple[int, ...] = ()
+    recorded_layers: tuple[int, ...] = ()
     compares_patches: bool = False
     embeds_image: bool = False
     compact: bool = False
@@ -211,7 +211,7 @@ class Policy:
         Raises
         ------
         ValueError
-            If the policy does not fit the model.
+            If the pruner does not fit the model.
         """
         raise self._silent("plans")
 
@@ -219,23 +219,23 @@ class Policy:
         """What a layer of a group of the tower, or of the decoder under observers, is to leave behind."""
         return AttentionRecord(reference_only=True)
 
-    def in_tower(self, moment: TowerMoment) -> Choice:
+    def in_tower(self, step: TowerStep) -> Choice:
         """Choose at the top of a group of tower layers."""
         raise self._silent("chooses in the tower")
 
-    def in_features(self, moment: FeatureMoment) -> Choice:
+    def in_features(self, step: FeatureStep) -> Choice:
         """Choose among the features of images."""
         raise self._silent("chooses on features")
 
-    def in_prompt(self, moment: PromptMoment) -> Choice:
+    def in_prompt(self, step: PromptStep) -> Choice:
         """Choose among the features of images for a prompt."""
         raise self._silent("chooses on a prompt")
 
     def prepare(self, sequence: VisualSequence, embeds: torch.Tensor) -> Any:
-        """What the decoder's moments are to know of the prompt's input embeddings (B, n, d)."""
+        """What the decoder's steps are to know of the prompt's input embeddings (B, n, d)."""
         return None
 
-    def in_decoder(self, moment: DecoderMoment) -> Choice:
+    def in_decoder(self, step: DecoderStep) -> Choice:
         """Choose at the top of a group of decoder layers."""
         raise self._silent("chooses in the decoder")
 
@@ -243,88 +243,88 @@ class Policy:
         return TypeError(f"{type(self).__name__} never {does}.")
 
 
-class Wrapped(Policy):
-    """A policy that is as another one says; base of those that look on.
+class Wrapped(Pruner):
+    """A pruner that is as another one says; base of those that look on.
 
     Parameters
     ----------
-    policy : Policy
+    pruner : Pruner
     """
 
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
-        self.observes, self.reading, self.compact = policy.observes, policy.reading, policy.compact
-        self.proportional, self.watched_layers = policy.proportional, policy.watched_layers
-        self.compares_patches, self.embeds_image = policy.compares_patches, policy.embeds_image
-        self.projects_all = policy.projects_all
+    def __init__(self, pruner: Pruner) -> None:
+        self.pruner = pruner
+        self.observes, self.options, self.compact = pruner.observes, pruner.options, pruner.compact
+        self.proportional, self.recorded_layers = pruner.proportional, pruner.recorded_layers
+        self.compares_patches, self.embeds_image = pruner.compares_patches, pruner.embeds_image
+        self.projects_all = pruner.projects_all
 
     def plan(self, config: Any, patches: int) -> PruningPlan | None:
         """The other's."""
-        return self.policy.plan(config, patches)
+        return self.pruner.plan(config, patches)
 
     def record(self, group: Group, layer: int) -> AttentionRecord:
         """The other's."""
-        return self.policy.record(group, layer)
+        return self.pruner.record(group, layer)
 
-    def in_tower(self, moment: TowerMoment) -> Choice:
+    def in_tower(self, step: TowerStep) -> Choice:
         """The other's."""
-        return self.policy.in_tower(moment)
+        return self.pruner.in_tower(step)
 
-    def in_features(self, moment: FeatureMoment) -> Choice:
+    def in_features(self, step: FeatureStep) -> Choice:
         """The other's."""
-        return self.policy.in_features(moment)
+        return self.pruner.in_features(step)
 
-    def in_prompt(self, moment: PromptMoment) -> Choice:
+    def in_prompt(self, step: PromptStep) -> Choice:
         """The other's."""
-        return self.policy.in_prompt(moment)
+        return self.pruner.in_prompt(step)
 
     def prepare(self, sequence: VisualSequence, embeds: torch.Tensor) -> Any:
         """The other's."""
-        return self.policy.prepare(sequence, embeds)
+        return self.pruner.prepare(sequence, embeds)
 
-    def in_decoder(self, moment: DecoderMoment) -> Choice:
+    def in_decoder(self, step: DecoderStep) -> Choice:
         """The other's."""
-        return self.policy.in_decoder(moment)
+        return self.pruner.in_decoder(step)
 
 
 @dataclass(frozen=True)
-class IVTPPolicy(Policy):
+class IVTPPruner(Pruner):
     """What the pruning options of a model say.
 
     Attributes
     ----------
-    reading : IVTPPruningConfig
+    options : IVTPPruningConfig
     """
 
-    reading: IVTPPruningConfig
+    options: IVTPPruningConfig
 
     observes = True
 
     @property
     def compact(self) -> bool:  # type: ignore[override]
         """Whether positions are renumbered without gaps."""
-        return self.reading.positions == "compact"
+        return self.options.positions == "compact"
 
     def plan(self, config: Any, patches: int) -> PruningPlan | None:
         """See `plan_pruning`."""
         layers = config.vision_config.num_hidden_layers, config.text_config.num_hidden_layers
-        return plan_pruning(self.reading, patches, *layers)
+        return plan_pruning(self.options, patches, *layers)
 
     @property
     def embeds_image(self) -> bool:  # type: ignore[override]
         """Relevance compares words with CLIP's embedding of the image (Eq. 6)."""
-        return self.reading.guidance == "clip"
+        return self.options.guidance == "clip"
 
     def record(self, group: Group, layer: int) -> AttentionRecord:
-        """Rollout goes down through all tokens' rows; the top layer gives one row, and so does every other reading."""
-        return AttentionRecord(reference_only=layer == group.last or self.reading.aggregation != "rollout")
+        """Rollout goes down through all tokens' rows; the top layer gives one row, and so does every other options."""
+        return AttentionRecord(reference_only=layer == group.last or self.options.aggregation != "rollout")
 
-    def in_tower(self, moment: TowerMoment) -> Choice:
+    def in_tower(self, step: TowerStep) -> Choice:
         """The patches that matter most to CLS."""
-        scores, kept = decide(moment.records, self.reading.aggregation, moment.group.keep)
+        scores, kept = decide(step.records, self.options.aggregation, step.group.keep)
         return Choice(kept[:, 0], scores=scores[:, 0])
 
-    def in_decoder(self, moment: DecoderMoment) -> Choice:
+    def in_decoder(self, step: DecoderStep) -> Choice:
         """The visual tokens that matter most to the pseudo CLS."""
-        scores, kept = decide(moment.records, self.reading.aggregation, moment.group.keep)
+        scores, kept = decide(step.records, self.options.aggregation, step.group.keep)
         return Choice(kept, scores=scores)

@@ -1,6 +1,6 @@
 """Attention with observers: the pseudo CLS looks on without being seen (IVTP Sec. 3.3).
 
-An *observer* is one more token per image that runs through the pruned layers behind the others. It attends to what
+An *observer* is one more token per image that runs through the pruned layers after the others. It attends to what
 stands before the end of its image and to itself; nothing attends to it, and it enters neither cache nor output. Only
 its own attention is computed apart, so the other tokens keep their fast causal kernels.
 """
@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward, repeat_kv
 
 from .compat import one_cache
-from .rollout import AttentionRecord, LayerWatch
+from .rollout import AttentionRecord, DecoderAttentionRecord
 from .visual_sequence import VisualSequence
 
 
@@ -39,7 +39,7 @@ def visibility(sequence: VisualSequence, past: int, past_mask: torch.Tensor | No
 
 
 @dataclass(frozen=True)
-class Observation:
+class PseudoCLSAttention:
     """What the attention of a layer needs for the observers, and where it leaves what rollout needs.
 
     The observers see, and are counted among, the first `reach` keys followed by the observers themselves.
@@ -65,10 +65,10 @@ class Observation:
     record: AttentionRecord | None = None
 
     @classmethod
-    def of(cls, sequence: VisualSequence, past: int, past_mask: torch.Tensor | None) -> "Observation":
+    def of(cls, sequence: VisualSequence, past: int, past_mask: torch.Tensor | None) -> "PseudoCLSAttention":
         """For layers that have `past` entries of which `past_mask` (bool (B, past) or None: all) are tokens."""
         reach, observers = past + sequence.reach, sequence.columns.shape[1]
-        # An image that a row does not have stands behind the end.
+        # An image that a row does not have stands after the end.
         there = sequence.columns.clamp_max(sequence.size - 1)
         own = reach + torch.arange(observers, device=there.device)
         places = torch.cat([own[None, :, None].expand(*there.shape[:2], 1), past + there], 2)
@@ -146,19 +146,21 @@ class Observation:
         )
 
 
-class ObservedAttention:
-    """Mixin for attention of LLaMA's layout: runs observers when an `Observation` is passed, else the stock code."""
+class GroupedAttention:
+    """Mixin for attention of LLaMA's layout: also serves pseudo-CLS tokens or a record when one is passed."""
 
-    def forward(self, *args: Any, observation: Observation | LayerWatch | None = None, **kwargs: Any) -> Any:
-        """As the stock attention; with an `observation`, which is filled, for the observers too."""
+    def forward(
+        self, *args: Any, record: PseudoCLSAttention | DecoderAttentionRecord | None = None, **kwargs: Any
+    ) -> Any:
+        """As the stock attention; with an `record`, which is filled, for the observers too."""
         # Every layer of every decoding step comes through here, so that nothing else is looked at.
-        if observation is None:
+        if record is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        return self._observe(observation, *args, **kwargs)
+        return self._attend_and_record(record, *args, **kwargs)
 
-    def _observe(
+    def _attend_and_record(
         self,
-        observation: Observation | LayerWatch,
+        record: PseudoCLSAttention | DecoderAttentionRecord,
         hidden_states: torch.Tensor,
         position_embeddings: Any = None,
         attention_mask: torch.Tensor | None = None,
@@ -178,7 +180,7 @@ class ObservedAttention:
                 'support tensor parallelism (tp_plan). Use device_map="auto", or model.pruning(enabled=False).'
             )
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        tokens = query.shape[2] - observation.count
+        tokens = query.shape[2] - record.count
         observer = (query[:, :, tokens:], key[:, :, tokens:], value[:, :, tokens:])
         query, key, new_value = query[:, :, :tokens], key[:, :, :tokens], value[:, :, :tokens]
         value = new_value
@@ -197,7 +199,7 @@ class ObservedAttention:
             scaling=attention.scaling,
             **kwargs,
         )
-        observed = observation.attend(query, key, value, observer, new_value, attention.scaling)
+        observed = record.attend(query, key, value, observer, new_value, attention.scaling)
         if observed is not None:
             output = torch.cat([output, observed], 1)
         output = output.reshape(*hidden_states.shape[:-1], -1)

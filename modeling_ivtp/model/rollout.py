@@ -20,7 +20,7 @@ from .schedule import Group
 class AttentionRecord:
     """What one attention layer leaves behind for the rollout of its group.
 
-    The *tracked* tokens of an image are its reference token, at index 0, and its visual tokens behind it.
+    The *tracked* tokens of an image are its reference token, at index 0, and its visual tokens after it.
 
     Attributes
     ----------
@@ -37,7 +37,7 @@ class AttentionRecord:
     value : Tensor (B, H_kv, n, dh)
         Values among which those of the visual tokens are.
     value_columns : int64 Tensor (B, M, k) or None
-        Where they stand; None: in order, behind the first.
+        Where they stand; None: in order, after the first.
     scale : float
         What the products of queries and keys are multiplied with, 1 / sqrt(dh).
     averaged_map : float32 Tensor (B, K, K) or None
@@ -237,7 +237,7 @@ def decide(records: list[AttentionRecord], aggregation: str, keep: int) -> tuple
 
 
 @dataclass
-class LayerWatch:
+class DecoderAttentionRecord:
     """Queries and keys of one decoder layer during a prompt.
 
     Attributes
@@ -269,7 +269,7 @@ class LayerWatch:
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, observer: Any, new_value: Any, scale: float
     ) -> None:
-        """Keep what the layer computes; see `Observation.attend`."""
+        """Keep what the layer computes; see `PseudoCLSAttention.attend`."""
         if not self.sealed:
             self.query, self.key, self.scale = query.detach(), key[:, :, : self.past + query.shape[2]].detach(), scale
 

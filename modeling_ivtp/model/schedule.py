@@ -1,4 +1,4 @@
-"""How many visual tokens stay after which layer (IVTP Sec. 3.4 and 4.1).
+"""How many visual tokens stay behind which layer (IVTP Sec. 3.4 and 4.1).
 
 The paper prunes every three layers from 576 to 64 tokens but does not print the counts in between. A constant keep
 ratio per group, with a hand-over of 120 between the stages, reproduces its FLOPs (Tables 3 and 9).
@@ -18,7 +18,7 @@ class Group:
     first, last : int
         Layer numbers, 0-based, both inside the group.
     keep : int
-        Visual tokens of one image that stay after `last`; the most, where a method adapts the count to the image.
+        Visual tokens of one image that stay behind `last`; the most, where a method adapts the count to the image.
     middle : bool
         Prune between attention and MLP of `last` instead of after it; in the vision tower only.
     """
@@ -81,7 +81,7 @@ class PruningPlan:
 
 
 def _layer_tokens(groups: Iterable[Group], tokens: int, num_layers: int) -> tuple[int, ...]:
-    """What each layer sees of `tokens` that come to the first; a group drops behind its last layer."""
+    """What each layer sees of `tokens` that come to the first; a group drops after its last layer."""
     counts: list[int] = []
     for group in groups:
         counts += [tokens] * (group.last + 1 - len(counts))

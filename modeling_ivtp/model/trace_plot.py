@@ -1,4 +1,4 @@
-"""The picture behind every panel of a trace: as the model sees it, and with what was dropped dimmed."""
+"""The picture after every panel of a trace: as the model sees it, and with what was dropped dimmed."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from transformers.models.clip import modeling_clip
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPVisionModel, eager_attention_forward
 
 from .attention_maps import attend_with_map
-from .pruner import Choice, Policy, TowerMoment, full_precision
+from .pruner import Choice, Pruner, TowerStep, full_precision
 from .rollout import AttentionRecord, GroupScores
 from .schedule import Group, PruningPlan
 
@@ -29,7 +29,7 @@ class PrunedVisionOutput:
     pooler_output : Tensor (I, d) or None
         The last layer's CLS after `post_layernorm`; None where nobody asked for it and the tower did not run that far.
     records : dict of int to AttentionRecord
-        Of the layers that the policy watches.
+        Of the layers that the pruner decoder_records.
     """
 
     features: torch.Tensor
@@ -107,7 +107,7 @@ class _Pass:
 
     Attributes
     ----------
-    policy : Policy
+    pruner : Pruner
     patches : int64 Tensor (I, k)
     scores : list of GroupScores or None
     features : dict of int to Tensor (I, 1 + k, d)
@@ -117,7 +117,7 @@ class _Pass:
         Of the group that is under way.
     """
 
-    policy: Policy
+    pruner: Pruner
     patches: torch.Tensor
     scores: list[GroupScores] | None
     features: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -126,14 +126,14 @@ class _Pass:
 
     def bias(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """What attention adds so that a token counts as many times as the patches it stands for: (I, 1, 1, 1 + k)."""
-        if self.sizes is None or not self.policy.proportional:
+        if self.sizes is None or not self.pruner.proportional:
             return None
         return nn.functional.pad(self.sizes.log(), (1, 0)).to(hidden.dtype)[:, None, None]
 
     def choose(self, group: Group) -> Choice:
-        """Ask the policy at the top of a group, and leave out of everything but the layer's output what it does."""
+        """Ask the pruner at the top of a group, and leave out of everything but the layer's output what it does."""
         with torch.no_grad(), full_precision(self.patches.device):
-            choice = self.policy.in_tower(TowerMoment(group, self.records, self.patches, self.sizes))
+            choice = self.pruner.in_tower(TowerStep(group, self.records, self.patches, self.sizes))
         for record in self.records:
             record.seal()
         self.records = []
@@ -145,7 +145,7 @@ class _Pass:
         return choice
 
     def dropping(self, group: Group) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Asks the policy when it is first called: gradient checkpointing calls it again in the backward pass."""
+        """Asks the pruner when it is first called: gradient checkpointing calls it again in the backward pass."""
         made: list[Choice] = []
 
         def between(hidden: torch.Tensor) -> torch.Tensor:
@@ -159,7 +159,7 @@ class _Pass:
 class GroupedCLIPVisionModel(CLIPVisionModel):
     """`CLIPVisionModel` that drops patches at the top of groups of layers.
 
-    Its modules and weights are those of the stock class. Called without a `policy` it is the stock class.
+    Its modules and weights are those of the stock class. Called without a `pruner` it is the stock class.
     """
 
     def __init__(self, config: Any) -> None:
@@ -172,22 +172,22 @@ class GroupedCLIPVisionModel(CLIPVisionModel):
         self,
         pixel_values: torch.Tensor | None = None,
         interpolate_pos_encoding: bool | None = False,
-        policy: Policy | None = None,
+        pruner: Pruner | None = None,
         plan: PruningPlan | None = None,
         feature_layers: Sequence[int] = (-2,),
         to_the_top: bool = True,
         scores: list[GroupScores] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Encode images, dropping patches as a policy says.
+        """Encode images, dropping patches as a pruner says.
 
         Parameters
         ----------
         pixel_values : Tensor (I, 3, height, width)
-        policy : Policy, optional
+        pruner : Pruner, optional
             None: the stock forward and output.
         plan : PruningPlan, optional
-            What the policy planned; needed with it.
+            What the pruner planned; needed with it.
         feature_layers : sequence of int, default (-2,)
             Which hidden states become features, counted as `hidden_states` does: 0 is the embedding output.
         to_the_top : bool, default True
@@ -197,9 +197,9 @@ class GroupedCLIPVisionModel(CLIPVisionModel):
 
         Returns
         -------
-        PrunedVisionOutput, or the stock output without a `policy`.
+        PrunedVisionOutput, or the stock output without a `pruner`.
         """
-        if policy is None or plan is None:
+        if pruner is None or plan is None:
             return super().forward(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
         hidden = self.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
         hidden = self.pre_layrnorm(hidden)
@@ -211,16 +211,16 @@ class GroupedCLIPVisionModel(CLIPVisionModel):
                 )
         wanted = {layer % (len(layers) + 1) for layer in feature_layers}
         patches = torch.arange(hidden.shape[1] - 1, device=hidden.device).expand(hidden.shape[0], -1)
-        now = _Pass(policy, patches, scores, {0: hidden} if 0 in wanted else {})
+        now = _Pass(pruner, patches, scores, {0: hidden} if 0 in wanted else {})
         before = (patches.shape[1], *(group.keep for group in plan.tower))
         tops = {group.last: group for group, tokens in zip(plan.tower, before, strict=False) if group.keep < tokens}
         members = {index: group for group in tops.values() for index in range(group.first, group.last + 1)}
-        watched = {layer % len(layers): AttentionRecord(reference_only=True) for layer in policy.watched_layers}
+        watched = {layer % len(layers): AttentionRecord(reference_only=True) for layer in pruner.recorded_layers}
         end = len(layers) if to_the_top else max({*wanted, *(last + 1 for last in (*tops, *watched))})
         for index, layer in enumerate(layers[:end]):
             options: dict[str, Any] = {}
             if (group := members.get(index)) is not None:
-                now.records.append(policy.record(group, index))
+                now.records.append(pruner.record(group, index))
                 options["record"] = now.records[-1]
             elif index in watched:
                 options["record"] = watched[index]
@@ -237,7 +237,7 @@ class GroupedCLIPVisionModel(CLIPVisionModel):
             features=ordered[0] if len(ordered) == 1 else torch.cat(ordered, dim=-1),
             patches=now.patches,
             pooler_output=self.post_layernorm(hidden[:, 0]) if to_the_top else None,
-            records={layer: watched[layer % len(layers)] for layer in policy.watched_layers},
+            records={layer: watched[layer % len(layers)] for layer in pruner.recorded_layers},
         )
 
 

@@ -20,15 +20,15 @@ class RowCounts:
         Tokens of the row, padding left out.
     images : int
         Images of the row.
-    behind : int
-        Tokens behind the last image.
+    after : int
+        Tokens after the last image.
     tail : int
-        Last columns of the prompt that are tokens behind the last image, without a gap.
+        Last columns of the prompt that are tokens after the last image, without a gap.
     """
 
     tokens: int
     images: int
-    behind: int
+    after: int
     tail: int
 
 
@@ -47,11 +47,11 @@ class VisualSequence:
     valid : bool Tensor (B, n) or None
         False for filler. None: there is none.
     columns : int64 Tensor (B, M, k)
-        Physical columns of each image's visual tokens, in order; n for an image that a row does not have, and behind
+        Physical columns of each image's visual tokens, in order; n for an image that a row does not have, and after
         the tokens of an image that has fewer than others.
     patches : int64 Tensor (B, M, k)
         The patches of the original grid that they are; -1 for none.
-    present : bool Tensor (B, M)
+    image_present : bool Tensor (B, M)
         Which images exist.
     order : int64 Tensor (B, M) or None
         Which of the images of the batch they are; some other one where a row does not have so many. None: in order.
@@ -62,7 +62,7 @@ class VisualSequence:
     drafted : int
         Last columns that are no words of the prompt: what an assistant proposes to go on with.
     counted : bool
-        Whether `rows` was read from the prompt. False: nothing was, and `tokens` is the most there can be, `behind` and
+        Whether `rows` was read from the prompt. False: nothing was, and `tokens` is the most there can be, `after` and
         `tail` the least.
     """
 
@@ -72,7 +72,7 @@ class VisualSequence:
     valid: torch.Tensor | None
     columns: torch.Tensor
     patches: torch.Tensor
-    present: torch.Tensor
+    image_present: torch.Tensor
     order: torch.Tensor | None
     ends: torch.Tensor
     ragged: bool = False
@@ -97,11 +97,11 @@ class VisualSequence:
     @property
     def reach(self) -> int:
         """Physical columns up to the end of the last image of any row."""
-        behind = [row.behind for row in self.rows if row.images]
-        return self.size - min(behind) if behind else 0
+        after = [row.after for row in self.rows if row.images]
+        return self.size - min(after) if after else 0
 
     @property
-    def there(self) -> torch.Tensor:
+    def token_present(self) -> torch.Tensor:
         """Which of `columns` are visual tokens: bool (B, M, k)."""
         return self.columns < self.size
 
@@ -115,7 +115,7 @@ class VisualSequence:
             valid=None if self.valid is None else self.valid.to(device),
             columns=self.columns.to(device),
             patches=self.patches.to(device),
-            present=self.present.to(device),
+            image_present=self.image_present.to(device),
             order=None if self.order is None else self.order.to(device),
             ends=self.ends.to(device),
         )
@@ -252,8 +252,8 @@ def count_rows(
     place = torch.arange(1, length + 1, device=placeholders.device)
     last_image = (placeholders * place).amax(1, keepdim=True)
     last_gap = torch.maximum(last_image, (~there * place).amax(1, keepdim=True))
-    behind = (there & (place > last_image)).sum(1)
-    counts = torch.stack([there.sum(1), placeholders.sum(1), behind, length - last_gap[:, 0]], 1).tolist()
+    after = (there & (place > last_image)).sum(1)
+    counts = torch.stack([there.sum(1), placeholders.sum(1), after, length - last_gap[:, 0]], 1).tolist()
     if sum(count[1] for count in counts) != images * patches or any(count[1] % patches for count in counts):
         raise ValueError(
             f"Image features and image tokens do not match: {images} image(s) need {images * patches} image tokens, "
@@ -319,7 +319,7 @@ def locate_images(
         valid=valid,
         columns=columns,
         patches=torch.arange(patches, device=placeholders.device).expand_as(columns),
-        present=columns[..., 0] < length,
+        image_present=columns[..., 0] < length,
         order=None if shown is None else torch.tensor(shown, device=placeholders.device),
         ends=(there * place).amax(1, keepdim=True) - 1,
         counted=counted,
@@ -329,8 +329,8 @@ def locate_images(
 def per_row(values: torch.Tensor, sequence: VisualSequence) -> torch.Tensor:
     """Arrange what is given per image, in the order of the prompt, by row: (I, ...) to (B, M, ...).
 
-    An image that a row does not have gets the values of some other image; `VisualSequence.present` tells.
+    An image that a row does not have gets the values of some other image; `VisualSequence.image_present` tells.
     """
     if sequence.order is None:
-        return values.unflatten(0, sequence.present.shape)
+        return values.unflatten(0, sequence.image_present.shape)
     return values[sequence.order.to(values.device)]

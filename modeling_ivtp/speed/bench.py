@@ -20,7 +20,7 @@ from transformers.utils import is_flash_attn_2_available
 from ..flops import count_named
 from ..methods import make
 from ..model.cuda_graphs import Graphs
-from ..model.prompt_graphs import RECORDINGS
+from ..model.prompt_graphs import MAX_GRAPHS
 from .captured_stock import captured
 from .compiling import compiled, static_cache
 from .growth import growth
@@ -31,7 +31,7 @@ from .timing import PARTS, Arm, interleaved, ratio, selection_shares
 STOCK, STOCK_FLASH, OFF = "stock", "stock, flash_attention_2", "off"
 """The baseline, the same with another kernel where it is installed, and one of ours that prunes nothing."""
 GRAPHS, LAUNCHES = "+graphs", "-graphs"
-"""Behind `stock` or a budget of IVTP: images and prompts of any size are replayed as CUDA graphs; behind the latter
+"""Behind `stock` or a budget of IVTP: images and prompts of any size are replayed as CUDA graphs; after the latter
 alone: none are. Without either it replays what a model does unasked."""
 
 
@@ -274,11 +274,11 @@ def _arm(name: str, model: Any, system: Any) -> Arm:
         return Arm(name, model, partial(model.pruning, enabled=False))
     if system is None:
         twin = stock_twin(model, "flash_attention_2" if name == STOCK_FLASH else None)
-        graphs = Graphs(RECORDINGS) if name.endswith(GRAPHS) else None
+        graphs = Graphs(MAX_GRAPHS) if name.endswith(GRAPHS) else None
         return Arm(name, twin if graphs is None else captured(twin, graphs), graphs=graphs)
     if split(name)[0] != "ivtp":
         return Arm(name, model, partial(system, model))
-    limit = 0 if name.endswith(LAUNCHES) else RECORDINGS
+    limit = 0 if name.endswith(LAUNCHES) else MAX_GRAPHS
     graphs = Graphs(limit, automatic=not name.endswith(GRAPHS))
     return Arm(name, model, partial(_replaying, model, split(name)[1], graphs), graphs=graphs)
 

@@ -48,7 +48,7 @@ def stock_twin(model: Any, attention: str | None = None) -> Any:
 
 
 def prompt(model: Any, *, batch: int, text_tokens: int, instruction_tokens: int, seed: int = 0) -> dict[str, Any]:
-    """A batch of prompts with one image each, one text token before it and the others behind.
+    """A batch of prompts with one image each, one text token before it and the others after.
 
     Parameters
     ----------

@@ -115,7 +115,7 @@ def products(row: Mapping[str, Any]) -> str:
 
 
 def interval(repeats: int) -> str:
-    """What stands in brackets behind a ratio."""
+    """What stands in brackets after a ratio."""
     return "95% bootstrap intervals" if repeats >= FEWEST else "the range of all pairs in brackets"
 
 

@@ -10,8 +10,8 @@ import torch
 
 from ..model import attention_maps
 from ..model.pruner import Wrapped
-from ..model.pseudo_cls_attention import Observation
-from ..model.rollout import LayerWatch
+from ..model.pseudo_cls_attention import PseudoCLSAttention
+from ..model.rollout import DecoderAttentionRecord
 
 
 @dataclass(frozen=True)
@@ -101,15 +101,15 @@ class Stopwatch:
         inner = model.model
         self._gpu = model.device.type == "cuda"
         changed = [
-            (inner, "applied_policy", _Timed(inner.policy, self)),
+            (inner, "applied_pruner", _Timed(inner.pruner, self)),
             # What guides the choice by the question is part of choosing.
             (inner, "_reference", self.timing(inner._reference)),
             (inner, "_in_prompt", self.timing(inner._in_prompt)),
             (inner, "text_features", self.timing(inner.text_features, "words")),
             # So is what layers do for it alone.
             (attention_maps, "add_heads", self.timing(attention_maps.add_heads)),
-            (Observation, "attend", self.timing(Observation.attend)),
-            (LayerWatch, "attend", self.timing(LayerWatch.attend)),
+            (PseudoCLSAttention, "attend", self.timing(PseudoCLSAttention.attend)),
+            (DecoderAttentionRecord, "attend", self.timing(DecoderAttentionRecord.attend)),
         ]
 
         def read(*_: Any) -> None:
@@ -140,9 +140,9 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 class _Timed(Wrapped):
-    """A policy whose choices are timed."""
+    """A pruner whose choices are timed."""
 
-    def __init__(self, policy: Any, watch: Stopwatch) -> None:
-        super().__init__(policy)
+    def __init__(self, pruner: Any, watch: Stopwatch) -> None:
+        super().__init__(pruner)
         for moment in ("in_tower", "in_features", "in_prompt", "prepare", "in_decoder"):
-            setattr(self, moment, watch.timing(getattr(policy, moment)))
+            setattr(self, moment, watch.timing(getattr(pruner, moment)))

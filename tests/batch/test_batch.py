@@ -1,0 +1,890 @@
+"""`ivtp batch`: every row once, the answer it has alone, however often the run was killed and whoever ran it."""
+
+import base64
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from modeling_ivtp import cli
+from modeling_ivtp.batch import budget, progress
+from modeling_ivtp.batch import process as running
+from modeling_ivtp.batch.answers import Answered
+from modeling_ivtp.batch.asking import Asker
+from modeling_ivtp.batch.data import Data, Row, open_data
+from modeling_ivtp.batch.folder import OutFolder
+from modeling_ivtp.batch.journal import Journal, journaled_rows
+from modeling_ivtp.batch.plan import Task, default_shard_rows, plan_batches
+from modeling_ivtp.batch.tables import ArrowTable
+from modeling_ivtp.checkpoints.convert import convert
+from modeling_ivtp.serving import answering
+from tests.support.checkpoints import PRUNING, clip_folder, llava_folder
+
+ROOT = Path(cli.__file__).parents[2]
+QUESTIONS = (
+    "What is this?",
+    "Is there a dog or a cat in the picture?",
+    "What is the colour of the bird that sits on the left branch of the tree?",
+    "Why?",
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """Where `datasets` keeps what it read; not in the person's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("datasets")
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+        patch.setenv("HF_DATASETS_CACHE", str(folder))
+        patch.setenv("HF_DATASETS_OFFLINE", "1")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A tiny checkpoint, pictures, and a data set of 40 rows with pictures, several or none."""
+    root = tmp_path_factory.mktemp("batch")
+    clip_folder(root / "clip", llava_folder(root / "llava"))
+    convert(root / "llava", root / "clip", root / "ivtp", pruning=PRUNING)
+    (root / "pictures").mkdir()
+    for number in range(5):
+        generator = torch.Generator().manual_seed(number)
+        pixels = torch.randint(256, (60, 90, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(root / "pictures" / f"{number}.png")
+    rows = []
+    for number in range(40):
+        pictures = [f"pictures/{number % 5}.png", "pictures/0.png"][: number % 3]
+        rows.append({"name": f"n{number}", "image": pictures, "question": QUESTIONS[number % 4]})
+    write_rows(root / "rows.jsonl", rows)
+    model, processor = answering.load_model(root / "ivtp", device="cpu")
+    return SimpleNamespace(
+        root=root, ivtp=root / "ivtp", rows=rows, data=root / "rows.jsonl", model=model, processor=processor
+    )
+
+
+@pytest.fixture
+def loaded(made, monkeypatch):
+    """The checkpoint as it is loaded once, for tests that are not about loading."""
+    monkeypatch.setattr(running, "load_model", lambda *_, **__: (made.model, made.processor))
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def arguments(made, out, *more, data=None):
+    usual = {"-m": made.ivtp, "-d": data or made.data, "-o": out, "--max-new-tokens": 5, "--device": "cpu"}
+    return [str(part) for part in ["batch", *(part for pair in usual.items() for part in pair), *more]]
+
+
+def batch(capsys, made, out, *more, data=None):
+    """Answer; returns the rows."""
+    capsys.readouterr()
+    status = cli.main(arguments(made, out, *more, data=data))
+    captured = capsys.readouterr()
+    assert (status, captured.err) == (0, "")
+    return answers(out)
+
+
+def fails(capsys, made, out, *more, data=None):
+    """The one line of a run that is refused, and that wrote nothing."""
+    there = contents(out)
+    capsys.readouterr()
+    status = cli.main(arguments(made, out, *more, data=data))
+    captured = capsys.readouterr()
+    assert (status, captured.out) == (1, "")
+    assert len(captured.err.splitlines()) == 1, captured.err
+    assert "should not happen" not in captured.err
+    assert contents(out) == there
+    return captured.err
+
+
+def answers(out):
+    return [row for path in sorted(out.glob("answers-*.parquet")) for row in pq.read_table(path).to_pylist()]
+
+
+def contents(out):
+    """Every file of a folder, byte for byte."""
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+
+
+def alone(made, row, **options):
+    """What the model says to one row, all by itself."""
+    images = [Image.open(made.root / path) for path in row["image"]]
+    prompt = answering.as_prompt(made.processor, row["question"], len(images))
+    inputs = answering.prepare(made.model, made.processor, images, prompt)
+    tokens = made.model.generate(**inputs, do_sample=False, **{"max_new_tokens": 5} | options)
+    new = tokens[0, inputs["input_ids"].shape[1] :]
+    text = made.processor.decode(new, skip_special_tokens=True).strip()
+    return text, len(new), inputs["input_ids"].shape[1]
+
+
+@pytest.fixture(scope="module")
+def expected(made):
+    """All rows, each answered alone."""
+    told = []
+    for number, row in enumerate(made.rows):
+        answer, tokens, prompt_tokens = alone(made, row)
+        told.append(
+            {
+                "row": number, "id": row["name"], "answer": answer, "error": None, "tokens": tokens,
+                "prompt_tokens": prompt_tokens, "images": len(row["image"]),
+            }
+        )  # fmt: skip
+    assert len({one["answer"] for one in told}) > 10
+    return told
+
+
+def test_a_row_gets_the_answer_it_has_alone(capsys, made, expected, tmp_path):
+    assert batch(capsys, made, tmp_path / "out", "--id-column", "name") == expected
+    # One table to whoever reads Parquet, and nothing left of the work.
+    assert pq.read_table(tmp_path / "out").num_rows == 40
+    names = ["_run.json", *(f"answers-{shard:05d}-of-00003.parquet" for shard in range(3))]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+
+
+def test_an_answer_ends_where_it_ends_alone(capsys, made, loaded, tmp_path, monkeypatch):
+    """A word that many answers have is made an end; what is after it, in rows that go on for others, is no answer."""
+    said = [made.model.generate(**_inputs(made, row), max_new_tokens=5)[0, -5:].tolist() for row in made.rows]
+    counts = {token: sum(token in tokens for tokens in said) for token in {token for one in said for token in one[1:]}}
+    end = min(counts, key=lambda token: abs(counts[token] - 20))
+    monkeypatch.setattr(made.model.generation_config, "eos_token_id", [2, end])
+    rows = batch(capsys, made, tmp_path / "out")
+    ends = [tokens.index(end) + 1 if end in tokens else 5 for tokens in said]
+    assert [row["tokens"] for row in rows] == ends
+    assert len(set(ends)) > 1
+    assert [row["answer"] for row in rows] == [alone(made, row, eos_token_id=[2, end])[0] for row in made.rows]
+
+
+def _inputs(made, row):
+    images = [Image.open(made.root / path) for path in row["image"]]
+    prompt = answering.as_prompt(made.processor, row["question"], len(images))
+    return answering.prepare(made.model, made.processor, images, prompt)
+
+
+@pytest.fixture(scope="module")
+def sources(made):
+    """The same rows in every form that is read, one picture in each."""
+    root = made.root / "sources"
+    (root / "files").mkdir(parents=True)
+    rows = [{"image": f"{made.root}/pictures/{n % 5}.png", "question": QUESTIONS[n % 4]} for n in range(8)]
+    write_rows(root / "rows.jsonl", rows)
+    (root / "rows.json").write_text(json.dumps(rows))
+    for part in (0, 1):
+        write_rows(root / "files" / f"part-{part}.jsonl", rows[part * 4 : part * 4 + 4])
+    stored = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    stored.to_parquet(root / "paths.parquet")
+    contents = [{"bytes": Path(row["image"]).read_bytes(), "path": None} for row in rows]
+    table = pa.Table.from_pylist(
+        [row | {"image": one, "raw": one["bytes"]} for row, one in zip(rows, contents, strict=True)]
+    )
+    pq.write_table(table, root / "bytes.parquet")
+    stored.save_to_disk(root / "saved")
+    datasets.DatasetDict({"train": stored.select([0]), "test": stored}).save_to_disk(root / "splits")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("rows.jsonl", []),
+        ("rows.json", []),
+        ("files/part-*.jsonl", []),
+        ("files", []),
+        ("paths.parquet", []),
+        ("bytes.parquet", []),
+        ("bytes.parquet", ["--image-column", "raw"]),
+        ("saved", []),
+        ("splits", ["--split", "test"]),
+    ],
+)
+def test_data_in_every_form(capsys, made, loaded, sources, tmp_path, name, more):
+    rows = batch(capsys, made, tmp_path / "out", *more, data=sources / name)
+    wanted = [{"image": [f"pictures/{number % 5}.png"], "question": QUESTIONS[number % 4]} for number in range(8)]
+    assert [row["answer"] for row in rows] == [alone(made, row)[0] for row in wanted]
+
+
+def test_a_folder_of_images_and_one_question(capsys, made, loaded, tmp_path):
+    rows = batch(capsys, made, tmp_path / "out", "-p", QUESTIONS[1], "--limit", 3, data=made.root / "pictures")
+    wanted = [{"image": [f"pictures/{number}.png"], "question": QUESTIONS[1]} for number in range(3)]
+    assert [row["answer"] for row in rows] == [alone(made, row)[0] for row in wanted]
+
+
+def test_questions_without_pictures(capsys, made, loaded, tmp_path):
+    rows = batch(capsys, made, tmp_path / "out", "--image-column", "", "--limit", 4)
+    assert [row["answer"] for row in rows] == [alone(made, row | {"image": []})[0] for row in made.rows[:4]]
+    assert [row["images"] for row in rows] == [0] * 4
+
+
+def test_another_system_and_another_budget(capsys, made, tmp_path):
+    for number, more in enumerate((["--visual-tokens", 2], ["--method", "divprune", "--visual-tokens", 3])):
+        (row,) = batch(
+            capsys,
+            made,
+            tmp_path / str(number),
+            "--limit",
+            1,
+            "--prompt",
+            QUESTIONS[0],
+            *more,
+            data=made.root / "pictures",
+        )
+        generate = ["-m", made.ivtp, "-i", made.root / "pictures/0.png", "-p", QUESTIONS[0], "--max-new-tokens", 5]
+        assert cli.main(["generate", *map(str, [*generate, *more])]) == 0
+        assert capsys.readouterr().out.strip() == row["answer"]
+        about = json.loads((tmp_path / str(number) / "_run.json").read_text())["settings"]
+        assert about["visual_tokens"] == more[-1]
+
+
+BAD = [
+    ({"image": "pictures/none.png"}, "row 0: there is no image '{root}/pictures/none.png'"),
+    ({"image": "damaged.png"}, "row 1: {root}/damaged.png is not an image in a known format"),
+    ({"image": "pictures"}, "row 2: {root}/pictures is not a file"),
+    ({"image": "ftp://host/picture.png"}, "row 3: ftp://host/picture.png is not supported; images come from files"),
+    ({"image": ["pictures/0.png", None]}, "row 4: image 2 is neither a path nor a file's bytes"),
+    ({"image": 7}, "row 5: image 1 is neither a path nor a file's bytes"),
+    ({"question": None}, "row 6: the prompt is missing"),
+    ({"question": "  "}, "row 7: the prompt is empty"),
+    ({"question": "<image> and <image>?"}, "row 8: the prompt has 2 <image>, but there are 1 images"),
+    ({"question": 5}, "row 9: the prompt is no text, but int 5"),
+    ({"question": "what \ud83d"}, "row 10: the prompt holds half of a character: 'what \\ud83d'"),
+]
+
+
+def test_a_bad_row_is_an_error_row_and_the_others_go_on(capsys, made, loaded, tmp_path):
+    (made.root / "damaged.png").write_bytes(b"this is no picture")
+    sound = {"image": "pictures/1.png", "question": QUESTIONS[0]}
+    url = "data:image/png;base64," + base64.b64encode((made.root / "pictures/1.png").read_bytes()).decode()
+    others = [sound, sound | {"image": url}, sound | {"image": None}]
+    path = write_rows(made.root / "bad.jsonl", [*(sound | bad for bad, _ in BAD), *others])
+    capsys.readouterr()
+    rows = batch(capsys, made, tmp_path / "out", data=path)
+    for row, (_, error) in zip(rows, BAD, strict=False):
+        assert row["error"].startswith(error.format(root=made.root))
+        assert (row["answer"], row["tokens"], row["prompt_tokens"]) == (None, 0, 0)
+    assert [row["error"] for row in rows[len(BAD) :]] == [None] * 3
+    picture = {"image": ["pictures/1.png"], "question": QUESTIONS[0]}
+    assert rows[-3]["answer"] == rows[-2]["answer"] == alone(made, picture)[0]
+    assert rows[-1]["answer"] == alone(made, picture | {"image": []})[0]
+    cli.main(arguments(made, tmp_path / "out", data=path))
+    assert "14 rows, 11 of them errors" in capsys.readouterr().out
+
+
+def test_an_id_that_no_file_takes_is_an_error_row(capsys, made, loaded, tmp_path):
+    sound = {"image": "pictures/1.png", "question": QUESTIONS[0]}
+    path = write_rows(made.root / "ids.jsonl", [sound | {"id": "a\ud800"}, sound | {"id": "b"}])
+    broken, whole = batch(capsys, made, tmp_path / "out", "--id-column", "id", data=path)
+    assert (broken["id"], broken["error"]) == (None, "row 0: the id holds half of a character: 'a\\ud800'")
+    assert (whole["id"], whole["error"]) == ("b", None)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--image-column", "photo"], "has no column 'photo'; it has: name, image, question"),
+        (["--prompt-column", "asked", "--id-column", "key"], "has no column 'asked', 'key'; it has: name, image"),
+        (["--prompt", "What?", "--prompt-column", "question"], "one of --prompt and --prompt-column"),
+        (["--split", "test"], 'Unknown split "test"'),
+        (["--memory", "lots"], "--memory='lots'; allowed: a number above zero"),
+        (["--memory", "1KB"], "beside the weights, and --memory gives 1 KB"),
+        (["--visual-tokens", "0"], "visual_tokens=0; allowed: a whole number from 1"),
+        (["--method", "magic"], "magic"),
+        (["--device", "toaster"], "device='toaster' cannot be used"),
+        (["--dtype", "int3"], "dtype='int3'; allowed: auto"),
+        (["-m", "./no/model"], "neither a folder here nor"),
+        (["-d", "./no/rows.jsonl"], "there are no data './no/rows.jsonl'"),
+        (["-d", "no-*.parquet"], "there are no data 'no-*.parquet'"),
+        (["-d", __file__], "ends in .py; allowed: one of .jsonl, .json, .parquet"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_anything_is_written(capsys, made, tmp_path, more, message):
+    assert message in fails(capsys, made, tmp_path / "out", *more)
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_that_cannot_be_read(capsys, made, tmp_path):
+    (tmp_path / "torn.json").write_text('[{"image": "a.png", "question": "What?"}, {"image": ')
+    assert "torn.json is damaged: Expecting value" in fails(capsys, made, tmp_path / "out", data=tmp_path / "torn.json")
+    (tmp_path / "lines.jsonl").write_text("\n\n")
+    assert "lines.jsonl has no rows" in fails(capsys, made, tmp_path / "out", data=tmp_path / "lines.jsonl")
+    (tmp_path / "empty.jsonl").touch()
+    assert "empty.jsonl is empty" in fails(capsys, made, tmp_path / "out", data=tmp_path / "empty.jsonl")
+    assert "has no rows" in fails(capsys, made, tmp_path / "out", "--split", "train[:0]")
+    pq.write_table(pa.table({"image": pa.array([], pa.string())}), tmp_path / "none.parquet")
+    assert "none.parquet has no rows" in fails(capsys, made, tmp_path / "out", data=tmp_path / "none.parquet")
+    none = datasets.Dataset.from_dict({"image": [], "question": []})
+    with pytest.raises(ValueError, match="x has no rows"):
+        Data(none, "x", tmp_path, image_column="image", prompt_column="question")
+    (tmp_path / "nothing").mkdir()
+    assert "contain any data files" in fails(capsys, made, tmp_path / "out", data=tmp_path / "nothing")
+    splits = datasets.DatasetDict({"train": datasets.Dataset.from_dict({"image": ["a.png"]})})
+    splits.save_to_disk(tmp_path / "splits")
+    assert "has no split 'test'; it has: train" in fails(
+        capsys, made, tmp_path / "out", "--split", "test", data=tmp_path / "splits"
+    )
+
+
+def test_answers_do_not_become_data(capsys, made, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    shutil.copy(made.root / "pictures/0.png", tmp_path / "pictures")
+    inside = tmp_path / "pictures" / "answers"
+    assert "answers would become data" in fails(capsys, made, inside, "-p", "What?", data=tmp_path / "pictures")
+    assert not inside.exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(capsys, made, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    assert "holds no run of ivtp batch" in fails(capsys, made, tmp_path / "out")
+    assert "is a file, not a folder" in fails(capsys, made, tmp_path / "out" / "thesis.txt")
+
+
+def test_other_settings_are_refused_with_every_difference(capsys, made, loaded, tmp_path):
+    batch(capsys, made, tmp_path / "out", "--limit", 4)
+    line = fails(capsys, made, tmp_path / "out", "--limit", 5, "--batch-size", 2, "--visual-tokens", 3)
+    for difference in (
+        "rows is 4 there and 5 now",
+        "batch_size is 64 there and 2 now",
+        "visual_tokens is null there and 3",
+    ):
+        assert difference in line
+    line = fails(capsys, made, tmp_path / "out", "--limit", 4, "--dtype", "bfloat16")
+    assert 'dtype is "float32" there and "bfloat16" now' in line
+    other = write_rows(made.root / "other.jsonl", [row | {"question": "Who?"} for row in made.rows[:4]])
+    assert "data is" in fails(capsys, made, tmp_path / "out", data=other)
+    (tmp_path / "out" / "_run.json").write_text("{")
+    assert "_run.json is damaged" in fails(capsys, made, tmp_path / "out", "--limit", 4)
+
+
+def test_another_models_weights_are_refused(capsys, made, tmp_path):
+    convert(made.root / "llava", made.root / "clip", tmp_path / "model", pruning=PRUNING)
+    batch(capsys, made, tmp_path / "out", "--limit", 2, "-m", tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(bytes(content))
+    assert "other settings: model is" in fails(capsys, made, tmp_path / "out", "--limit", 2, "-m", tmp_path / "model")
+
+
+def test_the_same_rows_elsewhere_are_the_same_rows(made, sources, tmp_path):
+    """Wherever the folder lies, whatever the caches: processes on other machines must agree."""
+    rows = [{"image": f"pictures/{n}.png", "question": "What?"} for n in range(3)]
+    prints = set()
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        table = open_data(str(write_rows(tmp_path / place / "rows.jsonl", rows)))
+        prints.add(table.fingerprint())
+    assert len(prints) == 1
+    changed = open_data(str(write_rows(tmp_path / "rows.jsonl", [rows[1], rows[0], rows[2]])))
+    assert changed.fingerprint() not in prints
+    stored = open_data(str(sources / "bytes.parquet"))
+    assert stored.fingerprint() != open_data(str(sources / "bytes.parquet"), limit=7).fingerprint()
+
+
+def test_a_finished_run_does_nothing(capsys, made, tmp_path, monkeypatch):
+    batch(capsys, made, tmp_path / "out", "--limit", 4)
+    there, times = contents(tmp_path / "out"), [path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()]
+    monkeypatch.setattr(running, "load_model", None)
+    # As if it had been killed with nothing left to do but to remove this.
+    (tmp_path / "out" / "_unfinished").mkdir()
+    (tmp_path / "out" / "_unfinished" / "00000.lock").touch()
+    assert cli.main(arguments(made, tmp_path / "out", "--limit", 4)) == 0
+    assert "was finished before: 4 rows, 0 of them errors" in capsys.readouterr().out
+    assert contents(tmp_path / "out") == there
+    assert [path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()] == times
+
+
+def test_ctrl_c_and_a_torn_line_cost_one_batch(capsys, made, loaded, tmp_path, monkeypatch):
+    options = ["--batch-size", 4, "--shard-rows", 20, "--memory", "1GB"]
+    batch(capsys, made, tmp_path / "whole", *options)
+    answer, asked = Asker.answer, []
+
+    def stop_at_the_fourth(self, tasks, prepared=None):
+        asked.append(len(tasks))
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        return answer(self, tasks, prepared)
+
+    monkeypatch.setattr(Asker, "answer", stop_at_the_fourth)
+    assert cli.main(arguments(made, tmp_path / "out", *options)) == 130
+    assert capsys.readouterr().err == "ivtp: stopped; the same command goes on from here\n"
+    journal = tmp_path / "out" / "_unfinished" / "00000.jsonl"
+    assert journaled_rows(journal) == 12
+    journal.write_bytes(journal.read_bytes()[:-7])
+    assert journaled_rows(journal) == 8
+    # Ten batches in all, two of them kept.
+    monkeypatch.setattr(
+        Asker, "answer", lambda self, tasks, prepared=None: asked.append(1) or answer(self, tasks, prepared)
+    )
+    asked.clear()
+    batch(capsys, made, tmp_path / "out", *options)
+    assert len(asked) == 8
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_journal_keeps_what_is_whole(tmp_path):
+    rows = [Answered(number, None, "yes", None, 1, 2, 0) for number in range(4)]
+    with Journal(tmp_path / "j.jsonl") as journal:
+        journal.add(0, rows[:2])
+        journal.add(1, rows[2:3])
+        journal.add(2, rows[3:])
+    whole = (tmp_path / "j.jsonl").read_bytes()
+    second = whole.index(b"\n") + 1
+    for damaged, kept in (
+        (whole[:-1], [0, 1]),
+        (whole[: second + 3], [0]),
+        (whole[:second] + b"\x00" * 9 + b"\n" + whole[second:], [0]),
+        (whole[:5], []),
+        (b"", []),
+    ):
+        (tmp_path / "j.jsonl").write_bytes(damaged)
+        with Journal(tmp_path / "j.jsonl") as journal:
+            assert list(journal.batches) == kept
+        # What is after the last whole line is gone at once, not overwritten bit by bit.
+        assert (tmp_path / "j.jsonl").read_bytes().count(b"\n") == len(kept)
+        with Journal(tmp_path / "j.jsonl") as journal:
+            journal.add(7, rows[:1])
+        with Journal(tmp_path / "j.jsonl") as journal:
+            assert list(journal.batches) == [*kept, 7]
+            assert journal.batches[7] == rows[:1]
+
+
+def test_a_journal_of_other_rows_is_told(capsys, made, loaded, tmp_path):
+    options = ["--limit", 4, "--batch-size", 2, "--memory", "1GB"]
+    batch(capsys, made, tmp_path / "out", *options)
+    (path,) = (tmp_path / "out").glob("answers-*")
+    path.unlink()
+    (tmp_path / "out" / "_unfinished").mkdir()
+    with Journal(tmp_path / "out" / "_unfinished" / "00000.jsonl") as journal:
+        journal.add(0, [Answered(99, None, "yes", None, 1, 2, 0)])
+    assert cli.main(arguments(made, tmp_path / "out", *options)) == 1
+    assert "the journal of shard 0 does not belong to these data" in capsys.readouterr().err
+
+
+def started(made, out, *more, launcher=(sys.executable,)):
+    return subprocess.Popen(
+        [*launcher, "-m", "modeling_ivtp.cli", *arguments(made, out, *more)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        start_new_session=True,
+    )
+
+
+def test_killed_again_and_again_the_rows_are_the_same(capsys, made, loaded, tmp_path):
+    options = ["--batch-size", 1, "--shard-rows", 10, "--memory", "1GB", "--max-new-tokens", 24]
+    batch(capsys, made, tmp_path / "whole", *options)
+    out, draws, kills = tmp_path / "out", random.Random(0), 0
+    folder = OutFolder(tmp_path / "out")
+    counter = progress.Counter(folder, 40, 10, 4)
+    for _ in range(3):
+        process, before = started(made, out, *options), counter.done()
+        while process.poll() is None and counter.done() == before:
+            time.sleep(0.01)
+        time.sleep(draws.uniform(0, 0.3))
+        kills += process.poll() is None
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+    assert kills == 3
+    assert 0 < counter.done() < 40
+    batch(capsys, made, out, *options)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_two_processes_answer_every_row_once(capsys, made, loaded, tmp_path):
+    options = ["--shard-rows", 5, "--memory", "1GB"]
+    batch(capsys, made, tmp_path / "whole", *options)
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    process = started(made, tmp_path / "out", *options, launcher=launcher)
+    told, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, told
+    # The main process alone speaks.
+    assert told.count("40 rows, 0 of them errors") == 1
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+HOLD = """
+import sys, time
+from filelock import FileLock
+lock = FileLock(sys.argv[1])
+lock.acquire()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_dead_owners_shard_is_taken_over_and_a_living_ones_is_not(tmp_path):
+    folder = OutFolder(tmp_path / "out")
+    folder.begin({"settings": {}})
+    owner = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder.unfinished / "00001.lock")], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert owner.stdout.readline() == "held\n"
+        claimed = []
+        for shard in folder.claim(3, 1):
+            if shard is None:
+                if len(claimed) == 2:
+                    owner.kill()
+                    owner.wait()
+                continue
+            claimed.append(shard)
+            folder.answers(shard, 3).touch()
+    finally:
+        owner.kill()
+        owner.wait()
+        owner.stdout.close()
+    assert claimed == [2, 0, 1]
+
+
+def test_who_comes_second_takes_the_settings_of_the_first(tmp_path):
+    folder = OutFolder(tmp_path / "out")
+    folder.begin({"settings": {"memory": 1}})
+    OutFolder(tmp_path / "out").begin({"settings": {"memory": 2}})
+    assert folder.settings() == {"memory": 1}
+
+
+def limited(monkeypatch, model, most, error):
+    """Have `generate` fail above so many rows; returns the sizes it was asked for."""
+    generate, sizes = model.generate, []
+
+    def fail(**inputs):
+        sizes.append(len(inputs["input_ids"]))
+        if sizes[-1] > most:
+            raise error
+        return generate(**inputs)
+
+    monkeypatch.setattr(model, "generate", fail)
+    return sizes
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"),
+        torch.AcceleratorError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA"),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_halves_the_batch(capsys, made, loaded, expected, tmp_path, monkeypatch, error):
+    sizes = limited(monkeypatch, made.model, 3, error)
+    options = ["--id-column", "name", "--shard-rows", 8, "--limit", 16, "--memory", "1GB"]
+    assert cli.main(arguments(made, tmp_path / "out", *options)) == 0
+    assert answers(tmp_path / "out") == expected[:16]
+    said = capsys.readouterr().err.splitlines()
+    # The second shard's batch is known to be too large if it is no shorter; its halves may be tried again.
+    assert sizes[:4] == [8, 4, 2, 2]
+    assert len(said) == sum(size > 3 for size in sizes)
+    assert "out of memory with 8 rows of up to" in said[0]
+    assert said[0].endswith("going on with 4")
+
+
+def test_memory_that_runs_out_over_pictures_halves_the_batch_too(capsys, made, loaded, expected, tmp_path, monkeypatch):
+    prepare = Asker.prepare
+
+    def fail(self, tasks):
+        if len(tasks) > 3:
+            raise MemoryError
+        return prepare(self, tasks)
+
+    monkeypatch.setattr(Asker, "prepare", fail)
+    options = ["--id-column", "name", "--limit", 8, "--memory", "1GB"]
+    assert cli.main(arguments(made, tmp_path / "out", *options)) == 0
+    assert answers(tmp_path / "out") == expected[:8]
+    assert capsys.readouterr().err.count("out of memory with") == 3
+
+
+def test_a_row_that_does_not_fit_alone_is_an_error_row(capsys, made, loaded, tmp_path, monkeypatch):
+    limited(monkeypatch, made.model, 0, torch.OutOfMemoryError("CUDA out of memory."))
+    assert cli.main(arguments(made, tmp_path / "out", "--limit", 2)) == 0
+    assert [row["error"] for row in answers(tmp_path / "out")] == [
+        f"row {number}: out of memory, with this row alone" for number in (0, 1)
+    ]
+    assert "out of memory with 2 rows" in capsys.readouterr().err
+
+
+def test_what_goes_wrong_with_one_row_costs_that_row(capsys, made, loaded, expected, tmp_path, monkeypatch):
+    generate = made.model.generate
+
+    def stumble(**inputs):
+        # Rows with two pictures, of which the first eight rows have two.
+        if (inputs["input_ids"] == made.model.config.image_token_id).sum(1).max() > made.model.config.num_patches:
+            raise KeyError("no such thing")
+        return generate(**inputs)
+
+    monkeypatch.setattr(made.model, "generate", stumble)
+    rows = batch(capsys, made, tmp_path / "out", "--id-column", "name", "--limit", 8)
+    bad = [number for number in range(8) if number % 3 == 2]
+    assert [row["row"] for row in rows if row["error"]] == bad
+    assert rows[bad[0]]["error"] == "row 2: KeyError: 'no such thing'"
+    assert [row for row in rows if not row["error"]] == [row for row in expected[:8] if row["row"] not in bad]
+
+
+def test_a_device_that_fails_ends_the_run(capsys, made, loaded, tmp_path, monkeypatch):
+    """Every row after that would be an error, and none of them is to blame."""
+    limited(monkeypatch, made.model, 0, torch.AcceleratorError("CUDA error: an illegal memory access was encountered"))
+    assert cli.main(arguments(made, tmp_path / "out", "--limit", 8)) == 1
+    assert "illegal memory access" in capsys.readouterr().err
+    assert answers(tmp_path / "out") == []
+
+
+def test_batches_stay_under_the_budget():
+    draws = random.Random(1)
+    config = SimpleNamespace(rows=0)
+
+    def cost(rows, length, images):
+        config.rows += 1
+        return rows * length * 10 + images * 300
+
+    for _ in range(50):
+        tasks = [
+            Task(Row(number, None, "", ("x",) * draws.randrange(3)), "", draws.randrange(1, 200))
+            for number in range(draws.randrange(1, 60))
+        ]
+        budget_bytes, largest = draws.randrange(600, 9000), draws.randrange(1, 20)
+        batches, too_large = plan_batches(tasks, cost, budget_bytes, largest)
+        rows = [task.row.number for one in batches for task in one]
+        assert sorted([*rows, *too_large]) == [task.row.number for task in tasks]
+        lengths = [task.tokens for one in batches for task in one]
+        assert lengths == sorted(lengths, reverse=True)
+        for one in batches:
+            assert cost(len(one), one[0].tokens, sum(len(task.row.images) for task in one)) <= budget_bytes
+            assert len(one) <= largest
+        for task in tasks:
+            assert (cost(1, task.tokens, len(task.row.images)) > budget_bytes) == (task.row.number in too_large)
+        for one, following in pairwise(batches):
+            images = sum(len(task.row.images) for task in [*one, following[0]])
+            assert len(one) == largest or cost(len(one) + 1, one[0].tokens, images) > budget_bytes
+
+
+def test_a_row_beyond_the_budget_is_an_error_row_and_the_others_are_in_small_batches(
+    capsys, made, loaded, expected, tmp_path, monkeypatch
+):
+    sizes = limited(monkeypatch, made.model, 99, None)
+    cost = budget.Cost(made.model.config, 4, 5)
+    longest = max(row["prompt_tokens"] for row in expected[:9])
+    memory = cost(1, longest, 2) - 1
+    rows = batch(
+        capsys, made, tmp_path / "out", "--limit", 9, "--memory", f"{memory / 1000:.3f}KB", "--id-column", "name"
+    )
+    told = [row["error"] for row in rows if row["error"]]
+    assert len(told) == 1
+    assert f"{longest} tokens need" in told[0]
+    assert [row for row in rows if not row["error"]] == [row for row in expected[:9] if row["prompt_tokens"] < longest]
+    assert len(sizes) > 1
+
+
+def test_the_cost_covers_the_cache(made):
+    """Unpruned, a batch's cache is what the formula says, and the cost is more than that."""
+    row = {"image": ["pictures/0.png"], "question": QUESTIONS[2]}
+    with made.model.pruning(enabled=False):
+        output = made.model.generate(**_inputs(made, row), max_new_tokens=5, return_dict_in_generate=True)
+    _, _, length = alone(made, row)
+    cost = budget.Cost(made.model.config, 4, 5)
+    assert answering.kv_bytes(output.past_key_values) < cost(1, length, 1) < cost(1, length, 2) < cost(2, length, 2)
+    assert 2 * cost(1, length, 1) == cost(2, length, 2)
+
+
+def test_what_the_machine_cannot_hold_is_refused_with_the_bytes(capsys, made, tmp_path, monkeypatch):
+    monkeypatch.setattr(budget.psutil, "virtual_memory", lambda: SimpleNamespace(available=1_000_000))
+    monkeypatch.setattr(running, "load_model", None)
+    line = fails(capsys, made, tmp_path / "out")
+    assert "weights and one row need at least" in line
+    assert "1 MB are free on cpu" in line
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert "3 processes need at least" in fails(capsys, made, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_default_budget_is_a_part_of_what_is_free(monkeypatch):
+    monkeypatch.setattr(budget.psutil, "virtual_memory", lambda: SimpleNamespace(available=10_000))
+    assert budget.default_budget(2_000, 10, "cpu") == 4_000
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert budget.default_budget(2_000, 10, "cpu") == 1_500
+    assert budget.default_budget(5_000, 10, "cpu") == 10
+
+
+def test_shards_are_neither_tiny_nor_huge():
+    assert [default_shard_rows(rows) for rows in (1, 1024, 1025, 10_000, 10**7)] == [16, 16, 17, 157, 1024]
+
+
+def test_progress_counts_all_processes_rows(capsys, made, tmp_path, monkeypatch):
+    folder = OutFolder(tmp_path / "out")
+    folder.begin({"settings": {}})
+    folder.answers(1, 3).touch()
+    counter = progress.Counter(folder, 25, 10, 3)
+    with Journal(folder.journal(2)) as journal:
+        assert counter.done() == 10
+        journal.add(0, [Answered(20, None, "yes", None, 1, 2, 0)])
+        assert counter.done() == 11
+    folder.answers(2, 3).touch()
+    assert counter.done() == 15  # the last shard is the rest, and its journal no longer counts
+    monkeypatch.setattr(progress, "_LINE_SECONDS", 0)
+    with progress.shown(counter, True) as look:
+        look()
+        folder.answers(0, 3).touch()
+        time.sleep(0.01)
+        look()
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "ivtp: 15 of 25 rows, no rate yet"
+    assert second.startswith("ivtp: 25 of 25 rows, ")
+    assert second.endswith("rows/s, about 0 s left")
+    with progress.shown(counter, False) as look:
+        look()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_bar_on_a_terminal_begins_where_the_run_was(made, tmp_path, monkeypatch, capsys):
+    folder = OutFolder(tmp_path / "out")
+    folder.begin({"settings": {}})
+    folder.answers(0, 3).touch()
+    monkeypatch.setattr(progress, "_LOOK_SECONDS", 0)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "100")
+    with progress.shown(progress.Counter(folder, 25, 10, 3), True) as look:
+        look()
+    said = capsys.readouterr().err
+    assert "10/25" in said
+    assert "answering" in said
+
+
+def test_without_its_libraries_one_line_tells_what_to_install(capsys, made, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "pip install 'ivtp-llava[batch]'" in fails(capsys, made, tmp_path / "out")
+
+
+def test_values_stay_what_they_are(capsys, made, loaded, tmp_path):
+    """One odd row changes no other; what a torn line or a byte of another encoding spoils is its own row."""
+    lines = [json.dumps({"name": "2024-01-01", "image": [], "question": '12 or "13"?', "notes": "x" * 3000})] * 2
+    lines += [json.dumps({"name": "007", "image": [], "question": 5}), '{"image": [], "question": "Why', "[1]"]
+    lines += [json.dumps({"name": 12345678901234567890123, "image": "pictures/0.png", "question": "null"})]
+    content = "\n".join(lines).encode() + b'\n{"image": [], "question": "caf\xe9"}\n'
+    (made.root / "odd.jsonl").write_bytes(content)
+    told = batch(capsys, made, tmp_path / "out", "--id-column", "name", data=made.root / "odd.jsonl")
+    assert [row["id"] for row in told] == ["2024-01-01"] * 2 + ["007", None, None, "12345678901234567890123", None]
+    sound = alone(made, {"image": [], "question": '12 or "13"?'})
+    assert [(row["answer"], row["tokens"], row["prompt_tokens"]) for row in told[:2]] == [sound] * 2
+    assert told[5]["answer"] == alone(made, {"image": ["pictures/0.png"], "question": "null"})[0]
+    assert "row 2: the prompt is no text, but int 5" in told[2]["error"]
+    assert "row 3: its line is no JSON" in told[3]["error"]
+    assert "row 4: its line is no object, but list" in told[4]["error"]
+    assert "row 6: its line is no JSON" in told[6]["error"]
+
+
+def test_shards_in_which_nothing_can_be_asked(capsys, made, loaded, tmp_path):
+    rows = [{"image": [], "question": ""}] * 16 + [{"image": [], "question": "Why?"}]
+    told = batch(capsys, made, tmp_path / "out", "--shard-rows", "16", data=write_rows(tmp_path / "bad.jsonl", rows))
+    assert [row["error"] is None for row in told] == [False] * 16 + [True]
+
+
+@pytest.mark.parametrize("at", ["write", "replace", "unlink"])
+def test_a_process_that_dies_at_the_end_of_a_shard(capsys, made, loaded, tmp_path, monkeypatch, at):
+    """Its journal is whole; no batch is left, and the shard is finished all the same."""
+
+    class Killed(BaseException):
+        """Stands for SIGKILL."""
+
+    def dies(*_, **__):
+        raise Killed
+
+    expected = batch(capsys, made, tmp_path / "sound", "--shard-rows", "40")
+    with monkeypatch.context() as patch:
+        if at == "write":
+            patch.setattr("modeling_ivtp.batch.answers.pq.write_table", dies)
+        elif at == "replace":
+            replace = os.replace
+            patch.setattr(os, "replace", lambda a, b: dies() if str(b).endswith("parquet") else replace(a, b))
+        else:
+            patch.setattr("pathlib.Path.unlink", dies)
+        with pytest.raises(Killed):
+            running.run(cli_options(made, tmp_path / "out"))
+    assert batch(capsys, made, tmp_path / "out", "--shard-rows", "40") == expected
+
+
+def cli_options(made, out):
+    from modeling_ivtp.batch.options import Options
+
+    return Options(
+        model=str(made.ivtp),
+        data=str(made.data),
+        out=out,
+        max_new_tokens=5,
+        device="cpu",
+        shard_rows=40,
+        progress=False,
+    )
+
+
+def test_pictures_that_are_none_are_told(capsys, made, loaded, tmp_path):
+    cells = [{"url": "http://x/y.png"}, {"file": "a.png"}, "~nobody-here/x.png", {"path": None, "bytes": None}]
+    rows = [{"image": cell, "question": "Why?"} for cell in cells]
+    told = batch(capsys, made, tmp_path / "out", data=write_rows(tmp_path / "cells.jsonl", rows))
+    assert [row["error"] is None for row in told] == [False, False, False, True]
+    assert "neither a path nor a file's bytes" in told[0]["error"]
+
+
+def test_names_that_mean_something_elsewhere(capsys, made, loaded, tmp_path):
+    folder = tmp_path / "pics[1]"
+    folder.mkdir()
+    for name in ("train", "test", "zebra"):
+        Image.open(made.root / "pictures" / "0.png").save(folder / f"{name}.png")
+    (folder / "notes.txt").write_text("of a holiday")
+    told = batch(capsys, made, tmp_path / "out", "--prompt", "What is this?", data=folder)
+    assert [row["images"] for row in told] == [1, 1, 1]
+    file = write_rows(folder / "a[1].jsonl", [{"image": "zebra.png", "question": "What is this?"}])
+    assert batch(capsys, made, tmp_path / "more", data=file)[0]["answer"] == told[0]["answer"]
+
+
+def test_a_prompt_beyond_the_models_positions_is_an_error_row(capsys, made, loaded, tmp_path):
+    room = made.model.config.text_config.max_position_embeddings
+    rows = [{"image": [], "question": "why " * room}, {"image": [], "question": "Why?"}]
+    told = batch(capsys, made, tmp_path / "out", data=write_rows(tmp_path / "long.jsonl", rows))
+    assert f"the model was made for {room}" in told[0]["error"]
+    assert told[1]["error"] is None
+
+
+def test_a_large_picture_is_kept_as_small_as_the_model_sees_it(made):
+    image = Image.effect_noise((900, 400), 80).convert("RGB")
+    asker = Asker(made.model, made.processor, 5)
+    small = asker._small(image)
+    side = made.model.config.vision_config.image_size
+    assert small.size == (side, side)
+    pixels = [made.processor.image_processor(one, return_tensors="pt")["pixel_values"] for one in (image, small)]
+    assert torch.equal(*pixels)
+
+
+def test_a_checkpoint_that_cannot_be_loaded_begins_nothing(capsys, made, tmp_path):
+    broken = tmp_path / "model"
+    shutil.copytree(made.ivtp, broken)
+    (broken / "tokenizer.json").unlink()
+    fails(capsys, made, tmp_path / "out", "-m", str(broken))
+    assert not (tmp_path / "out").exists()
+
+
+def test_stored_pictures_of_more_than_two_gigabytes(tmp_path):
+    """Sizes are read chunk by chunk; here the chunks are one and the same in memory."""
+    chunk = pa.array([{"bytes": b"x" * 25_000_000, "path": None}])
+    stored = datasets.table.InMemoryTable(pa.table({"image": pa.chunked_array([chunk] * 90)}))
+    table = datasets.Dataset(stored, fingerprint="large")
+    cells = list(ArrowTable(table).cells("image", 0, 90))
+    assert {cell["bytes"] for cell in cells} == {25_000_000}

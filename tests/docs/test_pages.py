@@ -1,0 +1,245 @@
+"""Every command and every piece of Python that README, cards and pages show is run, against a Hub on loopback."""
+
+import copy
+import json
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import nbformat
+import pyarrow.parquet as pq
+import pytest
+from huggingface_hub import ModelCard
+from nbclient import NotebookClient
+from PIL import Image
+
+from benchmarks.card_facts import costs, quality
+from modeling_ivtp.checkpoints.convert import convert
+from modeling_ivtp.checkpoints.recipes import load_recipe, recipe_names
+from modeling_ivtp.publish.cards import card_images, card_names, preview
+from modeling_ivtp.publish.staging import stage
+from tests.support.checkpoints import clip_folder, llava_folder
+from tests.support.hub_server import TOKEN, Hub, running_hub
+from tests.support.stranger import HIDE
+from tests.support.text_tokenizers import clip_tokenizer
+
+ROOT = Path(__file__).parents[2]
+LLAVA, CLIP = "llava-hf/llava-1.5-7b-hf", "openai/clip-vit-large-patch14-336"
+ELSEWHERE = {
+    "make demo": "tests/examples/test_demo.py",
+    "make space": "tests/examples/test_space.py",
+    "make test": "this is it",
+    "make help": "test_make_help_lists_what_there_is",
+    "accelerate launch --multi_gpu --num_processes 8 -m modeling_ivtp.cli batch --model ivtp-llava-1.5-7b "
+    "--data questions.jsonl --out answers": "tests/batch/test_batch.py",
+}
+"""What is run by another test, and which."""
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """The shell and Python blocks of a page, in their order."""
+    found = re.findall(r"```(bash|python)\n(.*?)```", page, re.DOTALL)
+    kept = []
+    for kind, text in found:
+        if kind == "bash":
+            lines = [line for line in text.splitlines() if line.split("  #")[0].strip() not in ELSEWHERE]
+            # The benchmark's own tests run it with fewer questions; two thousand of them take hours.
+            text = "\n".join(line for line in lines if not line.startswith("ivtp quality"))
+        if (
+            text.strip() and "https://…" not in text
+        ):  # an address to fill in: tests/serving/test_server.py asks the same
+            kept.append((kind, text))
+    return kept
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Small models under the names that the pages use: LLaVA-1.5's geometry, few and narrow layers."""
+    root = tmp_path_factory.mktemp("pages")
+    layers = {"num_hidden_layers": 24, "image_size": 336}
+    stock = llava_folder(root / "llava", side=336, tower_layers=24, decoder_layers=12)
+    (root / "llava" / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
+    clip_folder(root / "clip", stock, **layers)
+    tokenizer = copy.deepcopy(clip_tokenizer())
+    tokenizer.model_max_length = 20
+    tokenizer.save_pretrained(root / "clip")
+    pruning = {"tower_layers": None}
+    convert(root / "llava", root / "clip", root / "ours", pruning=pruning, progress=False)
+    convert(None, None, root / "miniature", recipe="ivtp-llava-miniature-64", progress=False)
+    with running_hub() as server:
+        for name in (LLAVA, CLIP):
+            server.publish(name, _files(root / name.split("/")[1].split("-")[0]))
+        for source, names in (("ours", card_names()[:2]), ("miniature", card_names()[2:])):
+            for name in names:
+                target = root / f"repo-{name}"
+                target.mkdir()
+                stage(root / source, f"OWNER/{name}", target, card=name)
+                server.publish(f"OWNER/{name}", _files(target))
+        yield SimpleNamespace(server=server, root=root)
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
+def run(hub: Any, folder: Path, steps: list[tuple[str, str]], *, stranger: bool = False) -> str:
+    """Run blocks in a fresh process, in a folder with the pictures that pages speak of."""
+    for name in ("photo.jpg", "another.jpg"):
+        Image.effect_noise((90, 60), 80).convert("RGB").save(folder / name)
+    for card in card_names():
+        for place, image in card_images(card).items():
+            (folder / Path(place).name).write_bytes(image.read_bytes())
+    rows = [{"image": name, "question": "What is this?"} for name in ("photo.jpg", "another.jpg")]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "steps.json").write_text(json.dumps(steps))
+    server: Hub = hub.server
+    environment = {
+        "HF_HOME": str(folder / "home"),
+        "HF_ENDPOINT": server.url,
+        "HF_TOKEN": TOKEN,
+        "HF_HUB_DISABLE_XET": "1",
+        "PATH": os.environ["PATH"],
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "120",
+    }
+    runner = (ROOT / "tests" / "runner.py").read_text()
+    done = subprocess.run(
+        [sys.executable, "-c", (HIDE if stranger else "") + runner, "steps.json"],
+        cwd=folder,
+        env=environment | ({"PYTHONSAFEPATH": "1"} if stranger else {}),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def test_the_readme(hub: Any, tmp_path: Path) -> None:
+    text = (ROOT / "README.md").read_text()
+    steps = blocks(text)
+    assert len(steps) == 9
+    told = run(hub, tmp_path, steps)
+    assert (tmp_path / "kept.png").is_file()
+    assert 'revision="' in told
+    assert "would serve at 8000" in told
+    answers = pq.read_table(tmp_path / "answers").to_pylist()
+    assert [(row["row"], row["error"]) for row in answers] == [(0, None), (1, None)]
+    # The push of the page replaced what the next pages load, and it still loads.
+    assert "ivtp_recipe.json" in hub.server.head("OWNER/ivtp-llava-1.5-7b")
+
+
+@pytest.mark.parametrize("name", card_names())
+def test_a_card(hub: Any, tmp_path: Path, name: str) -> None:
+    """Its Python as somebody who has transformers and nothing else; its commands with the package."""
+    steps = blocks(preview(name))
+    python = [step for step in steps if step[0] == "python"]
+    assert len(python) == 3
+    run(hub, tmp_path, python, stranger=True)
+    assert (tmp_path / "kept.png").is_file()
+    inline = re.findall(r"`(ivtp [^`]*)`", preview(name))
+    assert {line.split()[1] for line in inline} == {"serve", "convert"}
+    run(hub, tmp_path, [("bash", "\n".join(inline))])
+
+
+def test_the_page_on_serving(hub: Any, tmp_path: Path) -> None:
+    steps = blocks((ROOT / "hub_cards" / "SERVING.md").read_text())
+    assert "would serve at 8000" in run(hub, tmp_path, steps)
+
+
+def test_the_notebook(tmp_path: Path) -> None:
+    notebook = nbformat.read(ROOT / "examples" / "notebook.ipynb", as_version=4)
+    saved = [
+        out["text"] for cell in notebook.cells for out in cell.get("outputs", []) if out["output_type"] == "stream"
+    ]
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT / "examples")}}).execute()
+    outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]
+    said = "".join(out["text"] for out in outputs if out["output_type"] == "stream" and out["name"] == "stdout")
+    assert said == "".join(saved)
+    assert any("image/png" in out.get("data", {}) for out in outputs)
+
+
+@pytest.mark.parametrize("name", card_names())
+def test_a_card_is_what_was_counted_and_measured(name: str) -> None:
+    folder = ROOT / "hub_cards" / name
+    assert (folder / "README.md").read_text() == preview(name), "make cards"
+    facts = json.loads((folder / "facts.json").read_text())
+    recipes = {
+        recipe.pruning.visual_tokens: recipe for recipe in map(load_recipe, recipe_names()) if recipe.card == name
+    }
+    some = {budget: recipes[budget] for budget in (64, 16)}
+    counted = costs(some)
+    assert [row for row in facts["costs"]["rows"] if row["visual_tokens"] in (None, 64, 16)] == counted["rows"]
+    base = Path(recipes[64].base_model)
+    assert facts["quality"] == (quality(base) if base.is_dir() else None)
+
+
+@pytest.mark.parametrize("name", card_names())
+def test_a_cards_metadata(name: str) -> None:
+    card = ModelCard(preview(name))
+    data = card.data
+    assert (data.library_name, data.pipeline_tag) == ("transformers", "image-text-to-text")
+    assert {"custom_code", "llava", "token-pruning"} <= set(data.tags)
+    assert data.license == ("apache-2.0" if "miniature" in name else "llama2")
+    assert data.language == ["en"]
+    for example in data.widget:
+        assert example["src"] in card_images(name)
+        assert example["text"].endswith("?")
+    # Results stand only where they were measured here, with the command that measured them.
+    if "miniature" not in name:
+        assert data.base_model.startswith("llava-hf/")
+        assert data.eval_results is None
+        assert "was **not measured**" in card.text
+        return
+    (result,) = data.eval_results
+    assert result.metric_args["command"].startswith("ivtp quality")
+    rows = json.loads((ROOT / "hub_cards" / name / "facts.json").read_text())["quality"]["rows"]
+    (row,) = [row for row in rows if (row["method"], row["visual_tokens"]) == ("ivtp", 64)]
+    assert result.metric_value == round(100 * row["accuracy"], 1)
+
+
+def test_nobody_types_numbers_into_a_card() -> None:
+    """Templates hold no figure of cost or accuracy but those that the paper is quoted with."""
+    for template in (ROOT / "hub_cards").glob("*.jinja"):
+        text = re.sub(r"```.*?```", "", template.read_text(), flags=re.DOTALL)
+        assert not re.findall(r"\d+(?:\.\d+)? ?(?:TFLOPs|GFLOPs|MB KV|% of)", text), template
+
+
+def test_make_help_lists_what_there_is() -> None:
+    told = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for target in ("demo", "space", "cards", "quality", "test", "lint"):
+        assert f"make {target}" in told
+
+
+def test_the_wheel_holds_what_the_package_reads(tmp_path: Path) -> None:
+    """`pip install .` brings shapes, recipes, cards, handler and sample images along, and its extras exist."""
+    command = [sys.executable, "-m", "pip", "wheel", str(ROOT), "--no-deps", "--quiet", "-w", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        metadata = archive.read(next(name for name in names if name.endswith("METADATA"))).decode()
+    shipped = {name.removeprefix("modeling_ivtp/shipped/") for name in names if "/shipped/" in name}
+    assert {
+        "configuration/shapes/llava-1.5-7b.json",
+        "configuration/ivtp-llava-1.5-13b-16.json",
+        "hub_cards/handler.py",
+        "hub_cards/llava.md.jinja",
+        "hub_cards/ivtp-llava-miniature/facts.json",
+        "examples/images/coffee.jpg",
+        "LICENSE",
+    } <= shipped
+    assert not [name for name in names if name.startswith(("tests", "benchmarks"))]
+    for extra in ("batch", "plot", "serve", "space"):
+        assert f"Provides-Extra: {extra}" in metadata

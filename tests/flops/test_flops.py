@@ -1,0 +1,164 @@
+"""What a configuration computes, counted and by formula, against the tables of the papers."""
+
+import json
+
+import pytest
+
+from modeling_ivtp import cli, methods
+from modeling_ivtp.flops import count, count_named, load_shape, shape_names
+from modeling_ivtp.flops.formula import (
+    decoder_flops,
+    head_flops,
+    kv_cache_bytes,
+    layer_flops,
+    projector_flops,
+    text_tower_flops,
+    tower_flops,
+)
+from modeling_ivtp.model.schedule import PruningPlan
+from tests.support.tiny import tiny_config
+
+
+@pytest.fixture(scope="module")
+def llava():
+    return load_shape("llava-1.5-7b")
+
+
+TABLE_3 = {
+    "unpruned": [9.9, 11.7, 15.4, 22.9],
+    "topk": [2.7, 4.5, 8.0, 15.2],
+    "tome": [2.7, 4.5, 8.0, 15.2],
+    "ivtp": [3.0, 4.7, 8.2, 15.5],
+}
+"""IVTP's Table 3: TFLOPs of LLaVA-1.5-7B at 128, 256, 512 and 1024 text tokens, printed to a tenth."""
+
+
+@pytest.mark.parametrize("name", TABLE_3)
+def test_table_3_is_what_the_model_executes(name, llava):
+    for text, printed in zip((128, 256, 512, 1024), TABLE_3[name], strict=True):
+        executed = count_named(llava, name, 64, text_tokens=text).total_tflops
+        assert abs(executed - printed) <= max(0.01 * printed, 0.05 + 0.01 * printed), (text, executed)
+
+
+@pytest.mark.parametrize(("name", "printed"), [("unpruned", 15.364), ("topk", 7.962), ("tome", 7.962), ("ivtp", 8.228)])
+def test_totals_of_table_9_are_within_a_percent(name, printed, llava):
+    assert count_named(llava, name, 64, text_tokens=512).total_tflops == pytest.approx(printed, rel=0.01)
+
+
+def test_parts_of_table_9_follow_from_the_papers_rule(llava):
+    plan, layers = llava.pruning_plan(), llava.feature_depth
+    assert tower_flops(llava, PruningPlan(576), layers) / 1e12 == pytest.approx(0.361, rel=0.015)
+    assert tower_flops(llava, plan, layers) / 1e12 == pytest.approx(0.202, rel=0.01)
+    language = decoder_flops(llava, 512, (576,) * 32) + head_flops(llava, 512 + 576)
+    assert language / 1e12 == pytest.approx(15.003, rel=0.001)
+    language = decoder_flops(llava, 512, (64,) * 32) + head_flops(llava, 512 + 64)
+    assert language / 1e12 == pytest.approx(7.772, rel=0.002)
+    language = decoder_flops(llava, 512, plan.decoder_layer_tokens(32)) + head_flops(llava, 512 + 64)
+    assert language / 1e12 == pytest.approx(7.946, rel=0.001)
+    assert text_tower_flops(llava, 6) / 1e12 == pytest.approx(0.080, rel=0.01)  # 0.080 are six windows
+
+
+@pytest.mark.parametrize(
+    ("name", "printed"), [("unpruned", 29.4), ("random", 15.4), ("topk", 15.4), ("tome", 15.4), ("evit", 15.4),
+                          ("spatial_pooling", 15.6), ("ivtp", 15.6)]
+)  # fmt: skip
+def test_table_2_is_what_the_larger_model_executes(name, printed):
+    executed = count_named(load_shape("llava-1.5-13b"), name, 64, text_tokens=512).total_tflops
+    # Printed to a tenth, so half a tenth may have been rounded away.
+    assert abs(executed - printed) <= 0.01 * printed + 0.05
+
+
+@pytest.mark.parametrize("text", [128, 512, 1024])
+@pytest.mark.parametrize("name", ["unpruned", *methods.METHODS])
+def test_executed_and_formula_agree_within_half_a_percent(name, text, llava):
+    found = count_named(llava, name, 64, text_tokens=text)
+    assert found.formula_tflops == pytest.approx(found.total_tflops, rel=0.005)
+
+
+def test_ivtps_formula_is_exact(llava):
+    for text in (64, 700):
+        found = count_named(llava, "ivtp", 32, text_tokens=text)
+        assert found.formula == pytest.approx(found.parts, rel=1e-9)
+
+
+LVPRUNING = {None: 8.38, 0.6: 3.97, 0.5: 3.18, 0.45: 2.79}
+"""LVPruning's Table 1 at 30 text tokens, by the first kept ratio."""
+
+
+@pytest.mark.parametrize("ratio", LVPRUNING)
+def test_lvprunings_figures_leave_out_the_products_of_attention(ratio, llava):
+    """Its counting rule, found out: modules' products alone (no queries with keys, no weights with values), all 24
+    layers of the tower, projector, head; and three decision modules of two blocks, each with queries, keys, values and
+    an output of the decoder's width and an MLP of twice that."""
+    text, width, inner = 30, 4096, 11008
+    kept = [576] if ratio is None else [576, *(int(round(576 * (ratio - 0.2 * step), 6)) for step in range(3))]
+    visual = [kept[sum(layer >= top for top in (1, 8, 16)) if ratio else 0] for layer in range(32)]
+    total = sum(layer_flops(text + tokens, width, inner, matrices=3, products=False) for tokens in visual)
+    total += 24 * layer_flops(577, 1024, 4096, matrices=2, products=False)
+    total += projector_flops(llava, 576) + head_flops(llava, text + visual[-1])
+    for tokens in kept[:-1]:
+        block = 2 * tokens * (2 * width**2 + 2 * width * 2 * width) + 2 * text * 2 * width**2
+        total += 2 * block
+    assert total / 1e12 == pytest.approx(LVPRUNING[ratio], rel=0.01)
+
+
+def test_atp_llavas_cache_is_that_of_the_visual_tokens_alone(llava):
+    """302.4, 75.6 and 46.2 MB: half-precision keys and values of 576, 144 and 88 visual tokens, 0.525 MB each."""
+    for tokens, megabytes in ((576, 302.4), (144, 75.6), (88, 46.2)):
+        assert sum(kv_cache_bytes(llava, [tokens] * 32, 2)) / 1e6 == pytest.approx(megabytes, rel=0.002)
+
+
+def test_the_cache_that_is_counted_is_the_cache_that_is_there():
+    import torch
+    from tests.tiny import prompt, tiny_model
+    from transformers import DynamicCache
+
+    model = tiny_model()
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(**prompt([[1, "image", 9]]), past_key_values=cache)
+    found = count(model.config, text_tokens=10, value_bytes=4)
+    assert found.kv_cache_bytes_per_layer == tuple(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def test_counting_leaves_the_configuration_as_it_was():
+    config = tiny_config()
+    before = config.to_dict()
+    count(config, methods.FastV(4), text_tokens=5)
+    count_named(config, "unpruned", 16, text_tokens=5)
+    assert config.to_dict() == before
+
+
+def test_the_command_prints_json_and_tables(capsys):
+    arguments = ["flops", "--preset", "llava-1.5-7b", "--text-tokens", "512", "--visual-tokens", "64"]
+    assert cli.main([*arguments, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["total_tflops"] == pytest.approx(8.228, rel=0.01)
+    assert sum(told["parts"].values()) == pytest.approx(told["total_tflops"])
+    assert told["final_tokens"] == 64
+    assert told["kv_cache_bytes"] == sum(told["kv_cache_bytes_per_layer"])
+    assert cli.main(arguments) == 0
+    assert "text tower" in capsys.readouterr().out
+    several = ["--sweep", "--text-tokens", "128", "--method", "ivtp", "--method", "unpruned"]
+    assert cli.main([*arguments, *several]) == 0
+    table = capsys.readouterr().out
+    assert "unpruned" in table
+    assert "128 text" in table
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "flops needs one of --preset and --model"),
+        (["--preset", "llava-9b"], f"Unknown shape 'llava-9b'; allowed: {', '.join(shape_names())}"),
+        (["--preset", "llava-1.5-7b", "--method", "fastw"], "Unknown method 'fastw'; allowed: unpruned, random"),
+        (["--preset", "llava-1.5-7b", "--dtype", "int8"], "--dtype=int8; allowed: float16, bfloat16, float32"),
+        (["--preset", "llava-1.5-7b", "--text-tokens", "1"], "text_tokens=1; allowed: at least 2"),
+        (["--preset", "llava-1.5-7b", "--text-tokens", "9", "--text-tokens", "8"], "add --sweep"),
+        (["--preset", "llava-1.5-7b", "--visual-tokens", "0"], "keep=0; allowed"),
+    ],
+)
+def test_what_cannot_be_counted_is_one_clear_line(arguments, message, capsys):
+    assert cli.main(["flops", *arguments]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line

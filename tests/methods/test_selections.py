@@ -1,0 +1,181 @@
+"""What systems choose, against plain NumPy loops: on tiny random models and on the trained miniature."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks.quality.world import draw_scene, questions
+from modeling_ivtp import methods
+from modeling_ivtp.methods.random import fingerprint
+from modeling_ivtp.methods.sparsevlm import adapted, recycled_tokens, text_raters
+from modeling_ivtp.methods.spatial_pooling import cells
+from modeling_ivtp.methods.tome import halving_schedule
+from modeling_ivtp.serving.answering import load_model
+from tests.methods.test_methods import ROWS, SYSTEMS
+from tests.support.selections import BY_IMAGE, BY_ROW, array, raters
+from tests.support.tiny import prompt, tiny_model
+
+MINIATURE = Path(__file__).parents[2] / "examples" / "miniature"
+CHECKED = [*BY_IMAGE, *BY_ROW]
+
+
+@pytest.fixture(scope="module")
+def miniature():
+    model, processor = load_model(MINIATURE, device="cpu", dtype="float32")
+    scenes = [draw_scene("validation", index) for index in range(2)]
+    asked = [questions(scene, 1)[0].prompt for scene in scenes]
+    images = [Image.fromarray(scene.pixels) for scene in scenes]
+    return model, dict(processor(images=images, text=asked, padding=True, padding_side="left", return_tensors="pt"))
+
+
+def watch_choices(monkeypatch, pruner, step_name, compare):
+    """Compare every choice a pruner makes at one of its steps."""
+    seen = []
+    ask = getattr(type(pruner), step_name)
+
+    def asked(self, step):
+        choice = ask(self, step)
+        compare(self, step, choice)
+        seen.append(choice)
+        return choice
+
+    monkeypatch.setattr(type(pruner), step_name, asked)
+    return seen
+
+
+def assert_same(choice, at, expected):
+    kept, mixture = expected
+    mine = array(choice.kept[at])
+    np.testing.assert_array_equal(mine[: len(kept)], kept)
+    if mixture is not None:
+        weights = array(choice.mixture[at])[: len(kept)]
+        np.testing.assert_allclose(weights[:, : mixture.shape[1]], mixture, rtol=1e-4, atol=1e-6)
+    else:
+        assert choice.mixture is None or np.array_equal(array(choice.mixture[at])[: len(kept)].argmax(1), kept)
+
+
+def compare_with_numpy(name, step_name):
+    def compare(method, step, choice):
+        if (name, step_name) in BY_IMAGE:
+            for image in range(len(choice.kept)):
+                assert_same(choice, image, BY_IMAGE[name, step_name](method, step, image))
+            return
+        rows, most = choice.kept.shape[:2]
+        present = torch.ones(rows, most, dtype=torch.bool)
+        if step_name == "in_decoder":
+            present = step.sequence.image_present
+        for row in range(rows):
+            for image in range(most):
+                if present[row, image]:
+                    assert_same(choice, (row, image), BY_ROW[name, step_name](method, step, row, image))
+
+    return compare
+
+
+@pytest.mark.parametrize(("name", "moment"), CHECKED)
+@torch.no_grad()
+def test_choices_on_random_tensors_equal_numpy_loops(name, step, monkeypatch):
+    model, system = tiny_model(), SYSTEMS[name]
+    seen = watch_choices(monkeypatch, system, step, compare_with_numpy(name, step))
+    inputs = prompt([["image", 9], [3, "image", 5]] if name == "cdpruner" else ROWS)
+    with system(model):
+        model(**inputs)
+    assert seen
+
+
+@pytest.mark.parametrize(("name", "moment"), CHECKED)
+@torch.no_grad()
+def test_choices_on_the_trained_miniature_equal_numpy_loops(name, step, miniature, monkeypatch):
+    model, inputs = miniature
+    system = methods.make(name, 16)
+    seen = watch_choices(monkeypatch, system, step, compare_with_numpy(name, step))
+    with system(model):
+        model(**inputs)
+    assert seen
+
+
+def test_a_choice_that_is_off_by_one_token_is_noticed(monkeypatch):
+    model, system = tiny_model(), methods.FastV(4)
+
+    def shifted(self, step):
+        choice = methods.PyramidDrop.in_decoder(self, step)
+        object.__setattr__(choice, "kept", (choice.kept + 1).clamp_max(15))
+        return choice
+
+    monkeypatch.setattr(methods.FastV, "in_decoder", shifted)
+    watch_choices(monkeypatch, system, "in_decoder", compare_with_numpy("fastv", "in_decoder"))
+    with pytest.raises(AssertionError), system(model):
+        model(**prompt(ROWS))
+
+
+@torch.no_grad()
+def test_raters_are_the_text_that_is_like_the_picture(monkeypatch):
+    model, seen = tiny_model(), []
+    prepare = methods.SparseVLM.prepare
+    monkeypatch.setattr(
+        methods.SparseVLM,
+        "prepare",
+        lambda self, sequence, embeds: seen.append((sequence, embeds)) or prepare(self, sequence, embeds),
+    )
+    with methods.SparseVLM(4)(model):
+        model(**prompt(ROWS))
+    ((sequence, embeds),) = seen
+    mine = text_raters(sequence, embeds)
+    for row, images in enumerate([1, 0, 2, 2]):
+        for image in range(images):
+            expected = raters(sequence, array(embeds)[row], row, image)
+            assert mine[row, image].nonzero().flatten().tolist() == expected
+
+
+def test_raters_who_agree_leave_fewer_tokens():
+    assert adapted(16, 64, rank=8, raters=8) == 16
+    assert adapted(16, 64, rank=4, raters=8) == 64 - round(48 / 56 * 60)
+    assert adapted(16, 64, rank=1, raters=8) < adapted(16, 64, rank=7, raters=8) < 16
+
+
+def test_recycled_tokens_are_a_tenth_of_three_tenths():
+    for tokens, keep in ((576, 192), (300, 200), (64, 16)):
+        clusters = recycled_tokens(tokens, keep)
+        assert int(0.1 * int(0.3 * (tokens - keep + clusters))) + 1 <= clusters
+        assert clusters == 1 or int(0.1 * int(0.3 * (tokens - keep + clusters - 1))) + 1 > clusters - 1
+    assert recycled_tokens(5, 4) == 0
+
+
+def test_random_patches_go_by_picture_and_seed():
+    model, inputs = tiny_model(), prompt([["image", 2], ["image", 2]])
+    kept = {}
+    for seed in (0, 1):
+        with methods.Random(6, seed=seed)(model):
+            kept[seed] = model.model.get_image_features(inputs["pixel_values"]).kept_patches
+            alone = model.model.get_image_features(inputs["pixel_values"][1:]).kept_patches
+        assert torch.equal(kept[seed][1:], alone)
+        assert not torch.equal(*kept[seed])
+    assert not torch.equal(kept[0], kept[1])
+    assert fingerprint(inputs["pixel_values"][0]) != fingerprint(inputs["pixel_values"][0].flip(0))
+
+
+def test_random_patches_cover_the_picture_evenly():
+    model = tiny_model()
+    pictures = torch.randn(300, 3, 56, 56, generator=torch.Generator().manual_seed(1))
+    with methods.Random(4)(model), torch.no_grad():
+        counts = model.model.get_image_features(pictures).kept_patches.flatten().bincount(minlength=16)
+    assert (counts - 75).abs().max() < 4.5 * (300 * 0.25 * 0.75) ** 0.5
+
+
+def test_cells_are_the_squarest_grid_that_fits():
+    assert cells(64, 24, 24) == (8, 8)
+    assert cells(32, 24, 24) == (4, 8)
+    assert cells(192, 24, 24) == (12, 16)
+    with pytest.raises(ValueError, match=r"keep=29 is no grid within 24 x 24 patches; nearest: 27, 28, 30"):
+        cells(29, 24, 24)
+
+
+def test_merging_never_takes_more_than_half_at_once():
+    for end in (1, 16, 64, 120):
+        counts = (576, *halving_schedule(576, end, 23))
+        assert counts[-1] == end
+        assert all(2 * after >= before > after for before, after in pairwise(counts))

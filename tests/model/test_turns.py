@@ -1,0 +1,103 @@
+"""Conversations as a person has them: the processor writes the prompt, `generate` answers, the cache goes on."""
+
+import copy
+
+import pytest
+import torch
+from PIL import Image
+from transformers import DynamicCache, StaticCache
+
+from tests.support.text_tokenizers import processor as make_processor
+from tests.support.tiny import model_for
+
+FIRST = "USER: <image>\nWhat colour is the cat? ASSISTANT:"
+SECOND = " USER: <image>\nIs there a cup on the table? ASSISTANT:"
+TEXT = " USER: And the dog? ASSISTANT:"
+
+
+@pytest.fixture(scope="module")
+def made():
+    processor = make_processor(size=56)
+    pictures = [Image.effect_mandelbrot((60, 60), (-2, -1.5, 1, y), 40).convert("RGB") for y in (1.5, 1.1)]
+    return model_for(processor, relevance_threshold=0.0), processor, pictures
+
+
+def answer_first(made, cache):
+    model, processor, pictures = made
+    inputs = processor(images=pictures[0], text=FIRST, return_tensors="pt")
+    return model.generate(**inputs, past_key_values=cache, max_new_tokens=4, do_sample=False)
+
+
+def conversation(made, answered, tail, pictures):
+    """The whole conversation through the processor, with the answer's own tokens in it."""
+    _, processor, _ = made
+    later = processor(images=pictures or None, text=tail, return_tensors="pt")
+    start = int(later["input_ids"][0, 0] == processor.tokenizer.bos_token_id)
+    later = {name: later[name][:, start:] if later[name].shape[1] == later["input_ids"].shape[1] else later[name]
+             for name in later}  # fmt: skip
+    ids = torch.cat([answered, later["input_ids"]], 1)
+    return later, later | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def key_words(model, processor, inputs, cache):
+    image = model.explain(processor=processor, past_key_values=cache, **inputs).images[0]
+    return [token.text for token in image.tokens]
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_spans_of_the_new_words_alone_stay_with_their_words(made, kind):
+    model, _, pictures = made
+    cache = DynamicCache() if kind == "dynamic" else StaticCache(config=model.config.text_config, max_cache_len=200)
+    answered = answer_first(made, cache)
+    _, whole = conversation(made, answered, SECOND, pictures[1:])
+    padded = torch.nn.functional.pad(whole["clip_spans"], (0, 0, answered.shape[1], 0))
+    expected = model.generate(
+        **whole | {"clip_spans": padded}, past_key_values=copy.deepcopy(cache), max_new_tokens=6, do_sample=False
+    )
+    assert torch.equal(model.generate(**whole, past_key_values=cache, max_new_tokens=6, do_sample=False), expected)
+
+
+def test_the_words_of_the_turn_are_the_ones_that_count(made):
+    model, processor, pictures = made
+    cache = DynamicCache()
+    answered = answer_first(made, cache)
+    later, _ = conversation(made, answered, SECOND, pictures[1:])
+    new = later | {"input_ids": torch.cat([answered[:, -1:], later["input_ids"]], 1)}
+    new.pop("attention_mask")
+    words = "".join(key_words(model, processor, new, cache)).replace("\u2581", " ").strip()
+    assert words == "Is there a cup on the table?"
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_whole_conversation_with_all_its_images_goes_on_from_the_cache(made, beams):
+    model, _, pictures = made
+    cache = DynamicCache()
+    answered = answer_first(made, cache)
+    _, whole = conversation(made, answered, SECOND, pictures[1:])
+    first = made[1](images=pictures[0], text=FIRST, return_tensors="pt")
+    both = torch.cat([first["pixel_values"], whole["pixel_values"]])
+    options = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams}
+    if beams > 1:
+        cache.batch_repeat_interleave(beams)
+    expected = model.generate(**whole, past_key_values=copy.deepcopy(cache), **options)
+    assert torch.equal(
+        model.generate(**whole | {"pixel_values": both}, past_key_values=copy.deepcopy(cache), **options), expected
+    )
+    # A text turn on the same conversation may bring the images along, too.
+    _, text = conversation(made, answered, TEXT, [])
+    without = model.generate(**text, past_key_values=copy.deepcopy(cache), **options)
+    text["pixel_values"] = first["pixel_values"]
+    assert torch.equal(model.generate(**text, past_key_values=copy.deepcopy(cache), **options), without)
+
+
+def test_explaining_a_later_turn_leaves_its_cache_and_counts_the_whole(made):
+    model, processor, pictures = made
+    cache = DynamicCache()
+    answered = answer_first(made, cache)
+    length = cache.get_seq_length()
+    later, _ = conversation(made, answered, SECOND, pictures[1:])
+    later.pop("attention_mask")
+    trace = model.explain(processor=processor, past_key_values=cache, **later)
+    assert cache.get_seq_length() == length
+    assert 0 < trace.kv_bytes_saved < trace.kv_bytes_unpruned
+    assert trace.kv_bytes_unpruned == 6 * 2 * 2 * 8 * 4 * (length + later["input_ids"].shape[1])

@@ -1,0 +1,419 @@
+"""The endpoint handler, loaded from a laid out repository as the Inference Endpoints toolkit does."""
+
+import base64
+import gc
+import importlib.util
+import io
+import json
+import random
+import re
+import struct
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks.quality.world import Question, draw_scene, questions
+from modeling_ivtp.checkpoints.convert import convert
+from modeling_ivtp.publish.staging import stage
+
+SIDE = 336
+
+
+@pytest.fixture(scope="module")
+def module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
+    root = tmp_path_factory.mktemp("handler")
+    convert(None, None, root / "made", recipe="ivtp-llava-miniature-64", progress=False)
+    (root / "repository").mkdir()
+    stage(root / "made", "tester/miniature", root / "repository")
+    before = list(sys.path)
+    spec = importlib.util.spec_from_file_location("endpoint_handler", root / "repository" / "handler.py")
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    loaded.folder = str(root / "repository")
+    yield loaded
+    sys.path[:] = before
+    sys.modules.pop("handler_images", None)
+
+
+@pytest.fixture(scope="module")
+def handler(module: ModuleType) -> Any:
+    made = module.EndpointHandler(module.folder)
+    made.model.float()
+    return made
+
+
+@pytest.fixture(scope="module")
+def asked() -> list[tuple[str, Question]]:
+    """Scenes as base64, and questions whose answers differ."""
+    found = []
+    for number in range(12):
+        scene = draw_scene("test", 5000 + number, side=SIDE)
+        one = questions(scene, types=("colour", "corner"), style="plain")[number % 2]
+        found.append((encoded(Image.fromarray(scene.pixels)), one))
+    return found
+
+
+def encoded(image: Image.Image, kind: str = "PNG") -> str:
+    file = io.BytesIO()
+    image.save(file, kind)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def short(inputs: Any, **parameters: Any) -> dict[str, Any]:
+    return {"inputs": inputs, "parameters": {"max_new_tokens": 4} | parameters}
+
+
+def test_one_request_in_every_form(handler: Any, asked: list[Any]) -> None:
+    image, question = asked[0]
+    url = f"data:image/png;base64,{image}"
+    chat = [
+        {
+            "role": "user",
+            "content": [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question.text}],
+        }
+    ]
+    forms = [
+        {"image": image, "text": question.text},
+        {"images": [url], "text": question.text},
+        {"messages": chat},
+        chat,
+    ]
+    answers = [handler(short(form)) for form in forms]
+    for answer in answers:
+        assert answer["generated_text"] == question.answer
+        assert answer["visual_tokens"] == [64]
+        assert 64 < answer["layer_averaged_tokens"] < 120
+        assert answer["seconds"] > 0
+        assert 1 <= answer["generated_tokens"] <= 4
+    json.dumps(answers)
+
+
+def test_text_alone_and_several_images(handler: Any, asked: list[Any]) -> None:
+    answer = handler(short({"text": "Is it raining?"}))
+    assert answer["visual_tokens"] == []
+    both = handler(short({"images": [asked[0][0], asked[1][0]], "text": "Do you see a scooter here?"}))
+    assert both["visual_tokens"] == [64, 64]
+
+
+def test_the_budget_is_the_requests_own(handler: Any, asked: list[Any]) -> None:
+    image, question = asked[0]
+    for budget, kept in ((16, 16), (200, 200), (None, 576), (576, 576)):
+        answer = handler(short({"image": image, "text": question.text}, visual_tokens=budget))
+        assert answer["visual_tokens"] == [kept]
+    assert handler.model.pruning_config.visual_tokens == 64
+    assert handler.model.pruning_config.enabled
+
+
+def test_a_batch_is_answered_as_its_requests_are_alone(handler: Any, asked: list[Any]) -> None:
+    alone = [handler(short({"image": image, "text": question.text})) for image, question in asked]
+    together = handler(short([{"image": image, "text": question.text} for image, question in asked]))
+    assert [one["generated_text"] for one in together] == [one["generated_text"] for one in alone]
+    assert len({one["generated_text"] for one in together}) > 3
+
+
+def test_a_bad_one_does_not_sink_the_others(
+    handler: Any, asked: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    image, question = asked[0]
+    good = {"image": image, "text": question.text}
+    bad = [{"image": "/etc/passwd", "text": "x"}, {"text": ""}, 7, {**good, "parameters": {"visual_tokens": 0}}]
+    answers = handler(short([good, *bad, good]))
+    assert answers[0]["generated_text"] == answers[-1]["generated_text"] == question.answer
+    assert all(set(answer) == {"error"} for answer in answers[1:-1])
+    assert not caplog.records
+    # One that only fails inside the model is found out, too.
+    original = handler.model.generate
+
+    def failing(**inputs: Any) -> Any:
+        if (inputs["attention_mask"].sum(1) > 700).any():
+            raise RuntimeError("out of memory")
+        return original(**inputs)
+
+    monkeypatch.setattr(handler.model, "generate", failing)
+    caplog.clear()
+    answers = handler(short([good, {**good, "text": "And here? " * 60}, good]))
+    assert answers[1] == {"error": "out of memory"}
+    # The one who runs the endpoint is told where it came from; of a bad request there is nothing to tell.
+    assert [record.exc_info[0] for record in caplog.records] == [RuntimeError]
+    assert answers[0]["generated_text"] == answers[2]["generated_text"] == question.answer
+
+
+def test_sampling_is_repeatable(handler: Any, asked: list[Any]) -> None:
+    one = {"image": asked[0][0], "text": asked[0][1].text}
+    request = short(one, do_sample=True, temperature=3.0, seed=5)
+    alone = handler(request)["generated_text"]
+    assert handler(request)["generated_text"] == alone
+    # Neither who else asks, nor what was asked before, has a say, and a seed is not left behind.
+    together = handler(short([one, one, one], do_sample=True, temperature=3.0, seed=5))
+    assert [answer["generated_text"] for answer in together] == [alone] * 3
+    before = torch.get_rng_state()
+    handler(request)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_it_says_why_an_answer_ended(handler: Any, asked: list[Any]) -> None:
+    image, question = asked[0]
+    for length, reason in ((1, "length"), (4, "stop")):
+        answer = handler(short({"image": image, "text": question.text}, max_new_tokens=length))
+        assert answer["finish_reason"] == reason
+
+
+def test_base64_may_have_line_breaks(handler: Any, asked: list[Any]) -> None:
+    image, question = asked[0]
+    broken = base64.encodebytes(base64.b64decode(image)).decode()
+    assert handler(short({"image": broken, "text": question.text}))["generated_text"] == question.answer
+
+
+def test_large_pictures_do_not_wait_at_full_size(handler: Any) -> None:
+    image = encoded(Image.new("L", (4000, 4000)))
+    sizes = []
+    original = handler._generate
+
+    def watched(part: Any, settings: Any) -> Any:
+        sizes.extend(picture.size for _, _, pictures in part for picture in pictures)
+        return original(part, settings)
+
+    handler._generate = watched
+    try:
+        handler(short([{"images": [image] * 2, "text": "x"}] * 4, max_new_tokens=1))
+    finally:
+        del handler._generate
+    assert sizes == [(2048, 2048)] * 8
+
+
+def _tiled_tiff() -> str:
+    """A TIFF of 100 x 100 pixels in one tile of 46,000 x 46,000, a kilobyte in all."""
+    tags = [
+        (256, 4, 100), (257, 4, 100), (258, 3, 8), (259, 3, 8), (262, 3, 1), (277, 3, 1), (322, 4, 46000),
+        (323, 4, 46000), (324, 4, 8), (325, 4, 10),
+    ]  # fmt: skip
+    body = b"II*\0" + struct.pack("<I", 32) + zlib.compress(b"\0" * 100)[:24].ljust(24, b"\0")
+    body += struct.pack("<H", len(tags)) + b"".join(
+        struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags
+    )
+    return base64.b64encode(body + struct.pack("<I", 0)).decode()
+
+
+def _many_scans() -> str:
+    """A progressive JPEG with its last scan again and again: few bytes, much work."""
+    file = io.BytesIO()
+    Image.new("L", (900, 900)).save(file, "JPEG", progressive=True)
+    content = file.getvalue()
+    last = content.rindex(b"\xff\xda")
+    return base64.b64encode(content[:-2] + content[last:-2] * 300 + b"\xff\xd9").decode()
+
+
+BOMB = "bomb"
+HOSTILE: dict[str, tuple[Any, str]] = {
+    "path": ({"image": "/etc/passwd", "text": "x"}, "files are not read"),
+    "relative path": ({"image": "../config.json", "text": "x"}, "files are not read"),
+    "file address": ({"image": "file:///etc/passwd", "text": "x"}, "not supported"),
+    "ftp": ({"image": "ftp://example.com/x.png", "text": "x"}, "not supported"),
+    "loopback": ({"image": "http://127.0.0.1:1/x.png", "text": "x"}, "not a public address"),
+    "localhost": ({"image": "http://localhost/x.png", "text": "x"}, "not a public address"),
+    "private": ({"image": "http://10.0.0.1/x.png", "text": "x"}, "not a public address"),
+    "link-local": ({"image": "http://169.254.169.254/latest/meta-data/", "text": "x"}, "not a public address"),
+    "IPv6 loopback": ({"image": "http://[::1]/x.png", "text": "x"}, "not a public address"),
+    "IPv4 inside IPv6": ({"image": "https://[::ffff:192.168.0.1]/x.png", "text": "x"}, "not a public address"),
+    "IPv4 behind NAT64": ({"image": "http://[64:ff9b::7f00:1]/x.png", "text": "x"}, "not a public address"),
+    "a number for an address": ({"image": "http://2130706433/x.png", "text": "x"}, "not a public address"),
+    "no base64": ({"image": "???", "text": "x"}, "files are not read"),
+    "no picture": ({"image": base64.b64encode(b"hello there").decode(), "text": "x"}, "not an image"),
+    "too many pixels": (BOMB, "pixels"),
+    "too many bytes": ({"image": "A" * 27_000_000, "text": "x"}, "larger than 20,000,000 bytes"),
+    "a tile larger than its picture": ({"image": _tiled_tiff(), "text": "x"}, "not an image in a known format"),
+    "an icon": ({"image": encoded(Image.new("RGB", (16, 16)), "ICO"), "text": "x"}, "not an image in a known format"),
+    "many scans": ({"image": _many_scans(), "text": "x"}, "more than 100 scans"),
+    "a ribbon": ({"image": encoded(Image.new("RGB", (4000, 20))), "text": "x"}, "20 times as long as wide"),
+    "many images": ({"images": ["AAAA"] * 40, "text": "x"}, "more than 32 images"),
+    "half a character": ({"text": "a\ud800b"}, "surrogates not allowed"),
+    "a port that is none": ({"image": "http://8.8.8.8:99999999999999999999999/x", "text": "x"}, "cannot be reached"),
+    "a cloud's metadata": ({"image": "http://168.63.129.16/x.png", "text": "x"}, "not a public address"),
+    "another cloud's": ({"image": "http://192.0.0.192/x.png", "text": "x"}, "not a public address"),
+    "site-local": ({"image": "http://[fec0::1]/x.png", "text": "x"}, "not a public address"),
+    "IPv4 under an old IPv6": ({"image": "http://[::127.0.0.1]/x.png", "text": "x"}, "not a public address"),
+    "local NAT64": ({"image": "http://[64:ff9b:1::7f00:1]/x.png", "text": "x"}, "not a public address"),
+    "more than the context": ({"text": "word " * 3000}, "the model takes 2048 in all"),
+    "no text": ({"image": "AAAA"}, "text is missing"),
+    "a number": (7, "an entry of inputs is"),
+    "an image in the text": ({"text": "<image> what is this?"}, "must not be in a text"),
+    "too much text": ({"text": "x" * 30_000}, "at most 20,000"),
+    "an unknown field": ({"text": "x", "path": "y"}, "unknown field(s) path; allowed: image"),
+    "an unknown role": ([{"role": "root", "content": "x"}], "none of those allowed: system, user, assistant"),
+    "an unknown part": ([{"role": "user", "content": [{"type": "video"}]}], "a part is"),
+    "the answer is there": ([{"role": "assistant", "content": "x"}], "the last message is not the user's"),
+}
+
+
+def _hostile(name: str) -> Any:
+    request, _ = HOSTILE[name]
+    if request != BOMB:
+        return request
+    return {"image": encoded(Image.new("1", (30_000, 30_000))), "text": "x"}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_requests_are_refused(handler: Any, name: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(HOSTILE[name][1])):
+        handler(short(_hostile(name)))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [
+        ({"visual_tokens": 0}, "visual_tokens=0; allowed: 1 to 576, or null"),
+        ({"visual_tokens": 600}, "allowed: 1 to 576"),
+        ({"visual_tokens": True}, "allowed: 1 to 576"),
+        ({"max_new_tokens": 10**6}, "allowed: 1 to 2048"),
+        ({"num_beams": 16, "max_new_tokens": 2048}, "max_new_tokens times num_beams is above 4096"),
+        ({"temperature": 0.5}, "temperature needs do_sample=true"),
+        ({"do_sample": 1}, "allowed: true, false"),
+        ({"output_attentions": True}, "unknown parameter 'output_attentions'; allowed: max_new_tokens"),
+    ],
+)
+def test_parameters_out_of_range(handler: Any, parameters: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        handler({"inputs": {"text": "x"}, "parameters": parameters})
+
+
+def test_requests_that_are_none(handler: Any) -> None:
+    for data in ({}, [], {"inputs": []}, {"inputs": [{"text": "x"}] * 40}, {"inputs": {"text": "x"}, "parameters": 3}):
+        with pytest.raises(ValueError, match=r"request|entries|parameters"):
+            handler(data)
+
+
+class _Redirecting(BaseHTTPRequestHandler):
+    places: dict[str, tuple[int, str, bytes]] = {}  # noqa: RUF012
+
+    def do_GET(self) -> None:
+        status, location, body = self.places[self.path]
+        while not status:
+            # A header that never ends, one letter at a time; the client hangs up.
+            try:
+                self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Wait: " if not body else b"x")
+                body += b"x"
+                time.sleep(0.1)
+            except OSError:
+                self.close_connection = True
+                return
+        self.send_response(status)
+        if location:
+            self.send_header("Location", location)
+        self.end_headers()
+        # More than what is read may be sent: the client hangs up.
+        try:
+            self.wfile.write(body)
+        except OSError:
+            self.close_connection = True
+
+    def log_message(self, *_: Any) -> None:
+        """Quiet."""
+
+
+@pytest.fixture
+def public(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A server that counts as public, unlike everything else on this machine."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Redirecting)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    images = sys.modules["handler_images"]
+    original = images._is_public
+    monkeypatch.setattr(images, "_is_public", lambda address: address == "127.0.0.1" or original(address))
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_addresses_are_followed_to_where_they_lead(
+    module: ModuleType, handler: Any, asked: list[Any], public: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_SECONDS", 2)
+    image, question = asked[0]
+    port = public.rpartition(":")[2]
+    _Redirecting.places = {
+        "/picture": (200, "", base64.b64decode(image)),
+        "/moved": (302, f"{public}/picture", b""),
+        "/inside": (302, f"http://127.0.0.2:{port}/picture", b""),
+        "/file": (302, "file:///etc/passwd", b""),
+        "/circle": (302, f"{public}/circle", b""),
+        "/endless": (200, "", b"x" * 30_000_000),
+        "/nothing": (404, "", b""),
+        "/drip": (0, "", b""),
+    }
+    for path in ("/picture", "/moved"):
+        assert handler(short({"image": public + path, "text": question.text}))["generated_text"] == question.answer
+    for path, said in (
+        ("/inside", "127.0.0.2 is not a public address"),
+        ("/file", "302"),
+        ("/circle", "302"),
+        ("/endless", "larger than 20,000,000 bytes"),
+        ("/nothing", "404"),
+        ("/drip", "longer than"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            handler(short({"image": public + path, "text": "x"}))
+
+
+def test_under_load_nothing_is_mixed_up_or_kept(handler: Any, asked: list[Any]) -> None:
+    """200 requests, 16 at a time: every good one gets its own answer, every hostile one is refused, memory is flat."""
+    hostile = {name: _hostile(name) for name in HOSTILE if name != "too many bytes"}
+    draws = random.Random(0)
+    jobs = [draws.choice(sorted(hostile)) if draws.random() < 0.4 else draws.randrange(len(asked)) for _ in range(200)]
+    budgets = [64 + number % 2 for number in range(len(asked))]
+    wanted = [
+        handler(short({"image": image, "text": question.text}, visual_tokens=budget))["generated_text"]
+        for (image, question), budget in zip(asked, budgets, strict=True)
+    ]
+    assert sum(answer == question.answer for answer, (_, question) in zip(wanted, asked, strict=True)) >= 9
+
+    def work(job: Any) -> Any:
+        if isinstance(job, int):
+            image, question = asked[job]
+            return handler(short({"image": image, "text": question.text}, visual_tokens=budgets[job]))
+        try:
+            return handler(short(hostile[job]))
+        except ValueError as error:
+            return str(error)
+
+    process = psutil.Process()
+    sizes = []
+    with ThreadPoolExecutor(16) as pool:
+        for start in range(0, len(jobs), 50):
+            for job, told in zip(jobs[start : start + 50], pool.map(work, jobs[start : start + 50]), strict=True):
+                if isinstance(job, int):
+                    assert (told["generated_text"], told["visual_tokens"]) == (wanted[job], [budgets[job]])
+                else:
+                    assert HOSTILE[job][1] in told, job
+            gc.collect()
+            sizes.append(process.memory_info().rss)
+    # The first fifty fill pools and caches.
+    assert max(sizes[1:]) - sizes[0] < 150e6, sizes
+    assert handler.model.pruning_config.visual_tokens == 64
+
+
+def test_nothing_that_ships_unpickles(module: ModuleType) -> None:
+    files = [file for file in Path(module.folder).rglob("*") if file.is_file()]
+    code = {file.name: file.read_text() for file in files if file.suffix == ".py"}
+    assert {"handler.py", "handler_images.py", "modeling_ivtp.py", "configuration_ivtp.py"} <= set(code)
+    for name, text in code.items():
+        assert "torch.load(" not in text, name
+        assert "pickle" not in text, name
+    assert not [file for file in files if file.suffix in (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".h5")]
+    for file in (Path(__file__).parents[2] / "modeling_ivtp").rglob("*.py"):
+        assert "torch.load(" not in file.read_text(), file
+        assert "import pickle" not in file.read_text(), file

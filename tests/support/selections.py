@@ -1,0 +1,335 @@
+"""What each system of `modeling_ivtp.methods` is to keep, from its paper's equations, as plain NumPy loops.
+
+Every function gets what the engine hands the system at one moment, and says which tokens of one image stay, ascending,
+and what they become: weights of all tokens that were there, or None where they stay as they are. Of equal scores the
+earlier token counts as the higher.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+Result = tuple[np.ndarray, np.ndarray | None]
+
+
+def array(tensor: Any) -> np.ndarray:
+    return tensor.detach().cpu().double().numpy() if tensor.is_floating_point() else tensor.cpu().numpy()
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    powers = np.exp(x - x.max())
+    return powers / powers.sum()
+
+
+def top(scores: np.ndarray, keep: int) -> np.ndarray:
+    return np.sort(np.argsort(-scores, kind="stable")[:keep])
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+
+
+def eye(kept: np.ndarray, tokens: int) -> np.ndarray:
+    return np.eye(tokens)[kept]
+
+
+def cls_row(record: Any, image: int) -> np.ndarray:
+    """Mean over heads of softmax(q_cls K^T / sqrt(d)), without the entry of CLS."""
+    query, key = array(record.query)[image, :, 0, 0], array(record.key)[image]
+    return np.mean([softmax(key[h] @ query[h] * record.scale) for h in range(len(key))], axis=0)[1:]
+
+
+def topk(method: Any, moment: Any, image: int) -> Result:
+    return top(cls_row(moment.records[-1], image), moment.group.keep), None
+
+
+def evit(method: Any, moment: Any, image: int) -> Result:
+    """Sec. 3.2: x_fused = sum over the inattentive tokens of a_i x_i."""
+    attention = cls_row(moment.records[-1], image)
+    order = np.argsort(-attention, kind="stable")
+    attentive, inattentive = order[: moment.group.keep - 1], order[moment.group.keep - 1 :]
+    kept = np.sort(order[: moment.group.keep])
+    rows = []
+    for token in kept:
+        row = np.zeros(len(attention))
+        if token in attentive:
+            row[token] = 1
+        else:
+            row[inattentive] = attention[inattentive]
+        rows.append(row)
+    return kept, np.stack(rows)
+
+
+def tome(method: Any, moment: Any, image: int) -> Result:
+    keys = array(moment.records[-1].key)[image].mean(0)[1:]
+    sizes = np.ones(len(keys)) if moment.sizes is None else array(moment.sizes)[image]
+    # CLS is token 0 of the tower's alternation, so that patch 0 is the first of set B.
+    return matching(keys, moment.group.keep, sizes, a=list(range(1, len(keys), 2)), b=list(range(0, len(keys), 2)))
+
+
+def matching(metric: np.ndarray, keep: int, sizes: np.ndarray, a: list[int], b: list[int]) -> Result:
+    """Bipartite soft matching: each of A draws one edge to its likest of B; the r likest edges are merged."""
+    metric = unit(metric)
+    edges = []
+    for one in a:
+        likeness = [float(metric[one] @ metric[other]) for other in b]
+        edges.append((max(likeness), one, b[int(np.argmax(likeness))]))
+    edges.sort(key=lambda edge: -edge[0])
+    groups = {token: [token] for token in range(len(metric))}
+    for _, one, other in edges[: len(metric) - keep]:
+        groups[other].append(one)
+        del groups[one]
+    kept = np.array(sorted(groups))
+    mixture = np.zeros((keep, len(metric)))
+    for row, token in enumerate(kept):
+        for member in groups[token]:
+            mixture[row, member] = sizes[member] / sum(sizes[m] for m in groups[token])
+    return kept, mixture
+
+
+def spatial_pooling(method: Any, moment: Any, image: int) -> Result:
+    """Adaptive average pooling: cell (i, j) of n x n covers floor(i R / n) to ceil((i + 1) R / n)."""
+    rows, columns = moment.grid
+    tall = max(t for t in range(1, int(moment.keep**0.5) + 1) if moment.keep % t == 0)
+    wide = moment.keep // tall
+    found = []
+    for i in range(tall):
+        for j in range(wide):
+            ys = range(int(np.floor(i * rows / tall)), int(np.ceil((i + 1) * rows / tall)))
+            xs = range(int(np.floor(j * columns / wide)), int(np.ceil((j + 1) * columns / wide)))
+            row = np.zeros(rows * columns)
+            for y in ys:
+                for x in xs:
+                    row[y * columns + x] = 1 / (len(ys) * len(xs))
+            found.append((((ys[0] + ys[-1]) // 2) * columns + (xs[0] + xs[-1]) // 2, row))
+    found.sort(key=lambda cell: cell[0])
+    return np.array([place for place, _ in found]), np.stack([row for _, row in found])
+
+
+def prumerge(method: Any, moment: Any, image: int) -> Result:
+    record = moment.records[-1]
+    attention = cls_row(record, image)
+    keys = unit(array(record.key)[image, :, 1:].transpose(1, 0, 2).reshape(len(attention), -1))
+    q1, q3 = np.quantile(attention, 0.25), np.quantile(attention, 0.75)
+    outliers = int((attention > q3 + 1.5 * (q3 - q1)).sum())
+    number = min(moment.keep, max(1, outliers))
+    stays = set(top(attention, number).tolist())
+    rest = [patch for patch in range(len(attention)) if patch not in stays]
+    total = min(moment.keep, 4 * number) if method.adaptive else moment.keep
+    for step in range(total - number):
+        stays.add(rest[(2 * step + 1) * len(rest) // (2 * (total - number))])
+    kept = np.array(sorted(stays))
+    mixture = eye(kept, len(attention))
+    for row, patch in enumerate(kept):
+        likeness = keys @ keys[patch]
+        others = [other for other in np.argsort(-likeness, kind="stable") if other != patch]
+        for other in others[: method.neighbours]:
+            mixture[row, other] += attention[other]
+    return kept, mixture
+
+
+def visionzip(method: Any, moment: Any, image: int) -> Result:
+    record = moment.records[-2]
+    attention, keys = cls_row(record, image), unit(array(record.key)[image].mean(0)[1:])
+    contextual = round(moment.keep * 10 / 64) if method.contextual is None else method.contextual
+    dominant = top(attention, moment.keep - contextual)
+    rest = [patch for patch in range(len(attention)) if patch not in dominant]
+    targets = [rest[i * (len(rest) // contextual)] for i in range(contextual)]
+    joined: dict[int, list[int]] = {target: [] for target in targets}
+    for patch in rest:
+        if patch not in targets:
+            joined[targets[int(np.argmax([keys[patch] @ keys[target] for target in targets]))]].append(patch)
+    kept = np.sort(np.concatenate([dominant, targets]))
+    mixture = eye(kept, len(attention))
+    for target, members in joined.items():
+        for member in members:
+            mixture[list(kept).index(target), member] = 1 / len(members)
+    return kept, mixture
+
+
+def divprune(method: Any, moment: Any, image: int) -> Result:
+    features = unit(array(moment.projected)[image])
+    distance = 1 - features @ features.T
+    tokens = len(features)
+    nearest = [min(distance[i, j] for j in range(tokens) if j != i) for i in range(tokens)]
+    picked = [int(np.argmax(nearest))]
+    while len(picked) < moment.keep:
+        gaps = [-np.inf if i in picked else min(distance[i, j] for j in picked) for i in range(tokens)]
+        picked.append(int(np.argmax(gaps)))
+    return np.sort(picked), None
+
+
+def cdpruner(method: Any, moment: Any, row: int, image: int) -> Result:
+    """The greedy maximum of det(L_S), each step by the determinants themselves."""
+    patches, text = unit(array(moment.patch_embeds)[row, image]), unit(array(moment.text_embeds)[row])
+    windows = [w for w in range(len(text)) if moment.windows[row, w]]
+    relevance = np.array([np.mean([patch @ text[w] for w in windows]) for patch in patches])
+    relevance = -relevance if method.negated else relevance
+    relevance = (relevance - relevance.min() + 1e-6) / (relevance.max() - relevance.min() + 1e-6)
+    features = unit(array(moment.features)[row, image])
+    kernel = relevance[:, None] * (features @ features.T) * relevance[None]
+    picked: list[int] = []
+    while len(picked) < moment.keep:
+        gain = []
+        for token in range(len(kernel)):
+            chosen = [*picked, token]
+            sign, value = np.linalg.slogdet(kernel[np.ix_(chosen, chosen)])
+            gain.append(value if token not in picked and sign > 0 else -np.inf)
+        picked.append(int(np.argmax(gain)))
+    return np.sort(picked), None
+
+
+class Reader:
+    """One layer's attention over the prompt of one row, head by head, causal and without padding."""
+
+    def __init__(self, watch: Any, sequence: Any, row: int) -> None:
+        self.query, self.key = array(watch.query)[row], array(watch.key)[row]
+        self.key = np.repeat(self.key, len(self.query) // len(self.key), axis=0)
+        self.past, self.scale = watch.past, watch.scale
+        self.there = np.ones(self.key.shape[1], dtype=bool)
+        if sequence.valid is not None:
+            self.there[self.past :] = array(sequence.valid)[row]
+
+    def attention(self, column: int) -> np.ndarray:
+        """Mean over heads of what a column pays the sequence's columns."""
+        sees = self.there & (np.arange(self.key.shape[1]) <= self.past + column)
+        rows = []
+        for query, key in zip(self.query, self.key, strict=True):
+            logits = np.where(sees, key @ query[column] * self.scale, -np.inf)
+            rows.append(softmax(logits))
+        return np.mean(rows, axis=0)[self.past :]
+
+
+def visual_columns(sequence: Any, row: int, image: int) -> np.ndarray:
+    columns = array(sequence.columns)[row, image]
+    return columns[columns < sequence.size]
+
+
+def text_behind(sequence: Any, row: int, image: int) -> list[int]:
+    visual = set(array(sequence.columns)[row].flatten().tolist())
+    valid = None if sequence.valid is None else array(sequence.valid)[row]
+    last = visual_columns(sequence, row, image).max()
+    text = [c for c in range(last + 1, sequence.size) if c not in visual and (valid is None or valid[c])]
+    return text or [sequence.size - 1]
+
+
+def fastv(method: Any, moment: Any, row: int, image: int) -> Result:
+    reader = Reader(moment.decoder_records[-1], moment.sequence, row)
+    received = reader.attention(moment.sequence.size - 1)[visual_columns(moment.sequence, row, image)]
+    return top(received, moment.group.keep), None
+
+
+def text_attention(method: Any, moment: Any, row: int, image: int) -> Result:
+    weights = method.weights or [1.0] * len(moment.decoder_records)
+    text = text_behind(moment.sequence, row, image)
+    total = 0
+    for weight, watch in zip(weights, moment.decoder_records, strict=True):
+        reader = Reader(watch, moment.sequence, row)
+        total = total + weight / sum(weights) * np.mean([reader.attention(column) for column in text], axis=0)
+    return top(total[visual_columns(moment.sequence, row, image)], moment.group.keep), None
+
+
+def raters(sequence: Any, embeds: np.ndarray, row: int, image: int) -> list[int]:
+    """Text tokens whose mean softmaxed product with the visual tokens is at least the mean."""
+    text, visual = text_behind(sequence, row, image), visual_columns(sequence, row, image)
+    share = np.mean([softmax(embeds[text] @ embeds[column]) for column in visual], axis=0)
+    return [column for column, one in zip(text, share, strict=True) if one >= share.mean()]
+
+
+def sparsevlm(method: Any, moment: Any, row: int, image: int) -> Result:
+    sequence, columns = moment.sequence, visual_columns(moment.sequence, row, image)
+    slots = array(sequence.slots)[row]
+    rating = [c for c in range(sequence.size) if slots[c] < sequence.length and moment.state[row, image, slots[c]]]
+    reader = Reader(moment.decoder_records[-1], sequence, row)
+    rated = np.stack([reader.attention(column)[columns] for column in rating])
+    scores, tokens, keep = rated.mean(0), len(columns), min(moment.group.keep, len(columns))
+    rank = np.linalg.matrix_rank(rated)
+    if method.adaptive and rank < len(rating) < tokens:
+        keep = max(1, tokens - round((tokens - keep) / (tokens - len(rating)) * (tokens - rank)))
+    order = np.argsort(-scores, kind="stable")
+    clusters = 0
+    for number in range(1, keep if method.recycle else 0):
+        recycled = int(0.3 * (tokens - keep + number))
+        if recycled >= number and int(0.1 * recycled) + 1 <= number:
+            clusters = number
+            break
+        if recycled < number:
+            break
+    if not clusters:
+        return np.sort(order[:keep]), None
+    stays = order[: keep - clusters]
+    pool = np.sort(order[keep - clusters :][: int(0.3 * (tokens - keep + clusters))])
+    points = array(moment.hidden)[row][columns[pool]]
+    distance = np.array([[np.linalg.norm(p - q) for q in points] for p in points]) / points.shape[1] ** 0.5
+    density = np.array([np.exp(-np.mean(np.sort(line)[:clusters] ** 2)) for line in distance])
+    apart = []
+    for i in range(len(pool)):
+        denser = [j for j in range(len(pool)) if density[j] > density[i] or (density[j] == density[i] and j < i)]
+        apart.append(min((distance[i, j] for j in denser), default=distance.max()))
+    centres = np.argsort(-(np.array(apart) * density), kind="stable")[:clusters]
+    members: dict[int, list[int]] = {centre: [] for centre in centres}
+    for i in range(len(pool)):
+        near = i if i in members else centres[int(np.argmin([distance[i, centre] for centre in centres]))]
+        members[near].append(i)
+    rows = {int(token): np.eye(tokens)[token] for token in stays}
+    for centre, of in members.items():
+        rows[int(pool[centre])] = np.isin(np.arange(tokens), pool[of]) / len(of)
+    kept = np.array(sorted(rows))
+    return kept, np.stack([rows[token] for token in kept])
+
+
+def tome_plus(method: Any, moment: Any, row: int, image: int) -> Result:
+    watch = moment.decoder_records[-1]
+    keys = array(watch.key)[row].mean(0)[watch.past :][visual_columns(moment.sequence, row, image)]
+    sizes = np.ones(len(keys)) if moment.sizes is None else array(moment.sizes)[row, image]
+    return matching(keys, moment.group.keep, sizes, a=list(range(0, len(keys), 2)), b=list(range(1, len(keys), 2)))
+
+
+def lvpruning(method: Any, moment: Any, row: int, image: int) -> Result:
+    hidden = array(moment.hidden)[row]
+    mean = hidden[text_behind(moment.sequence, row, image)].mean(0)
+    visual = hidden[visual_columns(moment.sequence, row, image)]
+    return top(unit(visual) @ unit(mean), moment.group.keep), None
+
+
+def atp(method: Any, moment: Any, row: int, image: int) -> Result:
+    """Eq. 3 and 4, and a uniform sample of the grid that always stays."""
+    watch, columns = moment.decoder_records[-1], visual_columns(moment.sequence, row, image)
+    reader = Reader(watch, moment.sequence, row)
+    logits = np.zeros(len(columns))
+    for query, key in zip(reader.query, reader.key, strict=True):
+        products = query[columns] @ key[reader.past + columns].T * watch.scale
+        logits += products.mean(0) / len(reader.query)
+    cross = np.mean([reader.attention(column)[columns] for column in text_behind(moment.sequence, row, image)], axis=0)
+    score = (logits + cross) / 2
+    number = round(method.spatial * moment.group.keep)
+    sample = [(2 * step + 1) * len(columns) // (2 * number) for step in range(number)]
+    order = [token for token in np.argsort(-score, kind="stable") if token not in sample]
+    return np.sort([*sample, *order[: moment.group.keep - number]]), None
+
+
+BY_IMAGE: dict[tuple[str, str], Callable[..., Result]] = {
+    ("topk", "in_tower"): topk,
+    ("topk+", "in_tower"): topk,
+    ("evit", "in_tower"): evit,
+    ("tome", "in_tower"): tome,
+    ("tome+", "in_tower"): tome,
+    ("spatial_pooling", "in_features"): spatial_pooling,
+    ("prumerge+", "in_features"): prumerge,
+    ("visionzip", "in_features"): visionzip,
+    ("divprune", "in_features"): divprune,
+}
+"""Systems whose moments are of images."""
+
+BY_ROW: dict[tuple[str, str], Callable[..., Result]] = {
+    ("cdpruner", "in_prompt"): cdpruner,
+    ("tome+", "in_decoder"): tome_plus,
+    ("text_attention", "in_decoder"): text_attention,
+    ("fastv", "in_decoder"): fastv,
+    ("pyramiddrop", "in_decoder"): fastv,
+    ("sparsevlm", "in_decoder"): sparsevlm,
+    ("lvpruning-topk", "in_decoder"): lvpruning,
+    ("atp-spatial", "in_decoder"): atp,
+}
+"""Systems whose moments are of the rows of a batch."""
