@@ -26,8 +26,9 @@ def _bench(*options: str) -> list[str]:
     return ["modeling_ivtp.cli", "bench", *_SHAPE, *options]
 
 
+_GPU_TESTS = "tests/model/test_gpu.py"
 STEPS: dict[str, list[str]] = {
-    "tests": ["pytest", "-m", "gpu", "-q", "tests/model/test_gpu.py", "-k", f"not {_COMPILED_TEST}", "--durations", "5"],
+    "tests": ["pytest", "-m", "gpu", "-q", _GPU_TESTS, "-k", f"not {_COMPILED_TEST}", "--durations", "5"],
     "prefill": _bench(
         *_repeated("--arm", "ivtp@64", "ivtp@256", "ivtp@448"), *_repeated("--batch", 1, 2, 4, 8, 16, 32),
         "--new-tokens", "2",
@@ -44,7 +45,7 @@ STEPS: dict[str, list[str]] = {
         "--label", "growth", "--arm", "ivtp@64", "--new-tokens", "2", "--repeats", "3",
         *_repeated("--batch", 1, 32), *_repeated("--text-tokens", 64, 512, 2048),
     ),
-    "compiled-test": ["pytest", "-m", "gpu", "-q", "tests/model/test_gpu.py", "-k", _COMPILED_TEST],
+    "compiled-test": ["pytest", "-m", "gpu", "-q", _GPU_TESTS, "-k", _COMPILED_TEST],
     "compiled": _bench("--arm", "ivtp@64", "--compile", "--new-tokens", "64", "--repeats", "6"),
 }  # fmt: skip
 

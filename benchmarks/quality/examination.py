@@ -104,9 +104,9 @@ class Examination:
         choice = (
             (row.system, row.visual_tokens, *row.options.items())
             if plan.tower and row.system
-            else pruner.compares_patches
+            else pruner.needs.patch_embeds
         )
-        key = (plan.tower, choice, pruner.embeds_image, getattr(pruner.options, "aggregation", None))
+        key = (plan.tower, choice, pruner.needs.image_embeds, getattr(pruner.needs.options, "aggregation", None))
         return self._once(key, lambda: inner.get_image_features(self.pixels))
 
     def _once(self, key: Any, make: Any) -> tuple[Any, Taken]:
@@ -158,7 +158,9 @@ def row_cost(row: Row, config: Any, asked: Asked) -> dict[str, Any]:
     cost = tower_flops(config, tower, depth)
     cost = cost + decoder_flops(config, texts, visual) + head_flops(config, texts + visual[-1])
     guided = (
-        plan is not None and not row.chooser and (pruner.compares_patches or (pruner.embeds_image and plan.decoder))
+        plan is not None
+        and not row.chooser
+        and (pruner.needs.patch_embeds or (pruner.needs.image_embeds and plan.decoder))
     )
     if guided and config.clip_text_config is not None:
         cost = cost + np.array([text_tower_flops(config, windows) for windows in asked.windows])

@@ -18,7 +18,7 @@ from benchmarks.quality.world import Question, Scene, oracle_order
 from benchmarks.quality.world.draws import Draws
 from modeling_ivtp.methods import METHODS, make
 from modeling_ivtp.model.modeling_ivtp import IVTPImageFeatures
-from modeling_ivtp.model.pruner import IVTPPruner, Pruner
+from modeling_ivtp.model.pruner import IVTPPruner, Needs, Pruner
 from modeling_ivtp.model.rollout import aggregate
 from modeling_ivtp.model.schedule import PruningPlan
 from modeling_ivtp.model.vision_ivtp import PrunedVisionOutput
@@ -235,8 +235,8 @@ def encode_whole(model: Any, pixel_values: torch.Tensor) -> WholeImages:
 
 @torch.no_grad()
 def see_whole(model: Any, pixel_values: torch.Tensor) -> PrunedVisionOutput:
-    """What the tower makes of whole images, with the records of every layer that a system on the features decoder_records."""
-    watched = {layer for system in METHODS.values() for layer in system.recorded_layers}
+    """Run the tower on whole images and keep the records of every layer that some method on the features needs."""
+    watched = {layer for system in METHODS.values() for layer in system.requires.recorded_layers}
     return _see(model, pixel_values, tuple(sorted(watched)))
 
 
@@ -249,7 +249,7 @@ def _see(model: Any, pixel_values: torch.Tensor, layers: tuple[int, ...]) -> Pru
     chosen = model.config.vision_feature_layer
     return model.model.vision_tower(
         pixel_values,
-        pruner=_Watching(layers),
+        pruner=_RecordingPruner(layers),
         plan=PruningPlan(model.config.num_patches),
         feature_layers=[chosen] if isinstance(chosen, int) else chosen,
         to_the_top=False,
@@ -257,10 +257,15 @@ def _see(model: Any, pixel_values: torch.Tensor, layers: tuple[int, ...]) -> Pru
 
 
 @dataclass(frozen=True)
-class _Watching(Pruner):
-    """Drops nothing and notes what layers of the tower attend to."""
+class _RecordingPruner(Pruner):
+    """Drops nothing and records what layers of the tower attend to."""
 
-    recorded_layers: tuple[int, ...]
+    layers: tuple[int, ...]
+
+    @property
+    def needs(self) -> Needs:
+        """Records of the layers."""
+        return Needs(recorded_layers=self.layers)
 
 
 def patch_order(

@@ -21,7 +21,7 @@ from transformers import DynamicCache
 from ..methods import METHODS, Method, make
 from ..model.configuration_ivtp import IVTPLlavaConfig
 from ..model.modeling_ivtp import IVTPLlavaForConditionalGeneration
-from ..model.pruner import Choice, DecoderStep, FeatureStep, IVTPPruner, PromptStep, Pruner, TowerStep, Wrapped
+from ..model.pruner import Choice, DecoderStep, FeatureStep, IVTPPruner, PromptStep, Pruner, PrunerWrapper, TowerStep
 from ..model.rollout import AttentionRecord, DecoderAttentionRecord
 from ..model.schedule import PruningPlan
 from ..model.visual_sequence import VisualSequence, count_rows, locate_images
@@ -246,7 +246,7 @@ def _spans(length: int, patches: int, clip_tokens: int) -> torch.Tensor:
     return spans.to("meta")
 
 
-class _Dry(Wrapped):
+class _Dry(PrunerWrapper):
     """A pruner that asks another one about random tensors, counts what that costs, and keeps the first tokens.
 
     Parameters

@@ -53,9 +53,9 @@ def layer_flops(
 def tower_depth(config: Any, plan: PruningPlan, pruner: Pruner | None) -> int:
     """How many layers of the tower run: those that make the features, drop something, or are looked at."""
     layers = config.vision_config.num_hidden_layers
-    if pruner is None or (pruner.embeds_image and config.clip_text_config is not None):
+    if pruner is None or (pruner.needs.image_embeds and config.clip_text_config is not None):
         return layers
-    watched = [layer % layers + 1 for layer in pruner.recorded_layers]
+    watched = [layer % layers + 1 for layer in pruner.needs.recorded_layers]
     return max([config.feature_depth, *(group.last + 1 for group in plan.tower), *watched])
 
 
@@ -125,7 +125,7 @@ def kv_cache_bytes(config: Any, tokens: Sequence[float], value_bytes: int) -> li
 
 def _rollout_flops(plan: PruningPlan, config: Any, pruner: Pruner, text_before: int) -> int:
     """Queries with keys, and rows with maps, down every group of IVTP (Eq. 3) in both towers."""
-    options, total = pruner.options, 0
+    options, total = pruner.needs.options, 0
     stages = [
         (plan.tower, plan.patches, config.vision_config, 0),
         (plan.decoder, plan.tower_tokens, config.text_config, text_before + 1),
@@ -176,11 +176,13 @@ def closed_formula(
     layers = config.text_config.num_hidden_layers
     visual = laid.decoder_layer_tokens(layers)
     clip = config.clip_text_config
-    asks_clip = pruned and clip is not None and pruner is not None and (pruner.embeds_image or pruner.compares_patches)
+    asks_clip = (
+        pruned and clip is not None and pruner is not None and (pruner.needs.image_embeds or pruner.needs.patch_embeds)
+    )
     parts = dict.fromkeys(PARTS, 0)
     parts["tower"] = patch_embedding_flops(config) + tower_flops(config, laid, depth)
     projected = laid.encoded_tokens
-    if pruner is not None and pruner.projects_all:
+    if pruner is not None and pruner.needs.all_projected:
         projected = laid.tower[-1].keep if laid.tower else laid.patches
     parts["projector"] = projector_flops(config, projected + (1 if pruned else 0))
     if asks_clip:
@@ -189,7 +191,7 @@ def closed_formula(
         )
         parts["tower"] += 2 * config.vision_config.hidden_size * clip.projection_dim
     parts["decoder"] = round(decoder_flops(config, text_tokens, visual))
-    if pruned and pruner is not None and pruner.observes:
+    if pruned and pruner is not None and pruner.needs.pseudo_cls:
         parts["scoring"] = _rollout_flops(laid, config, pruner, text_before)
         # The pseudo CLS is one more token in the layers of the groups.
         text = config.text_config

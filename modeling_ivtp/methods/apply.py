@@ -13,7 +13,7 @@ from transformers import LlavaForConditionalGeneration
 from ..model.configuration_ivtp import IVTPLlavaConfig, IVTPPruningConfig
 from ..model.language_ivtp import DECODERS
 from ..model.modeling_ivtp import IVTPLlavaForConditionalGeneration, IVTPLlavaModel
-from ..model.pruner import STAGES, Choice, DecoderStep, FeatureStep, PromptStep, Pruner, TowerStep
+from ..model.pruner import STAGES, Choice, DecoderStep, FeatureStep, Needs, PromptStep, Pruner, TowerStep
 from ..model.schedule import PruningPlan
 from ..model.vision_ivtp import CLIPEncoderLayer, GroupedCLIPAttention, GroupedCLIPVisionModel
 from ..model.visual_sequence import VisualSequence
@@ -59,11 +59,11 @@ class Applied(Pruner):
             plan = pruner.plan(config, tokens)
             if plan is None:
                 continue
-            if pruner.recorded_layers and whole.tower:
+            if pruner.needs.recorded_layers and whole.tower:
                 raise ValueError(
                     f"{name} reads the attention of the whole picture, and patches are dropped in the tower already."
                 )
-            if (pruner.observes or plan.prompt is not None) and not exact:
+            if (pruner.needs.pseudo_cls or plan.prompt is not None) and not exact:
                 raise ValueError(
                     f"{name} follows a system that keeps another number of every picture (adaptive=True); allowed: "
                     "adaptive=False."
@@ -79,50 +79,21 @@ class Applied(Pruner):
             tokens, exact = whole.final_tokens, whole.exact
         return whole if whole.final_tokens < patches else None
 
-    def _any(self, attribute: str) -> bool:
-        return any(getattr(pruner, attribute) for pruner, _, _ in self.parts)
-
     @property
-    def observes(self) -> bool:  # type: ignore[override]
-        """Of the system in the decoder."""
-        decoder = self.at("decoder")
-        return decoder is not None and decoder.observes
-
-    @property
-    def options(self) -> Any:
-        """Of the system in the decoder."""
-        decoder = self.at("decoder")
-        return None if decoder is None else decoder.options
-
-    @property
-    def proportional(self) -> bool:  # type: ignore[override]
-        """Of the system in the tower."""
-        return self._any("proportional")
-
-    @property
-    def compares_patches(self) -> bool:  # type: ignore[override]
-        """Of the system before the decoder."""
-        return self._any("compares_patches")
-
-    @property
-    def embeds_image(self) -> bool:  # type: ignore[override]
-        """Of the system in the decoder."""
-        return self._any("embeds_image")
-
-    @property
-    def compact(self) -> bool:  # type: ignore[override]
-        """Whether any renumbers positions."""
-        return self._any("compact")
-
-    @property
-    def projects_all(self) -> bool:  # type: ignore[override]
-        """Of the system on the features."""
-        return self._any("projects_all")
-
-    @property
-    def recorded_layers(self) -> tuple[int, ...]:  # type: ignore[override]
-        """Of the system on the features."""
-        return tuple(layer for pruner, _, _ in self.parts for layer in pruner.recorded_layers)
+    def needs(self) -> Needs:
+        """All needs of the parts; the method in the decoder brings the pseudo-CLS token's options."""
+        parts, decoder = [pruner.needs for pruner, _, _ in self.parts], self.at("decoder")
+        in_decoder = Needs() if decoder is None else decoder.needs
+        return Needs(
+            pseudo_cls=in_decoder.pseudo_cls,
+            options=in_decoder.options,
+            proportional_attention=any(needs.proportional_attention for needs in parts),
+            recorded_layers=tuple(layer for needs in parts for layer in needs.recorded_layers),
+            patch_embeds=any(needs.patch_embeds for needs in parts),
+            image_embeds=any(needs.image_embeds for needs in parts),
+            compact_positions=any(needs.compact_positions for needs in parts),
+            all_projected=any(needs.all_projected for needs in parts),
+        )
 
     def _must(self, stage: str) -> Pruner:
         pruner = self.at(stage)
@@ -132,7 +103,7 @@ class Applied(Pruner):
     def record(self, group: Any, layer: int) -> Any:
         """As the system says whose group it is."""
         for pruner, _, _ in self.parts:
-            if pruner.observes or pruner.proportional or self.at("tower") is pruner:
+            if pruner.needs.pseudo_cls or pruner.needs.proportional_attention or self.at("tower") is pruner:
                 return pruner.record(group, layer)
         return super().record(group, layer)
 
@@ -195,20 +166,20 @@ def applied(model: Any, method: Any) -> Iterator[Any]:
 
 def _check_fits(pruner: Pruner, name: str, inner: Any, config: Any) -> None:
     """Refuse what would only fail in the middle of a prompt."""
-    if pruner.compares_patches and not inner.has_text_tower:
+    if pruner.needs.patch_embeds and not inner.has_text_tower:
         raise ValueError(
             f"{name} compares patches with the instruction and needs CLIP's text tower, which this model is without: "
             "IVTPLlavaForConditionalGeneration.from_llava(..., clip=...) joins it."
         )
     layers, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
-    if pruner.compares_patches and not isinstance(layers, int):
+    if pruner.needs.patch_embeds and not isinstance(layers, int):
         raise ValueError(
             f"{name} needs features of one layer in CLIP's space; vision_feature_layer={layers} has several."
         )
     if strategy != "default":
         raise ValueError(f'vision_feature_select_strategy="{strategy}": pruning takes "default" only.')
     attention = config.vision_config._attn_implementation
-    if pruner.proportional and attention not in (None, "eager", "sdpa"):
+    if pruner.needs.proportional_attention and attention not in (None, "eager", "sdpa"):
         raise ValueError(
             f'{name} weighs attention in the tower, which attn_implementation="{attention}" cannot; allowed: eager, '
             "sdpa."

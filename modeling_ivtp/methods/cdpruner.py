@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch.nn.functional import normalize
 
-from ..model.pruner import Choice, PromptStep
+from ..model.pruner import Choice, Needs, PromptStep
 from ..model.schedule import PruningPlan
 from .method import Method
 
@@ -32,7 +32,7 @@ class CDPruner(Method):
 
     name: ClassVar[str] = "cdpruner"
     stages: ClassVar[tuple[str, ...]] = ("prompt",)
-    compares_patches = True
+    requires: ClassVar[Needs] = Needs(patch_embeds=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

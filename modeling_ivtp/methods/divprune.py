@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch.nn.functional import normalize
 
-from ..model.pruner import Choice, FeatureStep
+from ..model.pruner import Choice, FeatureStep, Needs
 from ..model.schedule import PruningPlan
 from .method import Method
 
@@ -19,7 +19,7 @@ class DivPrune(Method):
 
     name: ClassVar[str] = "divprune"
     stages: ClassVar[tuple[str, ...]] = ("features",)
-    projects_all = True
+    requires: ClassVar[Needs] = Needs(all_projected=True)
 
     def schedule(self, config: Any, patches: int) -> PruningPlan:
         """All at once, after the projector."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from ..model.configuration_ivtp import is_whole
-from ..model.pruner import Pruner
+from ..model.pruner import Needs, Pruner
 from ..model.schedule import Group, PruningPlan
 
 
@@ -38,6 +38,7 @@ class Method(Pruner):
     positions: str = field(default="original", kw_only=True)
 
     name: ClassVar[str]
+    requires: ClassVar[Needs] = Needs()
     stages: ClassVar[tuple[str, ...]]
     """At which of the steps of `pruner.STAGES` it acts."""
 
@@ -55,9 +56,9 @@ class Method(Pruner):
         return applied(model, self)
 
     @property
-    def compact(self) -> bool:  # type: ignore[override]
-        """Whether positions are renumbered without gaps."""
-        return self.positions == "compact"
+    def needs(self) -> Needs:
+        """What the class requires, and whether this one renumbers positions."""
+        return replace(self.requires, compact_positions=self.positions == "compact")
 
     def bind(self, config: Any) -> Pruner:
         """The pruner for one model: defaults that depend on its depth are filled in."""

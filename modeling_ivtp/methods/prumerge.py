@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch.nn.functional import normalize
 
-from ..model.pruner import Choice, FeatureStep
+from ..model.pruner import Choice, FeatureStep, Needs
 from ..model.schedule import PruningPlan
 from .method import Method
 from .selecting import cls_attention, one_hot, patch_keys, ranking, together
@@ -37,7 +37,7 @@ class PruMergePlus(Method):
 
     name: ClassVar[str] = "prumerge+"
     stages: ClassVar[tuple[str, ...]] = ("features",)
-    recorded_layers = (-1,)
+    requires: ClassVar[Needs] = Needs(recorded_layers=(-1,))
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch.nn.functional import normalize
 
-from ..model.pruner import Choice, DecoderStep, TowerStep
+from ..model.pruner import Choice, DecoderStep, Needs, TowerStep
 from ..model.schedule import PruningPlan
 from .method import Method, linear_schedule, single_layers
 from .selecting import on_visual, patch_keys, ranking
@@ -25,7 +25,7 @@ class ToMe(Method):
 
     name: ClassVar[str] = "tome"
     stages: ClassVar[tuple[str, ...]] = ("tower",)
-    proportional = True
+    requires: ClassVar[Needs] = Needs(proportional_attention=True)
 
     def schedule(self, config: Any, patches: int) -> PruningPlan:
         """As many merges at every layer; near the end no more than half of what is left can be merged."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..model.configuration_ivtp import IVTPPruningConfig
-from ..model.pruner import Choice, DecoderStep, TowerStep
+from ..model.pruner import Choice, DecoderStep, Needs, TowerStep
 from ..model.rollout import reference_row
 from ..model.schedule import PruningPlan
 from .method import Method, linear_schedule, single_layers
@@ -40,8 +40,9 @@ class TopKPlus(TwoStage, TopK):
 
     name: ClassVar[str] = "topk+"
     stages: ClassVar[tuple[str, ...]] = ("tower", "decoder")
-    observes = True
-    options = IVTPPruningConfig(guidance="visual_cls", aggregation="last")
+    requires: ClassVar[Needs] = Needs(
+        pseudo_cls=True, options=IVTPPruningConfig(guidance="visual_cls", aggregation="last")
+    )
 
     def schedule(self, config: Any, patches: int) -> PruningPlan:
         """Equal steps in each of the two stages."""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch.nn.functional import normalize
 
-from ..model.pruner import Choice, FeatureStep
+from ..model.pruner import Choice, FeatureStep, Needs
 from ..model.schedule import PruningPlan
 from .method import Method
 from .selecting import best, cls_attention, one_hot, patch_keys
@@ -31,7 +31,7 @@ class VisionZip(Method):
 
     name: ClassVar[str] = "visionzip"
     stages: ClassVar[tuple[str, ...]] = ("features",)
-    recorded_layers = (-2,)
+    requires: ClassVar[Needs] = Needs(recorded_layers=(-2,))
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -347,7 +347,7 @@ class GroupedDecoder:
             position_ids.expand(tokens.shape[0], -1),
             None if attention_mask is None else attention_mask[:, past : past + sequence.length],
             visual.end_positions,
-            pruner.compact,
+            pruner.needs.compact_positions,
         )
         layers, options = self._steps(cache, kwargs)
         for first, last, group in visual.stages(len(layers)):

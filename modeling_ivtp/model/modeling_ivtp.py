@@ -161,7 +161,7 @@ class IVTPLlavaModel(PromptReplay, PromptPruning, PruningOptions, IVTPLlavaPreTr
                 pruner=pruner,
                 plan=plan,
                 feature_layers=wanted,
-                to_the_top=self.has_text_tower and pruner.embeds_image,
+                to_the_top=self.has_text_tower and pruner.needs.image_embeds,
                 scores=None if recorder is None else recorder.tower,
                 **kwargs,
             )
@@ -199,7 +199,7 @@ class IVTPLlavaModel(PromptReplay, PromptPruning, PruningOptions, IVTPLlavaPreTr
             kept_patches=patches,
             cls_features=cls,
             image_embeds=None if vision.pooler_output is None else self.visual_projection(vision.pooler_output),
-            patch_embeds=self._patch_embeds(vision.features, choice) if pruner.compares_patches else None,
+            patch_embeds=self._patch_embeds(vision.features, choice) if pruner.needs.patch_embeds else None,
         )
 
     def _patch_embeds(self, features: torch.Tensor, choice: Choice | None) -> torch.Tensor:

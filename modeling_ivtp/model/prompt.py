@@ -167,8 +167,8 @@ class PromptPruning:
                 )
             valid = attention_mask[:, past : past + length].to(device=placeholders.device, dtype=torch.bool)
         pruner = self.pruner
-        words = pruner.compares_patches or (
-            pruner.observes and pruner.options.guidance == "clip" and self.has_text_tower
+        words = pruner.needs.patch_embeds or (
+            pruner.needs.pseudo_cls and pruner.needs.options.guidance == "clip" and self.has_text_tower
         )
         return index_prompt(
             placeholders,
@@ -203,7 +203,7 @@ class PromptPruning:
         pruner = self.pruner
         observers: dict[str, Any] = {}
         spans = _spans_of(clip_spans, length, past, inputs_embeds)
-        if pruner.observes:
+        if pruner.needs.pseudo_cls:
             reference, relevance, keys = self._reference(
                 encoded, whole, inputs_embeds, clip_input_ids, spans, prompt_index.windows
             )
@@ -213,7 +213,7 @@ class PromptPruning:
                 position_ids = (torch.arange(length, device=device) + past)[None]
             last_patch = whole.columns[..., -1].clamp_max(length - 1)
             ends = position_ids.to(device).expand(last_patch.shape[0], -1).gather(1, last_patch) + 1
-            pool = pruner.options.pseudo_cls == "pool" and keys is not None
+            pool = pruner.needs.options.pseudo_cls == "pool" and keys is not None
             observers = {"reference": reference, "end_positions": ends, "key_tokens": keys if pool else None}
         elif recorder is not None:
             recorder.prompt(input_ids, whole, None, None)
@@ -248,7 +248,7 @@ class PromptPruning:
     ) -> Choice:
         """Ask the pruner before the decoder; `read` are the windows of `clip_input_ids` as the host knows them."""
         text = windows = patches = None
-        if self.pruner.compares_patches:
+        if self.pruner.needs.patch_embeds:
             if clip_input_ids is None:
                 raise ValueError(
                     "This method compares patches with the instruction, and clip_input_ids is missing: prepare inputs "
@@ -283,7 +283,7 @@ class PromptPruning:
         windows: tuple[tuple[int, ...], ...] | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """The pseudo CLS of every image (Eq. 5 to 8): (B, M, d), relevance (B, M, S) and key tokens (B, M, S)."""
-        pruning: IVTPPruningConfig = self.pruner.options
+        pruning: IVTPPruningConfig = self.pruner.needs.options
         device = inputs_embeds.device
         fallback = per_row(encoded.cls_features.to(device), whole).to(inputs_embeds.dtype)
         if pruning.guidance == "visual_cls" or not self._has_guidance(clip_input_ids, clip_spans):
@@ -332,7 +332,7 @@ class PromptPruning:
         return features.unflatten(0, clip_input_ids.shape[:2]).flatten(1, 2)
 
     def _has_guidance(self, clip_input_ids: torch.Tensor | None, clip_spans: torch.Tensor | None) -> bool:
-        guidance = self.pruner.options.guidance
+        guidance = self.pruner.needs.options.guidance
         missing = []
         if clip_spans is None:
             missing.append("clip_spans")
@@ -347,7 +347,7 @@ class PromptPruning:
             f'guidance="{guidance}" needs {" and ".join(missing)}, so the question cannot guide the pruning. Prepare '
             "inputs with IVTPLlavaProcessor and a CLIP tokenizer."
         )
-        if self.pruner.options.strict:
+        if self.pruner.needs.options.strict:
             raise ValueError(message)
         logger.warning_once(message + " The image's own CLS token is the reference instead (Eq. 8).")
         return False

@@ -174,36 +174,46 @@ class DecoderStep:
     state: Any
 
 
-class Pruner:
-    """Base class of pruning methods: says what each step keeps. A pruner changes nothing by itself.
+@dataclass(frozen=True)
+class Needs:
+    """What a pruner needs of the model, besides being asked.
 
     Attributes
     ----------
-    observes : bool
-        Whether a pseudo CLS travels through the decoder's groups; `options` then says how it is made and aggregated.
+    pseudo_cls : bool
+        A pseudo-CLS token runs through the decoder's groups; `options` says how it is made and aggregated.
     options : IVTPPruningConfig or None
-    proportional : bool
-        Whether the tower's attention counts a token as many times as the patches it stands for.
+    proportional_attention : bool
+        The tower's attention counts a token as many times as the patches it stands for.
     recorded_layers : tuple of int
-        Tower layers that the features' step gets records of; negative ones count from the top.
-    compares_patches : bool
-        Whether the prompt's step needs patches and instruction in CLIP's space.
-    embeds_image : bool
-        Whether CLIP's embedding of the image is needed, for which the tower runs to its top.
-    compact : bool
-        Whether positions are renumbered without gaps.
-    projects_all : bool
-        Whether the features' step looks at projected features, so that those that go are projected, too.
+        Tower layers whose records the feature step gets; negative numbers count from the top.
+    patch_embeds : bool
+        The prompt step gets patches and instruction in CLIP's space.
+    image_embeds : bool
+        The tower runs to its top, for CLIP's embedding of the image (Eq. 6).
+    compact_positions : bool
+        Kept tokens are renumbered without gaps.
+    all_projected : bool
+        The feature step looks at projected features, so dropped ones are projected, too.
     """
 
-    observes: bool = False
+    pseudo_cls: bool = False
     options: Any = None
-    proportional: bool = False
+    proportional_attention: bool = False
     recorded_layers: tuple[int, ...] = ()
-    compares_patches: bool = False
-    embeds_image: bool = False
-    compact: bool = False
-    projects_all: bool = False
+    patch_embeds: bool = False
+    image_embeds: bool = False
+    compact_positions: bool = False
+    all_projected: bool = False
+
+
+class Pruner:
+    """Base class of everything that chooses tokens: says what each step keeps. A pruner changes nothing by itself."""
+
+    @property
+    def needs(self) -> Needs:
+        """What the model has to provide."""
+        return Needs()
 
     def plan(self, config: Any, patches: int) -> PruningPlan | None:
         """What stays where, for images of `patches` tokens; None: everything.
@@ -243,8 +253,8 @@ class Pruner:
         return TypeError(f"{type(self).__name__} never {does}.")
 
 
-class Wrapped(Pruner):
-    """A pruner that is as another one says; base of those that look on.
+class PrunerWrapper(Pruner):
+    """A pruner that passes every question on to another one; base of those that only watch.
 
     Parameters
     ----------
@@ -253,37 +263,38 @@ class Wrapped(Pruner):
 
     def __init__(self, pruner: Pruner) -> None:
         self.pruner = pruner
-        self.observes, self.options, self.compact = pruner.observes, pruner.options, pruner.compact
-        self.proportional, self.recorded_layers = pruner.proportional, pruner.recorded_layers
-        self.compares_patches, self.embeds_image = pruner.compares_patches, pruner.embeds_image
-        self.projects_all = pruner.projects_all
+
+    @property
+    def needs(self) -> Needs:
+        """The wrapped pruner's."""
+        return self.pruner.needs
 
     def plan(self, config: Any, patches: int) -> PruningPlan | None:
-        """The other's."""
+        """Ask the wrapped pruner."""
         return self.pruner.plan(config, patches)
 
     def record(self, group: Group, layer: int) -> AttentionRecord:
-        """The other's."""
+        """Ask the wrapped pruner."""
         return self.pruner.record(group, layer)
 
     def in_tower(self, step: TowerStep) -> Choice:
-        """The other's."""
+        """Ask the wrapped pruner."""
         return self.pruner.in_tower(step)
 
     def in_features(self, step: FeatureStep) -> Choice:
-        """The other's."""
+        """Ask the wrapped pruner."""
         return self.pruner.in_features(step)
 
     def in_prompt(self, step: PromptStep) -> Choice:
-        """The other's."""
+        """Ask the wrapped pruner."""
         return self.pruner.in_prompt(step)
 
     def prepare(self, sequence: VisualSequence, embeds: torch.Tensor) -> Any:
-        """The other's."""
+        """Ask the wrapped pruner."""
         return self.pruner.prepare(sequence, embeds)
 
     def in_decoder(self, step: DecoderStep) -> Choice:
-        """The other's."""
+        """Ask the wrapped pruner."""
         return self.pruner.in_decoder(step)
 
 
@@ -298,22 +309,20 @@ class IVTPPruner(Pruner):
 
     options: IVTPPruningConfig
 
-    observes = True
-
     @property
-    def compact(self) -> bool:  # type: ignore[override]
-        """Whether positions are renumbered without gaps."""
-        return self.options.positions == "compact"
+    def needs(self) -> Needs:
+        """A pseudo-CLS token, and CLIP's embedding of the image where words are compared with it (Eq. 6)."""
+        return Needs(
+            pseudo_cls=True,
+            options=self.options,
+            image_embeds=self.options.guidance == "clip",
+            compact_positions=self.options.positions == "compact",
+        )
 
     def plan(self, config: Any, patches: int) -> PruningPlan | None:
         """See `plan_pruning`."""
         layers = config.vision_config.num_hidden_layers, config.text_config.num_hidden_layers
         return plan_pruning(self.options, patches, *layers)
-
-    @property
-    def embeds_image(self) -> bool:  # type: ignore[override]
-        """Relevance compares words with CLIP's embedding of the image (Eq. 6)."""
-        return self.options.guidance == "clip"
 
     def record(self, group: Group, layer: int) -> AttentionRecord:
         """Rollout goes down through all tokens' rows; the top layer gives one row, and so does every other options."""

@@ -126,7 +126,7 @@ class _Pass:
 
     def bias(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """What attention adds so that a token counts as many times as the patches it stands for: (I, 1, 1, 1 + k)."""
-        if self.sizes is None or not self.pruner.proportional:
+        if self.sizes is None or not self.pruner.needs.proportional_attention:
             return None
         return nn.functional.pad(self.sizes.log(), (1, 0)).to(hidden.dtype)[:, None, None]
 
@@ -215,7 +215,7 @@ class GroupedCLIPVisionModel(CLIPVisionModel):
         before = (patches.shape[1], *(group.keep for group in plan.tower))
         tops = {group.last: group for group, tokens in zip(plan.tower, before, strict=False) if group.keep < tokens}
         members = {index: group for group in tops.values() for index in range(group.first, group.last + 1)}
-        watched = {layer % len(layers): AttentionRecord(reference_only=True) for layer in pruner.recorded_layers}
+        watched = {layer % len(layers): AttentionRecord(reference_only=True) for layer in pruner.needs.recorded_layers}
         end = len(layers) if to_the_top else max({*wanted, *(last + 1 for last in (*tops, *watched))})
         for index, layer in enumerate(layers[:end]):
             options: dict[str, Any] = {}
@@ -237,7 +237,7 @@ class GroupedCLIPVisionModel(CLIPVisionModel):
             features=ordered[0] if len(ordered) == 1 else torch.cat(ordered, dim=-1),
             patches=now.patches,
             pooler_output=self.post_layernorm(hidden[:, 0]) if to_the_top else None,
-            records={layer: watched[layer % len(layers)] for layer in pruner.recorded_layers},
+            records={layer: watched[layer % len(layers)] for layer in pruner.needs.recorded_layers},
         )
 
 

@@ -16,6 +16,7 @@ from ..checkpoints.convert import RECIPE_FILE, TERMS, copy_beside
 from ..checkpoints.llava_source import meta_model, read_config
 from ..checkpoints.sources import reading
 from ..checkpoints.weights import INDEX_FILE, Checkpoint
+from ..files import images
 from ..files.console import quiet
 from ..files.shipped import shipped
 from ..model.processing_ivtp import IVTPLlavaProcessor
@@ -193,7 +194,7 @@ def _terms(target: Path) -> None:
 def _endpoint(target: Path) -> None:
     for name in ("handler.py", "requirements.txt"):
         shutil.copyfile(shipped(f"hub_cards/{name}"), target / name)
-    shutil.copyfile(Path(__file__).with_name("images.py"), target / "handler_images.py")
+    shutil.copyfile(images.__file__, target / "handler_images.py")
 
 
 def _images(card: str, target: Path) -> None:

@@ -169,9 +169,9 @@ def prepare(model: Any, processor: Any, images: Sequence[Any], prompt: str) -> d
 def warn_if_unguided(model: Any, processor: Any) -> None:
     """Tell by a UserWarning if a question cannot guide the pruning of a picture, and what the checkpoint lacks."""
     plan, pruner = model.model.plan(), model.model.pruner
-    if plan is None or not plan.decoder or not pruner.observes or pruner.options.strict:
+    if plan is None or not plan.decoder or not pruner.needs.pseudo_cls or pruner.needs.options.strict:
         return
-    if missing := _missing_guidance(model, processor, pruner.options.guidance):
+    if missing := _missing_guidance(model, processor, pruner.needs.options.guidance):
         warnings.warn(
             f"{model.name_or_path} has no {missing}, so the image alone guides the pruning, not the question; `ivtp "
             f"convert {model.name_or_path} --clip CLIP --out FOLDER` joins it",

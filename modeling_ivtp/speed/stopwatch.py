@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..model import attention_maps
-from ..model.pruner import Wrapped
+from ..model.pruner import PrunerWrapper
 from ..model.pseudo_cls_attention import PseudoCLSAttention
 from ..model.rollout import DecoderAttentionRecord
 
@@ -139,7 +139,7 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
             delattr(owner, name)
 
 
-class _Timed(Wrapped):
+class _Timed(PrunerWrapper):
     """A pruner whose choices are timed."""
 
     def __init__(self, pruner: Any, watch: Stopwatch) -> None:

@@ -46,7 +46,7 @@ def ask(space: Any, question: str, budget: float, scene: int = 113) -> tuple[str
 
 
 def test_both_answers_their_cost_the_words_and_the_stages(space: Any) -> None:
-    answers, words, stages = ask(space, "Which colour is the tile after the scooter?", 64)
+    answers, words, stages = ask(space, "Which colour is the tile behind the scooter?", 64)
     assert re.findall("<p>(.*?)</p>", answers) == ["yellow", "yellow"]
     cards = [re.findall("<dd>(.*?)</dd>", card) for card in answers.split("<h3>")[1:]]
     assert [card[:2] for card in cards] == [["576", "576"], ["64", "86"]]

@@ -110,8 +110,9 @@ def test_atp_llavas_cache_is_that_of_the_visual_tokens_alone(llava):
 
 def test_the_cache_that_is_counted_is_the_cache_that_is_there():
     import torch
-    from tests.tiny import prompt, tiny_model
     from transformers import DynamicCache
+
+    from tests.support.tiny import prompt, tiny_model
 
     model = tiny_model()
     cache = DynamicCache()

@@ -76,7 +76,7 @@ def compare_with_numpy(name, step_name):
     return compare
 
 
-@pytest.mark.parametrize(("name", "moment"), CHECKED)
+@pytest.mark.parametrize(("name", "step"), CHECKED)
 @torch.no_grad()
 def test_choices_on_random_tensors_equal_numpy_loops(name, step, monkeypatch):
     model, system = tiny_model(), SYSTEMS[name]
@@ -87,7 +87,7 @@ def test_choices_on_random_tensors_equal_numpy_loops(name, step, monkeypatch):
     assert seen
 
 
-@pytest.mark.parametrize(("name", "moment"), CHECKED)
+@pytest.mark.parametrize(("name", "step"), CHECKED)
 @torch.no_grad()
 def test_choices_on_the_trained_miniature_equal_numpy_loops(name, step, miniature, monkeypatch):
     model, inputs = miniature

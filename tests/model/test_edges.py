@@ -189,9 +189,8 @@ def test_what_only_chooses_gets_no_gradient():
 
 
 def test_tied_embeddings_stay_tied(tmp_path):
-    from tests.tiny import tiny_config
-
     from modeling_ivtp import IVTPLlavaForConditionalGeneration
+    from tests.support.tiny import tiny_config
 
     config = tiny_config()
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = True

@@ -156,7 +156,7 @@ def test_a_step_calls_one_function_of_ours_per_layer(model):
     ours = {(Path(file).stem, name): count for (file, name), count in calls.items() if file.startswith(OURS)}
     layers = model.config.text_config.num_hidden_layers
     assert {name: count for name, count in ours.items() if count >= layers} == {
-        ("observed_attention", "forward"): layers
+        ("pseudo_cls_attention", "forward"): layers
     }
     # The rest: masks for each of three lengths, and what is asked once.
     assert ours["language_ivtp", "_causal_mask"] == 3

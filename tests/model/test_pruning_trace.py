@@ -23,7 +23,7 @@ def test_its_files_ask_for_nothing_but_torch():
     files = {PATH, *map(Path, get_relative_import_files(PATH))}
     assert {"trace", "trace_plot"} <= {file.stem for file in files}
     for file in files:
-        assert set(get_imports(file)) - set(sys.stdlib_module_names) <= {"torch"}
+        assert set(get_imports(file)) - set(sys.stdlib_module_names) <= {"torch", "transformers"}
 
 
 def test_none_of_its_files_needs_one_that_needs_it():

@@ -54,7 +54,7 @@ def tower_features(
     for index, layer in enumerate(tower.encoder.layers):
         visible = np.tile(np.concatenate([[True], slots.alive]), (len(x), 1))
         (q, k, v), _ = project(layer.self_attn, layer.layer_norm1(x))
-        if pruner.proportional:
+        if pruner.needs.proportional_attention:
             # softmax(QK^T / sqrt(d) + log s): the bias as one more dimension of queries and keys
             bias = torch.cat([torch.zeros(1), slots.sizes.log()]) * q.shape[-1] ** 0.5
             logits = q @ k.transpose(1, 2) + bias
