@@ -1,8 +1,11 @@
 """Instruction-guided visual token pruning for LLaVA, native to Hugging Face transformers."""
 
+from typing import Any
+
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 from transformers.models.auto.modeling_auto import AutoModelForMultimodalLM
 
+from .model.checkpoint_ivtp import CLIP_READERS, ClipText
 from .model.configuration_ivtp import IVTPLlavaConfig, IVTPPruningConfig
 from .model.modeling_ivtp import IVTPLlavaForConditionalGeneration, IVTPLlavaModel
 from .model.processing_ivtp import IVTPLlavaProcessor
@@ -16,6 +19,16 @@ AutoModel.register(IVTPLlavaConfig, IVTPLlavaModel, exist_ok=True)
 AutoModelForImageTextToText.register(IVTPLlavaConfig, IVTPLlavaForConditionalGeneration, exist_ok=True)
 AutoModelForMultimodalLM.register(IVTPLlavaConfig, IVTPLlavaForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(IVTPLlavaConfig, IVTPLlavaProcessor, exist_ok=True)
+
+
+def _read_open_clip(clip: Any, **options: Any) -> ClipText:
+    """Read CLIP's text half from a name, folder or weights file of open_clip."""
+    from .checkpoints.clip_checkpoint import load_clip_text
+
+    return load_clip_text(clip, **options).load()
+
+
+CLIP_READERS["open_clip"] = _read_open_clip
 
 __all__ = [
     "IVTPLlavaConfig",

@@ -12,21 +12,22 @@ from pathlib import Path
 from transformers import AutoConfig
 from transformers.activations import ACT2CLS
 
+from ..model.checkpoint_ivtp import OPEN_CLIP, is_open_clip
 from . import open_clip_checkpoint
 from .clip_text import (
     TEXT,
     TEXT_PROJECTION,
     VISUAL_PROJECTION,
-    ClipText,
     Recipe,
+    StoredClipText,
     check_shapes,
     clip_tokenizer,
     stored,
     tower_shapes,
 )
-from .sources import HubOptions, local_folder, open_checkpoint, reading
+from .sources import HubOptions, open_checkpoint, reading
 
-__all__ = ["ClipText", "load_clip_text"]
+__all__ = ["StoredClipText", "load_clip_text"]
 
 _SMALL_FILES = (
     "config.json",
@@ -47,7 +48,7 @@ def load_clip_text(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
     headers_only: bool = False,
-) -> ClipText:
+) -> StoredClipText:
     """Find and check CLIP's text tower, its projection and the vision tower's projection.
 
     Parameters
@@ -70,7 +71,7 @@ def load_clip_text(
 
     Returns
     -------
-    ClipText
+    StoredClipText
 
     Raises
     ------
@@ -84,27 +85,24 @@ def load_clip_text(
             f"activation={activation!r}; allowed: quick_gelu, gelu or another of transformers' activations"
         )
     options = HubOptions(revision, token, cache_dir, local_files_only)
-    if isinstance(clip, str) and clip.startswith(open_clip_checkpoint.PREFIX):
+    if isinstance(clip, str) and clip.startswith(OPEN_CLIP):
         return open_clip_checkpoint.from_name(clip, activation, options, headers_only)
+    if not is_open_clip(clip):
+        return _from_transformers(clip, options, headers_only)
     path = Path(clip).expanduser()
     if path.is_file():
         return open_clip_checkpoint.from_file(path, activation)
-    if path.suffix == ".safetensors":
+    if not path.exists():
         raise FileNotFoundError(f"{clip} does not exist")
-    folder = local_folder(clip)
-    if folder is not None and not (folder / "config.json").is_file() and (folder / "open_clip_config.json").is_file():
-        return open_clip_checkpoint.from_name(
-            f"{open_clip_checkpoint.PREFIX}local-dir:{folder}", activation, options, headers_only
-        )
-    return _from_transformers(clip, options, headers_only)
+    return open_clip_checkpoint.from_name(f"{OPEN_CLIP}local-dir:{path}", activation, options, headers_only)
 
 
-def _from_transformers(clip: str | os.PathLike[str], options: HubOptions, headers_only: bool) -> ClipText:
+def _from_transformers(clip: str | os.PathLike[str], options: HubOptions, headers_only: bool) -> StoredClipText:
     try:
         checkpoint, folder = open_checkpoint(clip, options, headers_only=headers_only, extra=_SMALL_FILES)
     except ValueError as error:
         raise ValueError(
-            f"{error}; OpenAI's CLIP is to be had in safetensors as {open_clip_checkpoint.PREFIX}ViT-L-14-336/openai"
+            f"{error}; OpenAI's CLIP is to be had in safetensors as {OPEN_CLIP}ViT-L-14-336/openai"
         ) from error
     if not (folder / "config.json").is_file():
         raise OSError(f"{clip} has no config.json")
@@ -131,7 +129,7 @@ def _from_transformers(clip: str | os.PathLike[str], options: HubOptions, header
     with reading(clip, folder):
         tokenizer = clip_tokenizer(folder, text_config, str(clip))
     class_embedding = "vision_model.embeddings.class_embedding"
-    return ClipText(
+    return StoredClipText(
         str(clip),
         text_config,
         vision_width,

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTokenizer
 
+from ..model.checkpoint_ivtp import ClipText
 from .clip_bpe import clip_tokenizer_from_open_clip
 from .weights import Checkpoint
 
@@ -24,7 +23,7 @@ Recipe = dict[str, tuple[tuple[int, ...], Callable[[Checkpoint], Tensor]]]
 
 
 @dataclass(frozen=True)
-class ClipText:
+class StoredClipText:
     """The text half of a CLIP checkpoint under the names it has in `IVTPLlavaModel`.
 
     Attributes
@@ -77,23 +76,17 @@ class ClipText:
             return None
         return self.checkpoint.read(self._class_embedding)
 
-    def check_width(self, width: int, llava: object) -> None:
-        """Raise ValueError if LLaVA's vision tower has another `width` than this CLIP's."""
-        if self.vision_width != width:
-            raise ValueError(
-                f"{self.source} projects a vision tower {self.vision_width} wide, that of {llava} is {width}: take "
-                "the CLIP whose vision tower this LLaVA has"
-            )
-
-    def warn_of_another_clip(self, class_embedding: Tensor, llava: object) -> None:
-        """Warn if LLaVA's vision tower, known by its class embedding (vision width,), is not the one of this CLIP."""
-        own = self.class_embedding()
-        if own is None or torch.allclose(class_embedding.float().cpu(), own.float(), rtol=0.02, atol=1e-3):
-            return
-        warnings.warn(
-            f"the vision tower of {llava} is not that of {self.source} (their class embeddings differ): unless LLaVA's "
-            "training changed it, the text tower does not fit and relevance will be noise",
-            stacklevel=3,
+    def load(self) -> ClipText:
+        """Read all weights into memory."""
+        state = dict(self.tensors())
+        projection = state.pop(VISUAL_PROJECTION)
+        return ClipText(
+            source=self.source,
+            text_config=self.text_config,
+            vision_width=self.vision_width,
+            text_model={name.removeprefix("clip_text_model."): tensor for name, tensor in state.items()},
+            visual_projection=projection,
+            class_embedding=self.class_embedding(),
         )
 
 

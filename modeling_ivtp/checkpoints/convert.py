@@ -19,10 +19,11 @@ import torch
 
 from ..files.console import quiet
 from ..files.folder import byte_count, check_target, new_folder
+from ..model.checkpoint_ivtp import check_clip_width
 from ..model.modeling_ivtp import IVTPLlavaForConditionalGeneration
 from ..model.processing_ivtp import IVTPLlavaProcessor
-from .clip_checkpoint import ClipText, load_clip_text
-from .llava_source import check_loading_info, meta_model, read_config, warn_of_another_clip
+from .clip_checkpoint import StoredClipText, load_clip_text
+from .llava_source import check_loading_info, meta_model, read_config, warn_of_unlike_tower
 from .recipes import Recipe, load_recipe
 from .shards import Planned, Shards
 from .sources import HubOptions, local_folder, open_checkpoint, reading
@@ -165,13 +166,13 @@ def convert(
             local_files_only=local_files_only,
             headers_only=dry_run,
         )
-        text.check_width(config.vision_config.hidden_size, llava)
+        check_clip_width(text, llava, config.vision_config.hidden_size)
         config.clip_text_config = text.text_config
         if known is not None:
             known.check(config, str(clip))
     checkpoint, folder = open_checkpoint(llava, options, headers_only=dry_run, extra=SMALL_FILES)
     if text is not None:
-        warn_of_another_clip(text, checkpoint, str(llava))
+        warn_of_unlike_tower(text, checkpoint, str(llava))
 
     main_dtype = wanted or checkpoint.main_dtype
     tensors = _tensors(checkpoint, text, wanted, main_dtype)
@@ -242,7 +243,7 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def _tensors(
-    checkpoint: Checkpoint, text: ClipText | None, wanted: torch.dtype | None, main_dtype: torch.dtype
+    checkpoint: Checkpoint, text: StoredClipText | None, wanted: torch.dtype | None, main_dtype: torch.dtype
 ) -> dict[str, Planned]:
     """Everything that is to be written: LLaVA's tensors in the order of their files, then CLIP's."""
     tensors: dict[str, Planned] = {}

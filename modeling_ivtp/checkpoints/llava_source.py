@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..model.checkpoint_ivtp import warn_of_another_clip
 from ..model.configuration_ivtp import IVTPLlavaConfig
 from ..model.language_ivtp import DECODERS
 from ..model.modeling_ivtp import IVTPLlavaForConditionalGeneration
-from .clip_text import ClipText
+from .clip_text import StoredClipText
 from .sources import reading
 from .weights import Checkpoint, TensorInfo
 
@@ -68,11 +69,11 @@ def read_config(folder: Path, llava: str, *, quantized: bool = False) -> Any:
     return config
 
 
-def warn_of_another_clip(text: ClipText, checkpoint: Checkpoint, llava: str) -> None:
+def warn_of_unlike_tower(text: StoredClipText, checkpoint: Checkpoint, llava: str) -> None:
     """Warn if CLIP's class embedding is not that of LLaVA's vision tower: CLIPs of one size differ in nothing else."""
     names = [name for name in checkpoint.tensors if name.endswith("embeddings.class_embedding")]
     if len(names) == 1 and checkpoint.folder is not None:
-        text.warn_of_another_clip(checkpoint.read(names[0]), llava)
+        warn_of_another_clip(text.source, text.class_embedding(), llava, checkpoint.read(names[0]))
 
 
 def empty(info: TensorInfo) -> Tensor:

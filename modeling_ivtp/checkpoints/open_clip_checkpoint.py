@@ -13,12 +13,13 @@ from typing import Any
 from torch import Tensor
 from transformers import CLIPTextConfig
 
+from ..model.checkpoint_ivtp import OPEN_CLIP
 from .clip_text import (
     TEXT,
     TEXT_PROJECTION,
     VISUAL_PROJECTION,
-    ClipText,
     Recipe,
+    StoredClipText,
     check_shapes,
     clip_tokenizer,
     stored,
@@ -27,14 +28,13 @@ from .clip_text import (
 from .sources import HubOptions, hub_headers
 from .weights import Checkpoint
 
-PREFIX = "open_clip:"
 _HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors")
 
 
-def from_name(clip: str, activation: str | None, options: HubOptions, headers_only: bool) -> ClipText:
+def from_name(clip: str, activation: str | None, options: HubOptions, headers_only: bool) -> StoredClipText:
     from open_clip import get_model_config, get_pretrained_cfg, list_models, list_pretrained_tags_by_model
 
-    name = clip.removeprefix(PREFIX)
+    name = clip.removeprefix(OPEN_CLIP)
     pretrained = ""
     if not name.startswith(("hf-hub:", "local-dir:")):
         name, _, pretrained = name.partition("/")
@@ -102,7 +102,7 @@ def _from_hub(repo: str, files: tuple[str, ...], options: HubOptions, headers_on
     raise ValueError(f"the Hub repository {repo} has none of {', '.join(files)}; only safetensors are read")
 
 
-def from_file(path: Path, activation: str | None) -> ClipText:
+def from_file(path: Path, activation: str | None) -> StoredClipText:
     checkpoint = _weights_file(path)
     prefix = _text_prefix(checkpoint)
     shape = {name: info.shape for name, info in checkpoint.tensors.items()}
@@ -116,7 +116,7 @@ def from_file(path: Path, activation: str | None) -> ClipText:
     if width % 64:
         raise ValueError(
             f"the text tower in {path} is {width} wide, no multiple of CLIP's head width 64: "
-            f"name its model too, as {PREFIX}MODEL/{path}"
+            f"name its model too, as {OPEN_CLIP}MODEL/{path}"
         )
     pattern = re.compile(re.escape(prefix) + r"transformer\.resblocks\.(\d+)\.")
     layers = {int(match[1]) for name in shape if (match := pattern.match(name))}
@@ -133,7 +133,7 @@ def from_file(path: Path, activation: str | None) -> ClipText:
     return _from_tensors(str(path), checkpoint, text_config)
 
 
-def _from_tensors(source: str, checkpoint: Checkpoint, text_config: CLIPTextConfig) -> ClipText:
+def _from_tensors(source: str, checkpoint: Checkpoint, text_config: CLIPTextConfig) -> StoredClipText:
     prefix = _text_prefix(checkpoint)
     root = prefix.removesuffix("text.")
     if root + "visual.proj" not in checkpoint.tensors:
@@ -187,7 +187,7 @@ def _from_tensors(source: str, checkpoint: Checkpoint, text_config: CLIPTextConf
     recipe[TEXT_PROJECTION] = ((projection, width), _transposed(prefix + "text_projection"))
     recipe[VISUAL_PROJECTION] = ((projection, vision_width), _transposed(root + "visual.proj"))
     class_embedding = root + "visual.class_embedding"
-    return ClipText(
+    return StoredClipText(
         source,
         text_config,
         vision_width,

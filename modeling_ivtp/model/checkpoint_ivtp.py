@@ -1,148 +1,269 @@
 """Loading: official LLaVA weights under our class names, and CLIP's text half joined to them."""
 
-from collections.abc import Iterator
-from importlib import import_module
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
+from transformers import AutoConfig
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
-from transformers.models.clip.modeling_clip import CLIPTextModelWithProjection
+from transformers.models.clip.configuration_clip import CLIPConfig, CLIPTextConfig
+from transformers.models.clip.modeling_clip import CLIPPreTrainedModel, CLIPTextModel, CLIPTextModelWithProjection
 
 from .configuration_ivtp import IVTPLlavaConfig
 from .language_ivtp import DECODERS
 
+OPEN_CLIP = "open_clip:"
+"""How the name of an open_clip model begins, as in `"open_clip:ViT-L-14-336/openai"`."""
 
-class LlavaCheckpoint:
-    """Mixin for the class that users load."""
+_HUB_ACCESS = ("token", "cache_dir", "local_files_only")
+_CLASS_EMBEDDING = "vision_model.embeddings.class_embedding"
 
-    config: Any
-    model: Any
-    dtype: torch.dtype
-    name_or_path: str
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; a weights file that is damaged or cut short is named.
+@dataclass(frozen=True)
+class ClipText:
+    """The text half of a CLIP, loaded and ready to be joined to a LLaVA.
 
-        Raises
-        ------
-        OSError
-            If a weights file cannot be read.
-        """
-        try:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
-        except SafetensorError as error:
-            names = [str(file) for file in _unreadable(pretrained_model_name_or_path)]
-            which = ", ".join(names) or f"a weights file of {pretrained_model_name_or_path}"
-            raise OSError(f"{which} is damaged or cut short ({error}); fetch it again.") from error
+    Attributes
+    ----------
+    source : str
+        The name or path that it was read from.
+    text_config : CLIPTextConfig
+        The tower's architecture; `projection_dim` is the width P of CLIP's common space.
+    vision_width : int
+        Width of the vision tower that CLIP was trained with.
+    text_model : dict of str to Tensor
+        The state of a `CLIPTextModelWithProjection`.
+    visual_projection : Tensor (P, vision width)
+        CLIP's projection of the image.
+    class_embedding : Tensor (vision width,) or None
+        The vision tower's class embedding, which identifies the tower; None where the source lacks it.
+    """
 
-    @classmethod
-    def from_llava(
-        cls,
-        llava: Any,
-        clip: Any = None,
-        *,
-        pruning: Any = None,
-        clip_options: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Join a LLaVA checkpoint with CLIP's text tower and projections.
+    source: str
+    text_config: CLIPTextConfig
+    vision_width: int
+    text_model: dict[str, Tensor]
+    visual_projection: Tensor
+    class_embedding: Tensor | None = None
 
-        Parameters
-        ----------
-        llava : str or path
-            A LLaVA folder or Hub id in transformers' format, or one of ours.
-        clip : str or path, optional
-            Where CLIP's text half comes from: a transformers CLIP folder or Hub id, an open_clip name such as
-            "open_clip:ViT-L-14-336/openai", or an open_clip weights file (safetensors). None: no text tower, and the
-            image's CLS token guides the language model.
-        pruning : IVTPPruningConfig or dict, optional
-        clip_options : dict, optional
-            For `hub.clip_checkpoint.load_clip_text`: revision, activation (default: the vision tower's), … Access to
-            the Hub (token, cache_dir, local_files_only) is that of `kwargs` unless given here.
-        **kwargs
-            For `from_pretrained`: dtype, device_map, attn_implementation, quantization_config, …
 
-        Raises
-        ------
-        ValueError
-            If tower and CLIP do not fit, or the LLaVA checkpoint has missing or unexpected weights.
-        """
-        config = kwargs.pop("config", None)
-        if config is None:
-            hub = {
-                name: kwargs[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in kwargs
-            }
-            config = IVTPLlavaConfig.from_pretrained(llava, **hub)
-        if pruning is not None:
-            config.pruning = pruning
-        config.pruning_plan()
-        kwargs.pop("output_loading_info", None)
-        text = None
-        if clip is not None:
-            try:
-                load_clip_text = import_module("modeling_ivtp.checkpoints.clip_checkpoint").load_clip_text
-            except ImportError as error:
-                raise ImportError("Joining CLIP needs the installed package: pip install ivtp-llava") from error
-            options: dict[str, Any] = {"activation": config.vision_config.hidden_act}
-            options |= {name: kwargs[name] for name in ("token", "cache_dir", "local_files_only") if name in kwargs}
-            text = load_clip_text(clip, **options | (clip_options or {}))
-            text.check_width(config.vision_config.hidden_size, llava)
-        model, info = cls.from_pretrained(llava, config=config, output_loading_info=True, **kwargs)
-        wrong = {name: sorted(info[name]) for name in ("missing_keys", "unexpected_keys") if info.get(name)}
-        if wrong:
-            raise ValueError(f"{llava} is not a complete LLaVA checkpoint: {wrong}.")
-        if text is not None:
-            model.join_clip(text)
-        return model
+CLIP_READERS: dict[str, Callable[..., ClipText]] = {}
+"""Readers of CLIPs in other formats than transformers'. The installed package adds `"open_clip"`."""
 
-    def join_clip(self, clip: Any) -> None:
-        """Add CLIP's text tower and projections to this model, on the vision tower's device and in its dtype.
 
-        Parameters
-        ----------
-        clip : hub.clip_checkpoint.ClipText
+def load_llava(
+    cls: Any,
+    llava: Any,
+    clip: Any = None,
+    *,
+    pruning: Any = None,
+    clip_options: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Load a LLaVA checkpoint and join CLIP's text half to it; `from_llava` documents the parameters."""
+    config = kwargs.pop("config", None)
+    if config is None:
+        hub = {name: kwargs[name] for name in ("revision", *_HUB_ACCESS) if name in kwargs}
+        config = IVTPLlavaConfig.from_pretrained(llava, **hub)
+    if pruning is not None:
+        config.pruning = pruning
+    config.pruning_plan()
+    clip_text = None
+    if clip is not None:
+        options: dict[str, Any] = {"activation": config.vision_config.hidden_act}
+        options |= {name: kwargs[name] for name in _HUB_ACCESS if name in kwargs}
+        clip_text = read_clip(clip, **options | (clip_options or {}))
+        check_clip_width(clip_text, llava, config.vision_config.hidden_size)
+    model, info = cls.from_pretrained(llava, config=config, **kwargs | {"output_loading_info": True})
+    _check_complete(info, f"{llava} is not a complete LLaVA checkpoint")
+    if clip_text is not None:
+        join_clip(model, clip_text)
+    return model
 
-        Raises
-        ------
-        ValueError
-            If CLIP's vision tower is not as wide as LLaVA's.
-        """
-        clip.check_width(self.config.vision_config.hidden_size, self.name_or_path)
-        body = self.model
-        weight = body.vision_tower.post_layernorm.weight
-        offloaded = weight.device.type == "meta"
-        device = torch.device("cpu") if offloaded else weight.device
-        dtype = self.dtype if offloaded else weight.dtype
-        if not offloaded:
-            clip.warn_of_another_clip(body.vision_tower.embeddings.class_embedding.detach(), self.name_or_path)
-        with torch.device("meta"):
-            text = CLIPTextModelWithProjection._from_config(clip.text_config)
-            projection = nn.Linear(clip.vision_width, clip.text_config.projection_dim, bias=False)
-        state = dict(clip.tensors())
-        text_state = {
-            name.removeprefix("clip_text_model."): tensor.to(device, dtype)
-            for name, tensor in state.items()
-            if name.startswith("clip_text_model.")
-        }
-        text.load_state_dict(text_state, strict=True, assign=True)
-        projection.load_state_dict(
-            {"weight": state["visual_projection.weight"].to(device, dtype)}, strict=True, assign=True
+
+def read_clip(
+    clip: str | os.PathLike[str],
+    *,
+    activation: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> ClipText:
+    """Read CLIP's text tower, its projection and the projection of the image.
+
+    Parameters
+    ----------
+    clip : str or path
+        A folder or Hub id that transformers' `CLIPModel` loads; with the package installed also a name or file of
+        open_clip.
+    activation : str, optional
+        The activation of an open_clip model that does not name its own.
+    revision, token, cache_dir, local_files_only
+        As for `from_pretrained`.
+
+    Raises
+    ------
+    ImportError
+        If the source is of open_clip and the package is not installed.
+    ValueError
+        If the source is no CLIP, or lacks a part of it.
+    OSError
+        If a file is missing or damaged.
+    """
+    hub: dict[str, Any] = {
+        "revision": revision or "main",
+        "token": token,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+    }
+    if is_open_clip(clip):
+        reader = CLIP_READERS.get("open_clip")
+        if reader is None:
+            raise ImportError(
+                f"{clip} is a CLIP of open_clip, which only the installed package reads: pip install ivtp-llava, and "
+                "import IVTPLlavaForConditionalGeneration from modeling_ivtp"
+            )
+        return reader(clip, activation=activation, **hub | {"revision": revision})
+    folder = Path(clip).expanduser()
+    source = folder if folder.is_dir() else clip
+    config: Any = AutoConfig.from_pretrained(source, trust_remote_code=False, **hub)
+    if config.model_type != CLIPConfig.model_type:
+        raise ValueError(
+            f"{clip} is of model_type {config.model_type!r}; CLIP's text tower comes from one of type 'clip'"
         )
-        positions = text.text_model.embeddings
-        positions.position_ids = torch.arange(clip.text_config.max_position_embeddings, device=device)[None]
-        self.config.clip_text_config = text.config
-        body.clip_text_model = text.eval()
-        body.visual_projection = projection
-        if hasattr(self, "hf_device_map") and "" not in self.hf_device_map:
-            for name in ("clip_text_model", "visual_projection"):
-                self.hf_device_map[f"model.{name}"] = device
+    config.text_config.projection_dim = config.projection_dim
+    with damaged_weights_named(source):
+        # Other formats than safetensors can run code when they are opened.
+        half, info = _ClipTextHalf.from_pretrained(
+            source,
+            config=config,
+            dtype="auto",
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **hub,
+        )
+    identified = _CLASS_EMBEDDING not in info["missing_keys"]
+    missing = set(info["missing_keys"]) - {_CLASS_EMBEDDING}
+    _check_complete(
+        {"missing_keys": missing, "mismatched_keys": info["mismatched_keys"]}, f"{clip} is not a complete CLIP"
+    )
+    state = half.state_dict()
+    class_embedding = state.pop(_CLASS_EMBEDDING)
+    visual_projection = state.pop("visual_projection.weight")
+    return ClipText(
+        source=str(clip),
+        text_config=config.text_config,
+        vision_width=config.vision_config.hidden_size,
+        text_model=state,
+        visual_projection=visual_projection,
+        class_embedding=class_embedding if identified else None,
+    )
+
+
+def is_open_clip(clip: str | os.PathLike[str]) -> bool:
+    """Return whether a CLIP is open_clip's: by the name's beginning, a weights file, or the folder's config."""
+    if str(clip).startswith(OPEN_CLIP):
+        return True
+    path = Path(clip).expanduser()
+    if path.is_file() or path.suffix == ".safetensors":
+        return True
+    return (path / "open_clip_config.json").is_file() and not (path / "config.json").is_file()
+
+
+class _ClipTextHalf(CLIPPreTrainedModel):
+    """transformers' `CLIPModel` without the vision tower, of which the class embedding alone is read."""
+
+    config_class = CLIPConfig
+    _keys_to_ignore_on_load_unexpected = (".*",)
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        text, vision = config.text_config, config.vision_config
+        self.text_model = CLIPTextModel._from_config(text)
+        self.text_projection = nn.Linear(text.hidden_size, config.projection_dim, bias=False)
+        self.visual_projection = nn.Linear(vision.hidden_size, config.projection_dim, bias=False)
+        embeddings = nn.ParameterDict({"class_embedding": nn.Parameter(torch.empty(vision.hidden_size))})
+        self.vision_model = nn.ModuleDict({"embeddings": embeddings})
+        self.post_init()
+
+
+def check_clip_width(clip: Any, llava: object, width: int) -> None:
+    """Raise ValueError if LLaVA's vision tower has another `width` than that of a CLIP (`source`, `vision_width`)."""
+    if clip.vision_width != width:
+        raise ValueError(
+            f"{clip.source} projects a vision tower {clip.vision_width} wide, that of {llava} is {width}: take "
+            "the CLIP whose vision tower this LLaVA has"
+        )
+
+
+def warn_of_another_clip(clip: str, clip_embedding: Tensor | None, llava: object, llava_embedding: Tensor) -> None:
+    """Warn if LLaVA's vision tower is not the one of a CLIP, by their class embeddings (vision width,)."""
+    if clip_embedding is None:
+        return
+    if torch.allclose(llava_embedding.float().cpu(), clip_embedding.float(), rtol=0.02, atol=1e-3):
+        return
+    warnings.warn(
+        f"the vision tower of {llava} is not that of {clip} (their class embeddings differ): unless LLaVA's "
+        "training changed it, the text tower does not fit and relevance will be noise",
+        stacklevel=3,
+    )
+
+
+def join_clip(model: Any, clip: ClipText) -> None:
+    """Add CLIP's text tower and projections to a model, on its vision tower's device and in its dtype."""
+    body = model.model
+    weight = body.vision_tower.post_layernorm.weight
+    offloaded = weight.device.type == "meta"
+    device = torch.device("cpu") if offloaded else weight.device
+    dtype = model.dtype if offloaded else weight.dtype
+    if not offloaded:
+        embedding = body.vision_tower.embeddings.class_embedding.detach()
+        warn_of_another_clip(clip.source, clip.class_embedding, model.name_or_path, embedding)
+    with torch.device("meta"):
+        text = CLIPTextModelWithProjection._from_config(clip.text_config)
+        projection = nn.Linear(clip.vision_width, clip.text_config.projection_dim, bias=False)
+    state = {name: tensor.to(device, dtype) for name, tensor in clip.text_model.items()}
+    text.load_state_dict(state, strict=True, assign=True)
+    projection.load_state_dict({"weight": clip.visual_projection.to(device, dtype)}, strict=True, assign=True)
+    positions = text.text_model.embeddings
+    positions.position_ids = torch.arange(clip.text_config.max_position_embeddings, device=device)[None]
+    model.config.clip_text_config = text.config
+    body.clip_text_model = text.eval()
+    body.visual_projection = projection
+    if hasattr(model, "hf_device_map") and "" not in model.hf_device_map:
+        for name in ("clip_text_model", "visual_projection"):
+            model.hf_device_map[f"model.{name}"] = device
+
+
+def _check_complete(info: dict[str, Any], message: str) -> None:
+    """Raise ValueError if transformers found tensors missing, unexpected or of another shape."""
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    wrong = {kind: sorted(info[kind]) for kind in kinds if info.get(kind)}
+    if wrong:
+        raise ValueError(f"{message}: {wrong}.")
+
+
+@contextmanager
+def damaged_weights_named(source: Any) -> Iterator[None]:
+    """Name the weights file of `source` that safetensors cannot read, as an OSError."""
+    try:
+        yield
+    except SafetensorError as error:
+        names = [str(file) for file in _unreadable(source)]
+        which = ", ".join(names) or f"a weights file of {source}"
+        raise OSError(f"{which} is damaged or cut short ({error}); fetch it again.") from error
 
 
 def _unreadable(folder: Any) -> Iterator[Path]:

@@ -19,7 +19,7 @@ from transformers.models.llava.modeling_llava import (
     LlavaPreTrainedModel,
 )
 
-from .checkpoint_ivtp import LlavaCheckpoint, register_weight_names
+from .checkpoint_ivtp import damaged_weights_named, load_llava, register_weight_names
 from .compat import CACHE, cache_of, one_cache
 from .configuration_ivtp import IVTPLlavaConfig
 from .controls import PruningControls, PruningOptions
@@ -383,7 +383,6 @@ class IVTPLlavaModel(PromptReplay, PromptPruning, PruningOptions, IVTPLlavaPreTr
 
 
 class IVTPLlavaForConditionalGeneration(
-    LlavaCheckpoint,
     PruningControls,
     PromptCapture,
     PrunedGeneration,
@@ -408,6 +407,54 @@ class IVTPLlavaForConditionalGeneration(
         self.model = IVTPLlavaModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a checkpoint as transformers does, and name a weights file that is damaged or cut short.
+
+        Raises
+        ------
+        OSError
+            If a weights file cannot be read.
+        """
+        with damaged_weights_named(pretrained_model_name_or_path):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    @classmethod
+    def from_llava(
+        cls,
+        llava: Any,
+        clip: Any = None,
+        *,
+        pruning: Any = None,
+        clip_options: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a LLaVA checkpoint and join CLIP's text tower and projections to it.
+
+        Parameters
+        ----------
+        llava : str or path
+            A LLaVA folder or Hub id in transformers' format, or one of ours.
+        clip : str or path, optional
+            Where CLIP's text half comes from: a transformers CLIP folder or Hub id. With the package installed also an
+            open_clip name such as "open_clip:ViT-L-14-336/openai", or an open_clip weights file (safetensors). None: no
+            text tower, and the image's CLS token guides the language model.
+        pruning : IVTPPruningConfig or dict, optional
+        clip_options : dict, optional
+            Options for CLIP alone: `revision`, `activation` (default: the vision tower's), and access to the Hub
+            (`token`, `cache_dir`, `local_files_only`; default: that of `kwargs`).
+        **kwargs
+            For `from_pretrained`: dtype, device_map, attn_implementation, quantization_config, …
+
+        Raises
+        ------
+        ImportError
+            If `clip` is of open_clip and the package is not installed.
+        ValueError
+            If tower and CLIP do not fit, or a checkpoint has missing or unexpected weights.
+        """
+        return load_llava(cls, llava, clip, pruning=pruning, clip_options=clip_options, **kwargs)
 
     def forward(
         self,
