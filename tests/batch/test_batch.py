@@ -740,17 +740,17 @@ def test_progress_counts_all_processes_rows(capsys, made, tmp_path, monkeypatch)
     folder.answers(2, 3).touch()
     assert counter.done() == 15  # the last shard is the rest, and its journal no longer counts
     monkeypatch.setattr(progress, "_LINE_SECONDS", 0)
-    with progress.shown(counter, True) as look:
-        look()
+    with progress.shown(counter, True) as update:
+        update()
         folder.answers(0, 3).touch()
         time.sleep(0.01)
-        look()
+        update()
     first, second = capsys.readouterr().err.splitlines()
     assert first == "ivtp: 15 of 25 rows, no rate yet"
     assert second.startswith("ivtp: 25 of 25 rows, ")
     assert second.endswith("rows/s, about 0 s left")
-    with progress.shown(counter, False) as look:
-        look()
+    with progress.shown(counter, False) as update:
+        update()
     assert capsys.readouterr().err == ""
 
 
@@ -758,11 +758,11 @@ def test_a_bar_on_a_terminal_begins_where_the_run_was(made, tmp_path, monkeypatc
     folder = OutFolder(tmp_path / "out")
     folder.begin({"settings": {}})
     folder.answers(0, 3).touch()
-    monkeypatch.setattr(progress, "_LOOK_SECONDS", 0)
+    monkeypatch.setattr(progress, "_BAR_SECONDS", 0)
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "100")
-    with progress.shown(progress.Counter(folder, 25, 10, 3), True) as look:
-        look()
+    with progress.shown(progress.Counter(folder, 25, 10, 3), True) as update:
+        update()
     said = capsys.readouterr().err
     assert "10/25" in said
     assert "answering" in said
