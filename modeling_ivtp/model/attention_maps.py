@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from .fused_attention import fused_weighted_attention, is_served
+from .labels import SCORE, labelled
 
 # A head's attention map is built, used and dropped; this bounds how many float32 values of maps exist at a time.
 MAP_VALUES_CPU = 2**20
@@ -105,6 +106,7 @@ def map_heads(query: torch.Tensor, key: torch.Tensor, scale: float) -> Iterator[
             yield logits.view(batch, -1, queries, keys)
 
 
+@labelled(SCORE)
 def add_heads(total: torch.Tensor, attention: torch.Tensor) -> None:
     """Add maps (B, some heads, N, N) to a total (B, N, N): what scoring costs a layer that makes its maps anyway."""
     for head in attention.unbind(1):  # a sum over heads first would write one map more

@@ -13,6 +13,7 @@ from transformers.models.mistral.modeling_mistral import MistralAttention, Mistr
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2Model
 
 from .compat import CACHE, one_cache
+from .labels import CHOOSE, label
 from .pruned_cache import (
     allocate,
     cache_spans,
@@ -387,7 +388,7 @@ class GroupedDecoder:
                 run.end(sequence, renumbered)
             if drops:
                 assert group is not None
-                with torch.no_grad(), full_precision(tokens.device):
+                with torch.no_grad(), full_precision(tokens.device), label(CHOOSE):
                     choice = pruner.in_decoder(
                         DecoderStep(group, records, decoder_records, tokens, sequence, sizes, visual.state)
                     )

@@ -9,6 +9,7 @@ from transformers.utils import logging
 
 from .configuration_ivtp import IVTPPruningConfig
 from .instruction_cache import InstructionCache
+from .labels import CHOOSE, TEXT_TOWER, label, labelled
 from .language_ivtp import VisualPrompt
 from .pruner import Choice, FeatureStep, IVTPPruner, PromptStep, Pruner, full_precision
 from .schedule import PruningPlan
@@ -225,7 +226,7 @@ class PromptPruning:
             sequence, index = sequence.keep(choice.kept, choice.ragged)
             left = left.gather(1, index[..., None].expand(-1, -1, left.shape[-1]))
         left = sequence.with_visual(left, features.to(left.device))
-        with torch.no_grad():
+        with torch.no_grad(), label(CHOOSE):
             state = pruner.prepare(sequence, left)
         prompt = VisualPrompt(
             sequence=sequence,
@@ -237,6 +238,7 @@ class PromptPruning:
         )
         return prompt, left
 
+    @labelled(CHOOSE)
     def _in_prompt(
         self,
         keep: int,
@@ -273,6 +275,7 @@ class PromptPruning:
         token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
+    @labelled(CHOOSE)
     def _reference(
         self,
         encoded: Any,
@@ -311,6 +314,7 @@ class PromptPruning:
                 keys = keys & whole.valid[:, None]
             return pseudo_cls(inputs_embeds, keys, fallback), relevance, keys
 
+    @labelled(TEXT_TOWER)
     def text_features(
         self, clip_input_ids: torch.Tensor, windows: tuple[tuple[int, ...], ...] | None = None
     ) -> torch.Tensor:
@@ -359,7 +363,7 @@ def choose_features(
     """Ask the pruner about features: the choice, None where all stay; the patches left (I, k'), and their features."""
     if step.keep >= step.patches.shape[1]:
         return None, step.patches, step.projected
-    with torch.no_grad(), full_precision(step.features.device):
+    with torch.no_grad(), full_precision(step.features.device), label(CHOOSE):
         choice = pruner.in_features(step)
     for record in step.records.values():
         record.seal()

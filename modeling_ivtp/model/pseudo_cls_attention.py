@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward, repeat_kv
 
 from .compat import one_cache
+from .labels import SCORE, label
 from .rollout import AttentionRecord, DecoderAttentionRecord
 from .visual_sequence import VisualSequence
 
@@ -199,7 +200,8 @@ class GroupedAttention:
             scaling=attention.scaling,
             **kwargs,
         )
-        observed = record.attend(query, key, value, observer, new_value, attention.scaling)
+        with label(SCORE):
+            observed = record.attend(query, key, value, observer, new_value, attention.scaling)
         if observed is not None:
             output = torch.cat([output, observed], 1)
         output = output.reshape(*hidden_states.shape[:-1], -1)

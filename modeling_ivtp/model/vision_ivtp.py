@@ -11,6 +11,7 @@ from transformers.models.clip import modeling_clip
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPVisionModel, eager_attention_forward
 
 from .attention_maps import attend_with_map
+from .labels import CHOOSE, label
 from .pruner import Choice, Pruner, TowerStep, full_precision
 from .rollout import AttentionRecord, GroupScores
 from .schedule import Group, PruningPlan
@@ -132,7 +133,7 @@ class _Pass:
 
     def choose(self, group: Group) -> Choice:
         """Ask the pruner at the top of a group, and leave out of everything but the layer's output what it does."""
-        with torch.no_grad(), full_precision(self.patches.device):
+        with torch.no_grad(), full_precision(self.patches.device), label(CHOOSE):
             choice = self.pruner.in_tower(TowerStep(group, self.records, self.patches, self.sizes))
         for record in self.records:
             record.seal()

@@ -1,31 +1,28 @@
-"""What an answer takes: all of it, up to its first token, and for choosing what stays."""
+"""Timing of one answer: all of it, up to its first token, and what choosing visual tokens takes of that."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..model import attention_maps
-from ..model.pruner import PrunerWrapper
-from ..model.pseudo_cls_attention import PseudoCLSAttention
-from ..model.rollout import DecoderAttentionRecord
+from ..model.labels import TEXT_TOWER, timed_by
 
 
 @dataclass(frozen=True)
 class Taken:
-    """Seconds of a batch.
+    """Seconds that a batch took.
 
     Attributes
     ----------
     answer : float
         From pixels to the last token.
     prefill : float
-        From pixels to the first.
+        From pixels to the first token.
     selection : float
-        Of that, what the method takes to choose: scores, and the question's words where they guide it.
+        What the method needs of the prefill to choose: scores, and the question's words where they guide it.
     """
 
     answer: float = 0.0
@@ -37,112 +34,80 @@ class Taken:
 
 
 class Stopwatch:
-    """Times what a model does while it is watched.
+    """Times the labelled work of a model (`modeling_ivtp.model.labels`).
 
-    On a GPU it notes moments in the stream of work, so that nothing is held up, and reads them when asked.
+    It is a timer of its own, because `torch.profiler` records every operation: on a CPU that adds a tenth to a prompt
+    and a fifth to decoding, and reading the profile takes longer than the work. On a GPU it records events in the
+    stream, so that nothing waits, and reads them when asked.
     """
 
     def __init__(self) -> None:
-        self._running: set[str] = set()
+        self._running: list[str] = []
         self._gpu = False
         self.restart()
 
     def restart(self) -> None:
         """Forget what was timed so far."""
         self.first_token: float | None = None
-        self._spans: dict[str, list[tuple[Any, Any]]] = {"selection": [], "words": []}
+        self._selection: list[tuple[Any, Any]] = []
+        self._words: list[tuple[Any, Any]] = []
 
     @property
     def selection(self) -> float:
-        """Seconds that choosing took, the question's words among them."""
-        return self._total("selection")
+        """Seconds that choosing took, CLIP's text tower included."""
+        return self._total(self._selection)
 
     @property
     def words(self) -> float:
         """Seconds of that in CLIP's text tower."""
-        return self._total("words")
+        return self._total(self._words)
 
-    def _total(self, what: str) -> float:
+    def _total(self, spans: list[tuple[Any, Any]]) -> float:
         if not self._gpu:
-            return sum(end - start for start, end in self._spans[what])
+            return sum(end - start for start, end in spans)
         torch.cuda.synchronize()
-        return sum(start.elapsed_time(end) for start, end in self._spans[what]) / 1000
+        return sum(start.elapsed_time(end) for start, end in spans) / 1000
 
-    def _now(self) -> Any:
+    def _moment(self) -> Any:
         if not self._gpu:
             return time.perf_counter()
-        moment = torch.cuda.Event(enable_timing=True)
-        moment.record()
-        return moment
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
-    def timing(self, work: Callable[..., Any], what: str = "selection") -> Callable[..., Any]:
-        """`work`, whose time counts; what runs inside of it is not counted twice."""
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            if what in self._running:
-                return work(*args, **kwargs)
-            self._running.add(what)
-            start = self._now()
-            try:
-                return work(*args, **kwargs)
-            finally:
-                self._spans[what].append((start, self._now()))
-                self._running.discard(what)
-
-        return timed
+    @contextmanager
+    def _time(self, name: str) -> Iterator[None]:
+        """Time labelled work; work inside other work of its kind is not counted twice."""
+        kinds = [] if self._running else [self._selection]
+        if name == TEXT_TOWER and name not in self._running:
+            kinds.append(self._words)
+        self._running.append(name)
+        start = self._moment() if kinds else None
+        try:
+            yield
+        finally:
+            self._running.pop()
+            if kinds:
+                span = start, self._moment()
+                for spans in kinds:
+                    spans.append(span)
 
     @contextmanager
     def watching(self, model: Any) -> Iterator[None]:
-        """Time a model's choices, and note when its language model has read the prompt; undone when left.
+        """Time a model's labelled work, and note when it has read the prompt.
 
-        Counted are scores and selection, the question's words, and what layers do for scoring alone: heads of maps that
-        are added up, and the observers' own attention. The observers' row in the other products is not.
+        All labels count as choosing. The pseudo-CLS tokens' row in the layers' other products has no label. No prompt
+        is replayed as a CUDA graph meanwhile, since nothing inside a graph can be timed.
         """
-        inner = model.model
         self._gpu = model.device.type == "cuda"
-        changed = [
-            (inner, "applied_pruner", _Timed(inner.pruner, self)),
-            # What guides the choice by the question is part of choosing.
-            (inner, "_reference", self.timing(inner._reference)),
-            (inner, "_in_prompt", self.timing(inner._in_prompt)),
-            (inner, "text_features", self.timing(inner.text_features, "words")),
-            # So is what layers do for it alone.
-            (attention_maps, "add_heads", self.timing(attention_maps.add_heads)),
-            (PseudoCLSAttention, "attend", self.timing(PseudoCLSAttention.attend)),
-            (DecoderAttentionRecord, "attend", self.timing(DecoderAttentionRecord.attend)),
-        ]
 
-        def read(*_: Any) -> None:
+        def note_first_token(*_: Any) -> None:
             self.first_token = self.first_token or time.perf_counter()
 
-        hook = inner.language_model.register_forward_hook(read)
+        # A model with a hook replays nothing.
+        hook = model.model.register_forward_hook(note_first_token)
         try:
-            with ExitStack() as stack:
-                for owner, name, value in changed:
-                    stack.enter_context(_replaced(owner, name, value))
+            with timed_by(self._time):
                 yield
         finally:
             hook.remove()
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Another value of an attribute for a while; an object whose class has it gets rid of its own afterwards."""
-    own, before = name in vars(owner), vars(owner).get(name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if own:
-            setattr(owner, name, before)
-        else:
-            delattr(owner, name)
-
-
-class _Timed(PrunerWrapper):
-    """A pruner whose choices are timed."""
-
-    def __init__(self, pruner: Any, watch: Stopwatch) -> None:
-        super().__init__(pruner)
-        for moment in ("in_tower", "in_features", "in_prompt", "prepare", "in_decoder"):
-            setattr(self, moment, watch.timing(getattr(pruner, moment)))

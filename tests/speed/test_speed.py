@@ -1,6 +1,7 @@
 """The speed benchmark: what it compares is comparable, and what it tells is what it measured."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,7 @@ from modeling_ivtp.cli import main
 from modeling_ivtp.files.console import shareable_command
 from modeling_ivtp.flops import load_shape
 from modeling_ivtp.flops.formula import kv_cache_bytes
-from modeling_ivtp.model import attention_maps
-from modeling_ivtp.model.pseudo_cls_attention import PseudoCLSAttention
+from modeling_ivtp.model.labels import CHOOSE, SCORE, TEXT_TOWER, label
 from modeling_ivtp.speed import bench as speed_bench
 from modeling_ivtp.speed.bench import Settings, bench, check_largest
 from modeling_ivtp.speed.growth import growth
@@ -191,17 +191,35 @@ def test_weights_that_are_there_need_no_room(model: Any, monkeypatch: pytest.Mon
 
 
 def test_choosing_counts_what_layers_do_for_it(model: Any, inputs: dict[str, Any]) -> None:
-    kept = attention_maps.add_heads, PseudoCLSAttention.attend
     watch = Stopwatch()
     with model.pruning(visual_tokens=64), watch.watching(model), torch.inference_mode():
         model(**inputs, use_cache=True, logits_to_keep=1)
-    spans = len(watch._spans["selection"])
-    assert (attention_maps.add_heads, PseudoCLSAttention.attend) == kept
-    plan = model.model.plan()
+        spans = len(watch._selection)
+        plan = model.model.plan()
     layers = sum(group.last - group.first + 1 for group in plan.decoder)
-    # A choice for each group, the reference, an observer in each of the decoder's layers, and maps of some heads.
+    # A choice for each group, the reference, a pseudo CLS in each of the decoder's layers, and maps of some heads.
     assert spans > len(plan.tower) + len(plan.decoder) + 1 + layers
     assert 0 < watch.words < watch.selection
+    with model.pruning(visual_tokens=64), torch.inference_mode():
+        model(**inputs, use_cache=True, logits_to_keep=1)
+    assert len(watch._selection) == spans
+    assert not model.model._forward_hooks
+
+
+def test_work_inside_other_work_is_timed_once(model: Any) -> None:
+    watch = Stopwatch()
+    with watch.watching(model):
+        with label(CHOOSE):
+            with label(TEXT_TOWER), label(TEXT_TOWER):
+                time.sleep(0.01)
+            with label(SCORE):
+                pass
+        with label(SCORE):
+            pass
+    assert (len(watch._selection), len(watch._words)) == (2, 1)
+    assert 0.01 <= watch.words <= watch.selection
+    watch.restart()
+    assert (watch.selection, watch.words, watch.first_token) == (0, 0, None)
 
 
 def test_the_readme_tells_the_newest_speeds() -> None:
