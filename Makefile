@@ -45,10 +45,11 @@ test: setup  ## all tests
 test-oldest:  ## all tests with the oldest supported transformers and torch
 	PIP_CONSTRAINT=$(CURDIR)/tests/oldest.txt $(MAKE) test VENV=.venv-oldest
 
-lint: setup  ## style and types
+lint: setup  ## style, types, and the layers of the package
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
+	$(RUN)/lint-imports
 
 clean:  ## remove environments and outputs
-	rm -rf .venv .venv-ci .venv-oldest out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-ci .venv-oldest out dist *.egg-info .import_linter_cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""Rows that are answered together: shards of consecutive rows, and in a shard batches of similar length."""
+"""Which rows are answered together: shards of consecutive rows, and in a shard batches of like length."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _SHARDS, _FEWEST, _MOST = 64, 16, 1024
 
 @dataclass(frozen=True)
 class Task:
-    """A row that can be answered.
+    """A row and what it takes to answer it.
 
     Attributes
     ----------
     row : Row
     prompt : str
-        The prompt in the form that the model was trained on, with a placeholder for every picture.
+        As the model was trained on it, with a placeholder for every picture.
     tokens : int
-        Length of the prompt with all tokens of its pictures.
+        Of the prompt, all tokens of its pictures included.
     """
 
     row: Row
@@ -30,25 +30,20 @@ class Task:
 
 
 def default_shard_rows(rows: int) -> int:
-    """Return the rows of a shard, a 64th of all, from 16 to 1024.
-
-    Each process then has several shards, and a shard has rows enough to form batches.
-    """
+    """A 64th of all rows, from 16 to 1024: several shards for each process, and rows enough to make batches from."""
     return min(_MOST, max(_FEWEST, -(-rows // _SHARDS)))
 
 
 def plan_batches(
     tasks: Sequence[Task], cost: Callable[[int, int, int], int], budget: int, largest: int
 ) -> tuple[list[list[Task]], dict[int, str]]:
-    """Group tasks into batches, from the longest to the shortest.
-
-    Little is padded then, and the first batch is the largest.
+    """Cut tasks into batches, from the longest to the shortest, so that little is padded and the first is the largest.
 
     Parameters
     ----------
     tasks : sequence of Task
     cost : callable
-        Returns the bytes of a number of rows, padded to a length in tokens, with a number of images in all.
+        Bytes of so many rows, of a padded length in tokens, with so many images in all.
     budget : int
         Bytes that a batch may take.
     largest : int
@@ -58,7 +53,7 @@ def plan_batches(
     -------
     batches : list of list of Task
     too_large : dict of int to str
-        Errors of the rows that exceed the budget alone, by their number in the data.
+        By its number in the data, what is wrong with a row that exceeds the budget all alone.
     """
     batches: list[list[Task]] = []
     too_large: dict[int, str] = {}

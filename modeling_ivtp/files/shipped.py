@@ -1,4 +1,4 @@
-"""Files that lie beside the package in a clone and inside of it once it is installed; setup.py lists them."""
+"""Files that lie beside the package in a clone and inside of it once it is installed; pyproject.toml lists them."""
 
 from __future__ import annotations
 

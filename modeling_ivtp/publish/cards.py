@@ -125,7 +125,8 @@ def _is_of_recipes(name: str, config: Any) -> bool:
     """Whether a configuration is that of the card's recipes, but for the budget: only then its costs are theirs."""
     if name == GENERIC:
         return False
-    recipe = load_recipe(f"{name}-64")
+    # By its file: the base of a recipe may lie only in a clone, and its card is known everywhere.
+    recipe = load_recipe(shipped(f"configuration/{name}-64.json"))
     try:
         recipe.check(config, name)
     except ValueError:

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
+from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 
 from modeling_ivtp import IVTPLlavaConfig, IVTPLlavaForConditionalGeneration
 from modeling_ivtp.checkpoints.convert import RECIPE_FILE, convert
 from modeling_ivtp.checkpoints.recipes import load_recipe, recipe_names
 from modeling_ivtp.checkpoints.stock import export_stock
 from modeling_ivtp.cli import main
-from tests.support.checkpoints import PRUNING, clip_folder, llava_folder
+from tests.support.checkpoints import PRUNING, clip_folder, llava_folder, sparse_llava
 
 ROOT = Path(__file__).parents[2]
 BUDGETS = (512, 256, 192, 128, 64, 32, 16)
@@ -81,34 +81,10 @@ def test_options_beside_a_recipe_go_before_it(tmp_path: Path) -> None:
     assert config.dtype == torch.float32
 
 
-def _sparse_llava(folder: Path, shape: str) -> None:
-    """An official-format LLaVA of a published shape: true headers before holes in place of numbers."""
-    shape_config = load_recipe(f"ivtp-{shape}-64").config()
-    config = LlavaConfig(vision_config=shape_config.vision_config, text_config=shape_config.text_config)
-    llava_folder(folder)
-    config.architectures = ["LlavaForConditionalGeneration"]
-    config.save_pretrained(folder)
-    (folder / "model.safetensors").unlink()
-    with torch.device("meta"):
-        model = LlavaForConditionalGeneration(config)
-    header, offset = {}, 0
-    for name, tensor in model.state_dict().items():
-        header[name] = {
-            "dtype": "F16",
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + 2 * tensor.numel()],
-        }
-        offset += 2 * tensor.numel()
-    encoded = json.dumps(header).encode()
-    with open(folder / "model.safetensors", "wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        file.truncate(8 + len(encoded) + offset)
-
-
 def test_a_recipe_takes_a_base_of_its_shape_and_no_other(
     tmp_path: Path, made: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _sparse_llava(tmp_path / "13b", "llava-1.5-13b")
+    sparse_llava(tmp_path / "13b", "llava-1.5-13b")
     for base, said in (
         (
             tmp_path / "13b",

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPModel, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.utils import logging
 
-from tests.support.text_tokenizers import processor
+from modeling_ivtp.flops import load_shape
+from tests.support.text_tokenizers import clip_tokenizer, processor
 
 SIDE, PATCH, WIDTH, PROJECTION = 56, 14, 64, 24
 # Fits the four layers of both towers here: 16 patches, 9 after the vision tower, 4 in the end.
@@ -113,3 +114,39 @@ def open_clip_file(path: Path) -> CLIP:
     ).eval()
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path)
     return model
+
+
+def sparse_llava(folder: Path, shape: str) -> None:
+    """An official-format LLaVA of a published shape: true headers before holes in place of numbers."""
+    shape_config = load_shape(shape)
+    config = LlavaConfig(vision_config=shape_config.vision_config, text_config=shape_config.text_config)
+    llava_folder(folder)
+    config.architectures = ["LlavaForConditionalGeneration"]
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        _write_sparse(folder / "model.safetensors", LlavaForConditionalGeneration(config))
+
+
+def sparse_clip(folder: Path, shape: str) -> None:
+    """The CLIP that belongs to a LLaVA of a published shape, likewise without numbers."""
+    shape_config = load_shape(shape)
+    text, vision = shape_config.clip_text_config, shape_config.vision_config
+    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=text.projection_dim)
+    config.architectures = ["CLIPModel"]
+    config.save_pretrained(folder)
+    clip_tokenizer().save_pretrained(folder)
+    with torch.device("meta"):
+        _write_sparse(folder / "model.safetensors", CLIPModel(config))
+
+
+def _write_sparse(path: Path, model: torch.nn.Module) -> None:
+    header, offset = {}, 0
+    for name, tensor in model.state_dict().items():
+        end = offset + 2 * tensor.numel()
+        header[name] = {"dtype": "F16", "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header).encode()
+    path.unlink(missing_ok=True)
+    with open(path, "wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.truncate(8 + len(encoded) + offset)

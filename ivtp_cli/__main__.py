@@ -1,7 +1,0 @@
-"""`python -m ivtp_cli` is `ivtp`."""
-
-import sys
-
-from .running import main
-
-sys.exit(main())

@@ -1,0 +1,102 @@
+"""Imports run downwards only, and `model/` is a flat folder of which exactly the files that it holds travel."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import modeling_ivtp
+from tests.support.text_tokenizers import processor as make_processor
+from tests.support.tiny import tiny_model
+
+ROOT = Path(__file__).parents[2]
+MODEL = ROOT / "modeling_ivtp" / "model"
+FILES = sorted(path for path in MODEL.rglob("*.py") if path.name != "__init__.py")
+
+
+def lint(folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run import-linter in a folder with the package and its pyproject.toml."""
+    return subprocess.run(
+        [Path(sys.executable).with_name("lint-imports"), "--no-cache"],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(folder), "COLUMNS": "120"},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A copy of the package and of the layers that are written down."""
+    shutil.copytree(ROOT / "modeling_ivtp", tmp_path / "modeling_ivtp", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copyfile(ROOT / "pyproject.toml", tmp_path / "pyproject.toml")
+    return tmp_path
+
+
+def test_no_import_runs_upwards() -> None:
+    done = lint(ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("model/schedule.py", "from ..methods import METHODS"),
+        ("flops/shapes.py", "from ..checkpoints import recipes"),
+        ("files/folder.py", "def late():\n    from ..model import rollout"),
+    ],
+)
+def test_an_upward_import_is_found(clone: Path, file: str, line: str) -> None:
+    with open(clone / "modeling_ivtp" / file, "a") as source:
+        source.write(f"\n{line}\n")
+    done = lint(clone)
+    assert done.returncode == 1
+    assert "Imports run downwards BROKEN" in done.stdout
+    assert f"modeling_ivtp.{file.replace('/', '.').removesuffix('.py')} -> modeling_ivtp." in done.stdout
+
+
+def test_a_folder_without_a_layer_is_found(clone: Path) -> None:
+    (clone / "modeling_ivtp" / "elsewhere.py").write_text("")
+    done = lint(clone)
+    assert done.returncode == 1
+    assert "elsewhere" in done.stdout
+
+
+def _imported(file: Path) -> Iterator[tuple[int, str]]:
+    """The relative level and the module of every import of a file, wherever it stands."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            yield node.level, node.module or ""
+        elif isinstance(node, ast.Import):
+            yield from ((0, name.name) for name in node.names)
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) in (
+            "import_module",
+            "__import__",
+        ):
+            yield from ((0, part.value) for part in node.args if isinstance(part, ast.Constant))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_the_model_imports_its_own_flat_files_and_nothing_else_of_the_package(file: Path) -> None:
+    own = {path.stem for path in FILES}
+    assert file.parent == MODEL
+    for level, module in _imported(file):
+        if level:
+            assert level == 1, f"{file.name}: {'.' * level}{module}"
+            assert module in own, f"{file.name}: .{module}"
+        else:
+            assert not str(module).startswith("modeling_ivtp"), f"{file.name}: {module}"
+
+
+def test_what_is_saved_with_a_model_is_the_model_folder(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    make_processor(size=56).save_pretrained(tmp_path)
+    assert [path.name for path in sorted(tmp_path.rglob("*.py"))] == [path.name for path in FILES]
+    for path in FILES:
+        assert (tmp_path / path.name).read_text() == path.read_text()
+    assert Path(modeling_ivtp.__file__).parent == MODEL.parent
