@@ -18,6 +18,7 @@ def serve(
 ) -> None:
     """Answer chat completions as OpenAI's API does, images included."""
     try:
+        import fastapi  # noqa: F401
         import uvicorn
     except ImportError as error:
         raise ImportError("a server needs FastAPI and uvicorn: pip install 'ivtp-llava[serve]'") from error

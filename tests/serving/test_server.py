@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 import transformers
@@ -110,7 +111,14 @@ def test_many_at_once_get_their_own_answers(client: Any) -> None:
     [
         ({"n": 2}, "n=2; allowed: 1"),
         ({"max_tokens": 10**6}, "allowed: 1 to 2048"),
-        ({"logprobs": True}, "unknown field(s) logprobs"),
+        ({"logprobs": True}, "logprobs=true; allowed: false"),
+        ({"extra_body": {"guided_regex": "a"}}, "unknown field(s) guided_regex; allowed: model, messages"),
+        ({"max_tokens": "4"}, 'max_tokens="4"; allowed: a valid integer'),
+        ({"stop": [1]}, "stop.list[str].0=1; allowed: a valid string"),
+        (
+            {"messages": [{"role": "root", "content": "x"}]},
+            "messages.0.role=\"root\"; allowed: 'system', 'user' or 'assistant'",
+        ),
         ({"messages": []}, "messages is a list"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "/etc/passwd"}}]}]},
@@ -145,6 +153,32 @@ def test_no_code_that_came_with_a_checkpoint_runs(tmp_path: Path) -> None:
     (tmp_path / "evil" / "evil.py").write_text("raise RuntimeError('code of the checkpoint ran')")
     with pytest.raises(ValueError, match="is of model_type 'evil'"):
         load_handler(tmp_path / "evil")
+
+
+def test_requests_that_are_none_answer_in_openais_form(address: str) -> None:
+    for body, said in (
+        (b"{", "the request is not JSON"),
+        (b"[]", "the request=[]; allowed: a valid dictionary"),
+        (b"[" * 100_000, "pars"),
+        (b'{"model": "mini"}', "messages is missing"),
+    ):
+        answer = httpx.post(f"{address}/chat/completions", content=body, headers={"Content-Type": "application/json"})
+        assert answer.status_code == 400
+        error = answer.json()["error"]
+        assert said in error["message"]
+        assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", None, None)
+    plain = httpx.post(f"{address}/chat/completions", content=b"{}", headers={"Content-Type": "text/plain"})
+    assert "no Content-Type: application/json" in plain.json()["error"]["message"]
+
+
+def test_the_api_page_lists_what_a_request_may_hold(address: str) -> None:
+    root = address.removesuffix("/v1")
+    assert "swagger" in httpx.get(f"{root}/docs").text
+    schemas = httpx.get(f"{root}/openapi.json").json()["components"]["schemas"]
+    fields = schemas["ChatRequest"]["properties"]
+    assert "null answers without pruning" in fields["visual_tokens"]["description"]
+    assert fields["n"]["enum"] == [1, None]
+    assert {"Completion", "Message", "ErrorAnswer"} <= set(schemas)
 
 
 def test_a_request_that_is_too_large_is_cut_off(client: Any) -> None:
