@@ -30,7 +30,7 @@ from benchmarks.quality.report import write_atomically
 from benchmarks.quality.world import sample_questions
 from modeling_ivtp.batch.folder import OutFolder
 from modeling_ivtp.batch.progress import Counter
-from modeling_ivtp.files.console import told_command
+from modeling_ivtp.files.console import shareable_command
 from modeling_ivtp.files.tables import markdown_table
 from modeling_ivtp.speed.bench import machine
 
@@ -232,7 +232,7 @@ def main(
     date = datetime.date.today().isoformat()
     results = {
         "date": date,
-        "command": told_command("python -m benchmarks.batch_scaling", sys.argv[1:]),
+        "command": shareable_command("python -m benchmarks.batch_scaling", sys.argv[1:]),
         "machine": machine(torch.device("cpu")),
         "load": load,
         "rows": rows,

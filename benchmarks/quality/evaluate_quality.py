@@ -8,17 +8,12 @@ they come, so an evaluation that was interrupted goes on where it was when the s
 """
 
 import datetime
-import shlex
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from enum import Enum
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import torch
-import typer
 
 from benchmarks.quality import report
 from benchmarks.quality.answer_log import AnswerLog
@@ -32,19 +27,10 @@ from modeling_ivtp.serving.answering import load_model
 
 MINIATURE = Path(__file__).parents[2] / "examples" / "miniature"
 """The checkpoint that ships with the project."""
-
-
+ROWS = ("main", "systems", "ablations", "all")
+"""A few methods, all systems, the paper's ablations, or everything."""
 WELL = 0.85
 """Share of right answers, unpruned, from which a type counts."""
-
-
-class Rows(str, Enum):
-    """Which rows to evaluate."""
-
-    main = "main"
-    systems = "systems"
-    ablations = "ablations"
-    all = "all"
 
 
 def ask(
@@ -232,9 +218,8 @@ def _well_answered(rows: Sequence[Mapping[str, Any]], asked: Asked) -> list[str]
 def _rows(
     config: Any, rows: str, budgets: Sequence[int], ablation_budgets: Sequence[int]
 ) -> tuple[list[Row], dict[str, str]]:
-    allowed = [one.value for one in Rows]
-    if rows not in allowed:
-        raise ValueError(f"rows={rows!r}; allowed: {', '.join(allowed)}.")
+    if rows not in ROWS:
+        raise ValueError(f"rows={rows!r}; allowed: {', '.join(ROWS)}.")
     for tokens in (*budgets, *ablation_budgets):
         if tokens < 1:
             raise ValueError(f"visual_tokens={tokens}; allowed: 1 to {config.num_patches - 1}.")
@@ -247,76 +232,3 @@ def _rows(
     named = {(row.method, row.visual_tokens) for row in systems}
     kept = [row for row in main if (row.method, row.visual_tokens) not in named] if rows == "all" else main[:1]
     return kept + systems + ablations, unfit | skipped
-
-
-def main(
-    context: typer.Context,
-    model: Annotated[
-        Path, typer.Option(help="Folder of the checkpoint.", show_default="the miniature that ships")
-    ] = MINIATURE,
-    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("benchmarks/results"),
-    rows: Annotated[
-        Rows, typer.Option(help="A few methods, all systems, the paper's ablations, or everything.")
-    ] = Rows.main,
-    questions: Annotated[int, typer.Option(help="Held-out test questions, evenly over the types.")] = 2000,
-    batch: Annotated[int, typer.Option(help="Questions answered side by side.")] = 16,
-    tokens: Annotated[list[int] | None, typer.Option(help="Budgets of the methods; repeat. Default: 192 … 16.")] = None,
-    ablation_tokens: Annotated[list[int] | None, typer.Option(help="Budgets of the ablations. Default: 64.")] = None,
-    method: Annotated[list[str] | None, typer.Option(help="Only these; repeat. Default: all.")] = None,
-    headline: Annotated[
-        list[str] | None, typer.Option(help="Types that make the accuracy; repeat. Default: those answered well.")
-    ] = None,
-    reference: Annotated[
-        Path | None, typer.Option(help="The checkpoint that this one was retrained from; joins its results.")
-    ] = None,
-    join: Annotated[
-        bool, typer.Option("--join", help="Join this checkpoint's newest results instead of beginning today's.")
-    ] = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; default: what there is.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
-    seed: Annotated[int, typer.Option(help="Of random patches.")] = 0,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; default: torch's own.")] = None,
-) -> None:
-    """Evaluate a checkpoint, or go on with an evaluation that was interrupted."""
-    if threads is not None:
-        torch.set_num_threads(threads)
-    file = evaluate_checkpoint(
-        model,
-        out,
-        rows=rows.value,
-        number=questions,
-        batch=batch,
-        budgets=tokens or BUDGETS,
-        ablation_budgets=ablation_tokens or (64,),
-        methods=method or (),
-        headline=headline,
-        reference=reference,
-        join=join,
-        device=device,
-        dtype=dtype,
-        seed=seed,
-        command=context.obj,
-    )
-    print(file.with_suffix(".md").read_text())
-    print(f"Written: {file} and beside it .md and .png")
-
-
-def run(arguments: Sequence[str], name: str) -> None:
-    """Evaluate as the command line says.
-
-    Parameters
-    ----------
-    arguments : sequence of str
-    name : str
-        What the command is called, for its help and for the record.
-    """
-    app = typer.Typer(add_completion=False)
-    app.command()(main)
-    app(list(arguments), prog_name=name, standalone_mode=False, obj=shlex.join([*name.split(), *arguments]))
-
-
-if __name__ == "__main__":
-    try:
-        run(sys.argv[1:], "python -m benchmarks.quality.evaluate_quality")
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None

@@ -1,10 +1,10 @@
 """Answer a data set: `ivtp batch`, and the same from Python.
 
-Work is claimed, not dealt out: consecutive rows make a shard, and whoever locks a shard's file answers its rows. Any
-number of processes on any number of machines that share the output's folder work on it, and nobody waits for anybody.
-One that dies leaves its shard to the others, as long as whatever launched them lets them live (`accelerate launch` ends
-them all, and the same command goes on). What a shard's answers are depends on the data and on the settings
-in `_run.json` alone, so a run that was stopped, however often, ends with the rows of one that was not.
+Processes claim work; none is assigned. Consecutive rows form a shard, and the process that locks a shard's file
+answers its rows. Any number of processes, on any number of machines that share the output's folder, work in this way
+without waiting for each other. If a process dies, the others take over its shard, unless their launcher ends them too
+(`accelerate launch` does; the same command then continues the run). A shard's answers depend only on the data and on
+the settings in `_run.json`, so a run that was stopped, however often, ends with the same rows as one that was not.
 """
 
 from .options import Options, Summary

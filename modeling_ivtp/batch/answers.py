@@ -1,4 +1,4 @@
-"""One answered row, and the Parquet files that answers end in."""
+"""Answered rows, and the Parquet files that hold them."""
 
 from __future__ import annotations
 
@@ -26,22 +26,23 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Answered:
-    """What became of a row.
+    """A row's answer, or its error.
 
     Attributes
     ----------
     row : int
-        Its number in the data, from 0.
+        The row's number in the data, from 0.
     id : str or None
     answer : str or None
         None if there is an error.
     error : str or None
         Beginning with the row's number.
     tokens : int
-        Of the answer, its end included.
+        Length of the answer, its end token included.
     prompt_tokens : int
-        Of the prompt, all tokens of its pictures included; 0 if the row never got that far.
+        Length of the prompt with all tokens of its pictures; 0 if the row failed before the model saw it.
     images : int
+        Number of pictures.
     """
 
     row: int
@@ -53,20 +54,20 @@ class Answered:
     images: int
 
     def values(self) -> list[Any]:
-        """JSON-ready; `Answered(*values)` is the way back."""
+        """Return the fields as a JSON-ready list; `Answered(*values)` is the inverse."""
         return list(astuple(self))
 
 
 def write(path: Path, rows: Iterable[Answered]) -> None:
-    """Write a file that is either whole or not there, in the order of the rows.
+    """Write answers to a Parquet file, in the order of the rows; the file appears only once it is complete.
 
-    Nothing in it depends on when or by whom it was written: the same answers make the same bytes.
+    The same answers give the same bytes, whenever and by whichever process they are written.
     """
-    ordered = sorted(rows, key=lambda one: one.row)
-    table = pa.Table.from_pylist([asdict(one) for one in ordered], schema=SCHEMA)
-    # Only one process holds the shard, so a file of this name is what a killed one left.
+    ordered = sorted(rows, key=lambda answered: answered.row)
+    table = pa.Table.from_pylist([asdict(answered) for answered in ordered], schema=SCHEMA)
+    # Only one process holds the shard, so a file of this name was left by one that was killed.
     temporary = path.with_name(f".{path.name}.partial")
-    with open(temporary, "wb") as file:  # of a path pyarrow would make something of its own
+    with open(temporary, "wb") as file:  # pyarrow would interpret a path
         pq.write_table(table, file)
     sync(temporary)
     os.replace(temporary, path)
@@ -74,7 +75,7 @@ def write(path: Path, rows: Iterable[Answered]) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have a file, or a folder's list of files, reach the disk."""
+    """Flush a file, or a folder's list of files, to the disk."""
     if os.name != "posix":
         return  # Windows opens no folders, and writes files through as it closes them
     descriptor = os.open(path, os.O_RDONLY)
@@ -85,6 +86,6 @@ def sync(path: Path) -> None:
 
 
 def count_errors(paths: Iterable[Path]) -> int:
-    """Rows with an error in finished files."""
+    """Count the rows with an error in finished files."""
     columns = (pq.read_table(path, columns=["error"])["error"] for path in paths)
     return sum(len(column) - column.null_count for column in columns)

@@ -1,4 +1,4 @@
-"""The model's side: batches become answers, and whatever goes wrong costs as few rows as can be."""
+"""Answer batches with the model; a failure costs as few rows as possible."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Prepared:
-    """A batch's inputs, still on the CPU.
+    """The inputs of a batch, still on the CPU.
 
     Attributes
     ----------
     tasks : list of Task
-        Those whose pictures could be read.
+        The tasks whose pictures could be read.
     inputs : BatchFeature or None
-        As the processor makes them, padded on the left; None if no task is left.
+        The processor's output, padded on the left; None if no task is left.
     failed : list of Answered
-        The others.
+        The other tasks, as errors.
     """
 
     tasks: list[Task]
@@ -43,7 +43,7 @@ class Prepared:
 
 
 class Asker:
-    """Answers tasks greedily.
+    """Turns rows into tasks, and answers tasks greedily.
 
     Parameters
     ----------
@@ -59,7 +59,7 @@ class Asker:
         self._too_large: float = float("inf")
 
     def tasks(self, rows: Sequence[Row]) -> tuple[list[Task], list[Answered]]:
-        """Rows as tasks; those that can be none, because their prompt or their pictures' column is wrong, as errors."""
+        """Return rows as tasks, and as errors those whose prompt or column of pictures is wrong."""
         sound, prompts, failed = [], [], []
         for row in rows:
             try:
@@ -76,8 +76,8 @@ class Asker:
         for row, prompt, ids in zip(sound, prompts, encoded, strict=True):
             length = len(ids) + (patches - 1) * len(row.images)
             if length + self._new > room:
-                what = f"{length} tokens and {self._new} of the answer; the model was made for {room}"
-                failed.append(failure(row, what))
+                message = f"{length} tokens and {self._new} of the answer; the model was made for {room}"
+                failed.append(failure(row, message))
             else:
                 tasks.append(Task(row, prompt, length))
         return tasks, failed
@@ -94,15 +94,15 @@ class Asker:
         return as_prompt(self._processor, row.question, len(row.images))
 
     def prepare(self, tasks: Sequence[Task]) -> Prepared:
-        """Read the pictures of a batch and make its inputs; may run in another thread than `answer`."""
+        """Read the pictures of a batch and compute its inputs; may run in another thread than `answer`."""
         ready, pictures, failed = [], [], []
         for task in tasks:
             try:
-                sources = (one if isinstance(one, str) else one.read() for one in task.row.images)
+                sources = (image if isinstance(image, str) else image.read() for image in task.row.images)
                 pictures += [self._small(load_image(source)) for source in sources]
                 ready.append(task)
             except (ValueError, OSError, RuntimeError) as error:
-                failed.append(failure(task.row, _told(error)))
+                failed.append(failure(task.row, _message(error)))
         inputs = None
         if ready:
             inputs = self._processor(
@@ -115,26 +115,26 @@ class Asker:
         return Prepared(ready, inputs, failed)
 
     def _small(self, image: Any) -> Any:
-        """A picture as large as the model sees it: a batch of photographs at full size would be gigabytes."""
-        made = self._processor.image_processor(image, do_rescale=False, do_normalize=False, return_tensors="np")
-        return Image.fromarray(made["pixel_values"][0].astype("uint8").transpose(1, 2, 0))
+        """Scale a picture to the size that the model sees: a batch of photographs in full would be gigabytes."""
+        scaled = self._processor.image_processor(image, do_rescale=False, do_normalize=False, return_tensors="np")
+        return Image.fromarray(scaled["pixel_values"][0].astype("uint8").transpose(1, 2, 0))
 
     def answer(self, tasks: Sequence[Task], prepared: Callable[[], Prepared] | None = None) -> list[Answered]:
         """Answer a batch.
 
-        Where memory runs out the batch is halved, down to a single row; where anything else goes wrong its rows are
-        answered one by one. What goes wrong with a single row is that row's error.
+        If memory runs out, the batch is halved, down to a single row. After any other failure, its rows are answered
+        one by one. A failure with a single row is that row's error.
 
         Parameters
         ----------
         tasks : sequence of Task
         prepared : callable, optional
-            Hands over what `prepare` made of these tasks, or raises what it raised. Default: they are prepared now.
+            Returns the result of `prepare` for these tasks, or raises its error. Default: `prepare` is called.
 
         Raises
         ------
         torch.AcceleratorError
-            If the device itself fails: nothing that follows could be trusted.
+            If the device itself fails; later answers could not be trusted.
         """
         size = len(tasks) * max(task.tokens for task in tasks)
         if len(tasks) == 1 or size < self._too_large:
@@ -144,14 +144,14 @@ class Asker:
                 full = out_of_memory(error)
                 if not full and isinstance(error, torch.AcceleratorError):
                     raise
-                told = "out of memory, with this row alone" if full else _told(error)
-            # The error is gone by now, and with it what its frames held.
+                message = "out of memory, with this row alone" if full else _message(error)
+            # Python has dropped the error here, and with it the tensors that its frames held.
             if full:
                 clear_device_cache(garbage_collection=True)
             if len(tasks) == 1:
-                return [failure(tasks[0].row, told)]
+                return [failure(tasks[0].row, message)]
             if not full:
-                return [one for task in tasks for one in self.answer([task])]
+                return [answered for task in tasks for answered in self.answer([task])]
             self._too_large = min(self._too_large, size)
             _LOG.warning(
                 "out of memory with %d rows of up to %d tokens; going on with %d",
@@ -171,10 +171,10 @@ class Asker:
             output = self._model.generate(**inputs, max_new_tokens=self._new, do_sample=False, num_beams=1)
         ends = self._model.generation_config.eos_token_id
         stops = set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
-        said = output[:, inputs["input_ids"].shape[1] :].tolist()
+        new_tokens = output[:, inputs["input_ids"].shape[1] :].tolist()
         lengths = inputs["attention_mask"].sum(dim=1).tolist()
         answered = list(prepared.failed)
-        for task, tokens, length in zip(prepared.tasks, said, lengths, strict=True):
+        for task, tokens, length in zip(prepared.tasks, new_tokens, lengths, strict=True):
             end = next((place for place, token in enumerate(tokens, 1) if token in stops), len(tokens))
             text = str(self._reader.decode(tokens[:end], skip_special_tokens=True)).strip()
             row = task.row
@@ -182,19 +182,19 @@ class Asker:
         return answered
 
 
-def failure(row: Row, what: str) -> Answered:
-    """A row that has an error in place of an answer."""
-    return Answered(row.number, row.id, None, f"row {row.number}: {what}", 0, 0, len(row.images))
+def failure(row: Row, message: str) -> Answered:
+    """Return a row with an error in place of its answer."""
+    return Answered(row.number, row.id, None, f"row {row.number}: {message}", 0, 0, len(row.images))
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether a smaller batch may do, be it a GPU's memory that ran out or the machine's."""
+    """Return whether memory ran out, a GPU's or the machine's, so that a smaller batch may succeed."""
     if isinstance(error, torch.AcceleratorError):
         return "out of memory" in str(error)
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or should_reduce_batch_size(error)
 
 
-def _told(error: Exception) -> str:
+def _message(error: Exception) -> str:
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"

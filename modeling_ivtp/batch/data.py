@@ -1,4 +1,4 @@
-"""Rows of a data set, read by column and without decoding a picture: one damaged file must not stop the others."""
+"""Rows of a data set, read by column and without decoding pictures, so that a damaged one stops no other row."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _READ_AT_ONCE = 10_000
 
 @dataclass(frozen=True)
 class Stored:
-    """A picture's file that is stored in the data, not read yet.
+    """A picture's file that is stored in the data and not read yet.
 
     Attributes
     ----------
     data : Data
     row : int
     place : int or None
-        Among the row's pictures, if they are a list.
+        The picture's place in the row's list of pictures; None if the row has no list.
     """
 
     data: Data
@@ -41,25 +41,25 @@ class Stored:
     place: int | None
 
     def read(self) -> bytes:
-        """The file."""
+        """Return the file's bytes."""
         return self.data.stored(self.row, self.place)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row, as it stands in the data.
+    """One row of the data, unchecked.
 
     Attributes
     ----------
     number : int
-        Its place in the data, from 0.
+        The row's place in the data, from 0.
     id : str or None
     question : object
-        Text, if the row is sound.
+        A text, if the row is valid.
     images : tuple of (str or Stored)
-        Where each picture lies.
+        The path or address of each picture, or its stored file.
     problem : str or None
-        What is wrong with the row's images column, if anything is.
+        What is wrong with the row, if anything is.
     """
 
     number: int
@@ -70,17 +70,17 @@ class Row:
 
 
 class Data:
-    """The columns of a data set that answers are made from.
+    """The columns of a data set that are needed for answers.
 
     Parameters
     ----------
     table : Table
     source : str
-        What the person named.
+        The name that the person gave; it stands in every error.
     folder : Path
-        Where paths of pictures start.
+        The folder that relative paths of pictures start from.
     image_column, prompt_column, id_column : str or None
-        None: there is no such column.
+        Names of the columns; None: there is no such column.
     prompt : str or None
         The question of every row, if there is no column of questions.
 
@@ -117,7 +117,7 @@ class Data:
         return len(self._table)
 
     def rows(self, start: int, stop: int) -> list[Row]:
-        """The rows from `start` up to `stop`; what they store of pictures stays where it is."""
+        """Return the rows from `start` up to `stop`, without reading the pictures that they store."""
         stop = min(stop, len(self))
         images, questions, ids = (
             [None] * (stop - start) if name is None else list(self._table.cells(name, start, stop))
@@ -131,36 +131,31 @@ class Data:
         ]
 
     def stored(self, row: int, place: int | None) -> bytes:
-        """The file of a picture that the data store."""
+        """Return the file of a picture that is stored in the data."""
         assert self._columns[0] is not None
         cell = self._table.stored(self._columns[0], row)
         cell = cell if place is None else cell[place]
         return bytes(cell["bytes"] if isinstance(cell, dict) else cell)
 
     def _row(self, number: int, cell: Any, question: Any, name: Any) -> Row:
-        for one in (cell, question, name):
-            if isinstance(one, Broken):
-                return Row(number, None, None, (), one.why)
+        for value in (cell, question, name):
+            if isinstance(value, Broken):
+                return Row(number, None, None, (), value.why)
         if name is not None and not is_text(str(name)):
             return Row(number, None, None, (), f"the id holds half of a character: {name!r}")
         if isinstance(cell, list):
-            found = [self._image(one, number, place) for place, one in enumerate(cell)]
+            images = [self._image(item, number, place) for place, item in enumerate(cell)]
         else:
-            found = [] if _is_none(cell) else [self._image(cell, number, None)]
-        problem = next(
-            (
-                f"image {count} is neither a path nor a file's bytes"
-                for count, one in enumerate(found, 1)
-                if one is None
-            ),
-            None,
-        )
-        sound = tuple(one for one in found if one is not None)
-        return Row(number, None if name is None else str(name), question, sound, problem)
+            images = [] if _is_none(cell) else [self._image(cell, number, None)]
+        problem = None
+        if None in images:
+            problem = f"image {images.index(None) + 1} is neither a path nor a file's bytes"
+        valid = tuple(image for image in images if image is not None)
+        return Row(number, None if name is None else str(name), question, valid, problem)
 
     def _image(self, cell: Any, row: int, place: int | None) -> str | Stored | None:
         if isinstance(cell, dict):
-            # How the Image feature of `datasets` is stored: the file itself, or where it lies.
+            # The Image feature of `datasets` stores the file itself, or its path.
             cell = cell.get("path") if cell.get("bytes") is None else cell["bytes"]
         if isinstance(cell, Size):
             return Stored(self, row, place)
@@ -170,36 +165,35 @@ class Data:
             return cell
         try:
             return str(self._folder / Path(cell).expanduser())
-        except RuntimeError:  # there is no such user
+        except RuntimeError:  # the path names a user who does not exist
             return str(self._folder / cell)
 
     def fingerprint(self) -> str:
-        """What tells these rows from others: questions, ids, and where pictures lie or how large they are.
+        """Return a fingerprint of the rows: of questions, ids, and the pictures' paths or sizes.
 
-        It is the same on every machine and in every process. Of pictures that are stored in the data it sees the
-        size, not the content, and of those that lie beside them the place: reading them all would take as long as
-        answering.
+        It is the same on every machine and in every process. Pictures that are stored in the data count with their
+        size, others with their path: reading them all would take as long as answering.
 
         Returns
         -------
         str
             64 hexadecimal digits.
         """
-        found = hashlib.sha256(f"{len(self)}".encode())
+        digest = hashlib.sha256(f"{len(self)}".encode())
         for start in range(0, len(self), _READ_AT_ONCE):
             stop = min(start + _READ_AT_ONCE, len(self))
             for kind, column in zip(("image", "prompt", "id"), self._columns, strict=True):
                 if column is not None:
                     for value in self._table.cells(column, start, stop):
-                        found.update(json.dumps([kind, self._relative(value)]).encode())
-        return found.hexdigest()
+                        digest.update(json.dumps([kind, self._relative(value)]).encode())
+        return digest.hexdigest()
 
     def _relative(self, value: Any) -> Any:
-        """Paths within the data's folder, which may lie elsewhere on another machine."""
+        """Return a cell with paths relative to the data's folder, which may lie elsewhere on another machine."""
         if isinstance(value, list):
-            return [self._relative(one) for one in value]
+            return [self._relative(item) for item in value]
         if isinstance(value, dict):
-            return {name: self._relative(one) for name, one in value.items()}
+            return {name: self._relative(item) for name, item in value.items()}
         return os.path.relpath(value, self._folder) if str(value).startswith(f"{self._folder}{os.sep}") else str(value)
 
 
@@ -213,7 +207,7 @@ def open_data(
     id_column: str | None = None,
     prompt: str | None = None,
 ) -> Data:
-    """Open a data set by what it is called.
+    """Open a data set by its path or name.
 
     Parameters
     ----------
@@ -225,7 +219,7 @@ def open_data(
     split : str, default "train"
         As `datasets` takes it, `train[:100]` included.
     limit : int, optional
-        Only so many rows, the first ones.
+        Number of rows to read, from the first.
     image_column, prompt_column, id_column, prompt
         As in `Data`.
 
@@ -260,7 +254,7 @@ def open_data(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the bars of `datasets` out of the way, and what it logs of errors that it raises as well."""
+    """Silence the progress bars of `datasets`, and its log of errors, which it raises as well."""
     shown, verbosity = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)
@@ -276,7 +270,7 @@ def _load(source: str, split: str) -> tuple[Table, Path]:
     path = Path(source).expanduser()
     if path.is_dir():
         return _folder(path, split), path.resolve()
-    # A file may be called like a pattern.
+    # A file's name may look like a pattern.
     pattern = not path.is_file() and any(sign in source for sign in "*?[")
     files = sorted(glob.glob(str(path), recursive=True)) if pattern else [str(path)] if path.is_file() else []
     if not files:
@@ -294,7 +288,7 @@ def _load(source: str, split: str) -> tuple[Table, Path]:
         return split_of(JsonTable([Path(file) for file in files]), split), folder
     if not any(read_metadata(file).num_rows for file in files):
         raise ValueError(f"{source} has no rows")
-    # What `datasets` gets are patterns.
+    # `datasets` takes names for patterns.
     escaped = [glob.escape(file) for file in files]
     return ArrowTable(datasets.load_dataset("parquet", data_files=escaped, split=split)), folder
 
@@ -313,7 +307,7 @@ def _folder(path: Path, split: str) -> Table:
 
 
 def _pictures(path: Path) -> list[str] | None:
-    """All pictures of a folder and below, in their order; None if there is something else to read in it.
+    """Return all pictures of a folder and below, in order; None if there is something else to read in it.
 
     `datasets` would take names such as test.png for names of splits.
     """

@@ -1,4 +1,4 @@
-"""The output's folder: which shards are finished, who works on which, and the settings all of them share."""
+"""The output's folder: finished shards, locks of those in work, and the settings that all of them share."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ SETTINGS_FILE = "_run.json"
 
 
 class OutFolder:
-    """Where answers go.
+    """The folder that answers are written to.
 
-    `answers-00003-of-00040.parquet` is a finished shard; `_unfinished/` holds the locks of shards and the journals of
-    those that are worked on, and is gone in the end. Readers of Parquet skip names that begin with `_`, so the folder
-    can be read as one table.
+    `answers-00003-of-00040.parquet` is a finished shard. `_unfinished/` holds locks and journals of the shards in work,
+    and is removed in the end. Readers of Parquet skip names that begin with `_`, so the folder can be read as one
+    table.
 
     Parameters
     ----------
@@ -32,7 +32,7 @@ class OutFolder:
     Raises
     ------
     OSError
-        If it is a file, or a folder that holds something else.
+        If the path is a file, or a folder that holds something else.
     """
 
     def __init__(self, path: Path) -> None:
@@ -41,13 +41,13 @@ class OutFolder:
         if path.exists() and not path.is_dir():
             raise FileExistsError(f"{path} is a file, not a folder to write into")
         if path.is_dir() and not (path / SETTINGS_FILE).exists():
-            others = [one.name for one in path.iterdir() if one.name != self.unfinished.name]
-            # Another process of this run may have written the settings since.
+            others = [entry for entry in path.iterdir() if entry.name != self.unfinished.name]
+            # Meanwhile another process of this run may have written the settings.
             if others and not (path / SETTINGS_FILE).exists():
                 raise FileExistsError(f"{path} exists and holds no run of ivtp batch; choose another folder")
 
     def settings(self) -> dict[str, Any] | None:
-        """What the run in this folder was begun with; None if there is none.
+        """Return the settings that the run in this folder was begun with; None if there is no run.
 
         Raises
         ------
@@ -58,13 +58,19 @@ class OutFolder:
         if not file.exists():
             return None
         try:
-            told = json.loads(file.read_text(encoding="utf-8"))
-            return dict(told["settings"])
+            about = json.loads(file.read_text(encoding="utf-8"))
+            return dict(about["settings"])
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{file} is damaged ({error}); remove the folder or choose another") from error
 
     def begin(self, about: Mapping[str, Any]) -> None:
-        """Write the settings, unless another process was quicker; `about["settings"]` are those that are compared."""
+        """Write `_run.json`, unless another process was quicker.
+
+        Parameters
+        ----------
+        about : mapping
+            What describes the run; `about["settings"]` are compared when a run continues.
+        """
         self.unfinished.mkdir(parents=True, exist_ok=True)
         file = self.path / SETTINGS_FILE
         with FileLock(self.unfinished / "run.lock"):
@@ -77,33 +83,33 @@ class OutFolder:
             sync(self.path)
 
     def answers(self, shard: int, shards: int) -> Path:
-        """The file of a finished shard."""
+        """Return the path of a finished shard's file."""
         return self.path / f"answers-{shard:05d}-of-{shards:05d}.parquet"
 
     def journal(self, shard: int) -> Path:
-        """The file of a shard that is worked on."""
+        """Return the path of the journal of a shard in work."""
         return self.unfinished / f"{shard:05d}.jsonl"
 
     def finished(self, shards: int) -> set[int]:
-        """Numbers of the finished shards."""
+        """Return the numbers of the finished shards."""
         names = {entry.name for entry in os.scandir(self.path)} if self.path.is_dir() else set()
         return {shard for shard in range(shards) if self.answers(shard, shards).name in names}
 
     def claim(self, shards: int, start: int) -> Iterator[int | None]:
-        """Shards to answer, one after the other, until all are finished, by whomever.
+        """Yield shards to answer, until all shards are finished by this process or others.
 
-        A shard is locked while the caller works on it, by a lock of the system's that ends with the process, however
-        that ends. None is yielded now and then while others work on all that is left.
+        A shard is locked while the caller works on it. The lock is the operating system's and ends with the process,
+        even if that is killed. While other processes work on all remaining shards, None is yielded now and then.
 
         Parameters
         ----------
         shards : int
         start : int
-            The shard to look at first; where processes start at different places they seldom meet.
+            The shard to look at first; processes that start at different shards seldom compete.
         """
         while len(finished := self.finished(shards)) < shards:
-            worked = False
-            # Whoever saw the last shard finished first has removed the folder.
+            claimed = False
+            # The process that first saw all shards finished has removed the folder.
             self.unfinished.mkdir(parents=True, exist_ok=True)
             for shard in sorted(set(range(shards)) - finished, key=lambda number: (number - start) % shards):
                 if self.answers(shard, shards).exists():
@@ -114,16 +120,16 @@ class OutFolder:
                 except (Timeout, FileNotFoundError):
                     continue
                 try:
-                    # Its owner may have finished it between the look and the lock.
+                    # Its owner may have finished it just before the lock was free.
                     if not self.answers(shard, shards).exists():
-                        worked = True
+                        claimed = True
                         yield shard
                 finally:
                     lock.release()
-            if not worked:
+            if not claimed:
                 yield None
                 time.sleep(_POLL_SECONDS)
 
     def tidy(self) -> None:
-        """Remove what only unfinished work needs; every process does so in the end, and none minds the others."""
+        """Remove the files of unfinished work; every process may do so in the end."""
         shutil.rmtree(self.unfinished, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What was answered of a shard that is not finished: a line for every batch, on disk before the next one begins."""
+"""The answers of an unfinished shard: a line for each batch, on disk before the next batch begins."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from .answers import Answered
 
 
 class Journal:
-    """The batches of one shard, kept by whoever holds its lock.
+    """The answered batches of one shard, written by the process that holds its lock.
 
-    A process that is killed while it writes leaves half a line; it is cut off, and its batch is answered again.
+    A process that is killed while it writes leaves half a line. That line is cut off, and its batch is answered again.
 
     Parameters
     ----------
     path : Path
-        The file; made if there is none.
+        The file; created if it does not exist.
 
     Attributes
     ----------
     batches : dict of int to list of Answered
-        What is there, by the number of the batch.
+        The answers of each batch, by the batch's number.
     """
 
     def __init__(self, path: Path) -> None:
@@ -34,10 +34,10 @@ class Journal:
         content = path.read_bytes() if path.exists() else b""
         whole = 0
         for line in _complete(content):
-            told = _read(line)
-            if told is None:
-                break  # what stands after a damaged line was written before it was known to be whole
-            self.batches[told[0]] = told[1]
+            entry = _read(line)
+            if entry is None:
+                break  # lines after a damaged one cannot be trusted to be whole
+            self.batches[entry[0]] = entry[1]
             whole += len(line)
         self._file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115, closed by __exit__
         self._file.truncate(whole)
@@ -52,9 +52,9 @@ class Journal:
         self._file.close()
 
     def add(self, batch: int, rows: Iterable[Answered]) -> None:
-        """Write a batch down; it is on disk when this returns."""
+        """Write a batch; it is on disk when this returns."""
         answered = list(rows)
-        line = json.dumps({"batch": batch, "rows": [one.values() for one in answered]})
+        line = json.dumps({"batch": batch, "rows": [row.values() for row in answered]})
         self._file.write(line.encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -62,13 +62,13 @@ class Journal:
 
 
 def journaled_rows(path: Path) -> int:
-    """How many rows a journal tells of, which another process may be writing."""
+    """Count the rows in a journal, which another process may be writing."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        return 0  # its shard was finished a moment ago
-    told = (_read(line) for line in _complete(content))
-    return sum(len(one[1]) for one in told if one is not None)
+        return 0  # its shard has just been finished
+    entries = (_read(line) for line in _complete(content))
+    return sum(len(entry[1]) for entry in entries if entry is not None)
 
 
 def _complete(content: bytes) -> Iterator[bytes]:
@@ -77,7 +77,7 @@ def _complete(content: bytes) -> Iterator[bytes]:
 
 def _read(line: bytes) -> tuple[int, list[Answered]] | None:
     try:
-        told: Any = json.loads(line)
-        return int(told["batch"]), [Answered(*values) for values in told["rows"]]
+        entry: Any = json.loads(line)
+        return int(entry["batch"]), [Answered(*values) for values in entry["rows"]]
     except (ValueError, TypeError, KeyError):
         return None

@@ -1,4 +1,4 @@
-"""What a run is asked for, and what came of it."""
+"""The options of a run, and its summary."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ IMAGE_COLUMN, PROMPT_COLUMN = "image", "question"
 
 @dataclass(frozen=True)
 class Options:
-    """What to answer, with what, and where to.
+    """The data and model of a run, and where its answers go.
 
     Attributes
     ----------
@@ -25,29 +25,29 @@ class Options:
         An empty name: there are no pictures.
     prompt_column : str, default "question"
     id_column : str, optional
-        Where the rows' names stand; None: they have none.
+        Column of the rows' names; None: they have none.
     prompt : str, optional
         One question for all rows, instead of a column.
     visual_tokens : int, optional
-        Left of an image in the end; None: the checkpoint's own, or a method's 64.
+        Visual tokens of one image left in the end; None: the checkpoint's own, or 64 for another method.
     method : str, default "ivtp"
-        The system that prunes.
+        The method that prunes.
     max_new_tokens : int, default 64
-        Longest answer.
+        Length of the longest answer.
     batch_size : int, default 64
         Most rows in a batch, however much memory there is.
     memory : int, optional
-        Bytes a batch may take beside the weights, in one process; None: a share of what the first process of the run
-        finds free.
+        Bytes that a batch may take beside the weights, in one process; None: a share of the memory that the run's
+        first process finds free.
     shard_rows : int, optional
         Rows of one shard; None: a 64th of all rows, from 16 to 1024.
     device : str, optional
         As in `answering.load_model`; None and several processes: one GPU each, or the CPU.
     dtype : str, default "auto"
     limit : int, optional
-        Only so many rows, the first ones.
+        Number of rows to answer, from the first.
     progress : bool, default True
-        Whether the main process shows how far it is.
+        Whether the main process shows the run's progress.
     """
 
     model: str
@@ -78,16 +78,16 @@ class Options:
 
 @dataclass(frozen=True)
 class Summary:
-    """What is in the folder when all is done.
+    """The folder's content when all rows are answered.
 
     Attributes
     ----------
     rows, errors : int
-        All rows, and those that have an error in place of an answer.
+        Number of all rows, and of those with an error in place of an answer.
     was_finished : bool
-        Whether everything was there before.
+        Whether all rows had been answered before.
     main : bool
-        Whether this is the process that speaks for all.
+        Whether this is the main process, which reports for all.
     """
 
     rows: int

@@ -1,4 +1,4 @@
-"""Which rows are answered together: shards of consecutive rows, and in a shard batches of like length."""
+"""Rows that are answered together: shards of consecutive rows, and in a shard batches of similar length."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _SHARDS, _FEWEST, _MOST = 64, 16, 1024
 
 @dataclass(frozen=True)
 class Task:
-    """A row and what it takes to answer it.
+    """A row that can be answered.
 
     Attributes
     ----------
     row : Row
     prompt : str
-        As the model was trained on it, with a placeholder for every picture.
+        The prompt in the form that the model was trained on, with a placeholder for every picture.
     tokens : int
-        Of the prompt, all tokens of its pictures included.
+        Length of the prompt with all tokens of its pictures.
     """
 
     row: Row
@@ -30,20 +30,25 @@ class Task:
 
 
 def default_shard_rows(rows: int) -> int:
-    """A 64th of all rows, from 16 to 1024: several shards for each process, and rows enough to make batches from."""
+    """Return the rows of a shard, a 64th of all, from 16 to 1024.
+
+    Each process then has several shards, and a shard has rows enough to form batches.
+    """
     return min(_MOST, max(_FEWEST, -(-rows // _SHARDS)))
 
 
 def plan_batches(
     tasks: Sequence[Task], cost: Callable[[int, int, int], int], budget: int, largest: int
 ) -> tuple[list[list[Task]], dict[int, str]]:
-    """Cut tasks into batches, from the longest to the shortest, so that little is padded and the first is the largest.
+    """Group tasks into batches, from the longest to the shortest.
+
+    Little is padded then, and the first batch is the largest.
 
     Parameters
     ----------
     tasks : sequence of Task
     cost : callable
-        Bytes of so many rows, of a padded length in tokens, with so many images in all.
+        Returns the bytes of a number of rows, padded to a length in tokens, with a number of images in all.
     budget : int
         Bytes that a batch may take.
     largest : int
@@ -53,7 +58,7 @@ def plan_batches(
     -------
     batches : list of list of Task
     too_large : dict of int to str
-        By its number in the data, what is wrong with a row that exceeds the budget all alone.
+        Errors of the rows that exceed the budget alone, by their number in the data.
     """
     batches: list[list[Task]] = []
     too_large: dict[int, str] = {}

@@ -28,12 +28,12 @@ from .progress import Counter, shown
 from .settings import SMALL_FILES, check_same, compared, model_fingerprint
 
 _FEWEST_TOKENS = 2
-"""Of a prompt beside its picture: one that begins, and one that asks."""
+"""Tokens of the shortest prompt beside its picture: the first token, and one of the question."""
 
 
 @dataclass(frozen=True)
 class _Work:
-    """What the loop over shards needs."""
+    """Everything that the loop over shards needs."""
 
     data: Data
     folder: OutFolder
@@ -46,17 +46,17 @@ class _Work:
 
 
 def run(options: Options) -> Summary:
-    """Answer a data set, or go on with it where it was stopped.
+    """Answer a data set, or continue a run that was stopped.
 
-    Every process of a run calls this with the same options; `accelerate launch` starts them, and so does giving a
-    command twice. It returns when all rows are answered, by whichever process.
+    Every process of a run calls this with the same options; `accelerate launch` starts them, and so does running a
+    command twice. It returns when all rows are answered, by this process or others.
 
     Raises
     ------
     ValueError
         For an unknown column, data without rows or a model that cannot be read; for other settings than those the
-        folder was begun with, all differences told; if the machine cannot hold the weights and one row, or the memory
-        budget one row, with the bytes. Nothing is written then.
+        folder was begun with, with all differences; if the machine cannot hold the weights and one row, or the memory
+        budget cannot hold one row, with the bytes. Nothing is written then.
     OSError
         If data, model or the output's folder cannot be read or written.
     """
@@ -108,13 +108,13 @@ def _run(options: Options, state: PartialState, other: Any) -> Summary:
         if len(folder.finished(shards)) == shards:
             return _summary(folder, shards, len(data), state, was_finished=True)
     budget.check_room(weights, least, options.memory, device)
-    # Whoever loads first must not look to the others as if the machine were full. It is the only time they wait.
+    # A process that has loaded its model must not make the machine look full to the others. They wait only here.
     state.wait_for_everyone()
     model, processor = load_model(options.model, device=device, dtype=options.dtype)
     if options.visual_tokens is not None and other is None:
         set_budget(model, options.visual_tokens)
     folder.begin({"model": options.model, "data": options.data, "split": options.split, "settings": settings})
-    # Another process may have begun in the meantime; then what it derived of memory and rows is everyone's.
+    # Another process may have begun meanwhile; all processes then take the memory and rows that it derived.
     begun = folder.settings() or {}
     settings |= {name: begun[name] for name in derived if getattr(options, name) is None}
     check_same(begun, settings, options.out)
@@ -139,17 +139,17 @@ def _shards(data: Data, settings: Mapping[str, Any]) -> int:
     return -(-len(data) // int(settings["shard_rows"]))
 
 
-def _device(asked: str | None, state: PartialState) -> str | None:
-    """Where the model goes: None spreads it over all GPUs, which several processes must not do."""
-    if asked is not None:
-        return asked
+def _device(name: str | None, state: PartialState) -> str | None:
+    """Return the model's device; None spreads it over all GPUs, which several processes must not do."""
+    if name is not None:
+        return name
     if state.device.type == "cpu":
         return "cpu"
     return str(state.device) if state.num_processes > 1 else None
 
 
 def _processes(device: str | None) -> PartialState:
-    """Who this process is among those that were launched; accelerate has to be told that CPUs are meant."""
+    """Return this process's place among those that were launched; accelerate must know if they run on CPUs."""
     on_cpu = not torch.accelerator.is_available() if device is None else torch.device(device).type == "cpu"
     return PartialState(cpu=on_cpu)
 
@@ -157,14 +157,14 @@ def _processes(device: str | None) -> PartialState:
 def _answer_all(work: _Work, state: PartialState, progress: bool) -> None:
     counter = Counter(work.folder, len(work.data), work.shard_rows, work.shards)
     start = state.process_index * work.shards // state.num_processes
-    with shown(counter, progress and state.is_main_process) as look, ThreadPoolExecutor(1) as aside:
+    with shown(counter, progress and state.is_main_process) as update, ThreadPoolExecutor(1) as reader:
         for shard in work.folder.claim(work.shards, start):
             if shard is not None:
-                _answer_shard(work, shard, aside, look)
-            look()
+                _answer_shard(work, shard, reader, update)
+            update()
 
 
-def _answer_shard(work: _Work, shard: int, aside: ThreadPoolExecutor, look: Callable[[], None]) -> None:
+def _answer_shard(work: _Work, shard: int, reader: ThreadPoolExecutor, update: Callable[[], None]) -> None:
     first = shard * work.shard_rows
     rows = work.data.rows(first, min(first + work.shard_rows, len(work.data)))
     tasks, answered = work.asker.tasks(rows)
@@ -173,28 +173,28 @@ def _answer_shard(work: _Work, shard: int, aside: ThreadPoolExecutor, look: Call
     with Journal(work.folder.journal(shard)) as journal:
         left = [number for number in range(len(batches)) if number not in journal.batches]
         # While the model answers a batch, the next one's pictures are read.
-        ready = {number: aside.submit(work.asker.prepare, batches[number]) for number in left[:1]}
+        ready = {number: reader.submit(work.asker.prepare, batches[number]) for number in left[:1]}
         for number, following in zip_longest(left, left[1:]):
             if following is not None:
-                ready[following] = aside.submit(work.asker.prepare, batches[following])
+                ready[following] = reader.submit(work.asker.prepare, batches[following])
             journal.add(number, work.asker.answer(batches[number], ready.pop(number).result))
-            look()
-        answered += [one for batch in journal.batches.values() for one in batch]
+            update()
+        answered += [row for batch in journal.batches.values() for row in batch]
     _check_all(answered, rows, shard)
     answers.write(work.folder.answers(shard, work.shards), answered)
-    # Whoever saw the last shard finished first has removed the folder.
+    # The process that first saw all shards finished has removed the folder.
     work.folder.journal(shard).unlink(missing_ok=True)
 
 
 def _check_all(answered: Iterable[answers.Answered], rows: Iterable[Any], shard: int) -> None:
-    if sorted(one.row for one in answered) != [row.number for row in rows]:
+    if sorted(answer.row for answer in answered) != [row.number for row in rows]:
         raise RuntimeError(
             f"the journal of shard {shard} does not belong to these data; remove its .jsonl file in _unfinished/"
         )
 
 
 def _summary(folder: OutFolder, shards: int, rows: int, state: PartialState, *, was_finished: bool) -> Summary:
-    # Also where a process was killed just before it would have done so.
+    # Files of unfinished work remain if a process was killed just before it removed them.
     folder.tidy()
     main = state.is_main_process
     errors = answers.count_errors(folder.answers(shard, shards) for shard in range(shards)) if main else 0

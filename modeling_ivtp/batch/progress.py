@@ -1,4 +1,4 @@
-"""How far all processes are, as one of them sees it in the output's folder."""
+"""Progress of all processes, as one of them reads it from the output's folder."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from rich.text import Text
 from .folder import OutFolder
 from .journal import journaled_rows
 
-_LOOK_SECONDS, _LINE_SECONDS = 1.0, 30.0
+_BAR_SECONDS, _LINE_SECONDS = 1.0, 30.0
 
 
 @dataclass
 class Counter:
-    """Counts the rows that are done, in finished shards and in journals.
+    """Counts the answered rows in finished shards and in journals.
 
     Parameters
     ----------
@@ -35,7 +35,7 @@ class Counter:
     _seen: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     def done(self) -> int:
-        """Rows of all processes together."""
+        """Return the number of rows that all processes have answered."""
         finished = self.folder.finished(self.shards)
         total = sum(min(self.shard_rows, self.rows - shard * self.shard_rows) for shard in finished)
         if not self.folder.unfinished.is_dir():
@@ -51,7 +51,7 @@ class Counter:
         try:
             size = path.stat().st_size
         except FileNotFoundError:
-            return 0  # finished since
+            return 0  # its shard has just been finished
         if self._seen.get(shard, (-1, 0))[0] != size:
             self._seen[shard] = size, journaled_rows(path)
         return self._seen[shard][1]
@@ -64,12 +64,12 @@ class _RowsPerSecond(ProgressColumn):
 
 @contextmanager
 def shown(counter: Counter, wanted: bool) -> Iterator[Callable[[], None]]:
-    """Show how far the run is on standard error: a bar on a terminal, a line every half minute elsewhere.
+    """Show the run's progress on standard error: a bar on a terminal, a line every half minute elsewhere.
 
     Yields
     ------
     callable
-        Looks again; cheap enough to be called after every batch.
+        Updates what is shown; cheap enough to be called after every batch.
     """
     if not wanted:
         yield lambda: None
@@ -82,34 +82,35 @@ def shown(counter: Counter, wanted: bool) -> Iterator[Callable[[], None]]:
         TextColumn("answering"), BarColumn(), MofNCompleteColumn(), TextColumn("rows,"), _RowsPerSecond(),
         TimeRemainingColumn(),
     )  # fmt: skip
-    # A resumed run's estimate is made from what this one does, not from what it found.
+    # The estimate counts only rows that are answered from here on, not those of a run before.
     with Progress(*columns, console=console, speed_estimate_period=24 * 3600) as bar:
         task = bar.add_task("answering", total=counter.rows, completed=before)
-        looked = [time.monotonic()]
+        last = time.monotonic()
 
-        def look() -> None:
-            if time.monotonic() - looked[0] >= _LOOK_SECONDS:
-                looked[0] = time.monotonic()
+        def update() -> None:
+            nonlocal last
+            if time.monotonic() - last >= _BAR_SECONDS:
+                last = time.monotonic()
                 bar.update(task, completed=counter.done())
 
-        yield look
+        yield update
         bar.update(task, completed=counter.done())
 
 
 def _lines(counter: Counter, before: int) -> Callable[[], None]:
-    began = said = time.monotonic()
+    began = last = time.monotonic()
 
-    def look() -> None:
-        nonlocal said
-        now = time.monotonic()
-        if now - said < _LINE_SECONDS:
+    def update() -> None:
+        nonlocal last
+        seconds = time.monotonic()
+        if seconds - last < _LINE_SECONDS:
             return
-        said, done = now, counter.done()
-        rate = (done - before) / (now - began)
+        last, done = seconds, counter.done()
+        rate = (done - before) / (seconds - began)
         left = f"{rate:.3g} rows/s, about {_duration((counter.rows - done) / rate)} left" if rate else "no rate yet"
         print(f"ivtp: {done:,} of {counter.rows:,} rows, {left}", file=sys.stderr, flush=True)
 
-    return look
+    return update
 
 
 def _duration(seconds: float) -> str:

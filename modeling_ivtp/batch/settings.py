@@ -1,4 +1,4 @@
-"""The settings that decide answers: written down by whoever begins a run, and compared by whoever goes on with it."""
+"""The settings that decide answers: written when a run begins, and compared when it continues."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from .options import Options
 
 _SAMPLES, _SAMPLE_BYTES = 64, 65_536
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "clip_tokenizer/*")
-"""What a checkpoint has beside its weights that decides answers."""
+"""A checkpoint's files beside its weights that decide answers."""
 _PACKAGES = ("ivtp-llava", "torch", "transformers")
 
 
 def compared(options: Options, model: str, data: Data, dtype: torch.dtype, **derived: int) -> dict[str, Any]:
-    """What has to be the same when a run goes on.
+    """Return the settings that must be the same when a run continues.
 
     Parameters
     ----------
     options : Options
     model : str
-        As `model_fingerprint` says it.
+        The model's fingerprint, from `model_fingerprint`.
     data : Data
     dtype : torch.dtype
-        The model's.
+        The type that the model computes in.
     **derived
-        `memory` and `shard_rows`, as asked for or as derived.
+        `memory` and `shard_rows`, as the person chose them or as derived.
     """
     return {
         "model": model,
@@ -54,22 +54,22 @@ def compared(options: Options, model: str, data: Data, dtype: torch.dtype, **der
 
 
 def versions() -> dict[str, str]:
-    """Of what computes the answers."""
+    """Return the versions of the packages that compute the answers."""
     return {name: version(name) for name in _PACKAGES}
 
 
 def model_fingerprint(checkpoint: Checkpoint, folder: Path) -> str:
-    """What tells a checkpoint from others: its small files, and of its weights names, sizes and samples.
+    """Return a fingerprint of a checkpoint: of its small files, and of its weights' names, sizes and samples.
 
-    Reading all of 7B would take longer than loading them; 64 samples of 64 KB from every file tell weights that were
-    trained from those before.
+    Reading all weights of a 7B model would take longer than loading them; 64 samples of 64 KB from every file tell
+    trained weights from those before the training.
 
     Parameters
     ----------
     checkpoint : Checkpoint
-        With its files here.
+        A checkpoint whose files are on this machine.
     folder : Path
-        Where the small files lie.
+        The folder of the small files.
 
     Returns
     -------
@@ -92,22 +92,24 @@ def model_fingerprint(checkpoint: Checkpoint, folder: Path) -> str:
     return found.hexdigest()
 
 
-def check_same(there: Mapping[str, Any], given: Mapping[str, Any], out: Path) -> None:
-    """Refuse to go on with another run than the one that was begun.
+def check_same(begun: Mapping[str, Any], current: Mapping[str, Any], out: Path) -> None:
+    """Refuse to continue a run with other settings than it was begun with.
 
     Raises
     ------
     ValueError
         With every difference.
     """
-    names = [name for name in {**there, **given} if there.get(name) != given.get(name)]
+    names = [name for name in {**begun, **current} if begun.get(name) != current.get(name)]
     if not names:
         return
-    told = ", ".join(f"{name} is {_short(there.get(name))} there and {_short(given.get(name))} now" for name in names)
-    raise ValueError(f"{out} was begun with other settings: {told}; give the old ones, or choose another folder")
+    differences = ", ".join(
+        f"{name} is {_short(begun.get(name))} there and {_short(current.get(name))} now" for name in names
+    )
+    raise ValueError(f"{out} was begun with other settings: {differences}; give the old ones, or choose another folder")
 
 
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
-    # Fingerprints are told apart by their beginning.
+    # The beginning of a fingerprint is enough to tell it from others.
     return text if len(text) < 60 else f"{text[:12]}…"

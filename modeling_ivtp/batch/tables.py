@@ -1,4 +1,4 @@
-"""What rows are read from: tables of `datasets`, and JSON files, whose values stay what they are."""
+"""Tables that rows are read from: those of `datasets`, and JSON files, whose values keep their types."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ import pyarrow.compute as pc
 
 
 class Size(int):
-    """Bytes of a file that is stored in the data."""
+    """Size in bytes of a file that is stored in the data."""
 
 
 @dataclass(frozen=True)
 class Broken:
-    """What stands where there should be a row, and why it is none."""
+    """A row that cannot be read, and the reason."""
 
     why: str
 
 
 class Table(Protocol):
-    """Cells by row and column."""
+    """Values by row and column."""
 
     @property
     def column_names(self) -> list[str]:
-        """All columns."""
+        """Names of all columns."""
 
     def __len__(self) -> int: ...
 
     def part(self, start: int, stop: int) -> Table:
-        """Some of the rows."""
+        """Return the table of the rows from `start` up to `stop`."""
 
     def cells(self, column: str, start: int, stop: int) -> Iterator[Any]:
-        """Values of some rows; the `Size` of a stored file in its place, and `Broken` where there is no row."""
+        """Yield a column's values; stored files as their `Size`, and rows that cannot be read as `Broken`."""
 
     def stored(self, column: str, row: int) -> Any:
-        """One value, stored files and all."""
+        """Return one value, with the bytes of stored files."""
 
 
 class ArrowTable:
@@ -49,19 +49,19 @@ class ArrowTable:
 
     def __init__(self, table: datasets.Dataset) -> None:
         self._table = table.with_format("arrow")
-        # A column whose values are of several types is stored as JSON, each value by itself.
+        # `datasets` stores a column of mixed types as JSON texts, one for each value.
         self._as_json = {name for name, kind in table.features.items() if type(kind).__name__ == "Json"}
 
     @property
     def column_names(self) -> list[str]:
-        """All columns."""
+        """Names of all columns."""
         return list(self._table.column_names)
 
     def __len__(self) -> int:
         return len(self._table)
 
     def part(self, start: int, stop: int) -> ArrowTable:
-        """Some of the rows."""
+        """Return the table of the rows from `start` up to `stop`."""
         return ArrowTable(self._table.select(range(start, min(stop, len(self)))))
 
     def cells(self, column: str, start: int, stop: int) -> Iterator[Any]:
@@ -70,7 +70,7 @@ class ArrowTable:
         # Chunk by chunk: stored files of many rows exceed what one array can hold.
         values = (value for chunk in part.chunks for value in _sizes_for_bytes(chunk))
         if column in self._as_json:
-            yield from (None if one is None else json.loads(one) for one in values)
+            yield from (None if value is None else json.loads(value) for value in values)
         else:
             yield from values
 
@@ -80,9 +80,9 @@ class ArrowTable:
 
 
 class JsonTable:
-    """Files of JSON lines, a row in each, or with one array of rows; read when asked.
+    """Files of JSON lines, one row in each, or files with one array of rows. Lines are read when they are needed.
 
-    Values keep the types that they have: a question that is a number in one row makes no other row's a text.
+    Values keep their types: a question that is a number in one row does not change the others.
 
     Parameters
     ----------
@@ -91,7 +91,7 @@ class JsonTable:
     Raises
     ------
     ValueError
-        For a file with an array that is damaged; it names the file.
+        For a file with a damaged array; the message names the file.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -105,7 +105,7 @@ class JsonTable:
         self._names: list[str] | None = None
 
     def _starts(self, number: int, file: Path) -> Iterator[int]:
-        """Where rows stand: places in an array, or in the file."""
+        """Yield the rows' places: indices of an array, or offsets in the file."""
         with open(file, "rb") as lines:
             head = lines.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
         if head.startswith(b"["):
@@ -124,7 +124,7 @@ class JsonTable:
 
     @property
     def column_names(self) -> list[str]:
-        """Of all rows, as they first come."""
+        """Names of all columns, in the order in which rows first have them."""
         if self._names is None:
             rows = self._rows(0, len(self))
             self._names = list(dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row))
@@ -134,11 +134,11 @@ class JsonTable:
         return len(self._file)
 
     def part(self, start: int, stop: int) -> JsonTable:
-        """Some of the rows."""
-        made = JsonTable([])
-        made._files, made._arrays, made._names = self._files, self._arrays, self.column_names
-        made._file, made._place = self._file[start:stop], self._place[start:stop]
-        return made
+        """Return the table of the rows from `start` up to `stop`."""
+        table = JsonTable([])
+        table._files, table._arrays, table._names = self._files, self._arrays, self.column_names
+        table._file, table._place = self._file[start:stop], self._place[start:stop]
+        return table
 
     def cells(self, column: str, start: int, stop: int) -> Iterator[Any]:
         """See `Table`."""
@@ -155,7 +155,7 @@ class JsonTable:
         try:
             for row in range(start, stop):
                 if self._file[row] in self._arrays:
-                    told = self._arrays[self._file[row]][self._place[row]]
+                    value = self._arrays[self._file[row]][self._place[row]]
                 else:
                     if self._file[row] != number:
                         if opened is not None:
@@ -163,17 +163,17 @@ class JsonTable:
                         number = self._file[row]
                         opened = open(self._files[number], "rb")  # noqa: SIM115, closed below
                     opened.seek(self._place[row])
-                    told = _parsed(opened.readline())
-                if not isinstance(told, (dict, Broken)):
-                    told = Broken(f"its line is no object, but {type(told).__name__}")
-                yield told
+                    value = _parsed(opened.readline())
+                if not isinstance(value, (dict, Broken)):
+                    value = Broken(f"its line is no object, but {type(value).__name__}")
+                yield value
         finally:
             if opened is not None:
                 opened.close()
 
 
 def split_of(table: Table, split: str) -> Table:
-    """The rows of files that have no splits, which all are of `train`, by what `datasets` would take, `train[:9]` say.
+    """Return a split of files that have none of their own: all rows are `train`, and `train[:9]` is a part of it.
 
     Raises
     ------
@@ -196,7 +196,7 @@ def _parsed(line: bytes) -> Any:
 
 
 def _sizes_for_bytes(column: pa.Array) -> Iterator[Any]:
-    """The values of a column, the size of a file in place of its bytes, which are not read for that."""
+    """Yield a column's values, with the `Size` of each stored file instead of its bytes, which stay unread."""
     kind = column.type
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         yield from (None if size is None else Size(size) for size in pc.binary_length(column).to_pylist())
@@ -214,7 +214,7 @@ def _sizes_for_bytes(column: pa.Array) -> Iterator[Any]:
 
 
 def is_text(value: str) -> bool:
-    """Whether a text can be written at all: JSON lets half of a character through, which no file takes."""
+    """Return whether a text can be encoded: JSON may hold half of a character, which no file can."""
     try:
         value.encode()
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""What the person at the terminal sees, and does not see, of long work."""
+"""Progress bars for long work, and silence for what would disturb them."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _OURS = logging.getLogger(__name__.partition(".")[0])
 
 @contextmanager
 def quiet(*, bars: bool = False) -> Iterator[None]:
-    """Keep transformers' reports and this package's own out of the way, and progress bars unless `bars`.
+    """Silence the reports of transformers and of this package, and progress bars unless `bars`.
 
-    Errors still are raised.
+    Errors are raised all the same.
     """
     verbosity, enabled = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     level = _OURS.level
@@ -45,7 +45,7 @@ def quiet(*, bars: bool = False) -> Iterator[None]:
 
 @contextmanager
 def progress_bar(total: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A bar over bytes on standard error; yields the function that moves it."""
+    """Show a bar over bytes on standard error; yields the function that moves it."""
     console = Console(stderr=True)
     if not (shown and console.is_terminal):
         yield lambda nbytes: None
@@ -58,7 +58,7 @@ def progress_bar(total: int, shown: bool) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def steps_bar(total: int, what: str, shown: bool) -> Iterator[Callable[[], None]]:
-    """A bar over steps on standard error; yields the function that moves it by one."""
+    """Show a bar over steps on standard error; yields the function that moves it by one."""
     console = Console(stderr=True)
     if not (shown and console.is_terminal):
         yield lambda: None
@@ -69,8 +69,8 @@ def steps_bar(total: int, what: str, shown: bool) -> Iterator[Callable[[], None]
         yield lambda: bar.advance(task)
 
 
-def told_command(program: str, arguments: Sequence[str]) -> str:
-    """A command as results tell it to others: where they went is this machine's business."""
+def shareable_command(program: str, arguments: Sequence[str]) -> str:
+    """Return a command as results show it: without `--out`, which concerns this machine alone."""
     kept, skip = [], False
     for argument in arguments:
         joined = argument.startswith(("--out=", "-o")) and argument != "-o"

@@ -5,32 +5,30 @@ The file needs nothing of this package: it also goes to the Hub beside `handler.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
-import http.client
 import io
 import ipaddress
 import os
 import socket
-import ssl
 import threading
-import time
-import urllib.error
 import urllib.parse
-import urllib.request
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
-from functools import partial
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
+import httpx
 import numpy as np
 from PIL import Image, ImageOps
 
 # Pillow's own limit before it speaks of a decompression bomb: 13,377 x 13,377.
 MAX_PIXELS = 178_956_970
 MAX_DOWNLOAD = 100_000_000
+MAX_REDIRECTS = 10
 # Addresses of IPv6 that stand for one of IPv4 (RFC 6052): what counts is the address inside.
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 # Beyond what Python calls private, which differs between its releases: metadata services of clouds, and networks of
@@ -193,148 +191,96 @@ def _data_url(url: str, max_bytes: int) -> bytes:
 
 
 def _download(url: str, timeout: float, max_bytes: int, public_only: bool) -> bytes:
-    scheme = url.split("://", 1)[0].lower()
-    if scheme not in ("http", "https"):
+    """Return what an http(s) address holds; one deadline holds from the first lookup to the last byte."""
+    if url.split("://", 1)[0].lower() not in ("http", "https"):
         raise ValueError(f"{url} is not supported; images come from files and from http, https and data URLs")
-    request = urllib.request.Request(url, headers={"User-Agent": "ivtp-llava", "Accept": "image/*"})
-    with _Clock(timeout) as clock:
+    content: Future[bytes] = Future()
+
+    def work() -> None:
         try:
-            return _fetch(request, clock, max_bytes, public_only)
-        except ValueError as error:
-            # Also what http.client says of addresses with a port or letters that no address has.
-            raise ValueError(str(error) if url in str(error) or public_only else f"{url}: {error}") from error
-        except urllib.error.HTTPError as error:
-            raise OSError(f"{url} answered {error.code} {error.reason}") from error
-        except (OSError, http.client.HTTPException, OverflowError) as error:
-            if clock.over or isinstance(error, TimeoutError) or isinstance(getattr(error, "reason", 0), TimeoutError):
-                raise TimeoutError(f"{url} took longer than {timeout:g} seconds") from error
-            if isinstance(error, urllib.error.URLError):
-                if isinstance(error.reason, ValueError):
-                    raise error.reason from None
-                raise OSError(f"{url} cannot be reached: {error.reason}") from error
-            if isinstance(error, http.client.HTTPException):
-                raise OSError(f"{url} gave no proper answer: {type(error).__name__} {error}") from error
-            raise OSError(f"{url} cannot be reached: {error}") from error
+            content.set_result(asyncio.run(asyncio.wait_for(_fetch(url, max_bytes, public_only), timeout)))
+        except BaseException as error:
+            content.set_exception(error)
+
+    # A caller may have an event loop of its own, and the system's resolver cannot be interrupted.
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        return content.result(timeout)
+    except (TimeoutError, FutureTimeoutError, asyncio.TimeoutError, httpx.TimeoutException) as error:
+        raise TimeoutError(f"{url} took longer than {timeout:g} seconds") from error
+    except httpx.RemoteProtocolError as error:
+        raise OSError(f"{url} gave no proper answer: {error}") from error
+    except (httpx.HTTPError, httpx.InvalidURL, UnicodeError, OverflowError, socket.gaierror) as error:
+        raise OSError(f"{url} cannot be reached: {error}") from error
 
 
-def _fetch(request: urllib.request.Request, clock: _Clock, max_bytes: int, public_only: bool) -> bytes:
-    url = request.full_url
-    with _opener(clock, public_only).open(request, timeout=clock.left) as answer:
-        announced = answer.headers.get("Content-Length", "")
-        content = io.BytesIO()
-        if announced.isdigit() and int(announced) > max_bytes:
-            raise ValueError(f"{url} is {int(announced):,} bytes; at most {max_bytes:,} are downloaded")
-        while piece := answer.read1(1 << 16):
-            content.write(piece)
-            if content.tell() > max_bytes:
-                raise ValueError(f"{url} is larger than {max_bytes:,} bytes")
-        if clock.over:
-            # What was closed in time looks like what has ended.
-            raise TimeoutError(url)
-        return content.getvalue()
+async def _fetch(url: str, max_bytes: int, public_only: bool) -> bytes:
+    """Follow an address to its content."""
+    context = httpx.create_ssl_context()
+    context.load_default_certs()  # those of the system, beside the ones httpx brings
+    # Compressed, a few bytes could become gigabytes. A proxy would look names up where they cannot be checked.
+    async with httpx.AsyncClient(
+        headers={"User-Agent": "ivtp-llava", "Accept": "image/*", "Accept-Encoding": "identity"},
+        transport=_PublicTransport(verify=context) if public_only else None,
+        verify=context,
+        trust_env=not public_only,
+        timeout=None,
+    ) as client:
+        request = client.build_request("GET", url)
+        for _ in range(MAX_REDIRECTS + 1):
+            answer = await client.send(request, stream=True)
+            if answer.next_request is None:
+                return await _body(answer, url, max_bytes)
+            # A redirect's own body may be endless; nobody reads it.
+            await answer.aclose()
+            request = answer.next_request
+            if request.url.scheme not in ("http", "https"):
+                raise OSError(f"{url} answered {answer.status_code} with {request.url}, which is not allowed")
+        raise OSError(f"{url} answered {answer.status_code} more than {MAX_REDIRECTS} times")
 
 
-class _Clock:
-    """One deadline from the first lookup of a name to the last byte; when it is over, whatever is open is closed."""
-
-    def __init__(self, seconds: float) -> None:
-        self._ends = time.monotonic() + seconds
-        self._open: list[socket.socket] = []
-        self._timer = threading.Timer(seconds, self._close)
-        self._timer.daemon = True
-
-    def __enter__(self) -> _Clock:
-        self._timer.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._timer.cancel()
-
-    @property
-    def left(self) -> float:
-        """Seconds; never quite none, which sockets would take for no limit."""
-        return max(0.01, self._ends - time.monotonic())
-
-    @property
-    def over(self) -> bool:
-        """Whether time is up."""
-        return time.monotonic() >= self._ends
-
-    def watch(self, connection: Any) -> None:
-        """Have a connection closed in time."""
-        connection.settimeout(self.left)
-        self._open.append(connection)
-
-    def _close(self) -> None:
-        for connection in self._open:
-            with suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-
-    def resolve(self, host: str, port: int) -> list[Any]:
-        """What a name stands for; the system's own resolver knows no limit."""
-        found: list[Any] = []
-
-        def look_up() -> None:
-            try:
-                found.append(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-            except (OSError, UnicodeError, OverflowError) as error:
-                found.append(error)
-
-        worker = threading.Thread(target=look_up, daemon=True)
-        worker.start()
-        worker.join(self.left)
-        if not found:
-            raise TimeoutError(f"{host} was not found in time")
-        if isinstance(found[0], Exception):
-            raise OSError(f"{host} is not known: {found[0]}")
-        return list(found[0])
+async def _body(answer: httpx.Response, url: str, max_bytes: int) -> bytes:
+    """Read an answer piece by piece, up to the limit."""
+    if not answer.is_success:
+        raise OSError(f"{url} answered {answer.status_code} {answer.reason_phrase}")
+    announced = answer.headers.get("Content-Length", "")
+    if announced.isdigit() and int(announced) > max_bytes:
+        raise ValueError(f"{url} is {int(announced):,} bytes; at most {max_bytes:,} are downloaded")
+    content = bytearray()
+    async for piece in answer.aiter_raw():
+        content += piece
+        if len(content) > max_bytes:
+            raise ValueError(f"{url} is larger than {max_bytes:,} bytes")
+    return bytes(content)
 
 
-def _opener(clock: _Clock, public_only: bool) -> urllib.request.OpenerDirector:
-    """urllib's own without the handlers for files and FTP, to which a server must not be able to redirect."""
-    context = ssl.create_default_context()
-    with suppress(ImportError):
-        import certifi
+class _PublicTransport(httpx.AsyncHTTPTransport):
+    """A transport that connects to public addresses only, and to the very address that was checked."""
 
-        # Some installations of Python come without any certificates of their own.
-        context.load_verify_locations(certifi.where())
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        # A proxy would look names up where nobody here can check what they stand for.
-        urllib.request.ProxyHandler({} if public_only else None),
-        _HTTP(clock, public_only),
-        _HTTPS(clock, public_only, context),
-        urllib.request.HTTPDefaultErrorHandler(),
-        urllib.request.HTTPRedirectHandler(),
-        urllib.request.HTTPErrorProcessor(),
-        urllib.request.UnknownHandler(),
-    ):
-        opener.add_handler(handler)
-    return opener
-
-
-def _connect_public(host: str, port: int, clock: _Clock) -> socket.socket:
-    """A connection to the very address that was checked, so that a name cannot change its mind in between."""
-    found = clock.resolve(host, port)
-    for *_, address in found:
-        if not _is_public(str(address[0])):
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Send a request; raises ValueError if a name stands for any address that is not public."""
+        host = request.url.raw_host.decode("ascii")
+        # A second lookup could find another address, so the connection is made to the result of this one.
+        addresses = [str(entry[4][0]) for entry in socket.getaddrinfo(host, request.url.port, type=socket.SOCK_STREAM)]
+        if not all(map(_is_public, addresses)):
             raise ValueError(f"{host} is not a public address; images are not fetched from there")
-    error: OSError = OSError(f"{host} has no address")
-    for family, kind, protocol, _, address in found:
-        if clock.over:
-            break
-        connection = socket.socket(family, kind, protocol)
-        try:
-            clock.watch(connection)
-            connection.connect(address)
-            return connection
-        except OSError as failed:
-            connection.close()
-            error = failed
-    raise error
+        error: Exception = OSError(f"{host} has no address")
+        for address in addresses:
+            checked = httpx.Request(
+                request.method,
+                request.url.copy_with(host=address),
+                headers=request.headers,
+                extensions={**request.extensions, "sni_hostname": host},
+            )
+            try:
+                return await super().handle_async_request(checked)
+            except httpx.ConnectError as failure:
+                error = failure
+        raise error
 
 
 def _is_public(address: str) -> bool:
+    """Tell whether everybody may reach a numeric address."""
     # A scope, as in fe80::1%eth0, belongs to a link-local address.
     ip = ipaddress.ip_address(address.partition("%")[0])
     if any(ip.version == network.version and ip in network for network in _NOT_PUBLIC):
@@ -346,54 +292,3 @@ def _is_public(address: str) -> bool:
         if inside is not None:
             return _is_public(str(inside))
     return ip.is_global and not ip.is_multicast
-
-
-class _Clocked:
-    """Mixin for connections that keep to a clock and, if told so, to public addresses."""
-
-    host: str
-    port: int
-
-    def __init__(self, *args: Any, clock: _Clock, public_only: bool, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.clock, self.public_only = clock, public_only
-
-    def connect(self) -> None:
-        if self.public_only:
-            self.sock = self.secured(_connect_public(self.host, self.port, self.clock))
-        else:
-            super().connect()  # type: ignore[misc]
-        self.clock.watch(self.sock)
-
-    def secured(self, connection: socket.socket) -> socket.socket:
-        return connection
-
-
-class _Connection(_Clocked, http.client.HTTPConnection):
-    """HTTP."""
-
-
-class _TLSConnection(_Clocked, http.client.HTTPSConnection):
-    """HTTPS."""
-
-    def secured(self, connection: socket.socket) -> socket.socket:
-        context: ssl.SSLContext = self._context  # type: ignore[attr-defined]
-        return context.wrap_socket(connection, server_hostname=self.host)
-
-
-class _HTTP(urllib.request.HTTPHandler):
-    def __init__(self, clock: _Clock, public_only: bool) -> None:
-        super().__init__()
-        self.connection: Any = partial(_Connection, clock=clock, public_only=public_only)
-
-    def http_open(self, req: urllib.request.Request) -> Any:
-        return self.do_open(self.connection, req)
-
-
-class _HTTPS(urllib.request.HTTPSHandler):
-    def __init__(self, clock: _Clock, public_only: bool, context: ssl.SSLContext) -> None:
-        super().__init__(context=context)
-        self.connection: Any = partial(_TLSConnection, clock=clock, public_only=public_only)
-
-    def https_open(self, req: urllib.request.Request) -> Any:
-        return self.do_open(self.connection, req, context=self._context)  # type: ignore[attr-defined]

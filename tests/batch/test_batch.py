@@ -20,7 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
-from modeling_ivtp import cli
+import ivtp_cli
 from modeling_ivtp.batch import budget, progress
 from modeling_ivtp.batch import process as running
 from modeling_ivtp.batch.answers import Answered
@@ -34,7 +34,7 @@ from modeling_ivtp.checkpoints.convert import convert
 from modeling_ivtp.serving import answering
 from tests.support.checkpoints import PRUNING, clip_folder, llava_folder
 
-ROOT = Path(cli.__file__).parents[2]
+ROOT = Path(__file__).parents[2]
 QUESTIONS = (
     "What is this?",
     "Is there a dog or a cat in the picture?",
@@ -96,7 +96,7 @@ def arguments(made, out, *more, data=None):
 def batch(capsys, made, out, *more, data=None):
     """Answer; returns the rows."""
     capsys.readouterr()
-    status = cli.main(arguments(made, out, *more, data=data))
+    status = ivtp_cli.main(arguments(made, out, *more, data=data))
     captured = capsys.readouterr()
     assert (status, captured.err) == (0, "")
     return answers(out)
@@ -106,7 +106,7 @@ def fails(capsys, made, out, *more, data=None):
     """The one line of a run that is refused, and that wrote nothing."""
     there = contents(out)
     capsys.readouterr()
-    status = cli.main(arguments(made, out, *more, data=data))
+    status = ivtp_cli.main(arguments(made, out, *more, data=data))
     captured = capsys.readouterr()
     assert (status, captured.out) == (1, "")
     assert len(captured.err.splitlines()) == 1, captured.err
@@ -246,7 +246,7 @@ def test_another_system_and_another_budget(capsys, made, tmp_path):
             data=made.root / "pictures",
         )
         generate = ["-m", made.ivtp, "-i", made.root / "pictures/0.png", "-p", QUESTIONS[0], "--max-new-tokens", 5]
-        assert cli.main(["generate", *map(str, [*generate, *more])]) == 0
+        assert ivtp_cli.main(["generate", *map(str, [*generate, *more])]) == 0
         assert capsys.readouterr().out.strip() == row["answer"]
         about = json.loads((tmp_path / str(number) / "_run.json").read_text())["settings"]
         assert about["visual_tokens"] == more[-1]
@@ -282,7 +282,7 @@ def test_a_bad_row_is_an_error_row_and_the_others_go_on(capsys, made, loaded, tm
     picture = {"image": ["pictures/1.png"], "question": QUESTIONS[0]}
     assert rows[-3]["answer"] == rows[-2]["answer"] == alone(made, picture)[0]
     assert rows[-1]["answer"] == alone(made, picture | {"image": []})[0]
-    cli.main(arguments(made, tmp_path / "out", data=path))
+    ivtp_cli.main(arguments(made, tmp_path / "out", data=path))
     assert "14 rows, 11 of them errors" in capsys.readouterr().out
 
 
@@ -404,7 +404,7 @@ def test_a_finished_run_does_nothing(capsys, made, tmp_path, monkeypatch):
     # As if it had been killed with nothing left to do but to remove this.
     (tmp_path / "out" / "_unfinished").mkdir()
     (tmp_path / "out" / "_unfinished" / "00000.lock").touch()
-    assert cli.main(arguments(made, tmp_path / "out", "--limit", 4)) == 0
+    assert ivtp_cli.main(arguments(made, tmp_path / "out", "--limit", 4)) == 0
     assert "was finished before: 4 rows, 0 of them errors" in capsys.readouterr().out
     assert contents(tmp_path / "out") == there
     assert [path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()] == times
@@ -422,7 +422,7 @@ def test_ctrl_c_and_a_torn_line_cost_one_batch(capsys, made, loaded, tmp_path, m
         return answer(self, tasks, prepared)
 
     monkeypatch.setattr(Asker, "answer", stop_at_the_fourth)
-    assert cli.main(arguments(made, tmp_path / "out", *options)) == 130
+    assert ivtp_cli.main(arguments(made, tmp_path / "out", *options)) == 130
     assert capsys.readouterr().err == "ivtp: stopped; the same command goes on from here\n"
     journal = tmp_path / "out" / "_unfinished" / "00000.jsonl"
     assert journaled_rows(journal) == 12
@@ -473,7 +473,7 @@ def test_a_journal_of_other_rows_is_told(capsys, made, loaded, tmp_path):
     (tmp_path / "out" / "_unfinished").mkdir()
     with Journal(tmp_path / "out" / "_unfinished" / "00000.jsonl") as journal:
         journal.add(0, [Answered(99, None, "yes", None, 1, 2, 0)])
-    assert cli.main(arguments(made, tmp_path / "out", *options)) == 1
+    assert ivtp_cli.main(arguments(made, tmp_path / "out", *options)) == 1
     assert "the journal of shard 0 does not belong to these data" in capsys.readouterr().err
 
 
@@ -589,7 +589,7 @@ def limited(monkeypatch, model, most, error):
 def test_out_of_memory_halves_the_batch(capsys, made, loaded, expected, tmp_path, monkeypatch, error):
     sizes = limited(monkeypatch, made.model, 3, error)
     options = ["--id-column", "name", "--shard-rows", 8, "--limit", 16, "--memory", "1GB"]
-    assert cli.main(arguments(made, tmp_path / "out", *options)) == 0
+    assert ivtp_cli.main(arguments(made, tmp_path / "out", *options)) == 0
     assert answers(tmp_path / "out") == expected[:16]
     said = capsys.readouterr().err.splitlines()
     # The second shard's batch is known to be too large if it is no shorter; its halves may be tried again.
@@ -609,14 +609,14 @@ def test_memory_that_runs_out_over_pictures_halves_the_batch_too(capsys, made, l
 
     monkeypatch.setattr(Asker, "prepare", fail)
     options = ["--id-column", "name", "--limit", 8, "--memory", "1GB"]
-    assert cli.main(arguments(made, tmp_path / "out", *options)) == 0
+    assert ivtp_cli.main(arguments(made, tmp_path / "out", *options)) == 0
     assert answers(tmp_path / "out") == expected[:8]
     assert capsys.readouterr().err.count("out of memory with") == 3
 
 
 def test_a_row_that_does_not_fit_alone_is_an_error_row(capsys, made, loaded, tmp_path, monkeypatch):
     limited(monkeypatch, made.model, 0, torch.OutOfMemoryError("CUDA out of memory."))
-    assert cli.main(arguments(made, tmp_path / "out", "--limit", 2)) == 0
+    assert ivtp_cli.main(arguments(made, tmp_path / "out", "--limit", 2)) == 0
     assert [row["error"] for row in answers(tmp_path / "out")] == [
         f"row {number}: out of memory, with this row alone" for number in (0, 1)
     ]
@@ -643,7 +643,7 @@ def test_what_goes_wrong_with_one_row_costs_that_row(capsys, made, loaded, expec
 def test_a_device_that_fails_ends_the_run(capsys, made, loaded, tmp_path, monkeypatch):
     """Every row after that would be an error, and none of them is to blame."""
     limited(monkeypatch, made.model, 0, torch.AcceleratorError("CUDA error: an illegal memory access was encountered"))
-    assert cli.main(arguments(made, tmp_path / "out", "--limit", 8)) == 1
+    assert ivtp_cli.main(arguments(made, tmp_path / "out", "--limit", 8)) == 1
     assert "illegal memory access" in capsys.readouterr().err
     assert answers(tmp_path / "out") == []
 
@@ -740,17 +740,17 @@ def test_progress_counts_all_processes_rows(capsys, made, tmp_path, monkeypatch)
     folder.answers(2, 3).touch()
     assert counter.done() == 15  # the last shard is the rest, and its journal no longer counts
     monkeypatch.setattr(progress, "_LINE_SECONDS", 0)
-    with progress.shown(counter, True) as look:
-        look()
+    with progress.shown(counter, True) as update:
+        update()
         folder.answers(0, 3).touch()
         time.sleep(0.01)
-        look()
+        update()
     first, second = capsys.readouterr().err.splitlines()
     assert first == "ivtp: 15 of 25 rows, no rate yet"
     assert second.startswith("ivtp: 25 of 25 rows, ")
     assert second.endswith("rows/s, about 0 s left")
-    with progress.shown(counter, False) as look:
-        look()
+    with progress.shown(counter, False) as update:
+        update()
     assert capsys.readouterr().err == ""
 
 
@@ -758,11 +758,11 @@ def test_a_bar_on_a_terminal_begins_where_the_run_was(made, tmp_path, monkeypatc
     folder = OutFolder(tmp_path / "out")
     folder.begin({"settings": {}})
     folder.answers(0, 3).touch()
-    monkeypatch.setattr(progress, "_LOOK_SECONDS", 0)
+    monkeypatch.setattr(progress, "_BAR_SECONDS", 0)
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "100")
-    with progress.shown(progress.Counter(folder, 25, 10, 3), True) as look:
-        look()
+    with progress.shown(progress.Counter(folder, 25, 10, 3), True) as update:
+        update()
     said = capsys.readouterr().err
     assert "10/25" in said
     assert "answering" in said

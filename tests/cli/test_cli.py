@@ -13,13 +13,17 @@ import pytest
 import torch
 from PIL import Image
 
-from modeling_ivtp import IVTPLlavaForConditionalGeneration, IVTPLlavaProcessor, cli
+import ivtp_cli
+from benchmarks.quality import evaluate_quality
+from ivtp_cli import quality
+from ivtp_cli.generate import _comparison
+from ivtp_cli.tables import show
+from modeling_ivtp import IVTPLlavaForConditionalGeneration, IVTPLlavaProcessor
 from modeling_ivtp.checkpoints import convert
-from modeling_ivtp.cli import quality
-from modeling_ivtp.cli.generate import _comparison
-from modeling_ivtp.cli.tables import show
 from modeling_ivtp.serving import answering
 from tests.support.checkpoints import PRUNING, clip_folder, llava_folder
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +45,7 @@ def made(tmp_path_factory):
 def run(capsys, *arguments):
     """Exit status, standard output and standard error of a command."""
     capsys.readouterr()
-    status = cli.main([str(argument) for argument in arguments])
+    status = ivtp_cli.main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
     return status, captured.out, captured.err
 
@@ -62,16 +66,9 @@ def process(*arguments, **environment):
         [sys.executable, "-m", "modeling_ivtp.cli", *map(str, arguments)],
         capture_output=True,
         text=True,
-        cwd=Path(cli.__file__).parents[2],
+        cwd=ROOT,
         env=os.environ | environment,
     )
-
-
-@pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"], ["generate", "-h"], ["explain", "--help"]])
-def test_help(capsys, arguments):
-    status, out, err = run(capsys, *arguments)
-    assert (status, err) == (0, "")
-    assert "Usage: ivtp" in out
 
 
 def test_without_a_command_the_help_is_shown(capsys):
@@ -426,15 +423,32 @@ def test_kv_bytes_count_what_is_stored():
     assert answering.kv_bytes(SimpleNamespace(layers=[layer, empty])) == 24 * 4 + 24 * 2
 
 
-def test_quality_says_what_it_takes_and_what_is_wrong(capsys, tmp_path):
-    status, out, _ = run(capsys, "quality", "--help")
-    assert status == 0
-    assert "ivtp quality" in out
-    assert "--questions" in out
+def test_quality_is_a_command_like_the_others(capsys, tmp_path):
     assert "no checkpoint" in fails(capsys, "quality", "--model", tmp_path)
     assert "--rows" in fails(capsys, "quality", "--rows", "some")
+    assert [rows.value for rows in quality.Rows] == list(evaluate_quality.ROWS)
 
 
 def test_quality_outside_of_a_clone_says_where_it_is(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(quality, "__file__", str(tmp_path / "site-packages" / "modeling_ivtp" / "cli" / "quality.py"))
+    monkeypatch.setattr(quality, "__file__", str(tmp_path / "site-packages" / "ivtp_cli" / "quality.py"))
     assert "clone the repository" in fails(capsys, "quality")
+    status, out, _ = run(capsys, "quality", "--help")
+    assert status == 0
+    assert "--questions" in out
+
+
+def test_results_tell_the_command_that_made_them(capsys, monkeypatch, tmp_path):
+    asked = {}
+
+    def evaluate(folder, out, **options):
+        asked.update(options, folder=folder)
+        (tmp_path / "results.md").write_text("the table")
+        return tmp_path / "results.json"
+
+    monkeypatch.setattr(evaluate_quality, "evaluate_checkpoint", evaluate)
+    status, out, _ = run(capsys, "quality", "--tokens", 64, "--out", "some where")
+    assert status == 0
+    assert out.startswith("the table")
+    assert asked["command"] == "ivtp quality --tokens 64 --out 'some where'"
+    assert asked["folder"] == evaluate_quality.MINIATURE
+    assert (asked["budgets"], asked["ablation_budgets"], asked["rows"]) == ([64], (64,), "main")

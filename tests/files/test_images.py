@@ -1,7 +1,10 @@
 """Every kind of picture becomes upright 8-bit RGB, and what is no picture is refused in one sentence."""
 
+import asyncio
 import base64
+import gzip
 import io
+import socket
 import threading
 import time
 import zlib
@@ -163,9 +166,21 @@ def server():
                 self.send_header("Location", "/image" if self.path == "/away" else "file:///etc/hosts")
                 self.end_headers()
                 return
+            if self.path == "/away-endless":
+                self.send_response(302)
+                self.send_header("Location", "/image")
+                self.end_headers()
+                while True:  # until the client hangs up
+                    self.wfile.write(bytes(10_000))
             self.send_response(200)
+            if self.path == "/compressed":
+                self.send_header("Content-Encoding", "gzip")
             self.end_headers()
-            if self.path == "/slow":
+            if self.path == "/host" and not self.headers["Host"].startswith("two.test:"):
+                self.wfile.write(b"another host")
+            elif self.path == "/compressed":
+                self.wfile.write(gzip.compress(bytes(50_000_000)))
+            elif self.path == "/slow":
                 time.sleep(1)
             elif self.path == "/endless":
                 for _ in range(200):
@@ -205,6 +220,69 @@ def test_urls_are_read_through_redirects(server):
 def test_urls_that_go_wrong_are_refused(server, path, timeout, error, message):
     with pytest.raises(error, match=message):
         load_image(server + path, timeout=timeout, max_bytes=100_000)
+
+
+@pytest.fixture
+def names(monkeypatch):
+    """Names that the resolver knows, each with a list of addresses for every lookup; the machine's own is public."""
+    known, original, is_public = {}, socket.getaddrinfo, images._is_public
+
+    def look_up(host, port, *args, **kwargs):
+        host = host.decode() if isinstance(host, bytes) else host
+        if host not in known:
+            return original(host, port, *args, **kwargs)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port or 0)) for address in known[host].pop(0)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(images, "_is_public", lambda address: address == "127.0.0.1" or is_public(address))
+    return known
+
+
+def stranger(url, **options):
+    return load_image(url, from_stranger=True, **{"timeout": 20} | options)
+
+
+def test_a_name_is_looked_up_once_and_the_checked_address_is_connected_to(server, names):
+    port = server.rpartition(":")[2]
+    names["pictures.test"] = [["127.0.0.1"], ["10.0.0.1"]]
+    assert colour(stranger(f"http://pictures.test:{port}/image")) == (200, 30, 40)
+    assert len(names["pictures.test"]) == 1
+    with pytest.raises(ValueError, match=r"pictures\.test is not a public address"):
+        stranger(f"http://pictures.test:{port}/image")
+
+
+def test_one_private_address_among_public_ones_is_enough_to_refuse(server, names):
+    names["mixed.test"] = [["127.0.0.1", "169.254.169.254"]]
+    with pytest.raises(ValueError, match=r"mixed\.test is not a public address"):
+        stranger(f"http://mixed.test:{server.rpartition(':')[2]}/image")
+
+
+def test_the_next_address_of_a_name_is_tried(server, names, monkeypatch):
+    known = images._is_public
+    monkeypatch.setattr(images, "_is_public", lambda address: address == "127.0.0.9" or known(address))
+    names["two.test"] = [["127.0.0.9", "127.0.0.1"]]
+    assert colour(stranger(f"http://two.test:{server.rpartition(':')[2]}/host")) == (200, 30, 40)
+
+
+def test_a_slow_resolver_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(2))
+    start = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"longer than 0\.2 seconds"):
+        stranger("http://pictures.test/x.png", timeout=0.2)
+    assert time.monotonic() - start < 1
+
+
+def test_bodies_of_redirects_and_compressed_bodies_are_not_read(server, names):
+    assert colour(stranger(f"{server}/away-endless")) == (200, 30, 40)
+    with pytest.raises(ValueError, match="not an image"):
+        stranger(f"{server}/compressed", max_bytes=100_000)
+
+
+def test_an_address_is_fetched_where_an_event_loop_runs(server):
+    async def fetch():
+        return load_image(f"{server}/image")
+
+    assert colour(asyncio.run(fetch())) == (200, 30, 40)
 
 
 def test_every_format_named_is_one_of_pillows():

@@ -72,7 +72,8 @@ def _names(wheel: Path) -> set[str]:
 def test_the_wheel_holds_what_the_package_reads(built: Any) -> None:
     names = _names(built.wheel)
     assert {f"modeling_ivtp/shipped/{name}" for name in SHIPPED} <= names
-    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "modeling_ivtp").rglob("*.py")}
+    packages = (ROOT / "ivtp_cli", ROOT / "modeling_ivtp")
+    modules = {path.relative_to(ROOT).as_posix() for package in packages for path in package.rglob("*.py")}
     assert modules <= names
     assert not [name for name in names if name.startswith(("tests", "benchmarks")) or "__pycache__" in name]
 

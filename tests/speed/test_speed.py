@@ -13,7 +13,7 @@ from transformers import LlavaForConditionalGeneration
 from benchmarks.quality.readme import ROOT, filled
 from benchmarks.speed_readme import excerpt
 from modeling_ivtp.cli import main
-from modeling_ivtp.files.console import told_command
+from modeling_ivtp.files.console import shareable_command
 from modeling_ivtp.flops import load_shape
 from modeling_ivtp.flops.formula import kv_cache_bytes
 from modeling_ivtp.model.labels import CHOOSE, SCORE, TEXT_TOWER, label
@@ -230,7 +230,7 @@ def test_the_readme_tells_the_newest_speeds() -> None:
 
 @pytest.mark.parametrize("out", [["--out", "x"], ["-o", "x"], ["--out=x"], ["-ox"], []])
 def test_a_command_is_told_without_its_folder(out: list[str]) -> None:
-    assert told_command("ivtp", ["bench", *out, "--arm", "a b"]) == "ivtp bench --arm 'a b'"
+    assert shareable_command("ivtp", ["bench", *out, "--arm", "a b"]) == "ivtp bench --arm 'a b'"
 
 
 def test_one_of_shape_and_model(capsys: pytest.CaptureFixture[str]) -> None:

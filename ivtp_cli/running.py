@@ -1,4 +1,4 @@
-"""Runs a command: whatever goes wrong is one line on standard error and exit status 1."""
+"""Run a command: an error is one line on standard error and exit status 1."""
 
 from __future__ import annotations
 
@@ -11,25 +11,33 @@ from contextlib import contextmanager
 from typing import Any
 
 from .app import app
-from .options import state
+from .options import Invocation
 
-# Errors that say what the person can do about them; any other is a mistake of this program and says so.
+# Errors whose message says what the person can do; any other error is a mistake of this program, and says so.
 _EXPECTED = (ValueError, OSError, ImportError, RuntimeError, NotImplementedError)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status.
+    """Run the command line.
 
-    0: done. 1: an error, told in one line on standard error. 130: stopped by Ctrl-C.
+    Parameters
+    ----------
+    arguments : list of str, optional
+        Everything after `ivtp`; default: the process's own.
+
+    Returns
+    -------
+    int
+        The exit status. 0: done. 1: an error, in one line on standard error. 130: stopped by Ctrl-C.
     """
-    state["debug"] = False
+    invocation = Invocation(sys.argv[1:] if arguments is None else arguments)
     try:
         with _warnings_as_lines():
-            status = app(arguments, prog_name="ivtp", standalone_mode=False)
+            status = app(invocation.arguments, prog_name="ivtp", standalone_mode=False, obj=invocation)
     except KeyboardInterrupt:
         status = 130
     except Exception as error:
-        if state["debug"]:
+        if invocation.debug:
             traceback.print_exc()
         else:
             print(f"ivtp: {_one_line(error)}", file=sys.stderr)
@@ -38,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _one_line(error: BaseException) -> str:
-    """What went wrong, without line breaks and error numbers."""
+    """Return an error's message without line breaks and error numbers."""
     text = str(error)
     if hasattr(error, "format_message"):  # how typer and click word a wrong option
         text = error.format_message()
@@ -66,7 +74,7 @@ class _LogHandler(logging.Handler):
 
 @contextmanager
 def _warnings_as_lines() -> Iterator[None]:
-    """Whatever this package or a library warns of is one line of ours, be it a Python warning or one in the log."""
+    """Show each warning of this package or a library as one line, be it a Python warning or one in the log."""
     log, handler = logging.getLogger("modeling_ivtp"), _LogHandler(logging.WARNING)
     propagated = log.propagate
     log.addHandler(handler)

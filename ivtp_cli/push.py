@@ -1,4 +1,4 @@
-"""`ivtp push`: a folder becomes a repository on the Hub."""
+"""`ivtp push`: publish a folder on the Hub."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from .options import Debug
-from .tables import new_table, show
+from .tables import file_table, show
 
 
 def push(
@@ -23,31 +23,33 @@ def push(
     ] = None,
     private: Annotated[
         bool | None,
-        typer.Option("--private/--public", help="Of a repository that is made.", show_default="as the account has it"),
+        typer.Option(
+            "--private/--public", help="Visibility of a new repository.", show_default="the account's default"
+        ),
     ] = None,
     token: Annotated[
         str | None, typer.Option(envvar="HF_TOKEN", help="By default the one of `hf auth login`.", show_default=False)
     ] = None,
     revision: Annotated[
-        str | None, typer.Option(help="Branch to commit to; made if there is none.", show_default="main")
+        str | None, typer.Option(help="Branch to commit to; created if it does not exist.", show_default="main")
     ] = None,
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose it as a pull request.")] = False,
-    commit_message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload IVTP-LLaVA",
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    commit_message: Annotated[str, typer.Option(help="Message of the commit.")] = "Upload IVTP-LLaVA",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Lay out, check and show; stop before the network.")
+        bool, typer.Option("--dry-run", help="Prepare, check and show everything, and send nothing.")
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Upload without asking.")] = False,
     debug: Debug = False,
 ) -> None:
     """Publish a checkpoint on the Hub, with code, card and endpoint handler, in one commit."""
     if not (dry_run or yes or sys.stdin.isatty()):
         raise ValueError("nobody is there to ask; give --yes to upload, or --dry-run to look")
-    from ..publish.push import push as publish
+    from modeling_ivtp.publish.push import push as publish
 
-    def confirm(made: Any) -> bool:
-        _show_upload(made)
-        what = "the repository that is there" if made.exists else "a new repository"
-        return yes or typer.confirm(f"Upload to {what}, {made.repo_id}?")
+    def confirm(upload: Any) -> bool:
+        _show_upload(upload)
+        what = "the repository that is there" if upload.exists else "a new repository"
+        return yes or typer.confirm(f"Upload to {what}, {upload.repo_id}?")
 
     done = publish(
         folder,
@@ -71,21 +73,19 @@ def push(
         typer.echo(f'pinned: from_pretrained("{done.repo_id}", revision="{done.revision}", trust_remote_code=True)')
 
 
-def _show_upload(made: Any) -> None:
-    from ..files.folder import human_bytes
+def _show_upload(upload: Any) -> None:
+    from modeling_ivtp.files.folder import human_bytes
 
-    table = new_table("file", "bytes")
-    files = made.repository.files
-    for name, size in files.items():
-        table.add_row(name, human_bytes(size))
-    for name in made.removed:
+    files = upload.repository.files
+    table = file_table(files)
+    for name in upload.removed:
         table.add_row(name, "removed there")
     table.add_row("all", human_bytes(sum(files.values())))
     show(table)
-    typer.echo(f"card: {made.repository.card}")
-    if made.answer is None:
+    typer.echo(f"card: {upload.repository.card}")
+    if upload.answer is None:
         typer.echo("checked: weights and code fit; there is too little free memory here to load them")
     else:
-        typer.echo(f"checked: a fresh process loads it and answers {made.answer!r}")
-    if made.repository.left_out:
-        typer.echo(f"stays here: {', '.join(made.repository.left_out)}")
+        typer.echo(f"checked: a fresh process loads it and answers {upload.answer!r}")
+    if upload.repository.left_out:
+        typer.echo(f"stays here: {', '.join(upload.repository.left_out)}")

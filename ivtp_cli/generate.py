@@ -1,4 +1,4 @@
-"""`ivtp generate`: one answer, or two side by side."""
+"""`ivtp generate`: one answer, or a pruned one beside an unpruned one."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from .options import (
     DeviceOption,
     DtypeOption,
     ImageOption,
+    MaxNewTokens,
+    MethodOption,
     ModelOption,
     PromptOption,
     VisualTokens,
@@ -25,10 +27,8 @@ def generate(
     prompt: PromptOption,
     image: ImageOption = None,
     visual_tokens: VisualTokens = None,
-    method: Annotated[
-        str, typer.Option(help="System that prunes: ivtp, or one to compare with, such as fastv.")
-    ] = "ivtp",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    method: MethodOption = "ivtp",
+    max_new_tokens: MaxNewTokens = 64,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
     compare: Annotated[bool, typer.Option("--compare", help="Run without pruning too and show both.")] = False,
@@ -37,9 +37,11 @@ def generate(
 ) -> None:
     """Answer a question about pictures."""
     pictures = load_pictures(image)
-    from ..serving import answering
+    from modeling_ivtp.methods import make
+    from modeling_ivtp.serving import answering
 
-    other = None if method == "ivtp" else _system(method, visual_tokens)
+    # IVTP's own options are the checkpoint's; any other method is applied to the model.
+    other = None if method == "ivtp" else make(method, 64 if visual_tokens is None else visual_tokens)
     loaded, processor = answering.load_model(model, device=device, dtype=dtype)
     if visual_tokens is not None and other is None:
         answering.set_budget(loaded, visual_tokens)
@@ -61,7 +63,8 @@ def generate(
 
 
 def _comparison(unpruned: Any, pruned: Any) -> Any:
-    from ..files.folder import human_bytes
+    """Return the table that shows two answers and their costs side by side."""
+    from modeling_ivtp.files.folder import human_bytes
 
     table = new_table("", "unpruned", "pruned", "ratio")
     table.add_row("answer", unpruned.text, pruned.text, "")
@@ -69,11 +72,12 @@ def _comparison(unpruned: Any, pruned: Any) -> Any:
     table.add_row(
         "seconds", f"{unpruned.seconds:.3g}", f"{pruned.seconds:.3g}", times(unpruned.seconds, pruned.seconds)
     )
-    for name, of in (
+    for name, count in (
         ("visual tokens, final", lambda answer: sum(answer.visual_tokens)),
         ("visual tokens, layer-averaged", lambda answer: answer.layer_averaged_tokens * len(answer.visual_tokens)),
     ):
-        table.add_row(name, f"{of(unpruned):g}", f"{of(pruned):g}", times(of(unpruned), of(pruned)))
+        before, after = count(unpruned), count(pruned)
+        table.add_row(name, f"{before:g}", f"{after:g}", times(before, after))
     table.add_row(
         "KV cache",
         human_bytes(unpruned.kv_bytes),
@@ -81,9 +85,3 @@ def _comparison(unpruned: Any, pruned: Any) -> Any:
         times(unpruned.kv_bytes, pruned.kv_bytes),
     )
     return table
-
-
-def _system(name: str, visual_tokens: int | None) -> Any:
-    from ..methods import make
-
-    return make(name, 64 if visual_tokens is None else visual_tokens)

@@ -43,7 +43,7 @@ def explain(
         _check_file(file)
     if out is not None:
         _check_picture_type(out)
-    from ..serving import answering
+    from modeling_ivtp.serving import answering
 
     loaded, processor = answering.load_model(model, device=device, dtype=dtype)
     if visual_tokens is not None:

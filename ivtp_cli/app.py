@@ -1,4 +1,4 @@
-"""The command line, `ivtp`, and its commands in the order in which a person meets them."""
+"""The application `ivtp`, with its commands in the order in which a person meets them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,5 @@ def _ivtp(
         typer.echo(context.get_help())
 
 
-for command in (convert, push, serve, generate, batch, explain, flops, bench):
+for command in (convert, push, serve, generate, batch, explain, flops, bench, quality):
     app.command()(command)
-# It has a parser of its own, which knows its options.
-app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(quality)

@@ -1,13 +1,14 @@
-"""How commands show what they found."""
+"""How commands show their results."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 
 def new_table(*columns: str, title: str | None = None) -> Any:
-    """A table of text, whose cells fold where the terminal is narrow."""
+    """Return an empty table of text, whose cells fold where the terminal is narrow."""
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
@@ -16,8 +17,18 @@ def new_table(*columns: str, title: str | None = None) -> Any:
     return table
 
 
+def file_table(files: Mapping[str, int]) -> Any:
+    """Return a table of files and their bytes, to which more rows can be added."""
+    from modeling_ivtp.files.folder import human_bytes
+
+    table = new_table("file", "bytes")
+    for name, size in files.items():
+        table.add_row(name, human_bytes(size))
+    return table
+
+
 def show(table: Any) -> None:
-    """Print it."""
+    """Print a table."""
     from rich.console import Console
 
     # What models and people write is text, even where it looks like markup: "[/INST]".
@@ -25,10 +36,10 @@ def show(table: Any) -> None:
 
 
 def times(unpruned: float, pruned: float) -> str:
-    """How many times less; nothing where nothing is left."""
+    """Return how many times smaller the pruned value is, or an empty text if it is zero."""
     return f"{unpruned / pruned:.2f}x" if pruned else ""
 
 
 def to_json(value: Any) -> str:
-    """As a person reads it."""
+    """Return a value as indented JSON for a person to read."""
     return json.dumps(value, indent=2, ensure_ascii=False)

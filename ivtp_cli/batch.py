@@ -1,0 +1,123 @@
+"""`ivtp batch`: answer a data set."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import Debug, DeviceOption, DtypeOption, MaxNewTokens, MethodOption, ModelOption, VisualTokens
+
+DataOption = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        "-d",
+        help="A .jsonl, .json or .parquet file, or a pattern of such files in quotes; a folder of images, with "
+        "--prompt; any other folder or Hub id that `datasets` reads, as NAME or NAME:CONFIG.",
+    ),
+]
+ImageColumn = Annotated[
+    str,
+    typer.Option(
+        help="Column of the pictures: paths, addresses or stored images, one, a list or none in each row; relative "
+        "paths start at the data's folder. An empty name: there are no pictures."
+    ),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        help="Memory that a batch may take beside the weights, in each process, such as 8GB.",
+        show_default="a part of what is free",
+    ),
+]
+ShardRows = Annotated[
+    int | None,
+    typer.Option(min=1, help="Rows in one file of answers.", show_default="a 64th of all, from 16 to 1024"),
+]
+
+
+def batch(
+    model: ModelOption,
+    data: DataOption,
+    out: Annotated[str, typer.Option("--out", "-o", help="Folder of the answers; a run that was begun there goes on.")],
+    split: Annotated[str, typer.Option(help="Split of the data set.")] = "train",
+    image_column: ImageColumn = "image",
+    prompt_column: Annotated[str | None, typer.Option(help="Column of the questions.", show_default="question")] = None,
+    id_column: Annotated[
+        str | None,
+        typer.Option(help="Column of the rows' names, which are written beside the answers.", show_default=False),
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="One question for all rows.", show_default=False)
+    ] = None,
+    visual_tokens: VisualTokens = None,
+    method: MethodOption = "ivtp",
+    max_new_tokens: MaxNewTokens = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Most rows in a batch; memory may allow fewer.")] = 64,
+    memory: Memory = None,
+    shard_rows: ShardRows = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "auto",
+    limit: Annotated[int | None, typer.Option(min=1, help="Answer only the first rows.", show_default="all")] = None,
+    progress: Annotated[bool, typer.Option(help="Show rows done, rows per second and the time left.")] = True,
+    debug: Debug = False,
+) -> None:
+    """Answer a data set. The same command continues a run that was stopped.
+
+    Answers are Parquet files: row, id, answer, error, tokens, prompt_tokens, images. A failed row is recorded with its
+    error; the run continues.
+
+    Several processes, on GPUs or CPUs: accelerate launch --multi_gpu --num_processes 2 -m modeling_ivtp.cli batch ...
+
+    (With --cpu instead, accelerate starts one process only.) Machines that share the folder share the work.
+    """
+    _check_installed()
+    if prompt is not None and prompt_column is not None:
+        raise ValueError("batch takes one of --prompt and --prompt-column")
+    from modeling_ivtp import batch as batches
+    from modeling_ivtp.files.folder import byte_count
+
+    options = batches.Options(
+        model=model,
+        data=data,
+        out=Path(out).expanduser(),
+        split=split,
+        image_column=image_column,
+        prompt_column=prompt_column or "question",
+        id_column=id_column,
+        prompt=prompt,
+        visual_tokens=visual_tokens,
+        method=method,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        memory=None if memory is None else byte_count(memory, "--memory"),
+        shard_rows=shard_rows,
+        device=device,
+        dtype=dtype,
+        limit=limit,
+        progress=progress,
+    )
+    try:
+        summary = batches.run(options)
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print("ivtp: stopped; the same command goes on from here", file=sys.stderr)
+        raise
+    if summary.main:
+        done = "was finished before" if summary.was_finished else "done"
+        typer.echo(f"{done}: {summary.rows:,} rows, {summary.errors:,} of them errors, in {out}")
+
+
+def _check_installed() -> None:
+    try:
+        for library in ("datasets", "filelock", "pyarrow"):
+            import_module(library)
+    except ImportError as error:
+        raise ImportError(
+            "answering a data set needs datasets, pyarrow and filelock: pip install 'ivtp-llava[batch]'"
+        ) from error
