@@ -1,4 +1,4 @@
-"""CLIP's tokenizer without a model hub: built from the BPE table that open_clip ships."""
+"""CLIP's tokenizer, built offline from the BPE table that open_clip ships."""
 
 import gzip
 from importlib.util import find_spec

@@ -1,4 +1,4 @@
-"""CLIP's text half: the text tower and both projections, read from any of the places where CLIP is published.
+"""CLIP's text half: the text tower and both projections, read from every format in which CLIP is published.
 
 LLaVA's checkpoints hold CLIP's vision tower without the projection after it and nothing of the text tower. Eq. 5 and 6
 of IVTP need the rest. Only those tensors are read; the vision tower beside them stays on the disk.
@@ -16,16 +16,14 @@ from ..model.checkpoint_ivtp import OPEN_CLIP, is_open_clip
 from . import open_clip_checkpoint
 from .clip_text import (
     TEXT,
-    TEXT_PROJECTION,
     VISUAL_PROJECTION,
-    Recipe,
     StoredClipText,
     check_shapes,
     clip_tokenizer,
-    stored,
-    tower_shapes,
+    read_stored,
+    text_shapes,
 )
-from .sources import HubOptions, open_checkpoint, reading
+from .sources import HubOptions, naming_damaged_file, open_checkpoint
 
 __all__ = ["StoredClipText", "load_clip_text"]
 
@@ -49,7 +47,7 @@ def load_clip_text(
     local_files_only: bool = False,
     headers_only: bool = False,
 ) -> StoredClipText:
-    """Find and check CLIP's text tower, its projection and the vision tower's projection.
+    """Find and check CLIP's text tower, its projection and the projection of the image.
 
     Parameters
     ----------
@@ -63,11 +61,11 @@ def load_clip_text(
           every CLIP.
     activation : str, optional
         The towers' activation (`"quick_gelu"`, `"gelu"`) where the source does not name it. Both towers of a CLIP share
-        it, so that of LLaVA's tower is the right one to give. Default `"quick_gelu"`, OpenAI's.
+        it, so LLaVA's vision tower has the right one. Default `"quick_gelu"`, OpenAI's.
     revision, token, cache_dir, local_files_only
         As for `from_pretrained`.
     headers_only : bool
-        Do not download weights from the Hub, only what says how large they are; `tensors` cannot be called then.
+        Download no weights from the Hub, only their headers; `tensors` cannot be called then.
 
     Returns
     -------
@@ -76,7 +74,7 @@ def load_clip_text(
     Raises
     ------
     ValueError
-        If the source is no CLIP with a text tower of CLIP's layout, or not in safetensors.
+        If the source is no CLIP, has a text tower of another layout than CLIP's, or is not in safetensors.
     OSError
         If files are missing or damaged.
     """
@@ -102,39 +100,28 @@ def _from_transformers(clip: str | os.PathLike[str], options: HubOptions, header
         checkpoint, folder = open_checkpoint(clip, options, headers_only=headers_only, extra=_SMALL_FILES)
     except ValueError as error:
         raise ValueError(
-            f"{error}; OpenAI's CLIP is to be had in safetensors as {OPEN_CLIP}ViT-L-14-336/openai"
+            f"{error}; OpenAI's CLIP is available in safetensors as {OPEN_CLIP}ViT-L-14-336/openai"
         ) from error
     if not (folder / "config.json").is_file():
         raise OSError(f"{clip} has no config.json")
-    with reading(clip, folder):
+    with naming_damaged_file(clip, folder):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if config.model_type != "clip":
         raise ValueError(
             f"{clip} is of model_type {config.model_type!r}; CLIP's text tower comes from one of type 'clip'"
         )
-    text_config = config.text_config
+    text_config, vision_width = config.text_config, config.vision_config.hidden_size
     text_config.projection_dim = config.projection_dim
-    vision_width = config.vision_config.hidden_size
-    recipe: Recipe = {}
-    for name, shape in tower_shapes(text_config).items():
-        recipe[TEXT + name] = (shape, stored("text_model." + name))
-    projection = config.projection_dim
-    recipe[TEXT_PROJECTION] = (
-        (projection, text_config.hidden_size),
-        stored("text_projection.weight"),
-    )
-    recipe[VISUAL_PROJECTION] = ((projection, vision_width), stored(VISUAL_PROJECTION))
-    expected = {stored.removeprefix("clip_text_model."): shape for stored, (shape, _) in recipe.items()}
-    check_shapes(checkpoint, expected)
-    with reading(clip, folder):
+    shapes = text_shapes(text_config)
+    check_shapes(checkpoint, shapes | {VISUAL_PROJECTION: (config.projection_dim, vision_width)})
+    with naming_damaged_file(clip, folder):
         tokenizer = clip_tokenizer(folder, text_config, str(clip))
-    class_embedding = "vision_model.embeddings.class_embedding"
     return StoredClipText(
         str(clip),
         text_config,
         vision_width,
         tokenizer,
         checkpoint,
-        recipe,
-        class_embedding if class_embedding in checkpoint.tensors else None,
+        {TEXT + name: read_stored(name) for name in shapes} | {VISUAL_PROJECTION: read_stored(VISUAL_PROJECTION)},
+        "vision_model.embeddings.class_embedding",
     )

@@ -1,25 +1,25 @@
-"""The text half of a CLIP as IVTP needs it, wherever it came from."""
+"""The text half of a CLIP on the disk, under the names that IVTP gives its tensors, whatever the source's format."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ..model.checkpoint_ivtp import ClipText
 from .clip_bpe import clip_tokenizer_from_open_clip
 from .weights import Checkpoint
 
-TEXT = "clip_text_model.text_model."
-TEXT_PROJECTION = "clip_text_model.text_projection.weight"
+TEXT = "clip_text_model."
 VISUAL_PROJECTION = "visual_projection.weight"
-CLIP_VOCABULARY = 49408
+_CLIP_VOCABULARY = 49408
 
-# For every tensor its shape and how it is made from the checkpoint's own tensors.
-Recipe = dict[str, tuple[tuple[int, ...], Callable[[Checkpoint], Tensor]]]
+TensorReader = Callable[[Checkpoint], Tensor]
+"""A function that makes one of our tensors from a checkpoint's own."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class StoredClipText:
     Attributes
     ----------
     source : str
-        What the person named.
+        The name or path that the user gave.
     text_config : CLIPTextConfig
         The tower's architecture; `projection_dim` is the width P of CLIP's common space.
     vision_width : int
@@ -37,7 +37,7 @@ class StoredClipText:
     tokenizer : CLIPTokenizer
         CLIP's own BPE tokenizer.
     checkpoint : Checkpoint
-        Where the weights are.
+        The weights' files.
     """
 
     source: str
@@ -45,16 +45,17 @@ class StoredClipText:
     vision_width: int
     tokenizer: CLIPTokenizer
     checkpoint: Checkpoint
-    _recipe: Recipe = field(repr=False)
-    _class_embedding: str | None = None
+    _readers: Mapping[str, TensorReader] = field(repr=False)
+    _class_embedding: str
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor that `tensors` yields, by name."""
-        return {name: shape for name, (shape, _) in self._recipe.items()}
+        shapes = {TEXT + name: shape for name, shape in text_shapes(self.text_config).items()}
+        return shapes | {VISUAL_PROJECTION: (int(self.text_config.projection_dim or 0), self.vision_width)}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights one by one, in their stored type.
+        """Read the weights one by one, in their stored type.
 
         Yields
         ------
@@ -63,16 +64,16 @@ class StoredClipText:
             `visual_projection.weight` (P, vision width): the names of transformers' `CLIPTextModelWithProjection` and
             of a `Linear` without bias.
         """
-        for name in self._recipe:
+        for name in self.shapes:
             yield name, self.read(name)
 
     def read(self, name: str) -> Tensor:
-        """One of the tensors by the name it has here."""
-        return self._recipe[name][1](self.checkpoint)
+        """Read one tensor by its name in `shapes`."""
+        return self._readers[name](self.checkpoint)
 
     def class_embedding(self) -> Tensor | None:
-        """The vision tower's class embedding (vision width,), by which the tower can be told from another CLIP's."""
-        if self._class_embedding is None or self.checkpoint.folder is None:
+        """Read the vision tower's class embedding (vision width,), which identifies the tower; None if it is absent."""
+        if self._class_embedding not in self.checkpoint.tensors or self.checkpoint.folder is None:
             return None
         return self.checkpoint.read(self._class_embedding)
 
@@ -84,33 +85,21 @@ class StoredClipText:
             source=self.source,
             text_config=self.text_config,
             vision_width=self.vision_width,
-            text_model={name.removeprefix("clip_text_model."): tensor for name, tensor in state.items()},
+            text_model={name.removeprefix(TEXT): tensor for name, tensor in state.items()},
             visual_projection=projection,
             class_embedding=self.class_embedding(),
         )
 
 
-def tower_shapes(config: CLIPTextConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors of transformers' `CLIPTextModel`, below `text_model.`."""
-    width, inner = config.hidden_size, config.intermediate_size
-    shapes: dict[str, tuple[int, ...]] = {
-        "embeddings.token_embedding.weight": (config.vocab_size, width),
-        "embeddings.position_embedding.weight": (config.max_position_embeddings, width),
-    }
-    for layer in range(config.num_hidden_layers):
-        name = f"encoder.layers.{layer}."
-        for part in ("k_proj", "v_proj", "q_proj", "out_proj"):
-            shapes[f"{name}self_attn.{part}.weight"] = (width, width)
-            shapes[f"{name}self_attn.{part}.bias"] = (width,)
-        for part in ("layer_norm1", "layer_norm2"):
-            shapes[f"{name}{part}.weight"] = shapes[f"{name}{part}.bias"] = (width,)
-        shapes[f"{name}mlp.fc1.weight"], shapes[f"{name}mlp.fc1.bias"] = (inner, width), (inner,)
-        shapes[f"{name}mlp.fc2.weight"], shapes[f"{name}mlp.fc2.bias"] = (width, inner), (width,)
-    shapes["final_layer_norm.weight"] = shapes["final_layer_norm.bias"] = (width,)
-    return shapes
+def text_shapes(config: CLIPTextConfig) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of the weights of transformers' `CLIPTextModelWithProjection`."""
+    with torch.device("meta"):
+        model = CLIPTextModelWithProjection._from_config(config)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def check_shapes(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]]) -> None:
+def check_shapes(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ValueError if a checkpoint lacks one of the `expected` tensors, or has it in another shape."""
     missing = [name for name in expected if name not in checkpoint.tensors]
     if missing:
         raise ValueError(
@@ -123,18 +112,24 @@ def check_shapes(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]]) -
 
 
 def clip_tokenizer(folder: Path | None, config: CLIPTextConfig, source: str) -> CLIPTokenizer:
-    """The tokenizer in `folder`, or CLIP's own from open_clip if there is none, with the tower's context length."""
+    """Load the tokenizer in `folder`, or CLIP's own from open_clip if there is none, with the tower's context length.
+
+    Raises
+    ------
+    ValueError
+        If there is no tokenizer for a vocabulary of that size.
+    """
     context = config.max_position_embeddings
-    own = ("tokenizer.json",), ("vocab.json", "merges.txt")
-    if folder is not None and any(all((folder / name).is_file() for name in names) for names in own):
+    layouts = ("tokenizer.json",), ("vocab.json", "merges.txt")
+    if folder is not None and any(all((folder / name).is_file() for name in names) for names in layouts):
         tokenizer = CLIPTokenizer.from_pretrained(folder)
         tokenizer.model_max_length = min(tokenizer.model_max_length, context)
-    elif config.vocab_size == CLIP_VOCABULARY:
+    elif config.vocab_size == _CLIP_VOCABULARY:
         # Every CLIP of that size was trained with OpenAI's BPE, which open_clip carries.
         tokenizer = clip_tokenizer_from_open_clip(context)
     else:
         raise ValueError(
-            f"{source} has {config.vocab_size} text tokens, not CLIP's {CLIP_VOCABULARY}, and no tokenizer beside it"
+            f"{source} has {config.vocab_size} text tokens, not CLIP's {_CLIP_VOCABULARY}, and no tokenizer beside it"
         )
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
@@ -143,5 +138,6 @@ def clip_tokenizer(folder: Path | None, config: CLIPTextConfig, source: str) -> 
     return tokenizer
 
 
-def stored(name: str) -> Callable[[Checkpoint], Tensor]:
+def read_stored(name: str) -> TensorReader:
+    """Return a reader of one of the checkpoint's tensors as it is stored."""
     return lambda checkpoint: checkpoint.read(name)

@@ -1,4 +1,4 @@
-"""The LLaVA that a conversion starts from: is it one that IVTP can prune, and is it whole?"""
+"""Checks of a LLaVA: IVTP can prune its layout, and all of its weights are present."""
 
 from __future__ import annotations
 
@@ -8,56 +8,54 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..model.checkpoint_ivtp import warn_of_another_clip
 from ..model.configuration_ivtp import IVTPLlavaConfig
 from ..model.language_ivtp import DECODERS
 from ..model.modeling_ivtp import IVTPLlavaForConditionalGeneration
 from .clip_text import StoredClipText
-from .sources import reading
+from .shards import meta_tensor
+from .sources import naming_damaged_file
 from .weights import Checkpoint, TensorInfo
 
 MODEL_TYPES = ("llava", "ivtp_llava")
-# What the code of LLaVA's authors calls its checkpoints, which transformers does not load.
-_ORIGINAL_TYPES = ("llava_llama", "llava_mistral", "llava_qwen")
+# Types of checkpoints in the format of LLaVA's authors, which transformers does not load, with a twin in llava-hf.
+_ORIGINAL_TYPES = ("llava_llama", "llava_mistral")
 
 
 def read_config(folder: Path, llava: str, *, quantized: bool = False) -> Any:
-    """The configuration in a folder as an `IVTPLlavaConfig`.
+    """Read the configuration in a folder as an `IVTPLlavaConfig`.
 
     Parameters
     ----------
     folder : Path
-        Where config.json lies.
+        The folder that holds config.json.
     llava : str
-        What the person named; it stands in every error.
+        The name or path that the user gave; every error names it.
     quantized : bool
-        Whether quantized weights will do.
+        Accept quantized weights.
 
     Raises
     ------
     ValueError
-        If the layout is not one that IVTP prunes: another model, a quantized one, a vision tower without CLS token, an
-        unknown language model; or if config.json is damaged.
+        If IVTP cannot prune the layout: another model, a quantized one, a vision tower without CLS token, an unknown
+        language model; or if config.json is damaged.
     OSError
         If there is no config.json.
     """
     try:
-        stated = json.loads((folder / "config.json").read_text())
-        model_type = stated.get("model_type")
+        values = json.loads((folder / "config.json").read_text())
+        model_type = values.get("model_type")
     except FileNotFoundError:
         raise FileNotFoundError(f"{llava} has no config.json") from None
     except (ValueError, AttributeError) as error:
         raise ValueError(f"config.json of {llava} is not a JSON object: {error}") from error
     if model_type not in MODEL_TYPES:
-        hint = (
-            "; use the llava-hf repository of the same model" if model_type in ("llava_llama", "llava_mistral") else ""
-        )
+        hint = "; use the llava-hf repository of the same model" if model_type in _ORIGINAL_TYPES else ""
         raise ValueError(f"{llava} is of model_type {model_type!r}; supported are {', '.join(MODEL_TYPES)}{hint}")
-    if stated.get("quantization_config") and not quantized:
+    if values.get("quantization_config") and not quantized:
         raise ValueError(f"{llava} is quantized; start from the weights it was quantized from")
-    with reading(llava, folder):
+    with naming_damaged_file(llava, folder):
         config: Any = IVTPLlavaConfig.from_pretrained(folder)
     vision, decoder = config.vision_config.model_type, config.text_config.model_type
     if vision != "clip_vision_model":
@@ -70,50 +68,44 @@ def read_config(folder: Path, llava: str, *, quantized: bool = False) -> Any:
 
 
 def warn_of_unlike_tower(text: StoredClipText, checkpoint: Checkpoint, llava: str) -> None:
-    """Warn if CLIP's class embedding is not that of LLaVA's vision tower: CLIPs of one size differ in nothing else."""
+    """Warn if CLIP's class embedding is not that of LLaVA's vision tower; CLIPs of one size differ in nothing else."""
     names = [name for name in checkpoint.tensors if name.endswith("embeddings.class_embedding")]
     if len(names) == 1 and checkpoint.folder is not None:
         warn_of_another_clip(text.source, text.class_embedding(), llava, checkpoint.read(names[0]))
 
 
-def empty(info: TensorInfo) -> Tensor:
-    """A tensor without data."""
-    return torch.empty(info.shape, dtype=info.dtype, device="meta")
-
-
 def meta_model(
     config: Any, tensors: Mapping[str, TensorInfo], dtype: torch.dtype, source: str
 ) -> IVTPLlavaForConditionalGeneration:
-    """The model without data, after making sure that every tensor has a place in it and none is missing.
+    """Build the model without data, and check that every tensor has a place in it and none is missing.
 
     Raises
     ------
     ValueError
         If a tensor is missing, unknown or of another shape.
     """
-    loaded: Any = IVTPLlavaForConditionalGeneration.from_pretrained(
+    model, info = IVTPLlavaForConditionalGeneration.from_pretrained(
         None,
         config=config,
-        state_dict={name: empty(info) for name, info in tensors.items()},
+        state_dict={name: meta_tensor(info) for name, info in tensors.items()},
         dtype=dtype,
         device_map="meta",
         output_loading_info=True,
         ignore_mismatched_sizes=True,
     )
-    model, info = loaded
     check_loading_info(info, source)
     return model
 
 
 def check_loading_info(info: Mapping[str, Any], source: str) -> None:
     """Raise ValueError unless the loader found a tensor for every place and a place for every tensor."""
-    for kind, what in (
+    for kind, fault in (
         ("missing_keys", "lacks {} tensors of the model"),
         ("unexpected_keys", "has {} tensors that the model does not know"),
     ):
         keys = sorted(map(str, info[kind]))
         if keys:
-            raise ValueError(f"{source} {what.format(len(keys))}, such as {keys[0]}")
+            raise ValueError(f"{source} {fault.format(len(keys))}, such as {keys[0]}")
     if mismatched := sorted(info["mismatched_keys"]):
         name, stored, expected = mismatched[0]
         raise ValueError(

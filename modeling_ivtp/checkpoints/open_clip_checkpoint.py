@@ -6,24 +6,20 @@ open_clip keeps query, key and value in one matrix and multiplies by its project
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from transformers import CLIPTextConfig
 
 from ..model.checkpoint_ivtp import OPEN_CLIP
 from .clip_text import (
     TEXT,
-    TEXT_PROJECTION,
     VISUAL_PROJECTION,
-    Recipe,
     StoredClipText,
+    TensorReader,
     check_shapes,
     clip_tokenizer,
-    stored,
-    tower_shapes,
+    read_stored,
 )
 from .sources import HubOptions, hub_headers
 from .weights import Checkpoint
@@ -32,6 +28,19 @@ _HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensor
 
 
 def from_name(clip: str, activation: str | None, options: HubOptions, headers_only: bool) -> StoredClipText:
+    """Find CLIP's text half by open_clip's name for it.
+
+    Parameters
+    ----------
+    clip : str
+        `"open_clip:MODEL/PRETRAINED"`, `"open_clip:hf-hub:OWNER/NAME"` or `"open_clip:local-dir:FOLDER"`.
+    activation : str or None
+        For weights given as a file, where open_clip does not name the activation.
+    options : HubOptions
+        Options of a download.
+    headers_only : bool
+        Download the weights' headers alone.
+    """
     from open_clip import get_model_config, get_pretrained_cfg, list_models, list_pretrained_tags_by_model
 
     name = clip.removeprefix(OPEN_CLIP)
@@ -65,10 +74,11 @@ def from_name(clip: str, activation: str | None, options: HubOptions, headers_on
         )
 
     quick_gelu = tag.get("quick_gelu", False) or config.get("quick_gelu", False)
-    stated = "quick_gelu" if quick_gelu else "gelu"
-    # A file given by hand may be OpenAI's under the plain model name, whose config says nothing of quick_gelu.
+    # A file given by hand may be OpenAI's under the plain model name, whose config does not mention quick_gelu.
     known = bool(tag) or quick_gelu or not pretrained
-    text_config = _text_config(clip, config, stated if known or activation is None else activation)
+    if known or activation is None:
+        activation = "quick_gelu" if quick_gelu else "gelu"
+    text_config = _text_config(clip, config, activation)
     return _from_tensors(clip, checkpoint, text_config)
 
 
@@ -86,7 +96,7 @@ def _from_tag(clip: str, tag: dict[str, Any], options: HubOptions, headers_only:
 
 
 def _from_hub(repo: str, files: tuple[str, ...], options: HubOptions, headers_only: bool) -> Checkpoint:
-    # open_clip's own download falls back to the pickled file without a word; this one must not.
+    # open_clip's own download silently falls back to the pickled file; this one must not.
     if headers_only and not options.local_files_only:
         from huggingface_hub import HfApi
 
@@ -103,6 +113,7 @@ def _from_hub(repo: str, files: tuple[str, ...], options: HubOptions, headers_on
 
 
 def from_file(path: Path, activation: str | None) -> StoredClipText:
+    """Find CLIP's text half in a weights file of open_clip, and read its architecture from the shapes."""
     checkpoint = _weights_file(path)
     prefix = _text_prefix(checkpoint)
     shape = {name: info.shape for name, info in checkpoint.tensors.items()}
@@ -136,74 +147,85 @@ def from_file(path: Path, activation: str | None) -> StoredClipText:
 def _from_tensors(source: str, checkpoint: Checkpoint, text_config: CLIPTextConfig) -> StoredClipText:
     prefix = _text_prefix(checkpoint)
     root = prefix.removesuffix("text.")
-    if root + "visual.proj" not in checkpoint.tensors:
+    projection = root + "visual.proj"
+    if projection not in checkpoint.tensors:
         raise ValueError(
-            f"{source} lacks {root}visual.proj: its image tower is not the ViT with a projection of LLaVA's CLIP"
+            f"{source} lacks {projection}: its image tower is not the ViT with a projection of LLaVA's CLIP"
         )
-    width, projection = text_config.hidden_size, int(text_config.projection_dim or 0)
-    vision_width = checkpoint.tensors[root + "visual.proj"].shape[0]
-
-    expected = {
-        prefix + "token_embedding.weight": (text_config.vocab_size, width),
-        prefix + "positional_embedding": (text_config.max_position_embeddings, width),
-        prefix + "ln_final.weight": (width,),
-        prefix + "ln_final.bias": (width,),
-        prefix + "text_projection": (width, projection),
-        root + "visual.proj": (vision_width, projection),
-    }
-    sources: dict[str, Callable[[Checkpoint], Tensor]] = {
-        "embeddings.token_embedding.weight": stored(prefix + "token_embedding.weight"),
-        "embeddings.position_embedding.weight": stored(prefix + "positional_embedding"),
-        "final_layer_norm.weight": stored(prefix + "ln_final.weight"),
-        "final_layer_norm.bias": stored(prefix + "ln_final.bias"),
-    }
-    inner = text_config.intermediate_size
-    for layer in range(text_config.num_hidden_layers):
-        theirs, ours = f"{prefix}transformer.resblocks.{layer}.", f"encoder.layers.{layer}."
-        expected |= {
-            theirs + "attn.in_proj_weight": (3 * width, width),
-            theirs + "attn.in_proj_bias": (3 * width,),
-            theirs + "attn.out_proj.weight": (width, width),
-            theirs + "attn.out_proj.bias": (width,),
-            theirs + "mlp.c_fc.weight": (inner, width),
-            theirs + "mlp.c_fc.bias": (inner,),
-            theirs + "mlp.c_proj.weight": (width, inner),
-            theirs + "mlp.c_proj.bias": (width,),
-        }
-        for end in ("weight", "bias"):
-            sources |= {
-                f"{ours}layer_norm1.{end}": stored(f"{theirs}ln_1.{end}"),
-                f"{ours}layer_norm2.{end}": stored(f"{theirs}ln_2.{end}"),
-                f"{ours}mlp.fc1.{end}": stored(f"{theirs}mlp.c_fc.{end}"),
-                f"{ours}mlp.fc2.{end}": stored(f"{theirs}mlp.c_proj.{end}"),
-                f"{ours}self_attn.out_proj.{end}": stored(f"{theirs}attn.out_proj.{end}"),
-            }
-            for third, name in enumerate(("q_proj", "k_proj", "v_proj")):
-                sources[f"{ours}self_attn.{name}.{end}"] = _third(f"{theirs}attn.in_proj_{end}", third, width)
-            expected |= {f"{theirs}ln_1.{end}": (width,), f"{theirs}ln_2.{end}": (width,)}
-    check_shapes(checkpoint, expected)
-
-    recipe: Recipe = {TEXT + name: (shape, sources[name]) for name, shape in tower_shapes(text_config).items()}
-    recipe[TEXT_PROJECTION] = ((projection, width), _transposed(prefix + "text_projection"))
-    recipe[VISUAL_PROJECTION] = ((projection, vision_width), _transposed(root + "visual.proj"))
-    class_embedding = root + "visual.class_embedding"
+    vision_width = checkpoint.tensors[projection].shape[0]
+    check_shapes(
+        checkpoint,
+        _open_clip_shapes(prefix, text_config) | {projection: (vision_width, int(text_config.projection_dim or 0))},
+    )
+    readers = {TEXT + name: reader for name, reader in _text_readers(prefix, text_config).items()}
     return StoredClipText(
         source,
         text_config,
         vision_width,
         clip_tokenizer(None, text_config, source),
         checkpoint,
-        recipe,
-        class_embedding if class_embedding in checkpoint.tensors else None,
+        readers | {VISUAL_PROJECTION: _transposed(projection)},
+        root + "visual.class_embedding",
     )
 
 
+def _open_clip_shapes(prefix: str, config: CLIPTextConfig) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of the text tower's tensors in open_clip."""
+    width, inner = config.hidden_size, config.intermediate_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "token_embedding.weight": (config.vocab_size, width),
+        "positional_embedding": (config.max_position_embeddings, width),
+        "ln_final.weight": (width,),
+        "ln_final.bias": (width,),
+        "text_projection": (width, int(config.projection_dim or 0)),
+    }
+    for layer in range(config.num_hidden_layers):
+        block = f"transformer.resblocks.{layer}."
+        shapes |= {
+            block + "attn.in_proj_weight": (3 * width, width),
+            block + "attn.in_proj_bias": (3 * width,),
+            block + "attn.out_proj.weight": (width, width),
+            block + "attn.out_proj.bias": (width,),
+            block + "mlp.c_fc.weight": (inner, width),
+            block + "mlp.c_fc.bias": (inner,),
+            block + "mlp.c_proj.weight": (width, inner),
+            block + "mlp.c_proj.bias": (width,),
+        }
+        shapes |= {f"{block}{norm}.{end}": (width,) for norm in ("ln_1", "ln_2") for end in ("weight", "bias")}
+    return {prefix + name: shape for name, shape in shapes.items()}
+
+
+def _text_readers(prefix: str, config: CLIPTextConfig) -> dict[str, TensorReader]:
+    """Return a reader for each tensor of transformers' text tower, by the name that it has there."""
+    readers: dict[str, TensorReader] = {
+        "text_model.embeddings.token_embedding.weight": read_stored(prefix + "token_embedding.weight"),
+        "text_model.embeddings.position_embedding.weight": read_stored(prefix + "positional_embedding"),
+        "text_model.final_layer_norm.weight": read_stored(prefix + "ln_final.weight"),
+        "text_model.final_layer_norm.bias": read_stored(prefix + "ln_final.bias"),
+        "text_projection.weight": _transposed(prefix + "text_projection"),
+    }
+    for layer in range(config.num_hidden_layers):
+        theirs, ours = f"{prefix}transformer.resblocks.{layer}.", f"text_model.encoder.layers.{layer}."
+        for end in ("weight", "bias"):
+            readers |= {
+                f"{ours}layer_norm1.{end}": read_stored(f"{theirs}ln_1.{end}"),
+                f"{ours}layer_norm2.{end}": read_stored(f"{theirs}ln_2.{end}"),
+                f"{ours}mlp.fc1.{end}": read_stored(f"{theirs}mlp.c_fc.{end}"),
+                f"{ours}mlp.fc2.{end}": read_stored(f"{theirs}mlp.c_proj.{end}"),
+                f"{ours}self_attn.out_proj.{end}": read_stored(f"{theirs}attn.out_proj.{end}"),
+            }
+            for third, name in enumerate(("q_proj", "k_proj", "v_proj")):
+                reader = _third(f"{theirs}attn.in_proj_{end}", third, config.hidden_size)
+                readers[f"{ours}self_attn.{name}.{end}"] = reader
+    return readers
+
+
 def _text_config(clip: str, config: dict[str, Any], activation: str) -> CLIPTextConfig:
-    """transformers' config for open_clip's; what a CLIP text tower of transformers cannot do is refused."""
+    """Return open_clip's config as transformers' own; refuse a tower that transformers' CLIP cannot be."""
     from open_clip import CLIPTextCfg
 
-    stated = dict(config["text_cfg"])
-    text = CLIPTextCfg(**{key: value for key, value in stated.items() if key in CLIPTextCfg.__dataclass_fields__})
+    values = config["text_cfg"].items()
+    text = CLIPTextCfg(**{key: value for key, value in values if key in CLIPTextCfg.__dataclass_fields__})
     unsupported = {
         "hf_model_name": text.hf_model_name,
         "hf_tokenizer_name": text.hf_tokenizer_name,
@@ -252,7 +274,7 @@ def _weights_file(path: Path) -> Checkpoint:
 
 
 def _text_prefix(checkpoint: Checkpoint) -> str:
-    """What stands before the text tower's names: `""`, or `"text."` in open_clip's newer layout."""
+    """Return the prefix of the text tower's names: `""`, or `"text."` in open_clip's newer layout."""
     for name in checkpoint.tensors:
         prefix = name.removesuffix("token_embedding.weight")
         if prefix != name and prefix in ("", "text.", "module.", "module.text."):
@@ -264,12 +286,12 @@ def _text_prefix(checkpoint: Checkpoint) -> str:
     raise ValueError(f"{checkpoint.source} lacks token_embedding.weight: it holds no text tower of CLIP's layout")
 
 
-def _transposed(name: str) -> Callable[[Checkpoint], Tensor]:
+def _transposed(name: str) -> TensorReader:
     return lambda checkpoint: checkpoint.read(name).T.contiguous()
 
 
-def _third(name: str, third: int, width: int) -> Callable[[Checkpoint], Tensor]:
-    """One of the query, key and value rows that open_clip keeps in one matrix."""
+def _third(name: str, third: int, width: int) -> TensorReader:
+    """Return a reader of the query, key or value rows, which open_clip keeps in one matrix."""
     return lambda checkpoint: checkpoint.read(name)[third * width : (third + 1) * width].clone()
 
 

@@ -1,7 +1,7 @@
 """Recipes: the published settings that checkpoints are built from, `configuration/*.json`.
 
-A recipe names the LLaVA and the CLIP to join, the shape both must have, the model card that tells of the result, and
-every pruning option, so that a change of a default never changes a published checkpoint.
+A recipe names the LLaVA and the CLIP to join, the shape both must have, the model card of the result, and every pruning
+option, so that a change of a default never changes a published checkpoint.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ _FIELDS: dict[str, Any] = {
     "dtype": str,
     "pruning": dict,
 }
+_KINDS = {str: "a string", (str, type(None)): "a string or null", dict: "an object"}
 _DTYPES = ("float16", "bfloat16", "float32")
-# What makes two models one shape: everything that sizes a tensor or a sequence.
+# Two models are of one shape if these agree: every number that sizes a tensor or a sequence.
 _SIZES = {
     "text_config": (
         "model_type",
@@ -51,7 +52,7 @@ _SIZES = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """One published setting.
+    """A published setting.
 
     Attributes
     ----------
@@ -62,7 +63,7 @@ class Recipe:
     clip : str or None
         Hub id or folder of the CLIP whose text half joins it; None if the base has one.
     shape : str
-        Name of a shape in `configuration/shapes`; the base model has to have it.
+        Name of a shape in `configuration/shapes`; the base model must have it.
     card : str
         Folder in `hub_cards/` of the model card.
     dtype : {"float16", "bfloat16", "float32"}
@@ -78,34 +79,34 @@ class Recipe:
     pruning: IVTPPruningConfig
 
     def to_dict(self) -> dict[str, Any]:
-        """As in the file."""
+        """Return the recipe as the file holds it."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "name"} | {
             "pruning": asdict(self.pruning)
         }
 
     def config(self) -> Any:
-        """The configuration that a checkpoint of this recipe has, without weights: IVTPLlavaConfig."""
+        """Return the IVTPLlavaConfig of this recipe's checkpoint."""
         config = load_shape(self.shape)
         config.pruning = self.pruning
         return config
 
     def check(self, config: Any, source: str) -> None:
-        """Make sure that a model is the one the recipe is for.
+        """Check that a model has the recipe's shape.
 
         Parameters
         ----------
         config : IVTPLlavaConfig
         source : str
-            What the person named; it stands in the error.
+            The name or path that the user gave; the error names it.
 
         Raises
         ------
         ValueError
             If a size differs.
         """
-        wanted = self.config()
+        expected = self.config()
         for part, names in _SIZES.items():
-            ours, theirs = getattr(wanted, part), getattr(config, part)
+            ours, theirs = getattr(expected, part), getattr(config, part)
             for name in names if theirs is not None else ():
                 if getattr(ours, name) != getattr(theirs, name):
                     raise ValueError(
@@ -115,23 +116,24 @@ class Recipe:
 
 
 def recipe_names() -> list[str]:
-    """The recipes that ship; those whose base lies in a clone of the project, only there."""
+    """Return the names of the shipped recipes; one whose base lies in a clone of the project is listed only there."""
     files = shipped("configuration").glob("*.json")
     return sorted(file.stem for file in files if _has_base(json.loads(file.read_text()), file.parent))
 
 
-def _has_base(stated: Mapping[str, Any], folder: Path) -> bool:
-    base = str(stated["base_model"])
+def _has_base(values: Mapping[str, Any], folder: Path) -> bool:
+    base = str(values["base_model"])
     return not base.startswith(".") or (folder / base).is_dir()
 
 
 def load_recipe(recipe: str | os.PathLike[str]) -> Recipe:
-    """A recipe by the path of its file, or by name if it ships.
+    """Load a recipe by the path of its file, or a shipped one by name.
 
     Raises
     ------
     ValueError
-        If there is none, or it is no recipe: a field unknown or missing, a value of the wrong kind or out of range.
+        If there is none, or the file is no recipe: a field is unknown or missing, a value of the wrong kind or out of
+        range.
     """
     file = Path(recipe).expanduser()
     if not file.is_file() and str(recipe) in recipe_names():
@@ -139,37 +141,37 @@ def load_recipe(recipe: str | os.PathLike[str]) -> Recipe:
     if not file.is_file():
         raise ValueError(f"there is no recipe {str(recipe)!r}; allowed: a file, or one of {', '.join(recipe_names())}")
     try:
-        stated = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
-    return _checked(stated, file)
+    return _checked(values, file)
 
 
-def _checked(stated: Any, file: Path) -> Recipe:
-    if not isinstance(stated, Mapping):
+def _checked(values: Any, file: Path) -> Recipe:
+    if not isinstance(values, Mapping):
         raise ValueError(f"{file} holds no JSON object")
-    for wrong, what in ((set(stated) - set(_FIELDS), "unknown"), (set(_FIELDS) - set(stated), "missing")):
-        if wrong:
-            raise ValueError(f"{file} has {what} field(s) {', '.join(sorted(wrong))}; allowed: {', '.join(_FIELDS)}")
+    for names, fault in ((set(values) - set(_FIELDS), "unknown"), (set(_FIELDS) - set(values), "missing")):
+        if names:
+            raise ValueError(f"{file} has {fault} field(s) {', '.join(sorted(names))}; allowed: {', '.join(_FIELDS)}")
     for name, kind in _FIELDS.items():
-        if not isinstance(stated[name], kind):
-            raise ValueError(f"{file}: {name}={stated[name]!r} is not what a recipe has there")
-    if stated["shape"] not in shape_names():
-        raise ValueError(f"{file}: shape={stated['shape']!r}; allowed: {', '.join(shape_names())}")
-    if stated["dtype"] not in _DTYPES:
-        raise ValueError(f"{file}: dtype={stated['dtype']!r}; allowed: {', '.join(_DTYPES)}")
+        if not isinstance(values[name], kind):
+            raise ValueError(f"{file}: {name}={values[name]!r}; allowed: {_KINDS[kind]}")
+    if values["shape"] not in shape_names():
+        raise ValueError(f"{file}: shape={values['shape']!r}; allowed: {', '.join(shape_names())}")
+    if values["dtype"] not in _DTYPES:
+        raise ValueError(f"{file}: dtype={values['dtype']!r}; allowed: {', '.join(_DTYPES)}")
     try:
-        pruning = IVTPPruningConfig.create(stated["pruning"])
+        pruning = IVTPPruningConfig.create(values["pruning"])
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    # A path is meant from the recipe's own folder, so that it holds wherever the command is given.
-    base, clip = (_resolved(stated[name], file.parent) for name in ("base_model", "clip"))
-    made = Recipe(file.stem, str(base), clip, stated["shape"], stated["card"], stated["dtype"], pruning)
+    # A relative path starts at the recipe's own folder, so that the working directory does not matter.
+    base, clip = (_resolved(values[name], file.parent) for name in ("base_model", "clip"))
+    recipe = Recipe(file.stem, str(base), clip, values["shape"], values["card"], values["dtype"], pruning)
     try:
-        made.config().pruning_plan()
+        recipe.config().pruning_plan()
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    return made
+    return recipe
 
 
 def _resolved(source: str | None, folder: Path) -> str | None:

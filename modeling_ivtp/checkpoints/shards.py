@@ -7,36 +7,36 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
 from ..files.console import progress_bar
-from .llava_source import empty
 from .weights import INDEX_FILE, Checkpoint, TensorInfo, write_safetensors
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A tensor to be written: what its header will say, and how to get it when its turn comes."""
+class PlannedTensor:
+    """A tensor to be written: its entry in the file's header, and a function that reads it when its turn comes."""
 
     info: TensorInfo
     read: Callable[[], Tensor]
 
 
 class Shards:
-    """How tensors are split into weight files.
+    """The split of tensors into weight files.
 
     Parameters
     ----------
-    tensors : mapping of str to Planned
+    tensors : mapping of str to PlannedTensor
     max_bytes : int
-        Largest file.
+        Size of the largest file.
     """
 
-    def __init__(self, tensors: Mapping[str, Planned], max_bytes: int) -> None:
+    def __init__(self, tensors: Mapping[str, PlannedTensor], max_bytes: int) -> None:
         self._tensors = tensors
         self._split = split_torch_state_dict_into_shards(
-            {name: empty(tensor.info) for name, tensor in tensors.items()}, max_shard_size=max_bytes
+            {name: meta_tensor(tensor.info) for name, tensor in tensors.items()}, max_shard_size=max_bytes
         )
 
     @property
@@ -53,7 +53,7 @@ class Shards:
         Raises
         ------
         OSError
-            What the file system says, or if what lies there then is not what was written.
+            If the file system refuses, or the headers differ from what was written.
         """
         with progress_bar(sum(self.sizes.values()), progress) as wrote:
             for file, names in self._split.filename_to_tensors.items():
@@ -66,3 +66,8 @@ class Shards:
         planned = {name: (tensor.info.dtype, tensor.info.shape) for name, tensor in self._tensors.items()}
         if {name: (info.dtype, info.shape) for name, info in written.items()} != planned:
             raise OSError(f"the weights in {folder} are not those that were written; is the disk sound?")
+
+
+def meta_tensor(info: TensorInfo) -> Tensor:
+    """Return a tensor without data."""
+    return torch.empty(info.shape, dtype=info.dtype, device="meta")

@@ -1,4 +1,4 @@
-"""Where checkpoints come from: a folder here, or a repository on the Hugging Face Hub."""
+"""Finding checkpoints: in a local folder, or in a repository on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from huggingface_hub.errors import NotASafetensorsRepoError
 
 from .weights import INDEX_FILE, SINGLE_FILE, WEIGHT_PATTERNS, Checkpoint, TensorInfo, dtype_named, no_safetensors
 
-# What transformers reads beside the weights; every one of them holds a JSON object.
+# Files that transformers reads beside the weights; each holds a JSON object.
 _JSON_FILES = (
     "config.json",
     "generation_config.json",
@@ -39,7 +39,7 @@ class HubOptions:
     local_files_only: bool = False
 
     def snapshot(self, repo: str, patterns: Iterable[str], revision: str | None = None) -> Path:
-        """The local folder of a Hub repository with the files that match `patterns`."""
+        """Download the files of a Hub repository that match `patterns`, and return their local folder."""
         return Path(
             snapshot_download(
                 repo,
@@ -53,13 +53,13 @@ class HubOptions:
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether `source`, which is no local path, can be the name of a Hub repository (`name` or `owner/name`)."""
+    """Return whether `source`, which is no local path, can name a Hub repository (`name` or `owner/name`)."""
     parts = source.split("/")
     return len(parts) <= 2 and all(part and part[0] not in ".~" and not set(part) & set("\\: ") for part in parts)
 
 
 def local_folder(source: str | os.PathLike[str]) -> Path | None:
-    """`source` as a folder, or None if it names a Hub repository.
+    """Return `source` as a folder, or None if it names a Hub repository.
 
     Raises
     ------
@@ -77,32 +77,32 @@ def local_folder(source: str | os.PathLike[str]) -> Path | None:
 
 
 @contextmanager
-def reading(source: object, folder: Path | None) -> Iterator[None]:
-    """Name what is being read when a library stumbles over it: damaged files make them raise whatever comes.
+def naming_damaged_file(source: object, folder: Path | None) -> Iterator[None]:
+    """Name the damaged file where a library raises an error that does not, such as a KeyError.
 
     Parameters
     ----------
     source : object
-        What the person named.
+        The name or path that the user gave.
     folder : Path or None
-        Where its small files lie, if they are here; the damaged one is looked for among them.
+        The local folder of its small files, among which the damaged one is searched.
 
     Raises
     ------
     ValueError
-        In place of errors that do not say what is wrong with which file.
+        In place of an error that names no file.
     """
     try:
         yield
     except Exception as error:
-        clear = isinstance(error, (OSError, ValueError, ImportError, RuntimeError, MemoryError))
-        if clear and not isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)):
+        speaks_for_itself = isinstance(error, (OSError, ValueError, ImportError, RuntimeError, MemoryError))
+        if speaks_for_itself and not isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)):
             raise
-        places = () if folder is None else (folder, folder / "clip_tokenizer")
-        files = (place / name for place in places for name in _JSON_FILES)
+        folders = () if folder is None else (folder, folder / "clip_tokenizer")
+        files = (parent / name for parent in folders for name in _JSON_FILES)
         damaged = next((file for file in files if file.is_file() and not _holds_object(file)), None)
-        what = f"{source} cannot be read" if damaged is None else f"{damaged} is damaged: it holds no JSON object"
-        raise ValueError(f"{what} ({type(error).__name__}: {error})") from error
+        fault = f"{source} cannot be read" if damaged is None else f"{damaged} is damaged: it holds no JSON object"
+        raise ValueError(f"{fault} ({type(error).__name__}: {error})") from error
 
 
 def _holds_object(file: Path) -> bool:
@@ -115,18 +115,24 @@ def _holds_object(file: Path) -> bool:
 def open_checkpoint(
     source: str | os.PathLike[str], options: HubOptions, *, headers_only: bool = False, extra: Iterable[str] = ()
 ) -> tuple[Checkpoint, Path]:
-    """The weights of a local folder or Hub repository, and the folder that holds its small files.
+    """Open the weights of a local folder or Hub repository.
 
     Parameters
     ----------
     source : str or path
         A folder, or a repository's name on the Hub.
     options : HubOptions
-        How to download.
+        Options of the download.
     headers_only : bool
-        Of a Hub repository fetch the headers of the weights alone; they cannot be read then.
+        Of a Hub repository download the weights' headers alone; the weights cannot be read then.
     extra : iterable of str
-        Patterns of the files wanted beside the weights.
+        Patterns of the files to download beside the weights.
+
+    Returns
+    -------
+    checkpoint : Checkpoint
+    folder : Path
+        The folder that holds its small files.
     """
     folder = local_folder(source)
     if folder is not None:
@@ -146,10 +152,10 @@ def open_checkpoint(
 
 
 def converted_revision(repo: str, options: HubOptions) -> str | None:
-    """The pull request in which the Hub's own bot offers a repository's weights as safetensors, as `refs/pr/N`.
+    """Find the pull request in which the Hub's own bot offers a repository's weights as safetensors: `refs/pr/N`.
 
-    Older repositories, `openai/clip-vit-large-patch14-336` for one, have none on their main branch. transformers takes
-    them from the same place.
+    Older repositories, such as `openai/clip-vit-large-patch14-336`, have none on their main branch. transformers reads
+    the same pull request.
     """
     if options.revision not in (None, "main"):
         return None
@@ -164,7 +170,7 @@ def converted_revision(repo: str, options: HubOptions) -> str | None:
 
 
 def hub_headers(repo: str, options: HubOptions, *, file: str | None = None) -> Checkpoint:
-    """The headers of a Hub repository's weights, or of one of its files, without the weights.
+    """Download the headers of a Hub repository's weights, or of one of its files.
 
     Raises
     ------

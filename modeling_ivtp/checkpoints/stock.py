@@ -14,12 +14,12 @@ from typing import Any
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from ..files.console import quiet
-from ..files.folder import byte_count, check_target, new_folder
+from ..files.folder import byte_count, check_target
 from ..model.processing_ivtp import IVTPLlavaProcessor
-from .convert import CLIP_NAMES, SMALL_BYTES, SMALL_FILES, Conversion, check_not_source, copy_beside
-from .llava_source import check_loading_info, read_config
-from .shards import Planned, Shards
-from .sources import HubOptions, open_checkpoint, reading
+from .llava_source import read_config
+from .shards import PlannedTensor
+from .sources import HubOptions, naming_damaged_file, open_checkpoint
+from .writing import CLIP_NAMES, SMALL_FILES, Conversion, check_not_source, copy_beside, write_checkpoint
 
 
 def export_stock(
@@ -57,43 +57,46 @@ def export_stock(
     OSError
         If a file is missing or damaged, the target exists or the disk is full.
     """
-    shard_bytes = byte_count(max_shard_size, "max_shard_size")
+    max_shard_bytes = byte_count(max_shard_size, "max_shard_size")
     check_not_source(out, source)
     check_target(out, overwrite=overwrite)
-    options = HubOptions(revision, token, cache_dir, local_files_only)
-    checkpoint, folder = open_checkpoint(source, options, headers_only=dry_run, extra=SMALL_FILES)
-    with quiet():
+    hub = HubOptions(revision, token, cache_dir, local_files_only)
+    checkpoint, folder = open_checkpoint(source, hub, headers_only=dry_run, extra=SMALL_FILES)
+    with quiet(), naming_damaged_file(source, folder):
         config = read_config(folder, str(source))
-    if json.loads((folder / "config.json").read_text())["model_type"] != config.model_type:
-        raise ValueError(f"{source} is a stock LLaVA already; copy it as it is")
+        if json.loads((folder / "config.json").read_text())["model_type"] != config.model_type:
+            raise ValueError(f"{source} is a stock LLaVA already; copy it as it is")
+        processor = _stock_processor(IVTPLlavaProcessor.from_pretrained(folder))
     tensors = {
-        name: Planned(info, partial(checkpoint.read, name))
+        name: PlannedTensor(info, partial(checkpoint.read, name))
         for name, info in checkpoint.tensors.items()
         if not name.startswith(CLIP_NAMES)
     }
-    shards = Shards(tensors, shard_bytes)
-    needed = sum(shards.sizes.values()) + SMALL_BYTES
-    final = check_target(out, needed_bytes=needed, overwrite=overwrite)
-    result = Conversion(final, shards.sizes, checkpoint.main_dtype, len(tensors), 0, written=not dry_run)
-    if dry_run:
-        return result
-    with new_folder(out, needed_bytes=needed, overwrite=overwrite) as temporary:
-        with quiet(), reading(source, folder):
-            (temporary / "config.json").write_text(json.dumps(_stock_config(config), indent=2) + "\n")
-            _stock_processor(IVTPLlavaProcessor.from_pretrained(folder)).save_pretrained(temporary)
-        copy_beside(folder, temporary)
-        shards.write(temporary, progress=progress)
-        with quiet():
-            _check(temporary)
-    return result
+
+    def write_small_files(target: Path) -> None:
+        (target / "config.json").write_text(json.dumps(_stock_config(config), indent=2) + "\n")
+        processor.save_pretrained(target)
+        copy_beside(folder, target)
+
+    return write_checkpoint(
+        out,
+        tensors,
+        dtype=checkpoint.main_dtype,
+        max_shard_bytes=max_shard_bytes,
+        write_small_files=write_small_files,
+        model_class=LlavaForConditionalGeneration,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        progress=progress,
+    )
 
 
 def _stock_config(config: Any) -> dict[str, Any]:
-    stated = config.to_dict()
+    values = config.to_dict()
     for name in ("pruning", "clip_text_config", "auto_map"):
-        stated.pop(name, None)
-    stated |= {"model_type": LlavaConfig.model_type, "architectures": [LlavaForConditionalGeneration.__name__]}
-    return LlavaConfig.from_dict(stated).to_diff_dict() | {"architectures": stated["architectures"]}
+        values.pop(name, None)
+    values |= {"model_type": LlavaConfig.model_type, "architectures": [LlavaForConditionalGeneration.__name__]}
+    return LlavaConfig.from_dict(values).to_diff_dict() | {"architectures": values["architectures"]}
 
 
 def _stock_processor(processor: IVTPLlavaProcessor) -> LlavaProcessor:
@@ -110,10 +113,3 @@ def _stock_processor(processor: IVTPLlavaProcessor) -> LlavaProcessor:
         image_token=processor.image_token,
         chat_template=processor.chat_template,
     )
-
-
-def _check(folder: Path) -> None:
-    loaded: Any = LlavaForConditionalGeneration.from_pretrained(
-        folder, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
-    )
-    check_loading_info(loaded[1], str(folder))

@@ -1,7 +1,7 @@
 """Safetensors checkpoints, read and written one tensor at a time.
 
-A checkpoint is a folder with `model.safetensors` or with numbered shards and their index, or a single file. Nothing is
-read but the headers until a tensor is asked for, so that a 7B model never has to be in memory as a whole.
+A checkpoint is a folder with `model.safetensors` or with numbered shards and their index, or a single file. Opening one
+reads the headers alone, and each tensor is read when it is needed, so that a 7B model is never in memory as a whole.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of one tensor: the file that holds it, its type and its shape."""
+    """A tensor's entry in a header: the file that holds it, its type and its shape."""
 
     file: str
     dtype: torch.dtype
@@ -52,6 +52,7 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
+        """The tensor's size in bytes."""
         return prod(self.shape) * self.dtype.itemsize
 
 
@@ -62,11 +63,11 @@ class Checkpoint:
     Attributes
     ----------
     source : str
-        What the person named; it stands in every error.
+        The name or path that the user gave; every error names it.
     tensors : mapping of str to TensorInfo
         All tensors.
     folder : Path or None
-        Where the files lie; None if only the headers were fetched from the Hub, so that nothing can be read.
+        The folder of the files; None if only the headers were fetched from the Hub, so that no tensor can be read.
     """
 
     source: str
@@ -75,14 +76,14 @@ class Checkpoint:
     _open: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def loaded_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of the weights once they are loaded in a type; quantised ones stay as they are."""
+        """Return the bytes of the weights once they are loaded as `dtype`; quantised ones stay as they are."""
         return sum(
             info.nbytes // info.dtype.itemsize * dtype.itemsize if info.dtype.is_floating_point else info.nbytes
             for info in self.tensors.values()
         )
 
     def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU, in the type it is stored in.
+        """Read one tensor, on the CPU, in the type it is stored in.
 
         Raises
         ------
@@ -113,22 +114,22 @@ class Checkpoint:
         return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else torch.float32
 
     def digest(self) -> str:
-        """What identifies these weights, however they are split into files: names, types, shapes and numbers.
+        """Hash names, types, shapes and numbers of the weights; the split into files does not matter.
 
         Returns
         -------
         str
             64 hexadecimal digits.
         """
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
         for name, info in sorted(self.tensors.items()):
-            found.update(f"{name} {DTYPE_NAMES[info.dtype]} {info.shape}".encode())
-            found.update(self.read(name).contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return found.hexdigest()
+            digest.update(f"{name} {DTYPE_NAMES[info.dtype]} {info.shape}".encode())
+            digest.update(self.read(name).contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Checkpoint:
-        """A single safetensors file.
+        """Open a single safetensors file.
 
         Raises
         ------
@@ -140,7 +141,7 @@ class Checkpoint:
 
     @classmethod
     def from_folder(cls, folder: Path, source: str) -> Checkpoint:
-        """A folder with one safetensors file or with shards and their index. Every shard's header is read.
+        """Open a folder with one safetensors file, or with shards and their index, and read every header.
 
         Raises
         ------
@@ -164,9 +165,9 @@ class Checkpoint:
 
 
 def check_weights(folder: Path) -> None:
-    """Find out that a folder's safetensors files are not whole before any of them is loaded; only headers are read.
+    """Check by their headers that a folder's safetensors files are whole.
 
-    A folder with weights in another format is left to whoever loads it.
+    A folder with weights in another format is not checked.
 
     Raises
     ------
@@ -186,7 +187,7 @@ def check_weights(folder: Path) -> None:
 
 
 def no_safetensors(source: str, files: Iterable[str]) -> str:
-    """The sentence for a folder or repository without safetensors weights."""
+    """Return the message about a folder or repository without safetensors weights."""
     others = sorted(name for name in files if name.endswith((".bin", ".pt", ".pth", ".h5", ".msgpack")))
     found = f"only {', '.join(others[:3])}" if others else "no weights at all"
     return (
@@ -208,18 +209,18 @@ def write_safetensors(
     path : Path
         The new file.
     tensors : mapping of str to TensorInfo
-        Names, types and shapes of what is to be written, in this order; `file` is not looked at.
+        Names, types and shapes of the tensors; `file` is ignored.
     read : callable
-        Gives a tensor of that shape by name; it is cast to the wanted type here.
+        Returns a tensor by name; it is cast to the type in `tensors`.
     wrote : callable
-        Told the bytes of every piece that was written.
+        Called with the bytes of every piece that was written.
 
     Raises
     ------
     OSError
-        What the file system says, a full disk for one.
+        If the file system refuses, for instance because the disk is full.
     ValueError
-        If a tensor has not the announced shape.
+        If a tensor has another shape than in `tensors`.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     # Wide types first: then every tensor of the file is aligned, whatever the mixture.
@@ -253,13 +254,14 @@ def _write_bytes(file: BinaryIO, tensor: Tensor, wrote: Callable[[int], None], p
 
 
 def dtype_named(name: str, where: str) -> torch.dtype:
+    """Return the type that a header calls `name`; ValueError names the file `where` it is unknown."""
     if name not in DTYPES:
         raise ValueError(f"{where} holds a tensor of type {name}; supported are {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
-def _check_promised(path: Path, promised: Iterable[str], there: Collection[str]) -> None:
-    missing = [name for name in promised if name not in there]
+def _check_promised(path: Path, promised: Iterable[str], present: Collection[str]) -> None:
+    missing = [name for name in promised if name not in present]
     if missing:
         raise OSError(f"{path} lacks {len(missing)} tensors that {INDEX_FILE} promises: {missing[0]}…")
 
@@ -275,7 +277,7 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """An open safetensors file, whose header has been found to fit its size."""
+    """Open a safetensors file after checking that its header fits its size."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
     try:

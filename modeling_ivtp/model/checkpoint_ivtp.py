@@ -143,7 +143,7 @@ def read_clip(
             f"{clip} is of model_type {config.model_type!r}; CLIP's text tower comes from one of type 'clip'"
         )
     config.text_config.projection_dim = config.projection_dim
-    with damaged_weights_named(source):
+    with naming_damaged_weights(source):
         # Other formats than safetensors can run code when they are opened.
         half, info = _ClipTextHalf.from_pretrained(
             source,
@@ -256,7 +256,7 @@ def _check_complete(info: dict[str, Any], message: str) -> None:
 
 
 @contextmanager
-def damaged_weights_named(source: Any) -> Iterator[None]:
+def naming_damaged_weights(source: Any) -> Iterator[None]:
     """Name the weights file of `source` that safetensors cannot read, as an OSError."""
     try:
         yield

@@ -19,7 +19,7 @@ from transformers.models.llava.modeling_llava import (
     LlavaPreTrainedModel,
 )
 
-from .checkpoint_ivtp import damaged_weights_named, load_llava, register_weight_names
+from .checkpoint_ivtp import load_llava, naming_damaged_weights, register_weight_names
 from .compat import CACHE, cache_of, one_cache
 from .configuration_ivtp import IVTPLlavaConfig
 from .controls import PruningControls, PruningOptions
@@ -417,7 +417,7 @@ class IVTPLlavaForConditionalGeneration(
         OSError
             If a weights file cannot be read.
         """
-        with damaged_weights_named(pretrained_model_name_or_path):
+        with naming_damaged_weights(pretrained_model_name_or_path):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod

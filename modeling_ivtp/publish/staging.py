@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.convert import RECIPE_FILE, TERMS, copy_beside
 from ..checkpoints.llava_source import meta_model, read_config
-from ..checkpoints.sources import reading
+from ..checkpoints.sources import naming_damaged_file
 from ..checkpoints.weights import INDEX_FILE, Checkpoint
+from ..checkpoints.writing import RECIPE_FILE, TERMS, copy_beside
 from ..files import images
 from ..files.console import quiet
 from ..files.shipped import shipped
@@ -108,7 +108,7 @@ def stage(
         )
         recipe = None
     name, text = _card(folder, card, recipe, repo_id, config, weights, revision)
-    with quiet(), reading(source, folder):
+    with quiet(), naming_damaged_file(source, folder):
         model = meta_model(config, checkpoint.tensors, checkpoint.main_dtype, str(source))
         processor = IVTPLlavaProcessor.from_pretrained(folder)
         if processor.clip_tokenizer is None:

@@ -15,7 +15,7 @@ import torch
 from jinja2 import TemplateError
 
 from ..checkpoints.llava_source import check_loading_info, read_config
-from ..checkpoints.sources import local_folder, reading
+from ..checkpoints.sources import local_folder, naming_damaged_file
 from ..checkpoints.weights import check_weights
 from ..files.console import quiet
 from ..model.compat import cache_of
@@ -91,7 +91,7 @@ def load_model(
         device = "auto" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     else:
         check_device(device)
-    with quiet(bars=sys.stderr.isatty()), reading(model, folder):
+    with quiet(bars=sys.stderr.isatty()), naming_damaged_file(model, folder):
         if folder is not None:
             # Without a config.json transformers would build a 7B model of random numbers.
             read_config(folder, str(model), quantized=True)

@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 
 from modeling_ivtp import IVTPLlavaConfig, IVTPLlavaForConditionalGeneration
-from modeling_ivtp.checkpoints.convert import RECIPE_FILE, convert
+from modeling_ivtp.checkpoints.convert import convert
 from modeling_ivtp.checkpoints.recipes import load_recipe, recipe_names
 from modeling_ivtp.checkpoints.stock import export_stock
+from modeling_ivtp.checkpoints.writing import RECIPE_FILE
 from modeling_ivtp.cli import main
 from tests.support.checkpoints import PRUNING, clip_folder, llava_folder, sparse_llava
 
