@@ -56,7 +56,7 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def sample(tmp_path_factory):
     """A tiny checkpoint, pictures, and a data set of 40 rows with pictures, several or none."""
     root = tmp_path_factory.mktemp("batch")
     clip_folder(root / "clip", llava_folder(root / "llava"))
@@ -78,9 +78,9 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture
-def loaded(made, monkeypatch):
+def loaded(sample, monkeypatch):
     """The checkpoint as it is loaded once, for tests that are not about loading."""
-    monkeypatch.setattr(running, "load_model", lambda *_, **__: (made.model, made.processor))
+    monkeypatch.setattr(running, "load_model", lambda *_, **__: (sample.model, sample.processor))
 
 
 def write_rows(path, rows):
@@ -88,30 +88,30 @@ def write_rows(path, rows):
     return path
 
 
-def arguments(made, out, *more, data=None):
-    usual = {"-m": made.ivtp, "-d": data or made.data, "-o": out, "--max-new-tokens": 5, "--device": "cpu"}
+def arguments(sample, out, *more, data=None):
+    usual = {"-m": sample.ivtp, "-d": data or sample.data, "-o": out, "--max-new-tokens": 5, "--device": "cpu"}
     return [str(part) for part in ["batch", *(part for pair in usual.items() for part in pair), *more]]
 
 
-def batch(capsys, made, out, *more, data=None):
+def batch(capsys, sample, out, *more, data=None):
     """Answer; returns the rows."""
     capsys.readouterr()
-    status = ivtp_cli.main(arguments(made, out, *more, data=data))
+    status = ivtp_cli.main(arguments(sample, out, *more, data=data))
     captured = capsys.readouterr()
     assert (status, captured.err) == (0, "")
     return answers(out)
 
 
-def fails(capsys, made, out, *more, data=None):
+def fails(capsys, sample, out, *more, data=None):
     """The one line of a run that is refused, and that wrote nothing."""
-    there = contents(out)
+    before_run = contents(out)
     capsys.readouterr()
-    status = ivtp_cli.main(arguments(made, out, *more, data=data))
+    status = ivtp_cli.main(arguments(sample, out, *more, data=data))
     captured = capsys.readouterr()
     assert (status, captured.out) == (1, "")
     assert len(captured.err.splitlines()) == 1, captured.err
     assert "should not happen" not in captured.err
-    assert contents(out) == there
+    assert contents(out) == before_run
     return captured.err
 
 
@@ -124,66 +124,69 @@ def contents(out):
     return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
 
 
-def alone(made, row, **options):
+def alone(sample, row, **options):
     """What the model says to one row, all by itself."""
-    images = [Image.open(made.root / path) for path in row["image"]]
-    prompt = answering.as_prompt(made.processor, row["question"], len(images))
-    inputs = answering.prepare(made.model, made.processor, images, prompt)
-    tokens = made.model.generate(**inputs, do_sample=False, **{"max_new_tokens": 5} | options)
+    images = [Image.open(sample.root / path) for path in row["image"]]
+    prompt = answering.as_prompt(sample.processor, row["question"], len(images))
+    inputs = answering.prepare(sample.model, sample.processor, images, prompt)
+    tokens = sample.model.generate(**inputs, do_sample=False, **{"max_new_tokens": 5} | options)
     new = tokens[0, inputs["input_ids"].shape[1] :]
-    text = made.processor.decode(new, skip_special_tokens=True).strip()
+    text = sample.processor.decode(new, skip_special_tokens=True).strip()
     return text, len(new), inputs["input_ids"].shape[1]
 
 
 @pytest.fixture(scope="module")
-def expected(made):
+def expected(sample):
     """All rows, each answered alone."""
-    told = []
-    for number, row in enumerate(made.rows):
-        answer, tokens, prompt_tokens = alone(made, row)
-        told.append(
+    answered = []
+    for number, row in enumerate(sample.rows):
+        answer, tokens, prompt_tokens = alone(sample, row)
+        answered.append(
             {
                 "row": number, "id": row["name"], "answer": answer, "error": None, "tokens": tokens,
                 "prompt_tokens": prompt_tokens, "images": len(row["image"]),
             }
         )  # fmt: skip
-    assert len({one["answer"] for one in told}) > 10
-    return told
+    assert len({item["answer"] for item in answered}) > 10
+    return answered
 
 
-def test_a_row_gets_the_answer_it_has_alone(capsys, made, expected, tmp_path):
-    assert batch(capsys, made, tmp_path / "out", "--id-column", "name") == expected
+def test_a_row_gets_the_answer_it_has_alone(capsys, sample, expected, tmp_path):
+    assert batch(capsys, sample, tmp_path / "out", "--id-column", "name") == expected
     # One table to whoever reads Parquet, and nothing left of the work.
     assert pq.read_table(tmp_path / "out").num_rows == 40
     names = ["_run.json", *(f"answers-{shard:05d}-of-00003.parquet" for shard in range(3))]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
 
 
-def test_an_answer_ends_where_it_ends_alone(capsys, made, loaded, tmp_path, monkeypatch):
+def test_an_answer_ends_where_it_ends_alone(capsys, sample, loaded, tmp_path, monkeypatch):
     """A word that many answers have is made an end; what is after it, in rows that go on for others, is no answer."""
-    said = [made.model.generate(**_inputs(made, row), max_new_tokens=5)[0, -5:].tolist() for row in made.rows]
-    counts = {token: sum(token in tokens for tokens in said) for token in {token for one in said for token in one[1:]}}
+    replies = [sample.model.generate(**_inputs(sample, row), max_new_tokens=5)[0, -5:].tolist() for row in sample.rows]
+    counts = {
+        token: sum(token in tokens for tokens in replies)
+        for token in {token for reply in replies for token in reply[1:]}
+    }
     end = min(counts, key=lambda token: abs(counts[token] - 20))
-    monkeypatch.setattr(made.model.generation_config, "eos_token_id", [2, end])
-    rows = batch(capsys, made, tmp_path / "out")
-    ends = [tokens.index(end) + 1 if end in tokens else 5 for tokens in said]
+    monkeypatch.setattr(sample.model.generation_config, "eos_token_id", [2, end])
+    rows = batch(capsys, sample, tmp_path / "out")
+    ends = [tokens.index(end) + 1 if end in tokens else 5 for tokens in replies]
     assert [row["tokens"] for row in rows] == ends
     assert len(set(ends)) > 1
-    assert [row["answer"] for row in rows] == [alone(made, row, eos_token_id=[2, end])[0] for row in made.rows]
+    assert [row["answer"] for row in rows] == [alone(sample, row, eos_token_id=[2, end])[0] for row in sample.rows]
 
 
-def _inputs(made, row):
-    images = [Image.open(made.root / path) for path in row["image"]]
-    prompt = answering.as_prompt(made.processor, row["question"], len(images))
-    return answering.prepare(made.model, made.processor, images, prompt)
+def _inputs(sample, row):
+    images = [Image.open(sample.root / path) for path in row["image"]]
+    prompt = answering.as_prompt(sample.processor, row["question"], len(images))
+    return answering.prepare(sample.model, sample.processor, images, prompt)
 
 
 @pytest.fixture(scope="module")
-def sources(made):
+def sources(sample):
     """The same rows in every form that is read, one picture in each."""
-    root = made.root / "sources"
+    root = sample.root / "sources"
     (root / "files").mkdir(parents=True)
-    rows = [{"image": f"{made.root}/pictures/{n % 5}.png", "question": QUESTIONS[n % 4]} for n in range(8)]
+    rows = [{"image": f"{sample.root}/pictures/{n % 5}.png", "question": QUESTIONS[n % 4]} for n in range(8)]
     write_rows(root / "rows.jsonl", rows)
     (root / "rows.json").write_text(json.dumps(rows))
     for part in (0, 1):
@@ -192,7 +195,7 @@ def sources(made):
     stored.to_parquet(root / "paths.parquet")
     contents = [{"bytes": Path(row["image"]).read_bytes(), "path": None} for row in rows]
     table = pa.Table.from_pylist(
-        [row | {"image": one, "raw": one["bytes"]} for row, one in zip(rows, contents, strict=True)]
+        [row | {"image": item, "raw": item["bytes"]} for row, item in zip(rows, contents, strict=True)]
     )
     pq.write_table(table, root / "bytes.parquet")
     stored.save_to_disk(root / "saved")
@@ -214,38 +217,38 @@ def sources(made):
         ("splits", ["--split", "test"]),
     ],
 )
-def test_data_in_every_form(capsys, made, loaded, sources, tmp_path, name, more):
-    rows = batch(capsys, made, tmp_path / "out", *more, data=sources / name)
+def test_data_in_every_form(capsys, sample, loaded, sources, tmp_path, name, more):
+    rows = batch(capsys, sample, tmp_path / "out", *more, data=sources / name)
     wanted = [{"image": [f"pictures/{number % 5}.png"], "question": QUESTIONS[number % 4]} for number in range(8)]
-    assert [row["answer"] for row in rows] == [alone(made, row)[0] for row in wanted]
+    assert [row["answer"] for row in rows] == [alone(sample, row)[0] for row in wanted]
 
 
-def test_a_folder_of_images_and_one_question(capsys, made, loaded, tmp_path):
-    rows = batch(capsys, made, tmp_path / "out", "-p", QUESTIONS[1], "--limit", 3, data=made.root / "pictures")
+def test_a_folder_of_images_and_one_question(capsys, sample, loaded, tmp_path):
+    rows = batch(capsys, sample, tmp_path / "out", "-p", QUESTIONS[1], "--limit", 3, data=sample.root / "pictures")
     wanted = [{"image": [f"pictures/{number}.png"], "question": QUESTIONS[1]} for number in range(3)]
-    assert [row["answer"] for row in rows] == [alone(made, row)[0] for row in wanted]
+    assert [row["answer"] for row in rows] == [alone(sample, row)[0] for row in wanted]
 
 
-def test_questions_without_pictures(capsys, made, loaded, tmp_path):
-    rows = batch(capsys, made, tmp_path / "out", "--image-column", "", "--limit", 4)
-    assert [row["answer"] for row in rows] == [alone(made, row | {"image": []})[0] for row in made.rows[:4]]
+def test_questions_without_pictures(capsys, sample, loaded, tmp_path):
+    rows = batch(capsys, sample, tmp_path / "out", "--image-column", "", "--limit", 4)
+    assert [row["answer"] for row in rows] == [alone(sample, row | {"image": []})[0] for row in sample.rows[:4]]
     assert [row["images"] for row in rows] == [0] * 4
 
 
-def test_another_system_and_another_budget(capsys, made, tmp_path):
+def test_another_system_and_another_budget(capsys, sample, tmp_path):
     for number, more in enumerate((["--visual-tokens", 2], ["--method", "divprune", "--visual-tokens", 3])):
         (row,) = batch(
             capsys,
-            made,
+            sample,
             tmp_path / str(number),
             "--limit",
             1,
             "--prompt",
             QUESTIONS[0],
             *more,
-            data=made.root / "pictures",
+            data=sample.root / "pictures",
         )
-        generate = ["-m", made.ivtp, "-i", made.root / "pictures/0.png", "-p", QUESTIONS[0], "--max-new-tokens", 5]
+        generate = ["-m", sample.ivtp, "-i", sample.root / "pictures/0.png", "-p", QUESTIONS[0], "--max-new-tokens", 5]
         assert ivtp_cli.main(["generate", *map(str, [*generate, *more])]) == 0
         assert capsys.readouterr().out.strip() == row["answer"]
         about = json.loads((tmp_path / str(number) / "_run.json").read_text())["settings"]
@@ -267,29 +270,29 @@ BAD = [
 ]
 
 
-def test_a_bad_row_is_an_error_row_and_the_others_go_on(capsys, made, loaded, tmp_path):
-    (made.root / "damaged.png").write_bytes(b"this is no picture")
+def test_a_bad_row_is_an_error_row_and_the_others_go_on(capsys, sample, loaded, tmp_path):
+    (sample.root / "damaged.png").write_bytes(b"this is no picture")
     sound = {"image": "pictures/1.png", "question": QUESTIONS[0]}
-    url = "data:image/png;base64," + base64.b64encode((made.root / "pictures/1.png").read_bytes()).decode()
+    url = "data:image/png;base64," + base64.b64encode((sample.root / "pictures/1.png").read_bytes()).decode()
     others = [sound, sound | {"image": url}, sound | {"image": None}]
-    path = write_rows(made.root / "bad.jsonl", [*(sound | bad for bad, _ in BAD), *others])
+    path = write_rows(sample.root / "bad.jsonl", [*(sound | bad for bad, _ in BAD), *others])
     capsys.readouterr()
-    rows = batch(capsys, made, tmp_path / "out", data=path)
+    rows = batch(capsys, sample, tmp_path / "out", data=path)
     for row, (_, error) in zip(rows, BAD, strict=False):
-        assert row["error"].startswith(error.format(root=made.root))
+        assert row["error"].startswith(error.format(root=sample.root))
         assert (row["answer"], row["tokens"], row["prompt_tokens"]) == (None, 0, 0)
     assert [row["error"] for row in rows[len(BAD) :]] == [None] * 3
     picture = {"image": ["pictures/1.png"], "question": QUESTIONS[0]}
-    assert rows[-3]["answer"] == rows[-2]["answer"] == alone(made, picture)[0]
-    assert rows[-1]["answer"] == alone(made, picture | {"image": []})[0]
-    ivtp_cli.main(arguments(made, tmp_path / "out", data=path))
+    assert rows[-3]["answer"] == rows[-2]["answer"] == alone(sample, picture)[0]
+    assert rows[-1]["answer"] == alone(sample, picture | {"image": []})[0]
+    ivtp_cli.main(arguments(sample, tmp_path / "out", data=path))
     assert "14 rows, 11 of them errors" in capsys.readouterr().out
 
 
-def test_an_id_that_no_file_takes_is_an_error_row(capsys, made, loaded, tmp_path):
+def test_an_id_that_no_file_takes_is_an_error_row(capsys, sample, loaded, tmp_path):
     sound = {"image": "pictures/1.png", "question": QUESTIONS[0]}
-    path = write_rows(made.root / "ids.jsonl", [sound | {"id": "a\ud800"}, sound | {"id": "b"}])
-    broken, whole = batch(capsys, made, tmp_path / "out", "--id-column", "id", data=path)
+    path = write_rows(sample.root / "ids.jsonl", [sound | {"id": "a\ud800"}, sound | {"id": "b"}])
+    broken, whole = batch(capsys, sample, tmp_path / "out", "--id-column", "id", data=path)
     assert (broken["id"], broken["error"]) == (None, "row 0: the id holds half of a character: 'a\\ud800'")
     assert (whole["id"], whole["error"]) == ("b", None)
 
@@ -313,76 +316,78 @@ def test_an_id_that_no_file_takes_is_an_error_row(capsys, made, loaded, tmp_path
         (["-d", __file__], "ends in .py; allowed: one of .jsonl, .json, .parquet"),
     ],
 )
-def test_what_cannot_be_done_is_refused_before_anything_is_written(capsys, made, tmp_path, more, message):
-    assert message in fails(capsys, made, tmp_path / "out", *more)
+def test_what_cannot_be_done_is_refused_before_anything_is_written(capsys, sample, tmp_path, more, message):
+    assert message in fails(capsys, sample, tmp_path / "out", *more)
     assert not (tmp_path / "out").exists()
 
 
-def test_data_that_cannot_be_read(capsys, made, tmp_path):
+def test_data_that_cannot_be_read(capsys, sample, tmp_path):
     (tmp_path / "torn.json").write_text('[{"image": "a.png", "question": "What?"}, {"image": ')
-    assert "torn.json is damaged: Expecting value" in fails(capsys, made, tmp_path / "out", data=tmp_path / "torn.json")
+    assert "torn.json is damaged: Expecting value" in fails(
+        capsys, sample, tmp_path / "out", data=tmp_path / "torn.json"
+    )
     (tmp_path / "lines.jsonl").write_text("\n\n")
-    assert "lines.jsonl has no rows" in fails(capsys, made, tmp_path / "out", data=tmp_path / "lines.jsonl")
+    assert "lines.jsonl has no rows" in fails(capsys, sample, tmp_path / "out", data=tmp_path / "lines.jsonl")
     (tmp_path / "empty.jsonl").touch()
-    assert "empty.jsonl is empty" in fails(capsys, made, tmp_path / "out", data=tmp_path / "empty.jsonl")
-    assert "has no rows" in fails(capsys, made, tmp_path / "out", "--split", "train[:0]")
+    assert "empty.jsonl is empty" in fails(capsys, sample, tmp_path / "out", data=tmp_path / "empty.jsonl")
+    assert "has no rows" in fails(capsys, sample, tmp_path / "out", "--split", "train[:0]")
     pq.write_table(pa.table({"image": pa.array([], pa.string())}), tmp_path / "none.parquet")
-    assert "none.parquet has no rows" in fails(capsys, made, tmp_path / "out", data=tmp_path / "none.parquet")
+    assert "none.parquet has no rows" in fails(capsys, sample, tmp_path / "out", data=tmp_path / "none.parquet")
     none = datasets.Dataset.from_dict({"image": [], "question": []})
     with pytest.raises(ValueError, match="x has no rows"):
         Data(none, "x", tmp_path, image_column="image", prompt_column="question")
     (tmp_path / "nothing").mkdir()
-    assert "contain any data files" in fails(capsys, made, tmp_path / "out", data=tmp_path / "nothing")
+    assert "contain any data files" in fails(capsys, sample, tmp_path / "out", data=tmp_path / "nothing")
     splits = datasets.DatasetDict({"train": datasets.Dataset.from_dict({"image": ["a.png"]})})
     splits.save_to_disk(tmp_path / "splits")
     assert "has no split 'test'; it has: train" in fails(
-        capsys, made, tmp_path / "out", "--split", "test", data=tmp_path / "splits"
+        capsys, sample, tmp_path / "out", "--split", "test", data=tmp_path / "splits"
     )
 
 
-def test_answers_do_not_become_data(capsys, made, tmp_path):
+def test_answers_do_not_become_data(capsys, sample, tmp_path):
     (tmp_path / "pictures").mkdir()
-    shutil.copy(made.root / "pictures/0.png", tmp_path / "pictures")
+    shutil.copy(sample.root / "pictures/0.png", tmp_path / "pictures")
     inside = tmp_path / "pictures" / "answers"
-    assert "answers would become data" in fails(capsys, made, inside, "-p", "What?", data=tmp_path / "pictures")
+    assert "answers would become data" in fails(capsys, sample, inside, "-p", "What?", data=tmp_path / "pictures")
     assert not inside.exists()
 
 
-def test_a_folder_of_something_else_is_left_alone(capsys, made, tmp_path):
+def test_a_folder_of_something_else_is_left_alone(capsys, sample, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
-    assert "holds no run of ivtp batch" in fails(capsys, made, tmp_path / "out")
-    assert "is a file, not a folder" in fails(capsys, made, tmp_path / "out" / "thesis.txt")
+    assert "holds no run of ivtp batch" in fails(capsys, sample, tmp_path / "out")
+    assert "is a file, not a folder" in fails(capsys, sample, tmp_path / "out" / "thesis.txt")
 
 
-def test_other_settings_are_refused_with_every_difference(capsys, made, loaded, tmp_path):
-    batch(capsys, made, tmp_path / "out", "--limit", 4)
-    line = fails(capsys, made, tmp_path / "out", "--limit", 5, "--batch-size", 2, "--visual-tokens", 3)
+def test_other_settings_are_refused_with_every_difference(capsys, sample, loaded, tmp_path):
+    batch(capsys, sample, tmp_path / "out", "--limit", 4)
+    line = fails(capsys, sample, tmp_path / "out", "--limit", 5, "--batch-size", 2, "--visual-tokens", 3)
     for difference in (
         "rows is 4 there and 5 now",
         "batch_size is 64 there and 2 now",
         "visual_tokens is null there and 3",
     ):
         assert difference in line
-    line = fails(capsys, made, tmp_path / "out", "--limit", 4, "--dtype", "bfloat16")
+    line = fails(capsys, sample, tmp_path / "out", "--limit", 4, "--dtype", "bfloat16")
     assert 'dtype is "float32" there and "bfloat16" now' in line
-    other = write_rows(made.root / "other.jsonl", [row | {"question": "Who?"} for row in made.rows[:4]])
-    assert "data is" in fails(capsys, made, tmp_path / "out", data=other)
+    other = write_rows(sample.root / "other.jsonl", [row | {"question": "Who?"} for row in sample.rows[:4]])
+    assert "data is" in fails(capsys, sample, tmp_path / "out", data=other)
     (tmp_path / "out" / "_run.json").write_text("{")
-    assert "_run.json is damaged" in fails(capsys, made, tmp_path / "out", "--limit", 4)
+    assert "_run.json is damaged" in fails(capsys, sample, tmp_path / "out", "--limit", 4)
 
 
-def test_another_models_weights_are_refused(capsys, made, tmp_path):
-    convert(made.root / "llava", made.root / "clip", tmp_path / "model", pruning=PRUNING)
-    batch(capsys, made, tmp_path / "out", "--limit", 2, "-m", tmp_path / "model")
+def test_another_models_weights_are_refused(capsys, sample, tmp_path):
+    convert(sample.root / "llava", sample.root / "clip", tmp_path / "model", pruning=PRUNING)
+    batch(capsys, sample, tmp_path / "out", "--limit", 2, "-m", tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(bytes(content))
-    assert "other settings: model is" in fails(capsys, made, tmp_path / "out", "--limit", 2, "-m", tmp_path / "model")
+    assert "other settings: model is" in fails(capsys, sample, tmp_path / "out", "--limit", 2, "-m", tmp_path / "model")
 
 
-def test_the_same_rows_elsewhere_are_the_same_rows(made, sources, tmp_path):
+def test_the_same_rows_elsewhere_are_the_same_rows(sample, sources, tmp_path):
     """Wherever the folder lies, whatever the caches: processes on other machines must agree."""
     rows = [{"image": f"pictures/{n}.png", "question": "What?"} for n in range(3)]
     prints = set()
@@ -397,22 +402,22 @@ def test_the_same_rows_elsewhere_are_the_same_rows(made, sources, tmp_path):
     assert stored.fingerprint() != open_data(str(sources / "bytes.parquet"), limit=7).fingerprint()
 
 
-def test_a_finished_run_does_nothing(capsys, made, tmp_path, monkeypatch):
-    batch(capsys, made, tmp_path / "out", "--limit", 4)
-    there, times = contents(tmp_path / "out"), [path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()]
+def test_a_finished_run_does_nothing(capsys, sample, tmp_path, monkeypatch):
+    batch(capsys, sample, tmp_path / "out", "--limit", 4)
+    before_run, times = contents(tmp_path / "out"), [path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()]
     monkeypatch.setattr(running, "load_model", None)
     # As if it had been killed with nothing left to do but to remove this.
     (tmp_path / "out" / "_unfinished").mkdir()
     (tmp_path / "out" / "_unfinished" / "00000.lock").touch()
-    assert ivtp_cli.main(arguments(made, tmp_path / "out", "--limit", 4)) == 0
+    assert ivtp_cli.main(arguments(sample, tmp_path / "out", "--limit", 4)) == 0
     assert "was finished before: 4 rows, 0 of them errors" in capsys.readouterr().out
-    assert contents(tmp_path / "out") == there
+    assert contents(tmp_path / "out") == before_run
     assert [path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()] == times
 
 
-def test_ctrl_c_and_a_torn_line_cost_one_batch(capsys, made, loaded, tmp_path, monkeypatch):
+def test_ctrl_c_and_a_torn_line_cost_one_batch(capsys, sample, loaded, tmp_path, monkeypatch):
     options = ["--batch-size", 4, "--shard-rows", 20, "--memory", "1GB"]
-    batch(capsys, made, tmp_path / "whole", *options)
+    batch(capsys, sample, tmp_path / "whole", *options)
     answer, asked = Asker.answer, []
 
     def stop_at_the_fourth(self, tasks, prepared=None):
@@ -422,7 +427,7 @@ def test_ctrl_c_and_a_torn_line_cost_one_batch(capsys, made, loaded, tmp_path, m
         return answer(self, tasks, prepared)
 
     monkeypatch.setattr(Asker, "answer", stop_at_the_fourth)
-    assert ivtp_cli.main(arguments(made, tmp_path / "out", *options)) == 130
+    assert ivtp_cli.main(arguments(sample, tmp_path / "out", *options)) == 130
     assert capsys.readouterr().err == "ivtp: stopped; the same command goes on from here\n"
     journal = tmp_path / "out" / "_unfinished" / "00000.jsonl"
     assert journaled_rows(journal) == 12
@@ -433,7 +438,7 @@ def test_ctrl_c_and_a_torn_line_cost_one_batch(capsys, made, loaded, tmp_path, m
         Asker, "answer", lambda self, tasks, prepared=None: asked.append(1) or answer(self, tasks, prepared)
     )
     asked.clear()
-    batch(capsys, made, tmp_path / "out", *options)
+    batch(capsys, sample, tmp_path / "out", *options)
     assert len(asked) == 8
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
@@ -465,21 +470,21 @@ def test_a_journal_keeps_what_is_whole(tmp_path):
             assert journal.batches[7] == rows[:1]
 
 
-def test_a_journal_of_other_rows_is_told(capsys, made, loaded, tmp_path):
+def test_a_journal_of_other_rows_is_told(capsys, sample, loaded, tmp_path):
     options = ["--limit", 4, "--batch-size", 2, "--memory", "1GB"]
-    batch(capsys, made, tmp_path / "out", *options)
+    batch(capsys, sample, tmp_path / "out", *options)
     (path,) = (tmp_path / "out").glob("answers-*")
     path.unlink()
     (tmp_path / "out" / "_unfinished").mkdir()
     with Journal(tmp_path / "out" / "_unfinished" / "00000.jsonl") as journal:
         journal.add(0, [Answered(99, None, "yes", None, 1, 2, 0)])
-    assert ivtp_cli.main(arguments(made, tmp_path / "out", *options)) == 1
+    assert ivtp_cli.main(arguments(sample, tmp_path / "out", *options)) == 1
     assert "the journal of shard 0 does not belong to these data" in capsys.readouterr().err
 
 
-def started(made, out, *more, launcher=(sys.executable,)):
+def started(sample, out, *more, launcher=(sys.executable,)):
     return subprocess.Popen(
-        [*launcher, "-m", "modeling_ivtp.cli", *arguments(made, out, *more)],
+        [*launcher, "-m", "modeling_ivtp.cli", *arguments(sample, out, *more)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -488,14 +493,14 @@ def started(made, out, *more, launcher=(sys.executable,)):
     )
 
 
-def test_killed_again_and_again_the_rows_are_the_same(capsys, made, loaded, tmp_path):
+def test_killed_again_and_again_the_rows_are_the_same(capsys, sample, loaded, tmp_path):
     options = ["--batch-size", 1, "--shard-rows", 10, "--memory", "1GB", "--max-new-tokens", 24]
-    batch(capsys, made, tmp_path / "whole", *options)
+    batch(capsys, sample, tmp_path / "whole", *options)
     out, draws, kills = tmp_path / "out", random.Random(0), 0
     folder = OutFolder(tmp_path / "out")
     counter = progress.Counter(folder, 40, 10, 4)
     for _ in range(3):
-        process, before = started(made, out, *options), counter.done()
+        process, before = started(sample, out, *options), counter.done()
         while process.poll() is None and counter.done() == before:
             time.sleep(0.01)
         time.sleep(draws.uniform(0, 0.3))
@@ -505,20 +510,20 @@ def test_killed_again_and_again_the_rows_are_the_same(capsys, made, loaded, tmp_
         process.stdout.close()
     assert kills == 3
     assert 0 < counter.done() < 40
-    batch(capsys, made, out, *options)
+    batch(capsys, sample, out, *options)
     assert contents(out) == contents(tmp_path / "whole")
 
 
-def test_two_processes_answer_every_row_once(capsys, made, loaded, tmp_path):
+def test_two_processes_answer_every_row_once(capsys, sample, loaded, tmp_path):
     options = ["--shard-rows", 5, "--memory", "1GB"]
-    batch(capsys, made, tmp_path / "whole", *options)
+    batch(capsys, sample, tmp_path / "whole", *options)
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    process = started(made, tmp_path / "out", *options, launcher=launcher)
-    told, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, told
+    process = started(sample, tmp_path / "out", *options, launcher=launcher)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
     # The main process alone speaks.
-    assert told.count("40 rows, 0 of them errors") == 1
+    assert output.count("40 rows, 0 of them errors") == 1
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
@@ -586,20 +591,22 @@ def limited(monkeypatch, model, most, error):
         MemoryError(),
     ],
 )
-def test_out_of_memory_halves_the_batch(capsys, made, loaded, expected, tmp_path, monkeypatch, error):
-    sizes = limited(monkeypatch, made.model, 3, error)
+def test_out_of_memory_halves_the_batch(capsys, sample, loaded, expected, tmp_path, monkeypatch, error):
+    sizes = limited(monkeypatch, sample.model, 3, error)
     options = ["--id-column", "name", "--shard-rows", 8, "--limit", 16, "--memory", "1GB"]
-    assert ivtp_cli.main(arguments(made, tmp_path / "out", *options)) == 0
+    assert ivtp_cli.main(arguments(sample, tmp_path / "out", *options)) == 0
     assert answers(tmp_path / "out") == expected[:16]
-    said = capsys.readouterr().err.splitlines()
+    lines = capsys.readouterr().err.splitlines()
     # The second shard's batch is known to be too large if it is no shorter; its halves may be tried again.
     assert sizes[:4] == [8, 4, 2, 2]
-    assert len(said) == sum(size > 3 for size in sizes)
-    assert "out of memory with 8 rows of up to" in said[0]
-    assert said[0].endswith("going on with 4")
+    assert len(lines) == sum(size > 3 for size in sizes)
+    assert "out of memory with 8 rows of up to" in lines[0]
+    assert lines[0].endswith("going on with 4")
 
 
-def test_memory_that_runs_out_over_pictures_halves_the_batch_too(capsys, made, loaded, expected, tmp_path, monkeypatch):
+def test_memory_that_runs_out_over_pictures_halves_the_batch_too(
+    capsys, sample, loaded, expected, tmp_path, monkeypatch
+):
     prepare = Asker.prepare
 
     def fail(self, tasks):
@@ -609,41 +616,43 @@ def test_memory_that_runs_out_over_pictures_halves_the_batch_too(capsys, made, l
 
     monkeypatch.setattr(Asker, "prepare", fail)
     options = ["--id-column", "name", "--limit", 8, "--memory", "1GB"]
-    assert ivtp_cli.main(arguments(made, tmp_path / "out", *options)) == 0
+    assert ivtp_cli.main(arguments(sample, tmp_path / "out", *options)) == 0
     assert answers(tmp_path / "out") == expected[:8]
     assert capsys.readouterr().err.count("out of memory with") == 3
 
 
-def test_a_row_that_does_not_fit_alone_is_an_error_row(capsys, made, loaded, tmp_path, monkeypatch):
-    limited(monkeypatch, made.model, 0, torch.OutOfMemoryError("CUDA out of memory."))
-    assert ivtp_cli.main(arguments(made, tmp_path / "out", "--limit", 2)) == 0
+def test_a_row_that_does_not_fit_alone_is_an_error_row(capsys, sample, loaded, tmp_path, monkeypatch):
+    limited(monkeypatch, sample.model, 0, torch.OutOfMemoryError("CUDA out of memory."))
+    assert ivtp_cli.main(arguments(sample, tmp_path / "out", "--limit", 2)) == 0
     assert [row["error"] for row in answers(tmp_path / "out")] == [
         f"row {number}: out of memory, with this row alone" for number in (0, 1)
     ]
     assert "out of memory with 2 rows" in capsys.readouterr().err
 
 
-def test_what_goes_wrong_with_one_row_costs_that_row(capsys, made, loaded, expected, tmp_path, monkeypatch):
-    generate = made.model.generate
+def test_what_goes_wrong_with_one_row_costs_that_row(capsys, sample, loaded, expected, tmp_path, monkeypatch):
+    generate = sample.model.generate
 
     def stumble(**inputs):
         # Rows with two pictures, of which the first eight rows have two.
-        if (inputs["input_ids"] == made.model.config.image_token_id).sum(1).max() > made.model.config.num_patches:
+        if (inputs["input_ids"] == sample.model.config.image_token_id).sum(1).max() > sample.model.config.num_patches:
             raise KeyError("no such thing")
         return generate(**inputs)
 
-    monkeypatch.setattr(made.model, "generate", stumble)
-    rows = batch(capsys, made, tmp_path / "out", "--id-column", "name", "--limit", 8)
+    monkeypatch.setattr(sample.model, "generate", stumble)
+    rows = batch(capsys, sample, tmp_path / "out", "--id-column", "name", "--limit", 8)
     bad = [number for number in range(8) if number % 3 == 2]
     assert [row["row"] for row in rows if row["error"]] == bad
     assert rows[bad[0]]["error"] == "row 2: KeyError: 'no such thing'"
     assert [row for row in rows if not row["error"]] == [row for row in expected[:8] if row["row"] not in bad]
 
 
-def test_a_device_that_fails_ends_the_run(capsys, made, loaded, tmp_path, monkeypatch):
+def test_a_device_that_fails_ends_the_run(capsys, sample, loaded, tmp_path, monkeypatch):
     """Every row after that would be an error, and none of them is to blame."""
-    limited(monkeypatch, made.model, 0, torch.AcceleratorError("CUDA error: an illegal memory access was encountered"))
-    assert ivtp_cli.main(arguments(made, tmp_path / "out", "--limit", 8)) == 1
+    limited(
+        monkeypatch, sample.model, 0, torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    )
+    assert ivtp_cli.main(arguments(sample, tmp_path / "out", "--limit", 8)) == 1
     assert "illegal memory access" in capsys.readouterr().err
     assert answers(tmp_path / "out") == []
 
@@ -663,56 +672,56 @@ def test_batches_stay_under_the_budget():
         ]
         budget_bytes, largest = draws.randrange(600, 9000), draws.randrange(1, 20)
         batches, too_large = plan_batches(tasks, cost, budget_bytes, largest)
-        rows = [task.row.number for one in batches for task in one]
+        rows = [task.row.number for group in batches for task in group]
         assert sorted([*rows, *too_large]) == [task.row.number for task in tasks]
-        lengths = [task.tokens for one in batches for task in one]
+        lengths = [task.tokens for group in batches for task in group]
         assert lengths == sorted(lengths, reverse=True)
-        for one in batches:
-            assert cost(len(one), one[0].tokens, sum(len(task.row.images) for task in one)) <= budget_bytes
-            assert len(one) <= largest
+        for group in batches:
+            assert cost(len(group), group[0].tokens, sum(len(task.row.images) for task in group)) <= budget_bytes
+            assert len(group) <= largest
         for task in tasks:
             assert (cost(1, task.tokens, len(task.row.images)) > budget_bytes) == (task.row.number in too_large)
-        for one, following in pairwise(batches):
-            images = sum(len(task.row.images) for task in [*one, following[0]])
-            assert len(one) == largest or cost(len(one) + 1, one[0].tokens, images) > budget_bytes
+        for group, following in pairwise(batches):
+            images = sum(len(task.row.images) for task in [*group, following[0]])
+            assert len(group) == largest or cost(len(group) + 1, group[0].tokens, images) > budget_bytes
 
 
 def test_a_row_beyond_the_budget_is_an_error_row_and_the_others_are_in_small_batches(
-    capsys, made, loaded, expected, tmp_path, monkeypatch
+    capsys, sample, loaded, expected, tmp_path, monkeypatch
 ):
-    sizes = limited(monkeypatch, made.model, 99, None)
-    cost = budget.Cost(made.model.config, 4, 5)
+    sizes = limited(monkeypatch, sample.model, 99, None)
+    cost = budget.Cost(sample.model.config, 4, 5)
     longest = max(row["prompt_tokens"] for row in expected[:9])
     memory = cost(1, longest, 2) - 1
     rows = batch(
-        capsys, made, tmp_path / "out", "--limit", 9, "--memory", f"{memory / 1000:.3f}KB", "--id-column", "name"
+        capsys, sample, tmp_path / "out", "--limit", 9, "--memory", f"{memory / 1000:.3f}KB", "--id-column", "name"
     )
-    told = [row["error"] for row in rows if row["error"]]
-    assert len(told) == 1
-    assert f"{longest} tokens need" in told[0]
+    errors = [row["error"] for row in rows if row["error"]]
+    assert len(errors) == 1
+    assert f"{longest} tokens need" in errors[0]
     assert [row for row in rows if not row["error"]] == [row for row in expected[:9] if row["prompt_tokens"] < longest]
     assert len(sizes) > 1
 
 
-def test_the_cost_covers_the_cache(made):
+def test_the_cost_covers_the_cache(sample):
     """Unpruned, a batch's cache is what the formula says, and the cost is more than that."""
     row = {"image": ["pictures/0.png"], "question": QUESTIONS[2]}
-    with made.model.pruning(enabled=False):
-        output = made.model.generate(**_inputs(made, row), max_new_tokens=5, return_dict_in_generate=True)
-    _, _, length = alone(made, row)
-    cost = budget.Cost(made.model.config, 4, 5)
+    with sample.model.pruning(enabled=False):
+        output = sample.model.generate(**_inputs(sample, row), max_new_tokens=5, return_dict_in_generate=True)
+    _, _, length = alone(sample, row)
+    cost = budget.Cost(sample.model.config, 4, 5)
     assert answering.kv_bytes(output.past_key_values) < cost(1, length, 1) < cost(1, length, 2) < cost(2, length, 2)
     assert 2 * cost(1, length, 1) == cost(2, length, 2)
 
 
-def test_what_the_machine_cannot_hold_is_refused_with_the_bytes(capsys, made, tmp_path, monkeypatch):
+def test_what_the_machine_cannot_hold_is_refused_with_the_bytes(capsys, sample, tmp_path, monkeypatch):
     monkeypatch.setattr(budget.psutil, "virtual_memory", lambda: SimpleNamespace(available=1_000_000))
     monkeypatch.setattr(running, "load_model", None)
-    line = fails(capsys, made, tmp_path / "out")
+    line = fails(capsys, sample, tmp_path / "out")
     assert "weights and one row need at least" in line
     assert "1 MB are free on cpu" in line
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    assert "3 processes need at least" in fails(capsys, made, tmp_path / "out")
+    assert "3 processes need at least" in fails(capsys, sample, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -728,7 +737,7 @@ def test_shards_are_neither_tiny_nor_huge():
     assert [default_shard_rows(rows) for rows in (1, 1024, 1025, 10_000, 10**7)] == [16, 16, 17, 157, 1024]
 
 
-def test_progress_counts_all_processes_rows(capsys, made, tmp_path, monkeypatch):
+def test_progress_counts_all_processes_rows(capsys, sample, tmp_path, monkeypatch):
     folder = OutFolder(tmp_path / "out")
     folder.begin({"settings": {}})
     folder.answers(1, 3).touch()
@@ -754,7 +763,7 @@ def test_progress_counts_all_processes_rows(capsys, made, tmp_path, monkeypatch)
     assert capsys.readouterr().err == ""
 
 
-def test_a_bar_on_a_terminal_begins_where_the_run_was(made, tmp_path, monkeypatch, capsys):
+def test_a_bar_on_a_terminal_begins_where_the_run_was(sample, tmp_path, monkeypatch, capsys):
     folder = OutFolder(tmp_path / "out")
     folder.begin({"settings": {}})
     folder.answers(0, 3).touch()
@@ -763,42 +772,44 @@ def test_a_bar_on_a_terminal_begins_where_the_run_was(made, tmp_path, monkeypatc
     monkeypatch.setenv("COLUMNS", "100")
     with progress.shown(progress.Counter(folder, 25, 10, 3), True) as update:
         update()
-    said = capsys.readouterr().err
-    assert "10/25" in said
-    assert "answering" in said
+    shown = capsys.readouterr().err
+    assert "10/25" in shown
+    assert "answering" in shown
 
 
-def test_without_its_libraries_one_line_tells_what_to_install(capsys, made, tmp_path, monkeypatch):
+def test_without_its_libraries_one_line_tells_what_to_install(capsys, sample, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert "pip install 'ivtp-llava[batch]'" in fails(capsys, made, tmp_path / "out")
+    assert "pip install 'ivtp-llava[batch]'" in fails(capsys, sample, tmp_path / "out")
 
 
-def test_values_stay_what_they_are(capsys, made, loaded, tmp_path):
+def test_values_stay_what_they_are(capsys, sample, loaded, tmp_path):
     """One odd row changes no other; what a torn line or a byte of another encoding spoils is its own row."""
     lines = [json.dumps({"name": "2024-01-01", "image": [], "question": '12 or "13"?', "notes": "x" * 3000})] * 2
     lines += [json.dumps({"name": "007", "image": [], "question": 5}), '{"image": [], "question": "Why', "[1]"]
     lines += [json.dumps({"name": 12345678901234567890123, "image": "pictures/0.png", "question": "null"})]
     content = "\n".join(lines).encode() + b'\n{"image": [], "question": "caf\xe9"}\n'
-    (made.root / "odd.jsonl").write_bytes(content)
-    told = batch(capsys, made, tmp_path / "out", "--id-column", "name", data=made.root / "odd.jsonl")
-    assert [row["id"] for row in told] == ["2024-01-01"] * 2 + ["007", None, None, "12345678901234567890123", None]
-    sound = alone(made, {"image": [], "question": '12 or "13"?'})
-    assert [(row["answer"], row["tokens"], row["prompt_tokens"]) for row in told[:2]] == [sound] * 2
-    assert told[5]["answer"] == alone(made, {"image": ["pictures/0.png"], "question": "null"})[0]
-    assert "row 2: the prompt is no text, but int 5" in told[2]["error"]
-    assert "row 3: its line is no JSON" in told[3]["error"]
-    assert "row 4: its line is no object, but list" in told[4]["error"]
-    assert "row 6: its line is no JSON" in told[6]["error"]
+    (sample.root / "odd.jsonl").write_bytes(content)
+    answered = batch(capsys, sample, tmp_path / "out", "--id-column", "name", data=sample.root / "odd.jsonl")
+    assert [row["id"] for row in answered] == ["2024-01-01"] * 2 + ["007", None, None, "12345678901234567890123", None]
+    sound = alone(sample, {"image": [], "question": '12 or "13"?'})
+    assert [(row["answer"], row["tokens"], row["prompt_tokens"]) for row in answered[:2]] == [sound] * 2
+    assert answered[5]["answer"] == alone(sample, {"image": ["pictures/0.png"], "question": "null"})[0]
+    assert "row 2: the prompt is no text, but int 5" in answered[2]["error"]
+    assert "row 3: its line is no JSON" in answered[3]["error"]
+    assert "row 4: its line is no object, but list" in answered[4]["error"]
+    assert "row 6: its line is no JSON" in answered[6]["error"]
 
 
-def test_shards_in_which_nothing_can_be_asked(capsys, made, loaded, tmp_path):
+def test_shards_in_which_nothing_can_be_asked(capsys, sample, loaded, tmp_path):
     rows = [{"image": [], "question": ""}] * 16 + [{"image": [], "question": "Why?"}]
-    told = batch(capsys, made, tmp_path / "out", "--shard-rows", "16", data=write_rows(tmp_path / "bad.jsonl", rows))
-    assert [row["error"] is None for row in told] == [False] * 16 + [True]
+    answered = batch(
+        capsys, sample, tmp_path / "out", "--shard-rows", "16", data=write_rows(tmp_path / "bad.jsonl", rows)
+    )
+    assert [row["error"] is None for row in answered] == [False] * 16 + [True]
 
 
 @pytest.mark.parametrize("at", ["write", "replace", "unlink"])
-def test_a_process_that_dies_at_the_end_of_a_shard(capsys, made, loaded, tmp_path, monkeypatch, at):
+def test_a_process_that_dies_at_the_end_of_a_shard(capsys, sample, loaded, tmp_path, monkeypatch, at):
     """Its journal is whole; no batch is left, and the shard is finished all the same."""
 
     class Killed(BaseException):
@@ -807,7 +818,7 @@ def test_a_process_that_dies_at_the_end_of_a_shard(capsys, made, loaded, tmp_pat
     def dies(*_, **__):
         raise Killed
 
-    expected = batch(capsys, made, tmp_path / "sound", "--shard-rows", "40")
+    expected = batch(capsys, sample, tmp_path / "sound", "--shard-rows", "40")
     with monkeypatch.context() as patch:
         if at == "write":
             patch.setattr("modeling_ivtp.batch.answers.pq.write_table", dies)
@@ -817,16 +828,16 @@ def test_a_process_that_dies_at_the_end_of_a_shard(capsys, made, loaded, tmp_pat
         else:
             patch.setattr("pathlib.Path.unlink", dies)
         with pytest.raises(Killed):
-            running.run(cli_options(made, tmp_path / "out"))
-    assert batch(capsys, made, tmp_path / "out", "--shard-rows", "40") == expected
+            running.run(cli_options(sample, tmp_path / "out"))
+    assert batch(capsys, sample, tmp_path / "out", "--shard-rows", "40") == expected
 
 
-def cli_options(made, out):
+def cli_options(sample, out):
     from modeling_ivtp.batch.options import Options
 
     return Options(
-        model=str(made.ivtp),
-        data=str(made.data),
+        model=str(sample.ivtp),
+        data=str(sample.data),
         out=out,
         max_new_tokens=5,
         device="cpu",
@@ -835,49 +846,49 @@ def cli_options(made, out):
     )
 
 
-def test_pictures_that_are_none_are_told(capsys, made, loaded, tmp_path):
+def test_pictures_that_are_none_are_told(capsys, sample, loaded, tmp_path):
     cells = [{"url": "http://x/y.png"}, {"file": "a.png"}, "~nobody-here/x.png", {"path": None, "bytes": None}]
     rows = [{"image": cell, "question": "Why?"} for cell in cells]
-    told = batch(capsys, made, tmp_path / "out", data=write_rows(tmp_path / "cells.jsonl", rows))
-    assert [row["error"] is None for row in told] == [False, False, False, True]
-    assert "neither a path nor a file's bytes" in told[0]["error"]
+    answered = batch(capsys, sample, tmp_path / "out", data=write_rows(tmp_path / "cells.jsonl", rows))
+    assert [row["error"] is None for row in answered] == [False, False, False, True]
+    assert "neither a path nor a file's bytes" in answered[0]["error"]
 
 
-def test_names_that_mean_something_elsewhere(capsys, made, loaded, tmp_path):
+def test_names_that_mean_something_elsewhere(capsys, sample, loaded, tmp_path):
     folder = tmp_path / "pics[1]"
     folder.mkdir()
     for name in ("train", "test", "zebra"):
-        Image.open(made.root / "pictures" / "0.png").save(folder / f"{name}.png")
+        Image.open(sample.root / "pictures" / "0.png").save(folder / f"{name}.png")
     (folder / "notes.txt").write_text("of a holiday")
-    told = batch(capsys, made, tmp_path / "out", "--prompt", "What is this?", data=folder)
-    assert [row["images"] for row in told] == [1, 1, 1]
+    answered = batch(capsys, sample, tmp_path / "out", "--prompt", "What is this?", data=folder)
+    assert [row["images"] for row in answered] == [1, 1, 1]
     file = write_rows(folder / "a[1].jsonl", [{"image": "zebra.png", "question": "What is this?"}])
-    assert batch(capsys, made, tmp_path / "more", data=file)[0]["answer"] == told[0]["answer"]
+    assert batch(capsys, sample, tmp_path / "more", data=file)[0]["answer"] == answered[0]["answer"]
 
 
-def test_a_prompt_beyond_the_models_positions_is_an_error_row(capsys, made, loaded, tmp_path):
-    room = made.model.config.text_config.max_position_embeddings
+def test_a_prompt_beyond_the_models_positions_is_an_error_row(capsys, sample, loaded, tmp_path):
+    room = sample.model.config.text_config.max_position_embeddings
     rows = [{"image": [], "question": "why " * room}, {"image": [], "question": "Why?"}]
-    told = batch(capsys, made, tmp_path / "out", data=write_rows(tmp_path / "long.jsonl", rows))
-    assert f"the model was made for {room}" in told[0]["error"]
-    assert told[1]["error"] is None
+    answered = batch(capsys, sample, tmp_path / "out", data=write_rows(tmp_path / "long.jsonl", rows))
+    assert f"the model was made for {room}" in answered[0]["error"]
+    assert answered[1]["error"] is None
 
 
-def test_a_large_picture_is_kept_as_small_as_the_model_sees_it(made):
+def test_a_large_picture_is_kept_as_small_as_the_model_sees_it(sample):
     image = Image.effect_noise((900, 400), 80).convert("RGB")
-    asker = Asker(made.model, made.processor, 5)
+    asker = Asker(sample.model, sample.processor, 5)
     small = asker._small(image)
-    side = made.model.config.vision_config.image_size
+    side = sample.model.config.vision_config.image_size
     assert small.size == (side, side)
-    pixels = [made.processor.image_processor(one, return_tensors="pt")["pixel_values"] for one in (image, small)]
+    pixels = [sample.processor.image_processor(item, return_tensors="pt")["pixel_values"] for item in (image, small)]
     assert torch.equal(*pixels)
 
 
-def test_a_checkpoint_that_cannot_be_loaded_begins_nothing(capsys, made, tmp_path):
+def test_a_checkpoint_that_cannot_be_loaded_begins_nothing(capsys, sample, tmp_path):
     broken = tmp_path / "model"
-    shutil.copytree(made.ivtp, broken)
+    shutil.copytree(sample.ivtp, broken)
     (broken / "tokenizer.json").unlink()
-    fails(capsys, made, tmp_path / "out", "-m", str(broken))
+    fails(capsys, sample, tmp_path / "out", "-m", str(broken))
     assert not (tmp_path / "out").exists()
 
 

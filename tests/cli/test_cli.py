@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("checkpoints")
     clip_folder(root / "clip", llava_folder(root / "llava"))
     convert.convert(root / "llava", root / "clip", root / "ivtp", pruning=PRUNING)
@@ -99,83 +99,85 @@ def test_wrong_usage_is_one_line(capsys, arguments, message):
     assert message in fails(capsys, *arguments).lower()
 
 
-def test_convert(capsys, made, tmp_path):
-    options = ["--clip", made.clip, "--decoder-layers", 4, "--layers-per-group", 2, "--visual-tokens", 3]
+def test_convert(capsys, folders, tmp_path):
+    options = ["--clip", folders.clip, "--decoder-layers", 4, "--layers-per-group", 2, "--visual-tokens", 3]
     options += ["--max-shard-size", "300KB", "--dtype", "float16"]
-    status, out, err = run(capsys, "convert", made.llava, "--out", tmp_path / "out", *options, "--dry-run")
+    status, out, err = run(capsys, "convert", folders.llava, "--out", tmp_path / "out", *options, "--dry-run")
     assert (status, err) == (0, "")
     assert "would write" in out
     assert "model-00001-of-" in out
     assert os.listdir(tmp_path) == []
-    status, out, err = run(capsys, "convert", made.llava, "--out", tmp_path / "out", *options)
+    status, out, err = run(capsys, "convert", folders.llava, "--out", tmp_path / "out", *options)
     assert (status, err) == (0, "")
     assert "float16" in out
     model = IVTPLlavaForConditionalGeneration.from_pretrained(tmp_path / "out")
     assert model.config.pruning.visual_tokens == 3
-    assert "exists and is not empty" in fails(capsys, "convert", made.llava, "--out", tmp_path / "out", *options)
-    assert run(capsys, "convert", made.llava, "--out", tmp_path / "out", *options, "--overwrite")[0] == 0
+    assert "exists and is not empty" in fails(capsys, "convert", folders.llava, "--out", tmp_path / "out", *options)
+    assert run(capsys, "convert", folders.llava, "--out", tmp_path / "out", *options, "--overwrite")[0] == 0
 
 
-def test_a_stage_can_be_one_group(capsys, made, tmp_path):
-    options = ["--clip", made.clip, "--decoder-layers", 4]
-    assert "layers_per_group=3" in fails(capsys, "convert", made.llava, "--out", tmp_path / "out", *options)
+def test_a_stage_can_be_one_group(capsys, folders, tmp_path):
+    options = ["--clip", folders.clip, "--decoder-layers", 4]
+    assert "layers_per_group=3" in fails(capsys, "convert", folders.llava, "--out", tmp_path / "out", *options)
     options += ["--layers-per-group", "all"]
-    assert run(capsys, "convert", made.llava, "--out", tmp_path / "out", *options)[0] == 0
+    assert run(capsys, "convert", folders.llava, "--out", tmp_path / "out", *options)[0] == 0
     assert json.loads((tmp_path / "out" / "config.json").read_text())["pruning"]["layers_per_group"] is None
 
 
-def test_convert_refuses_in_one_line(capsys, made, tmp_path):
+def test_convert_refuses_in_one_line(capsys, folders, tmp_path):
     out = ["--out", tmp_path / "out"]
-    assert "neither a folder here nor" in fails(capsys, "convert", "./no/where", *out, "--clip", made.clip)
-    assert "no text tower" in fails(capsys, "convert", made.llava, *out, "--decoder-layers", 4, "--layers-per-group", 2)
-    assert "decoder_layers=12" in fails(capsys, "convert", made.llava, *out, "--clip", made.clip)
-    assert "ghosts" in fails(capsys, "convert", made.llava, *out, "--clip", made.clip, "--guidance", "ghosts")
+    assert "neither a folder here nor" in fails(capsys, "convert", "./no/where", *out, "--clip", folders.clip)
+    assert "no text tower" in fails(
+        capsys, "convert", folders.llava, *out, "--decoder-layers", 4, "--layers-per-group", 2
+    )
+    assert "decoder_layers=12" in fails(capsys, "convert", folders.llava, *out, "--clip", folders.clip)
+    assert "ghosts" in fails(capsys, "convert", folders.llava, *out, "--clip", folders.clip, "--guidance", "ghosts")
     assert os.listdir(tmp_path) == []
 
 
-def test_a_warning_is_one_line_too(capsys, made, tmp_path):
+def test_a_warning_is_one_line_too(capsys, folders, tmp_path):
     clip_folder(tmp_path / "clip", hidden_act="gelu")
     status, _, err = run(
-        capsys, "convert", made.ivtp, "--out", tmp_path / "out", "--clip", tmp_path / "clip", "--dry-run"
+        capsys, "convert", folders.ivtp, "--out", tmp_path / "out", "--clip", tmp_path / "clip", "--dry-run"
     )
     assert status == 0
     assert len(err.splitlines()) == 1
     assert err.startswith("ivtp: warning: the vision tower of")
 
 
-def test_generate_answers_what_the_model_answers(capsys, made):
+def test_generate_answers_what_the_model_answers(capsys, folders):
     status, out, err = run(
-        capsys, "generate", "-m", made.ivtp, "-i", made.photo, "-p", "What is this?", "--max-new-tokens", 5
+        capsys, "generate", "-m", folders.ivtp, "-i", folders.photo, "-p", "What is this?", "--max-new-tokens", 5
     )
     assert (status, err) == (0, "")
-    model, processor = answering.load_model(made.ivtp, device="cpu")
+    model, processor = answering.load_model(folders.ivtp, device="cpu")
     prompt = answering.as_prompt(processor, "What is this?", 1)
-    inputs = processor(images=Image.open(made.photo), text=prompt, return_tensors="pt")
+    inputs = processor(images=Image.open(folders.photo), text=prompt, return_tensors="pt")
     tokens = model.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert out.strip() == processor.decode(tokens, skip_special_tokens=True).strip()
 
 
-def test_generate_from_an_official_folder(capsys, made):
+def test_generate_from_an_official_folder(capsys, folders):
     """Its config knows nothing of pruning, so the paper's twelve layers are wanted where there are four."""
-    line = fails(capsys, "generate", "-m", made.llava, "-i", made.photo, "-p", "What is this?")
+    line = fails(capsys, "generate", "-m", folders.llava, "-i", folders.photo, "-p", "What is this?")
     assert "decoder_layers=12" in line
 
 
 @pytest.fixture(scope="module")
-def unguided(made, tmp_path_factory):
+def unguided(folders, tmp_path_factory):
     """Folders whose question cannot guide the pruning, and what they lack."""
     root = tmp_path_factory.mktemp("unguided")
-    shutil.copytree(made.llava, root / "official")
+    shutil.copytree(folders.llava, root / "official")
     config = json.loads((root / "official" / "config.json").read_text())
     (root / "official" / "config.json").write_text(json.dumps(config | {"pruning": PRUNING}))
-    shutil.copytree(made.ivtp, root / "ours")
+    shutil.copytree(folders.ivtp, root / "ours")
     shutil.rmtree(root / "ours" / "clip_tokenizer")
     return {root / "official": "no text tower of CLIP", root / "ours": "no clip_tokenizer/"}
 
 
-def test_what_the_question_needs_and_lacks_is_one_warning(made, unguided):
+def test_what_the_question_needs_and_lacks_is_one_warning(folders, unguided):
     for command, (folder, missing) in zip(("generate", "explain"), unguided.items(), strict=True):
-        result = process(command, "-m", folder, "-i", made.photo, "-p", "What?")
+        result = process(command, "-m", folder, "-i", folders.photo, "-p", "What?")
         assert result.returncode == 0
         # Libraries that happen to be installed may say something of their own while they are imported.
         (line,) = (line for line in result.stderr.splitlines() if "clip" in line or "ivtp" in line)
@@ -183,11 +185,11 @@ def test_what_the_question_needs_and_lacks_is_one_warning(made, unguided):
         assert f"`ivtp convert {folder} --clip CLIP --out FOLDER`" in line
 
 
-def test_no_warning_comes_before_an_error_or_without_need(capsys, made, unguided):
+def test_no_warning_comes_before_an_error_or_without_need(capsys, folders, unguided):
     for folder in unguided:
-        assert "the prompt is empty" in fails(capsys, "generate", "-m", folder, "-i", made.photo, "-p", " ")
+        assert "the prompt is empty" in fails(capsys, "generate", "-m", folder, "-i", folders.photo, "-p", " ")
         assert "Nothing to explain" in fails(
-            capsys, "explain", "-m", folder, "-i", made.photo, "-p", "What?", "--visual-tokens", 16
+            capsys, "explain", "-m", folder, "-i", folders.photo, "-p", "What?", "--visual-tokens", 16
         )
         status, _, err = run(capsys, "generate", "-m", folder, "-p", "What?", "--max-new-tokens", 1)
         assert (status, err) == (0, "")
@@ -207,8 +209,8 @@ def test_what_the_package_logs_is_one_line_too(capsys, monkeypatch):
     assert logging.getLogger("modeling_ivtp").propagate
 
 
-def test_compare(capsys, made):
-    arguments = ["generate", "-m", made.ivtp, "-i", made.photo, "-i", made.photo, "-p", "Which is older?"]
+def test_compare(capsys, folders):
+    arguments = ["generate", "-m", folders.ivtp, "-i", folders.photo, "-i", folders.photo, "-p", "Which is older?"]
     arguments += ["--max-new-tokens", 3, "--compare"]
     status, out, err = run(capsys, *arguments, "--json")
     assert (status, err) == (0, "")
@@ -233,13 +235,13 @@ def test_an_answer_that_looks_like_markup_is_shown_as_it_is(capsys):
     assert capsys.readouterr().out.count("[/INST] [red]") == 2
 
 
-def test_visual_tokens_and_text_alone(capsys, made):
-    arguments = ["generate", "-m", made.ivtp, "-p", "Hello?", "--max-new-tokens", 2, "--json"]
-    answer = json.loads(run(capsys, *arguments, "-i", made.photo, "--visual-tokens", 2)[1])
+def test_visual_tokens_and_text_alone(capsys, folders):
+    arguments = ["generate", "-m", folders.ivtp, "-p", "Hello?", "--max-new-tokens", 2, "--json"]
+    answer = json.loads(run(capsys, *arguments, "-i", folders.photo, "--visual-tokens", 2)[1])
     assert answer["visual_tokens"] == [2]
     assert json.loads(run(capsys, *arguments)[1])["visual_tokens"] == []
-    assert json.loads(run(capsys, *arguments, "-i", made.photo, "--visual-tokens", 999)[1])["visual_tokens"] == [16]
-    assert "visual_tokens=0" in fails(capsys, *arguments, "-i", made.photo, "--visual-tokens", 0)
+    assert json.loads(run(capsys, *arguments, "-i", folders.photo, "--visual-tokens", 999)[1])["visual_tokens"] == [16]
+    assert "visual_tokens=0" in fails(capsys, *arguments, "-i", folders.photo, "--visual-tokens", 0)
 
 
 @pytest.mark.parametrize(
@@ -254,16 +256,16 @@ def test_visual_tokens_and_text_alone(capsys, made):
         (["--dtype", "int3"], "dtype='int3'; allowed: auto"),
     ],
 )
-def test_generate_refuses_in_one_line(capsys, made, arguments, message):
-    usual = {"-m": made.ivtp, "-i": made.photo, "-p": "What?"}
+def test_generate_refuses_in_one_line(capsys, folders, arguments, message):
+    usual = {"-m": folders.ivtp, "-i": folders.photo, "-p": "What?"}
     usual = {name: value for name, value in usual.items() if name not in arguments}
     assert message in fails(capsys, "generate", *(part for pair in usual.items() for part in pair), *arguments)
 
 
 @pytest.fixture
-def shards(made, tmp_path):
+def shards(folders, tmp_path):
     """A copy of the checkpoint in shards, for a test to damage."""
-    return Path(shutil.copytree(made.shards, tmp_path / "shards"))
+    return Path(shutil.copytree(folders.shards, tmp_path / "shards"))
 
 
 @pytest.mark.parametrize(
@@ -279,21 +281,21 @@ def shards(made, tmp_path):
         ("generation_config.json", lambda old: b"[1]", "is damaged"),
     ],
 )
-def test_a_damaged_file_is_named(capsys, made, shards, file, content, message):
+def test_a_damaged_file_is_named(capsys, folders, shards, file, content, message):
     (path,) = shards.glob(file)
     if content is None:
         path.unlink()
     else:
         path.write_bytes(content(path.read_bytes()))
     for command in ("generate", "explain"):
-        assert f"{path} {message}" in fails(capsys, command, "-m", shards, "-i", made.photo, "-p", "What?")
+        assert f"{path} {message}" in fails(capsys, command, "-m", shards, "-i", folders.photo, "-p", "What?")
 
 
-def test_weights_are_looked_at_before_any_is_loaded(capsys, made, shards, monkeypatch):
+def test_weights_are_looked_at_before_any_is_loaded(capsys, folders, shards, monkeypatch):
     monkeypatch.setattr(answering.IVTPLlavaForConditionalGeneration, "from_pretrained", None)
     weights = sorted(shards.glob("model-*.safetensors"))[-1]
     weights.write_bytes(weights.read_bytes()[:-9])
-    assert str(weights) in fails(capsys, "generate", "-m", shards, "-i", made.photo, "-p", "What?")
+    assert str(weights) in fails(capsys, "generate", "-m", shards, "-i", folders.photo, "-p", "What?")
 
 
 @pytest.mark.parametrize(
@@ -308,35 +310,47 @@ def test_weights_are_looked_at_before_any_is_loaded(capsys, made, shards, monkey
         ({"pruning": 3}, "pruning"),
     ],
 )
-def test_a_wrong_config_is_one_line(capsys, made, shards, config, message):
+def test_a_wrong_config_is_one_line(capsys, folders, shards, config, message):
     path = shards / "config.json"
     if config is None:
         path.unlink()
     else:
         path.write_text(json.dumps(json.loads(path.read_text()) | config) if isinstance(config, dict) else config)
-    line = fails(capsys, "generate", "-m", shards, "-i", made.photo, "-p", "What?")
+    line = fails(capsys, "generate", "-m", shards, "-i", folders.photo, "-p", "What?")
     assert message in line
     assert "should not happen" not in line
 
 
-def test_weights_that_do_not_fit_the_config_are_named_with_both_shapes(capsys, made, shards):
+def test_weights_that_do_not_fit_the_config_are_named_with_both_shapes(capsys, folders, shards):
     config = json.loads((shards / "config.json").read_text())
     stored = (config["text_config"]["vocab_size"], 32)
     config["text_config"]["vocab_size"] = 2000
     (shards / "config.json").write_text(json.dumps(config))
-    line = fails(capsys, "generate", "-m", shards, "-i", made.photo, "-p", "What?")
+    line = fails(capsys, "generate", "-m", shards, "-i", folders.photo, "-p", "What?")
     assert "2 tensors of other shapes than its config says" in line
     assert f"lm_head.weight: {stored} in the weights, (2000, 32) by config.json" in line
 
 
-def test_a_damaged_chat_template_is_one_line(capsys, made, shards):
+def test_a_damaged_chat_template_is_one_line(capsys, folders, shards):
     (shards / "chat_template.jinja").write_text("{% for x in %}")
-    assert "chat template is damaged" in fails(capsys, "generate", "-m", shards, "-i", made.photo, "-p", "What?")
+    assert "chat template is damaged" in fails(capsys, "generate", "-m", shards, "-i", folders.photo, "-p", "What?")
 
 
-def test_explain(capsys, made, tmp_path):
+def test_explain(capsys, folders, tmp_path):
     picture, data = tmp_path / "trace.png", tmp_path / "trace.json"
-    arguments = ["explain", "-m", made.ivtp, "-i", made.photo, "-p", "What is this?", "--json", data, "--out", picture]
+    arguments = [
+        "explain",
+        "-m",
+        folders.ivtp,
+        "-i",
+        folders.photo,
+        "-p",
+        "What is this?",
+        "--json",
+        data,
+        "--out",
+        picture,
+    ]
     status, out, err = run(capsys, *arguments)
     assert (status, err) == (0, "")
     assert "16 → 9 in the tower" in out
@@ -354,19 +368,19 @@ def test_explain(capsys, made, tmp_path):
         (["--visual-tokens", "999"], "Nothing to explain: visual_tokens=999 keeps all 16 patches; allowed: 1 to 15\n"),
     ],
 )
-def test_explain_refuses_in_one_line(capsys, made, arguments, message):
-    assert message in fails(capsys, "explain", "-m", made.ivtp, "-i", made.photo, "-p", "What?", *arguments)
+def test_explain_refuses_in_one_line(capsys, folders, arguments, message):
+    assert message in fails(capsys, "explain", "-m", folders.ivtp, "-i", folders.photo, "-p", "What?", *arguments)
 
 
-def test_explain_says_that_pruning_is_off(capsys, made, shards):
+def test_explain_says_that_pruning_is_off(capsys, folders, shards):
     config = json.loads((shards / "config.json").read_text())
     config["pruning"]["enabled"] = False
     (shards / "config.json").write_text(json.dumps(config))
-    assert "pruning is off" in fails(capsys, "explain", "-m", shards, "-i", made.photo, "-p", "What?")
+    assert "pruning is off" in fails(capsys, "explain", "-m", shards, "-i", folders.photo, "-p", "What?")
 
 
-def test_explain_needs_a_picture(capsys, made):
-    assert "at least one --image" in fails(capsys, "explain", "-m", made.ivtp, "-p", "What?")
+def test_explain_needs_a_picture(capsys, folders):
+    assert "at least one --image" in fails(capsys, "explain", "-m", folders.ivtp, "-p", "What?")
 
 
 @pytest.mark.parametrize(("error", "message"), [(KeyError("x"), "KeyError: 'x' (this should"), (OSError(), "OSError")])
@@ -407,8 +421,8 @@ def test_the_process_says_the_same():
     assert result.stderr.endswith("the name of a repository on the Hugging Face Hub\n")
 
 
-def test_a_question_becomes_a_prompt(made):
-    processor = IVTPLlavaProcessor.from_pretrained(made.ivtp)
+def test_a_question_becomes_a_prompt(folders):
+    processor = IVTPLlavaProcessor.from_pretrained(folders.ivtp)
     templated = answering.as_prompt(processor, "Why?", 2)
     assert templated == "USER: <image>\n<image>\nWhy? ASSISTANT:"
     processor.chat_template = None
