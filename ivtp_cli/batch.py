@@ -80,7 +80,7 @@ def batch(
     if prompt is not None and prompt_column is not None:
         raise ValueError("batch takes one of --prompt and --prompt-column")
     from modeling_ivtp import batch as batches
-    from modeling_ivtp.files.folder import byte_count
+    from modeling_ivtp.files.sizes import byte_count
 
     options = batches.Options(
         model=model,

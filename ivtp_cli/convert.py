@@ -11,7 +11,7 @@ from .tables import file_table, show
 
 
 def _check_size(size: str) -> str:
-    from modeling_ivtp.files.folder import byte_count
+    from modeling_ivtp.files.sizes import byte_count
 
     byte_count(size, "--max-shard-size")
     return size
@@ -155,7 +155,7 @@ def _export(llava: str | None, out: str, changes: dict[str, Any], shared: dict[s
 
 
 def _show_result(result: Any) -> None:
-    from modeling_ivtp.files.folder import human_bytes
+    from modeling_ivtp.files.sizes import human_bytes
 
     table = file_table(result.weight_files)
     table.add_row("config, processor and code", "")

@@ -82,7 +82,7 @@ def _checkpoint_config(model: str) -> Any:
 
 def _parts_table(count: Any) -> Any:
     """Return the table of one prompt's parts: executed operations beside the closed formula."""
-    from modeling_ivtp.files.folder import human_bytes
+    from modeling_ivtp.files.sizes import human_bytes
 
     table = new_table("part", "executed, TFLOPs", "closed formula, TFLOPs")
     for part, executed in count.parts.items():

@@ -64,7 +64,7 @@ def generate(
 
 def _comparison(unpruned: Any, pruned: Any) -> Any:
     """Return the table that shows two answers and their costs side by side."""
-    from modeling_ivtp.files.folder import human_bytes
+    from modeling_ivtp.files.sizes import human_bytes
 
     table = new_table("", "unpruned", "pruned", "ratio")
     table.add_row("answer", unpruned.text, pruned.text, "")

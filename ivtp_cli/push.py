@@ -74,7 +74,7 @@ def push(
 
 
 def _show_upload(upload: Any) -> None:
-    from modeling_ivtp.files.folder import human_bytes
+    from modeling_ivtp.files.sizes import human_bytes
 
     files = upload.repository.files
     table = file_table(files)

@@ -19,7 +19,7 @@ def new_table(*columns: str, title: str | None = None) -> Any:
 
 def file_table(files: Mapping[str, int]) -> Any:
     """Return a table of files and their bytes, to which more rows can be added."""
-    from modeling_ivtp.files.folder import human_bytes
+    from modeling_ivtp.files.sizes import human_bytes
 
     table = new_table("file", "bytes")
     for name, size in files.items():

@@ -9,7 +9,7 @@ import psutil
 import torch
 
 from ..checkpoints.weights import Checkpoint
-from ..files.folder import human_bytes
+from ..files.sizes import human_bytes
 from ..flops.formula import kv_cache_bytes
 from ..model.prompt_graphs import layer_bytes
 from ..speed.models import DTYPES

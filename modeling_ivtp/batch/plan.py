@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..files.folder import human_bytes
+from ..files.sizes import human_bytes
 from .data import Row
 
 _SHARDS, _FEWEST, _MOST = 64, 16, 1024

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from ..files.console import quiet
-from ..files.folder import byte_count, check_target
+from ..files.folder import check_target
+from ..files.sizes import byte_count
 from ..model.checkpoint_ivtp import check_clip_width
 from ..model.modeling_ivtp import IVTPLlavaForConditionalGeneration
 from ..model.processing_ivtp import IVTPLlavaProcessor

@@ -14,7 +14,8 @@ from typing import Any
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from ..files.console import quiet
-from ..files.folder import byte_count, check_target
+from ..files.folder import check_target
+from ..files.sizes import byte_count
 from ..model.processing_ivtp import IVTPLlavaProcessor
 from .llava_source import read_config
 from .shards import PlannedTensor

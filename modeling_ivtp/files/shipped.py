@@ -1,4 +1,4 @@
-"""Files that lie beside the package in a clone and inside of it once it is installed; pyproject.toml lists them."""
+"""Files that lie beside the package in a clone and inside it once it is installed; pyproject.toml lists them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _INSTALLED = Path(__file__).resolve().parents[1] / "shipped"
 
 
 def shipped(name: str) -> Path:
-    """Where a file or folder such as `"configuration"` is.
+    """Return the path of a file or folder that ships with the package, such as `"configuration"`.
 
     Raises
     ------

@@ -7,6 +7,6 @@ from typing import Any
 
 
 def markdown_table(header: Sequence[Any], lines: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table, the first column to the left and the others to the right."""
+    """Return a Markdown table with the first column aligned to the left and the others to the right."""
     ruled = [header, ["---"] + ["---:"] * (len(header) - 1), *lines]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in ruled) + "\n"

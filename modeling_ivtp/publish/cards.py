@@ -15,8 +15,8 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..checkpoints.recipes import load_recipe
-from ..files.folder import human_bytes
 from ..files.shipped import shipped
+from ..files.sizes import human_bytes
 
 GENERIC = "generic"
 """The card of a checkpoint that no recipe here built."""

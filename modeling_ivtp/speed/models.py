@@ -8,7 +8,7 @@ import psutil
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from ..files.folder import human_bytes
+from ..files.sizes import human_bytes
 from ..flops.formula import kv_cache_bytes
 from ..model.modeling_ivtp import IVTPLlavaForConditionalGeneration
 from ..model.prompt_graphs import layer_bytes

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files.folder import human_bytes
+from ..files.sizes import human_bytes
 from ..files.tables import markdown_table
 from .timing import FEWEST
 
