@@ -21,6 +21,7 @@ from transformers import DynamicCache
 from ..methods import METHODS, Method, make
 from ..model.configuration_ivtp import IVTPLlavaConfig
 from ..model.modeling_ivtp import IVTPLlavaForConditionalGeneration
+from ..model.prompt import PromptInputs, build_prompt
 from ..model.pruner import Choice, DecoderStep, FeatureStep, IVTPPruner, PromptStep, Pruner, PrunerWrapper, TowerStep
 from ..model.rollout import AttentionRecord, DecoderAttentionRecord
 from ..model.schedule import PruningPlan
@@ -171,18 +172,14 @@ def _run(config: Any, pruner: Pruner, plan: PruningPlan | None, text_tokens: int
             embeds = torch.cat([embeds[:, : length - len(features)], features[None]], 1)
         else:
             with _counting() as counted:
-                asked = {"input_ids": ids, "inputs_embeds": embeds, "past": 0}
-                prompt_index = inner.read(plan=plan, images=1, attention_mask=None, clip_input_ids=None, **asked)
-                visual, embeds = inner.visual_prompt(
-                    plan=plan,
-                    prompt_index=prompt_index,
-                    encoded=encoded,
-                    position_ids=None,
+                assert plan is not None
+                prompt = PromptInputs(
+                    ids,
                     clip_input_ids=torch.ones(1, windows, _context(config), dtype=torch.long, device="meta"),
                     clip_spans=_spans(length, config.num_patches, windows * _context(config)),
-                    recorder=None,
-                    **asked,
                 )
+                index = inner.index_prompt(replace(prompt, clip_input_ids=None), plan, images=1)
+                visual, embeds = build_prompt(inner, prompt, index, encoded, embeds, plan)
             parts["text_tower"] = counted() - dry.taken()
         with _counting() as counted:
             options = {} if visual is None else {"visual": visual}

@@ -1,4 +1,4 @@
-"""What `generate()` has to know about pruning: masks of a static cache, beams, what cannot be combined with it."""
+"""How `generate()` deals with pruning: masks of a static cache, beams, images of earlier turns."""
 
 import inspect
 from typing import Any
@@ -8,11 +8,12 @@ from torch import nn
 from transformers.masking_utils import create_masks_for_generate
 
 from .compat import CACHE
+from .prompt import PromptInputs
 from .pruned_cache import is_pruned, release
 
 
 class PrunedGeneration:
-    """Mixin for the class that has `generate()`; the model's forward does the rest."""
+    """Overrides of transformers' `GenerationMixin`; the model's forward does the rest."""
 
     config: Any
     model: Any
@@ -25,7 +26,7 @@ class PrunedGeneration:
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> Any:
-        """As in transformers; what only a prompt needs does not follow into the decoding steps."""
+        """Prepare a forward's inputs as transformers does; what only a prompt needs is left out of decoding steps."""
         prompt = kwargs.pop("prompt_length", None)
         if not is_first_iteration and kwargs.get("use_cache", True):
             for name in ("mm_encoder_outputs", "clip_input_ids", "clip_spans"):
@@ -38,7 +39,7 @@ class PrunedGeneration:
                 kwargs["drafted"] = input_ids.shape[1] - prompt
             if next_sequence_length is not None and next_sequence_length < input_ids.shape[1]:
                 self._leave_seen_images(input_ids, next_sequence_length, kwargs)
-        given = super().prepare_inputs_for_generation(  # type: ignore[misc]
+        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids,
             next_sequence_length=next_sequence_length,
             inputs_embeds=inputs_embeds,
@@ -47,36 +48,35 @@ class PrunedGeneration:
         )
         cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
         if is_first_iteration:
-            self._index_ahead(given, mask)
+            self._index_ahead(inputs, mask)
             if cache is not None:
-                asked = "prompt_index" in given or is_pruned(cache)
-                cache.rows_are_whole = asked and (mask is None or bool(mask.all()))
-        elif _needs_no_mask(cache) and getattr(given.get("attention_mask"), "ndim", 0) == 2:
-            given["attention_mask"] = None
-        return given
+                pruned = "prompt_index" in inputs or is_pruned(cache)
+                cache.rows_are_whole = pruned and (mask is None or bool(mask.all()))
+        elif _needs_no_mask(cache) and getattr(inputs.get("attention_mask"), "ndim", 0) == 2:
+            inputs["attention_mask"] = None
+        return inputs
 
-    def _index_ahead(self, given: dict[str, Any], mask: torch.Tensor | None) -> None:
-        """Before the prompt's work begins: what the host has to know of it, and the memory of a static cache."""
-        cache = given.get(CACHE)
+    def _index_ahead(self, inputs: dict[str, Any], mask: torch.Tensor | None) -> None:
+        """Index the prompt and allocate a static cache before the device has work."""
+        cache = inputs.get(CACHE)
         release(cache)
-        plan = self.model.plan() if _count_images(given) else None
+        plan = self.model.plan() if _count_images(inputs) else None
         if plan is None:
             return
-        past = 0 if cache is None else int(cache.get_seq_length())
-        names = ("input_ids", "inputs_embeds", "clip_input_ids")
-        prompt_index = given["prompt_index"] = self.model.read(
-            plan=plan,
-            images=_count_images(given),
+        prompt = PromptInputs(
+            input_ids=inputs.get("input_ids"),
+            inputs_embeds=inputs.get("inputs_embeds"),
             attention_mask=mask,
-            past=past,
-            drafted=given.get("drafted", 0),
-            **{name: given.get(name) for name in names},
+            clip_input_ids=inputs.get("clip_input_ids"),
+            past=0 if cache is None else int(cache.get_seq_length()),
+            drafted=inputs.get("drafted", 0),
         )
-        if cache is not None and past == 0 and plan.exact:
-            self.model.language_model.allocate(cache, plan, prompt_index.sequence)
+        index = inputs["prompt_index"] = self.model.index_prompt(prompt, plan, _count_images(inputs))
+        if cache is not None and prompt.past == 0 and plan.exact:
+            self.model.language_model.allocate(cache, plan, index.sequence)
 
     def _leave_seen_images(self, input_ids: torch.Tensor, new: int, kwargs: dict[str, Any]) -> None:
-        """Of a whole conversation's images keep those of the `new` last tokens: the others are in the cache."""
+        """Keep only the images of the `new` last tokens of a conversation: the others are in the cache."""
         marks = input_ids == self.config.image_token_id
         counts, fresh = self._images_of(marks), self._images_of(marks[:, marks.shape[1] - new :])
         images = _count_images(kwargs)
@@ -95,7 +95,7 @@ class PrunedGeneration:
         return (marks.sum(1) // self.config.num_patches).tolist()
 
     def create_masks_for_generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Masks that `generate` prepares for a static cache; a prompt that is pruned makes its own, layer by layer."""
+        """Make the masks of a static cache; a prompt that is pruned makes its own, layer by layer."""
         cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
         if not is_pruned(cache):
             if kwargs.get("is_first_iteration") and self.model.plan() is not None:
@@ -130,21 +130,21 @@ class PrunedGeneration:
         assert prompt is not None
         length = model_kwargs["prompt_length"] = prompt.shape[1]
         if (spans := model_kwargs.get("clip_spans")) is not None and spans.shape[1] < length:
-            # Spans of the last words alone: what stands before them, say an earlier answer, has none.
+            # Spans may cover the last words only: the tokens before them, say an earlier answer, have none.
             model_kwargs["clip_spans"] = nn.functional.pad(spans, (0, 0, length - spans.shape[1], 0))
         names = ("pixel_values", "mm_encoder_outputs") if expand_size > 1 and _count_images(model_kwargs) else ()
-        given = {name: model_kwargs.pop(name) for name in names if model_kwargs.get(name) is not None}
+        images = {name: model_kwargs.pop(name) for name in names if model_kwargs.get(name) is not None}
         order: list[int] = []
-        if given:
+        if images:
             marks = self.model.placeholders(None if embeds is not None else input_ids, embeds)
-            order = self._image_order(expand_size, marks, _count_images(given), model_kwargs)
+            order = self._image_order(expand_size, marks, _count_images(images), model_kwargs)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
-        return input_ids, model_kwargs | {name: _reordered(value, order) for name, value in given.items()}
+        return input_ids, model_kwargs | {name: _reordered(value, order) for name, value in images.items()}
 
     def _image_order(self, repeats: int, marks: torch.Tensor, images: int, model_kwargs: dict[str, Any]) -> list[int]:
-        """Which image stands where once every row is repeated."""
+        """Return the order of the images once every row is repeated."""
         if (mask := model_kwargs.get("attention_mask")) is not None:
             marks = marks & mask[:, mask.shape[1] - marks.shape[1] :].bool()
         counts = self._images_of(marks)
@@ -157,17 +157,17 @@ class PrunedGeneration:
         return order
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
-        """Leave out what an assistant that is a plain language model would not take."""
-        assistant, given = kwargs.get("assistant_model"), kwargs.get("model_kwargs")
-        if assistant is not None and given is not None:
-            taken = inspect.signature(assistant.forward).parameters
-            ours = {"clip_input_ids", "clip_spans", "pixel_values", "prompt_length"} - set(taken)
-            kwargs["model_kwargs"] = {name: value for name, value in given.items() if name not in ours}
+        """Leave out the inputs that an assistant, a plain language model, does not take."""
+        assistant, inputs = kwargs.get("assistant_model"), kwargs.get("model_kwargs")
+        if assistant is not None and inputs is not None:
+            known = inspect.signature(assistant.forward).parameters
+            ours = {"clip_input_ids", "clip_spans", "pixel_values", "prompt_length"} - set(known)
+            kwargs["model_kwargs"] = {name: value for name, value in inputs.items() if name not in ours}
         return super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]
 
 
 def _needs_no_mask(cache: Any) -> bool:
-    """Whether a decoding step sees every entry of a pruned cache, in every row."""
+    """Return whether a decoding step sees every entry of a pruned cache, in every row."""
     return is_pruned(cache) and getattr(cache, "rows_are_whole", False)
 
 
@@ -179,14 +179,14 @@ def _count_images(kwargs: dict[str, Any]) -> int:
 
 
 def _reordered(images: Any, order: list[int]) -> Any:
-    """Pixels (I, ...) or encoder outputs, for images in another order."""
+    """Put pixels (I, ...) or encoder outputs into another order of the images."""
     if isinstance(images, torch.Tensor):
         return images[torch.tensor(order, device=images.device)]
     return {kind: None if output is None else take_images(output, order) for kind, output in images.items()}
 
 
 def take_images(output: Any, order: list[int]) -> Any:
-    """Encoder outputs of some of their images, which may repeat."""
+    """Take the encoder outputs of some images, which may repeat."""
     chosen: dict[str, Any] = {"pooler_output": [output.pooler_output[image] for image in order]}
     # Of images that keep different numbers, the one that kept most may be among those that are left out.
     most = max(len(image) for image in chosen["pooler_output"])

@@ -1,6 +1,5 @@
 """Stage 2: a decoder of LLaMA's cache_index that drops visual tokens under the eyes of a pseudo CLS (IVTP Sec. 3.3)."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,8 +12,8 @@ from transformers.models.mistral.modeling_mistral import MistralAttention, Mistr
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2Model
 
 from .compat import CACHE, one_cache
-from .labels import CHOOSE, label
 from .pruned_cache import (
+    CacheSpan,
     allocate,
     cache_spans,
     is_pruned,
@@ -23,114 +22,24 @@ from .pruned_cache import (
     padding_mask,
     prepare_layers,
 )
-from .pruner import DecoderStep, Pruner, full_precision
 from .pseudo_cls_attention import GroupedAttention, PseudoCLSAttention
-from .rollout import AttentionRecord, DecoderAttentionRecord, GroupScores
+from .rollout import DecoderAttentionRecord
 from .schedule import Group, PruningPlan
-from .text_relevance import pseudo_cls
+from .visual_prompt import Numbering, PromptPass, VisualPrompt
 from .visual_sequence import VisualSequence
 
 
 @dataclass
-class VisualPrompt:
-    """The visual tokens of a prompt and how the decoder is to prune them.
-
-    Attributes
-    ----------
-    sequence : VisualSequence
-        The prompt as it comes to the decoder.
-    pruner : Pruner
-        What chooses.
-    groups : tuple of Group
-        At the tops of which it is asked.
-    state : any
-        What the pruner prepared.
-    scores : list of GroupScores or None
-        Each group's decision is appended.
-    reference : Tensor (B, M, d) or None
-        The pseudo CLS of each image, an input embedding (Eq. 8), where the pruner observes.
-    end_positions : int64 Tensor (B, M) or None
-        RoPE position of the first token after each image, likewise.
-    key_tokens : bool Tensor (B, M, S) or None
-        For pooling anew at each layer: the logical columns to pool. None: the pseudo CLS propagates.
-    """
-
-    sequence: VisualSequence
-    pruner: Pruner
-    groups: tuple[Group, ...]
-    state: Any = None
-    scores: list[GroupScores] | None = None
-    reference: torch.Tensor | None = None
-    end_positions: torch.Tensor | None = None
-    key_tokens: torch.Tensor | None = None
-
-    def stages(self, layers: int) -> Iterator[tuple[int, int, Group | None]]:
-        """All layers of the decoder: the groups, and without one what lies between and above them."""
-        start = 0
-        for group in self.groups:
-            if start < group.first:
-                yield start, group.first - 1, None
-            yield group.first, group.last, group
-            start = group.last + 1
-        yield start, layers - 1, None
-
-
-@dataclass
 class PrunedDecoderOutput(BaseModelOutputWithPast):
-    """The decoder's output, and which columns of the prompt went through all of it.
+    """The decoder's output, with the columns of the prompt that went through all layers.
 
     Attributes
     ----------
     kept_tokens : bool Tensor (B, S) or None
-        None: all did.
+        None: all.
     """
 
     kept_tokens: torch.Tensor | None = None
-
-
-@dataclass
-class Numbering:
-    """RoPE positions of what is left of a prompt.
-
-    Attributes
-    ----------
-    position_ids : int64 Tensor (B, S)
-        Of the whole prompt.
-    valid : Tensor (B, S) or None
-        The 2D mask of the prompt.
-    ends : int64 Tensor (B, M) or None
-        Position of the first token after each image, where observers need it.
-    compact : bool
-        Renumber without gaps.
-    """
-
-    position_ids: torch.Tensor
-    valid: torch.Tensor | None
-    ends: torch.Tensor | None
-    compact: bool
-
-    def of(
-        self, sequence: VisualSequence, shift: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Positions of the sequence (B, n) and of its observers (B, M), and how far the row's end moved down (B, 1).
-
-        `shift` (B, 1) is what earlier turns moved it down.
-        """
-        positions, ends = sequence.at_slots(self.position_ids), self.ends
-        if shift is not None:
-            positions = positions - shift.to(positions.device)
-            ends = None if ends is None else ends - shift.to(ends.device)
-        if not self.compact:
-            return positions.clamp_min(0), ends, None
-        there = torch.ones_like(self.position_ids) if self.valid is None else self.valid.long()
-        given = there.cumsum(1) - 1
-        now = torch.arange(sequence.size, device=positions.device).expand_as(positions)
-        if sequence.valid is not None:
-            now = sequence.valid.long().cumsum(1) - 1
-        positions = (positions - (sequence.at_slots(given) - now)).clamp_min(0)
-        if ends is not None:
-            ends = positions.gather(1, sequence.columns[..., -1].clamp_max(sequence.size - 1)) + 1
-        return positions, ends, given[:, -1:] - now[:, -1:]
 
 
 class GroupedDecoder:
@@ -165,8 +74,8 @@ class GroupedDecoder:
         Parameters
         ----------
         input_ids, inputs_embeds, position_ids, cache (or past_key_values), use_cache
-            As in transformers. With `visual`, `inputs_embeds` (B, n, d) holds the tokens that `visual.sequence` left,
-            while `position_ids` (B or 1, S) and the mask still speak of the whole prompt.
+            As in transformers. With `visual`, `inputs_embeds` (B, n, d) holds the tokens of `visual.sequence`, while
+            `position_ids` (B or 1, S) and the mask still cover the whole prompt.
         attention_mask : Tensor (B, past + S), dict or None
             With a pruned cache also the masks that `masks_for_pruned_cache` made.
         visual : VisualPrompt, optional
@@ -206,7 +115,7 @@ class GroupedDecoder:
         if model.training and getattr(model, "gradient_checkpointing", False):
             if visual is None:
                 raise ValueError(
-                    "Gradient checkpointing leaves out the cache, and what this prompt is about is in there: train on "
+                    "Gradient checkpointing runs without the cache that holds the start of this conversation: train on "
                     "whole conversations, or disable it with gradient_checkpointing_disable()."
                 )
             use_cache, cache = False, None  # as transformers does: the backward pass would write it again
@@ -218,12 +127,12 @@ class GroupedDecoder:
         if position_ids is None:
             position_ids = (torch.arange(logical, device=inputs_embeds.device) + past)[None]
         states: list[torch.Tensor] | None = [] if wanted else None
-        given = (inputs_embeds, attention_mask, position_ids, cache)
+        inputs = (inputs_embeds, attention_mask, position_ids, cache)
         kept_tokens = None
         if visual is None:
-            hidden = model.norm(self._continue(*given, states, kwargs))
+            hidden = model.norm(self._continue(*inputs, states, kwargs))
         else:
-            hidden, sequence = self._prune(*given, visual, states, kwargs)
+            hidden, sequence = self._prune(*inputs, visual, states, kwargs)
             hidden, kept_tokens = sequence.restore(model.norm(hidden)), sequence.kept_tokens()
         return PrunedDecoderOutput(
             last_hidden_state=hidden,
@@ -233,15 +142,15 @@ class GroupedDecoder:
         )
 
     def allocate(self, cache: Cache, plan: PruningPlan, sequence: VisualSequence) -> None:
-        """Give an empty static cache the memory that a prompt and what follows it will need; see `allocate`.
+        """Allocate an empty static cache for what a prompt keeps and for the answer; see `pruned_cache.allocate`.
 
         Parameters
         ----------
         cache : Cache
-            One that is not static is left alone, and one of a model in several types or places: there a layer finds
-            out with its first keys what it has to hold.
+            A cache that is not static is left alone, and so is one of a model in several dtypes or on several devices:
+            there each layer allocates when its first keys come.
         plan : PruningPlan
-            One that keeps exact numbers.
+            With exact counts.
         sequence : VisualSequence
             The prompt before anything is dropped.
         """
@@ -276,7 +185,7 @@ class GroupedDecoder:
     def masks_for_pruned_cache(
         self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache
     ) -> dict[int, Any]:
-        """The 4D masks of a decoding step, keyed by the first layer of each run of layers that share one.
+        """Build the 4D masks of a decoding step, keyed by the first of the layers that share each.
 
         Parameters
         ----------
@@ -306,13 +215,13 @@ class GroupedDecoder:
         states: list[torch.Tensor] | None,
         kwargs: dict[str, Any],
     ) -> torch.Tensor:
-        """Tokens after a pruned prompt: nothing is dropped, but masks and positions differ between layers."""
+        """Run tokens after a pruned prompt: nothing is dropped, but masks and positions differ between layers."""
         segments = layer_segments(cache)
         masks = attention_mask
         if not isinstance(masks, dict):
             masks = self._masks(segments, hidden, attention_mask, cache)
         rotary, known_shift = None, None
-        layers, options = self._steps(cache, kwargs)
+        layers, options = self._layer_calls(cache, kwargs)
         for first, last in segments:
             shift = cache.layers[first].cache_index.position_shift
             if rotary is None or shift is not known_shift:
@@ -334,100 +243,108 @@ class GroupedDecoder:
         states: list[torch.Tensor] | None,
         kwargs: dict[str, Any],
     ) -> tuple[torch.Tensor, VisualSequence]:
-        """The prompt: group after group, each on what the one before left."""
-        model: Any = self
-        past = 0
+        """Run a prompt group after group, each on the tokens that the group before left."""
+        run = self._begin(tokens, attention_mask, position_ids, cache, visual, states)
+        layers, options = self._layer_calls(cache, kwargs)
+        for first, last, group in visual.stages(len(layers)):
+            drops = group is not None and group.keep < run.sequence.patches.shape[2]
+            records: list[Any] = []
+            joined: torch.Tensor | None = None
+            for span in cache_spans(cache, first, last, attention_mask):
+                with_pseudo_cls = group is not None and run.pseudo_cls is not None
+                call, renumbered = self._call_of(run, span, cache, options, with_pseudo_cls)
+                if group is not None and with_pseudo_cls:
+                    joined = self._run_with_pseudo_cls(run, span, layers, call, group, drops, records, joined)
+                else:
+                    self._run_layers(run, span, layers, call, drops, records)
+                span.end(run.sequence, renumbered)
+            if group is not None and drops:
+                run.drop(group, records)
+        return run.tokens, run.sequence
+
+    def _begin(
+        self,
+        tokens: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        cache: Cache | None,
+        visual: VisualPrompt,
+        states: list[torch.Tensor] | None,
+    ) -> PromptPass:
+        """Prepare the cache and gather what belongs to one prompt's pass."""
+        past, sequence, pseudo = 0, visual.sequence, visual.pseudo_cls
         if cache is not None:
             past = int(cache.get_seq_length())
             known = None if attention_mask is None or past == 0 else attention_mask[:, :past].bool()
-            prepare_layers(cache, len(model.layers), known, visual.sequence.length)
-        sequence, pruner = visual.sequence, visual.pruner
-        observers = None if visual.reference is None else visual.reference.to(tokens.dtype)
-        sizes = None
+            prepare_layers(cache, self.config.num_hidden_layers, known, sequence.length)  # type: ignore[attr-defined]
         numbering = Numbering(
             position_ids.expand(tokens.shape[0], -1),
             None if attention_mask is None else attention_mask[:, past : past + sequence.length],
-            visual.end_positions,
-            pruner.needs.compact_positions,
+            None if pseudo is None else pseudo.end_positions,
+            visual.pruner.needs.compact_positions,
         )
-        layers, options = self._steps(cache, kwargs)
-        for first, last, group in visual.stages(len(layers)):
-            drops = group is not None and group.keep < sequence.patches.shape[2]
-            observed = group is not None and observers is not None
-            records: list[AttentionRecord] = []
-            decoder_records: list[DecoderAttentionRecord] = []
-            both: torch.Tensor | None = None
-            for run in cache_spans(cache, first, last, attention_mask):
-                mask = self._causal_mask(tokens, run.begin(sequence), cache, run.first)
-                positions, ends, renumbered = numbering.of(sequence, run.cache_index.position_shift)
-                if observed:
-                    assert ends is not None
-                    positions = torch.cat([positions, ends], 1)
-                rotary = model.rotary_emb(tokens, position_ids=positions)
-                seen = PseudoCLSAttention.of(sequence, run.entries, run.past_valid) if observed else None
-                where = {"attention_mask": mask, "position_embeddings": rotary, **options}
-                for index in range(run.first, run.last + 1):
-                    if states is not None:
-                        states.append(sequence.restore(tokens))
-                    if seen is None:
-                        if drops:
-                            decoder_records.append(DecoderAttentionRecord(run.entries, run.past_valid, sequence.valid))
-                            where["record"] = decoder_records[-1]
-                        tokens = layers[index](tokens, **where)
-                        continue
-                    assert group is not None
-                    assert observers is not None
-                    if drops:
-                        records.append(pruner.record(group, index))
-                    record = replace(seen, record=records[-1] if drops else None)
-                    if both is None or visual.key_tokens is not None:
-                        observers = self._observers(observers, tokens, visual.key_tokens, sequence)
-                        both = torch.cat([tokens, observers], 1)
-                    both = layers[index](both, record=record, **where)
-                    tokens, observers = both.split([tokens.shape[1], observers.shape[1]], 1)
-                run.end(sequence, renumbered)
-            if drops:
-                assert group is not None
-                with torch.no_grad(), full_precision(tokens.device), label(CHOOSE):
-                    choice = pruner.in_decoder(
-                        DecoderStep(group, records, decoder_records, tokens, sequence, sizes, visual.state)
-                    )
-                watched: list[Any] = [*records, *decoder_records]
-                for layer in watched:
-                    layer.seal()
-                before, sizes = sequence, choice.sizes
-                sequence, index_kept = before.keep(choice.kept, choice.ragged)
-                if visual.scores is not None:
-                    told = before.patches, choice.scores, sequence.patches, choice.mixture
-                    visual.scores.append(GroupScores("decoder", group, *told))
-                index_kept = index_kept.to(tokens.device)[..., None].expand(-1, -1, tokens.shape[-1])
-                merged = None if choice.mixture is None else choice.of(before.visual(tokens))
-                tokens = tokens.gather(1, index_kept)
-                if merged is not None:
-                    tokens = sequence.with_visual(tokens, merged)
-        return tokens, sequence
+        embeds = None if pseudo is None else pseudo.embeds.to(tokens.dtype)
+        return PromptPass(visual, tokens, sequence, numbering, embeds, states=states)
+
+    def _call_of(
+        self, run: PromptPass, span: CacheSpan, cache: Cache | None, options: dict[str, Any], with_pseudo_cls: bool
+    ) -> tuple[dict[str, Any], torch.Tensor | None]:
+        """Return the arguments that all layers of a span get, and how far positions move down (B, 1)."""
+        mask = self._causal_mask(run.tokens, span.begin(run.sequence), cache, span.first)
+        positions, ends, renumbered = run.numbering.of(run.sequence, span.cache_index.position_shift)
+        if with_pseudo_cls:
+            assert ends is not None
+            positions = torch.cat([positions, ends], 1)
+        rotary = self.rotary_emb(run.tokens, position_ids=positions)  # type: ignore[attr-defined]
+        return {"attention_mask": mask, "position_embeddings": rotary, **options}, renumbered
 
     @staticmethod
-    def _observers(
-        observers: torch.Tensor, tokens: torch.Tensor, key_tokens: torch.Tensor | None, sequence: VisualSequence
-    ) -> torch.Tensor:
-        """What the observers enter a layer as: their own last output, or the key tokens pooled anew (B, M, d)."""
-        observers = observers.to(tokens.device)
-        if key_tokens is None:
-            return observers
-        keys = sequence.at_slots(key_tokens)
-        if sequence.valid is not None:
-            keys = keys & sequence.valid[:, None]
-        return pseudo_cls(tokens, keys.to(tokens.device), observers)
+    def _run_layers(
+        run: PromptPass, span: CacheSpan, layers: list[Any], call: dict[str, Any], drops: bool, records: list[Any]
+    ) -> None:
+        """Run layers on the prompt alone; where tokens will be dropped, each leaves a record."""
+        for layer in layers[span.first : span.last + 1]:
+            run.note_state()
+            if drops:
+                records.append(DecoderAttentionRecord(span.entries, span.past_valid, run.sequence.valid))
+                call["record"] = records[-1]
+            run.tokens = layer(run.tokens, **call)
 
-    def _steps(self, cache: Cache | None, kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-        """The layers, and what all of them are called with: looked up once, as a decoding step takes little longer."""
+    @staticmethod
+    def _run_with_pseudo_cls(
+        run: PromptPass,
+        span: CacheSpan,
+        layers: list[Any],
+        call: dict[str, Any],
+        group: Group,
+        drops: bool,
+        records: list[Any],
+        joined: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        """Run layers on prompt and pseudo-CLS tokens; `joined` are both as the group's last span left them."""
+        attention = PseudoCLSAttention.of(run.sequence, span.entries, span.past_valid)
+        assert run.visual.pseudo_cls is not None
+        pools = run.visual.pseudo_cls.key_tokens is not None
+        for index in range(span.first, span.last + 1):
+            run.note_state()
+            if drops:
+                records.append(run.visual.pruner.record(group, index))
+            if joined is None or pools:
+                joined = run.joined()
+            record = replace(attention, record=records[-1] if drops else None)
+            joined = layers[index](joined, record=record, **call)
+            tokens = run.tokens.shape[1]
+            run.tokens, run.pseudo_cls = joined.split([tokens, joined.shape[1] - tokens], 1)
+        return joined
+
+    def _layer_calls(self, cache: Cache | None, kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+        """Return the layers and the arguments they share; looked up once, since a decoding step takes little longer."""
         # No position_ids: gaps in them would be read as packed sequences by flash attention.
         options = {**kwargs, "position_ids": None, "use_cache": cache is not None, CACHE: cache}
         return list(self.layers), options  # type: ignore[attr-defined]
 
     def _causal_mask(self, hidden: torch.Tensor, padding: torch.Tensor | None, cache: Cache | None, layer: int) -> Any:
-        """The mask of a layer, None where the attention's own causal pattern, or no pattern at all, is right."""
+        """Build a layer's mask; None where the attention's own causal pattern, or no mask at all, is right."""
         config: Any = self.config  # type: ignore[attr-defined]
         new = hidden.shape[1]
         if padding is None:
@@ -436,11 +353,11 @@ class GroupedDecoder:
             if (new == 1 and filled) or (keys == new and config._attn_implementation != "eager"):
                 return None
         elif config._attn_implementation == "sdpa" and (cache is None or not _waits(cache.layers[layer])):
-            # transformers would look whether anything is padded at all, and wait for the device.
+            # transformers would check whether anything is padded, and wait for the device.
             dropped = 0 if cache is None else cache.layers[layer].cache_index.dropped
-            there = padding[:, dropped:].to(hidden.device)
-            keys = torch.arange(there.shape[1], device=hidden.device)
-            return (keys <= keys[-new:, None]) & there[:, None, None]
+            present = padding[:, dropped:].to(hidden.device)
+            keys = torch.arange(present.shape[1], device=hidden.device)
+            return (keys <= keys[-new:, None]) & present[:, None, None]
         return create_causal_mask(
             config=config,
             inputs_embeds=hidden,
@@ -457,8 +374,8 @@ class GroupedDecoder:
                 f"Pruning changes which keys a layer has, so attention_mask must be 2D (batch, length), not "
                 f"{attention_mask.dim()}D; pass the 2D mask, or switch pruning off for a custom mask."
             )
-        asked = kwargs.get("output_attentions")
-        if config.output_attentions if asked is None else asked:
+        wanted = kwargs.get("output_attentions")
+        if config.output_attentions if wanted is None else wanted:
             raise ValueError(
                 "output_attentions=True: under pruning each layer's attention map has another size. Use "
                 "model.explain(...) to see what was kept and why, or switch pruning off: model.pruning(enabled=False)."
@@ -479,12 +396,12 @@ class GroupedDecoder:
 
 
 def _waits(layer: Any) -> bool:
-    """Whether only the device knows how many entries a cache layer holds."""
+    """Return whether only the device knows how many entries a cache layer holds."""
     return isinstance(layer, StaticLayer) and not getattr(layer, "empty", False)
 
 
 class GroupedLlamaAttention(GroupedAttention, LlamaAttention):
-    """LLaMA's attention with observers."""
+    """LLaMA's attention, which pseudo-CLS tokens can join."""
 
 
 class GroupedLlamaModel(GroupedDecoder, LlamaModel):
@@ -494,7 +411,7 @@ class GroupedLlamaModel(GroupedDecoder, LlamaModel):
 
 
 class GroupedMistralAttention(GroupedAttention, MistralAttention):
-    """Mistral's attention with observers."""
+    """Mistral's attention, which pseudo-CLS tokens can join."""
 
 
 class GroupedMistralModel(GroupedDecoder, MistralModel):
@@ -504,7 +421,7 @@ class GroupedMistralModel(GroupedDecoder, MistralModel):
 
 
 class GroupedQwen2Attention(GroupedAttention, Qwen2Attention):
-    """Qwen2's attention with observers."""
+    """Qwen2's attention, which pseudo-CLS tokens can join."""
 
 
 class GroupedQwen2Model(GroupedDecoder, Qwen2Model):

@@ -1,12 +1,15 @@
 """LLaVA with instruction-guided visual token pruning: the two stages, wired into transformers' LLaVA."""
 
+import copy
 import inspect
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPTextModelWithProjection
@@ -21,21 +24,20 @@ from transformers.models.llava.modeling_llava import (
 
 from .checkpoint_ivtp import load_llava, naming_damaged_weights, register_weight_names
 from .compat import CACHE, cache_of, one_cache
-from .configuration_ivtp import IVTPLlavaConfig
-from .controls import PruningControls, PruningOptions
-from .cuda_graphs import Graphs
+from .configuration_ivtp import IVTPLlavaConfig, IVTPPruningConfig
 from .generation_ivtp import PrunedGeneration
 from .instruction_cache import InstructionCache
+from .labels import TEXT_TOWER, labelled
 from .language_ivtp import DECODERS
-from .prompt import PromptIndex, PromptPruning, choose_features
-from .prompt_graphs import MAX_GRAPHS, PromptCapture, PromptReplay
-from .pruner import Choice, FeatureStep
+from .prompt import PromptIndex, PromptInputs, build_prompt, choose_features, index_prompt
+from .prompt_graphs import MAX_GRAPHS, PromptGraphs
+from .pruner import Choice, FeatureStep, IVTPPruner, Pruner
 from .schedule import PruningPlan
-from .trace import TraceRecorder
+from .trace import PruningTrace, TraceRecorder
 from .vision_ivtp import GroupedCLIPVisionModel, PrunedVisionOutput
 
 IMAGES = "image_outputs" if "image_outputs" in LlavaModelOutputWithPast.__dataclass_fields__ else "image_hidden_states"
-"""Under which name LLaVA's outputs tell of the images: the former since transformers 5.24."""
+"""The name of the images in LLaVA's outputs: the former since transformers 5.24."""
 
 
 @dataclass
@@ -47,13 +49,13 @@ class IVTPImageFeatures(BaseModelOutputWithPooling):
     pooler_output : list of Tensor (k, d)
         Kept patches of each image, projected for the language model.
     kept_patches : int64 Tensor (I, k)
-        Which patches they are, 0 to N - 1; N after those of an image that keeps fewer than others.
+        Their numbers, 0 to N - 1; N fills up an image that keeps fewer than others.
     cls_features : Tensor (I, d)
         The CLS token, projected the same way.
     image_embeds : Tensor (I, P) or None
         CLIP's embedding of the image (Eq. 6).
     patch_embeds : Tensor (I, k, P) or None
-        The kept patches in CLIP's space, where a method compares them with the instruction.
+        The kept patches in CLIP's space, for a method that compares them with the instruction.
     """
 
     kept_patches: torch.Tensor | None = None
@@ -64,26 +66,76 @@ class IVTPImageFeatures(BaseModelOutputWithPooling):
 
 @dataclass
 class IVTPLlavaModelOutputWithPast(LlavaModelOutputWithPast):
-    """LLaVA's output, and which columns of the prompt went through the whole decoder.
+    """LLaVA's output, with the columns of the prompt that went through the whole decoder.
 
     Attributes
     ----------
     kept_tokens : bool Tensor (B, S) or None
-        None: all did.
+        None: all.
     """
 
     kept_tokens: torch.Tensor | None = None
 
 
 class IVTPLlavaPreTrainedModel(LlavaPreTrainedModel):
-    """Base class: configuration and weight loading."""
+    """LLaVA's base class with pruning options that can be changed."""
 
     config_class = IVTPLlavaConfig
     config: Any
 
+    @property
+    def pruning_config(self) -> IVTPPruningConfig:
+        """The options in force."""
+        return self.config.pruning
 
-class IVTPLlavaModel(PromptReplay, PromptPruning, PruningOptions, IVTPLlavaPreTrainedModel, LlavaModel):
+    def set_pruning(self, **options: Any) -> None:
+        """Change pruning options for good; `save_pretrained` keeps them.
+
+        Raises
+        ------
+        ValueError
+            For an option that is unknown, out of range, or does not fit this model. Nothing changes then.
+        """
+        self._use_pruning(self.config.pruning.changed(**options))
+
+    @contextmanager
+    def pruning(self, **options: Any) -> Iterator[None]:
+        """Change pruning options inside a `with` block; blocks nest, and an exception undoes them too.
+
+        The options belong to the model, not to the thread: a model that several threads share needs a lock around this.
+
+        Examples
+        --------
+        >>> with model.pruning(enabled=False):  # doctest: +SKIP
+        ...     stock = model.generate(**inputs)
+        """
+        before = self.config.pruning
+        self._use_pruning(before.changed(**options))
+        try:
+            yield
+        finally:
+            self._use_pruning(before)
+
+    def _use_pruning(self, pruning: IVTPPruningConfig) -> None:
+        before = self.config.pruning
+        if getattr(getattr(self, "model", self), "applied_pruner", None) is not None:
+            raise ValueError(
+                "Another method prunes this model, and its own options have no effect: leave that method's `with` "
+                "block first."
+            )
+        self.config.pruning = pruning
+        try:
+            self.config.pruning_plan()
+        except ValueError:
+            self.config.pruning = before
+            raise
+
+
+class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
     """LLaVA without language model head, pruning its visual tokens in the vision tower and in the decoder.
+
+    Changed of `LlavaModel`: the vision tower and the decoder are the grouped ones, CLIP's text tower stands beside
+    them, and `forward` chooses tokens on the way.
 
     Parameters
     ----------
@@ -95,6 +147,9 @@ class IVTPLlavaModel(PromptReplay, PromptPruning, PruningOptions, IVTPLlavaPreTr
         For towers that pruning cannot serve, or pruning options that do not fit the layers.
     """
 
+    applied_pruner: Pruner | None = None
+    """What prunes instead of the model's own options, for a while; `modeling_ivtp.methods` sets it."""
+
     def __init__(self, config: Any) -> None:
         LlavaPreTrainedModel.__init__(self, config)
         _check_architecture(config)
@@ -102,7 +157,7 @@ class IVTPLlavaModel(PromptReplay, PromptPruning, PruningOptions, IVTPLlavaPreTr
         self.multi_modal_projector = LlavaMultiModalProjector(config)
         self.language_model = DECODERS[config.text_config.model_type]._from_config(config.text_config)
         self.instruction_cache = InstructionCache()
-        self.graphs = Graphs(MAX_GRAPHS, automatic=True)
+        self.prompt_graphs = PromptGraphs()
         if config.clip_text_config is not None:
             # These choose tokens; no gradient comes through a choice, so training leaves them as they are.
             self.clip_text_model = CLIPTextModelWithProjection._from_config(config.clip_text_config)
@@ -110,6 +165,32 @@ class IVTPLlavaModel(PromptReplay, PromptPruning, PruningOptions, IVTPLlavaPreTr
                 config.vision_config.hidden_size, config.clip_text_config.projection_dim, bias=False
             )
         self.post_init()
+
+    @property
+    def pruner(self) -> Pruner:
+        """What prunes: IVTP with the model's own options, unless a method was applied."""
+        return self.applied_pruner or IVTPPruner(self.config.pruning)
+
+    def plan(self) -> PruningPlan | None:
+        """Lay out how many tokens stay where; None if nothing is to be dropped.
+
+        Raises
+        ------
+        ValueError
+            If the options, or the applied method, do not fit the model.
+        """
+        return self.pruner.plan(self.config, self.config.num_patches)
+
+    @property
+    def has_text_tower(self) -> bool:
+        """Whether CLIP's text tower is part of this model."""
+        return hasattr(self, "clip_text_model")
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        # The model is moved or cast: no captured graph is valid, and its memory is wanted back now.
+        if (graphs := getattr(self, "prompt_graphs", None)) is not None:
+            graphs.graphs.forget()
+        return super()._apply(*args, **kwargs)
 
     def get_image_features(
         self,
@@ -120,7 +201,7 @@ class IVTPLlavaModel(PromptReplay, PromptPruning, PruningOptions, IVTPLlavaPreTr
         recorder: TraceRecorder | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Features of images in the language model's space, with patches dropped by the vision tower (stage 1).
+        """Encode images for the language model, dropping patches in the vision tower (stage 1).
 
         Parameters
         ----------
@@ -129,12 +210,14 @@ class IVTPLlavaModel(PromptReplay, PromptPruning, PruningOptions, IVTPLlavaPreTr
             As in LLaVA; default: the configuration's. Pruning needs the strategy "default".
         image_sizes
             Not supported under pruning.
+        recorder : TraceRecorder, optional
+            Collects what `explain` shows.
 
         Returns
         -------
         IVTPImageFeatures; LLaVA's own output where pruning is off.
         """
-        pruner, plan = self.pruner, self.plan()
+        plan = self.plan()
         if plan is None:
             options = {"image_sizes": image_sizes} if image_sizes is not None else {}
             return super().get_image_features(
@@ -144,40 +227,52 @@ class IVTPLlavaModel(PromptReplay, PromptPruning, PruningOptions, IVTPLlavaPreTr
                 **options,
                 **kwargs,
             )
-        layers = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
         strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
         if strategy != "default" or image_sizes is not None:
             raise ValueError(
                 f'vision_feature_select_strategy="{strategy}", image_sizes={image_sizes}: pruning takes "default" and '
                 "images of one size (image_sizes=None). Otherwise switch it off: model.pruning(enabled=False)."
             )
+        layers = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
+        feature_layers = (layers,) if isinstance(layers, int) else tuple(layers)
         return_dict = kwargs.pop("return_dict", True)
         kwargs.pop("output_hidden_states", None)
-        wanted = (layers,) if isinstance(layers, int) else tuple(layers)
 
         def encode(pixel_values: torch.Tensor) -> IVTPImageFeatures:
-            vision = self.vision_tower(
-                pixel_values,
-                pruner=pruner,
-                plan=plan,
-                feature_layers=wanted,
-                to_the_top=self.has_text_tower and pruner.needs.image_embeds,
-                scores=None if recorder is None else recorder.tower,
-                **kwargs,
-            )
-            return self.image_outputs(vision, plan, pixel_values, recorder)
+            return self._encode_images(pixel_values, plan, feature_layers, recorder, kwargs)
 
         outputs = None
-        if recorder is None and self.replay_serves({"pixel_values": pixel_values}, kwargs):
-            outputs = self.replay_images(encode, pixel_values, wanted)
+        if recorder is None:
+            outputs = self.prompt_graphs.replay_images(self, encode, pixel_values, feature_layers, kwargs)
         if outputs is None:
             outputs = encode(pixel_values)
         return outputs if return_dict else outputs.to_tuple()
 
+    def _encode_images(
+        self,
+        pixel_values: torch.Tensor,
+        plan: PruningPlan,
+        feature_layers: tuple[int, ...],
+        recorder: TraceRecorder | None,
+        options: dict[str, Any],
+    ) -> IVTPImageFeatures:
+        """Run the vision tower and the projector on images."""
+        pruner = self.pruner
+        vision = self.vision_tower(
+            pixel_values,
+            pruner=pruner,
+            plan=plan,
+            feature_layers=feature_layers,
+            to_the_top=self.has_text_tower and pruner.needs.image_embeds,
+            scores=None if recorder is None else recorder.tower,
+            **options,
+        )
+        return self.image_outputs(vision, plan, pixel_values, recorder)
+
     def image_outputs(
         self, vision: PrunedVisionOutput, plan: PruningPlan, pixel_values: torch.Tensor, recorder: Any = None
     ) -> IVTPImageFeatures:
-        """What the language model gets of images, from what the vision tower made of them."""
+        """Project the vision tower's output for the language model; methods that choose among features choose here."""
         pruner, patches, choice = self.pruner, vision.patches, None
         if plan.features is None:
             features = self.multi_modal_projector(vision.features)
@@ -203,9 +298,54 @@ class IVTPLlavaModel(PromptReplay, PromptPruning, PruningOptions, IVTPLlavaPreTr
         )
 
     def _patch_embeds(self, features: torch.Tensor, choice: Choice | None) -> torch.Tensor:
-        """What is left of an image in CLIP's space (I, k, P): a feature as if it were the tower's output for CLS."""
-        left = features[:, 1:] if choice is None else choice.of(features[:, 1:])
-        return self.visual_projection(self.vision_tower.post_layernorm(left))
+        """Project the patches that are left into CLIP's space (I, k, P), as CLIP projects the CLS."""
+        kept = features[:, 1:] if choice is None else choice.of(features[:, 1:])
+        return self.visual_projection(self.vision_tower.post_layernorm(kept))
+
+    @labelled(TEXT_TOWER)
+    def text_features(
+        self, clip_input_ids: torch.Tensor, windows: tuple[tuple[int, ...], ...] | None = None
+    ) -> torch.Tensor:
+        """Compute CLIP's features of the instruction's tokens (Eq. 5): (B, W, C) to (B, W x C, P).
+
+        With `windows`, which the host has read, padding is left out and gets zeros, and windows whose features are
+        known are not computed again, except in training.
+        """
+        tower, ids = self.clip_text_model, clip_input_ids.flatten(0, 1)
+
+        def encode(ids: torch.Tensor) -> torch.Tensor:
+            return tower.text_projection(tower.text_model(input_ids=ids).last_hidden_state)
+
+        if windows is None:
+            features = encode(ids)
+        else:
+            cache = InstructionCache(0) if self.training else self.instruction_cache
+            features = cache.features(tower, ids, windows, encode)
+        return features.unflatten(0, clip_input_ids.shape[:2]).flatten(1, 2)
+
+    def placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        """Return where an image token stands, as a number or as its embedding: bool Tensor (B, S)."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        assert inputs_embeds is not None
+        token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+
+    def index_prompt(
+        self, prompt: PromptInputs, plan: PruningPlan, images: int, known: PromptIndex | None = None
+    ) -> PromptIndex:
+        """Find images and words of a prompt, before the device has work; see `prompt.index_prompt`."""
+        placeholders, needs = self.placeholders(prompt.input_ids, prompt.inputs_embeds), self.pruner.needs
+        by_clip = needs.pseudo_cls and needs.options.guidance == "clip" and self.has_text_tower
+        return index_prompt(
+            placeholders,
+            prompt.valid_tokens(placeholders.device),
+            images=images,
+            patches=plan.patches,
+            drafted=prompt.drafted,
+            clip_input_ids=prompt.clip_input_ids if needs.patch_embeds or by_clip else None,
+            known=known,
+        )
 
     def forward(
         self,
@@ -243,16 +383,21 @@ class IVTPLlavaModel(PromptReplay, PromptPruning, PruningOptions, IVTPLlavaPreTr
         drafted : int, default 0
             Last columns that an assistant proposes: they are no words of the prompt, and choose nothing.
         prompt_index : PromptIndex, optional
-            What `read` told of this very prompt, so that the host does not wait for the device here. `generate` passes
-            it.
+            The index of this very prompt, so that the host does not wait for the device here. `generate` passes it.
 
         Returns
         -------
         IVTPLlavaModelOutputWithPast
-            `last_hidden_state` (B, S, d), zero at dropped tokens; a row that ends on one ends with the last token left.
+            `last_hidden_state` (B, S, d), zero at dropped tokens; a row that ends on a dropped token ends with the
+            last token that is left.
         """
         cache = one_cache(cache, past_key_values)
-        encoded = (mm_encoder_outputs or {}).get("image")
+        encoded: Any = (mm_encoder_outputs or {}).get("image")
+        images: dict[str, Any] = {
+            "vision_feature_layer": vision_feature_layer,
+            "vision_feature_select_strategy": vision_feature_select_strategy,
+            "image_sizes": image_sizes,
+        }
         # Without an image there is nothing to plan: a decoding step costs no more than this look.
         plan = None if pixel_values is None and encoded is None else self.plan()
         if plan is None:
@@ -263,118 +408,52 @@ class IVTPLlavaModel(PromptReplay, PromptPruning, PruningOptions, IVTPLlavaPreTr
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 inputs_embeds=inputs_embeds,
-                vision_feature_layer=vision_feature_layer,
-                vision_feature_select_strategy=vision_feature_select_strategy,
-                image_sizes=image_sizes,
                 **{CACHE: cache},
+                **images,
                 **options,
                 **kwargs,
             )
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if pixel_values is not None and encoded is not None:
             raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
         return_dict = kwargs.pop("return_dict", None)
         past = 0 if cache is None else int(cache.get_seq_length())
-        if prompt_index is None or torch.compiler.is_compiling():
-            prompt_index = self.read(
-                plan=plan,
-                images=pixel_values.shape[0] if encoded is None else len(encoded.pooler_output),  # type: ignore[union-attr]
-                input_ids=input_ids,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                past=past,
-                clip_input_ids=clip_input_ids,
-                drafted=drafted,
-                known=prompt_index,
-            )
-        if prompt_index.sequence.valid is None and past == 0:
-            attention_mask = None  # where nothing is padded, no layer has to look for it
-        if encoded is None:
-            encoded = self.get_image_features(
-                pixel_values,  # type: ignore[arg-type]
-                vision_feature_layer=vision_feature_layer,
-                vision_feature_select_strategy=vision_feature_select_strategy,
-                image_sizes=image_sizes,
-                recorder=recorder,
-            )
-        kept = getattr(encoded, "kept_patches", None)
-        if kept is None or kept.shape[1] > plan.encoded_tokens or (kept.shape[1] < plan.encoded_tokens and plan.exact):
-            raise ValueError(
-                f"mm_encoder_outputs holds {'all' if kept is None else kept.shape[1]} patches of an image, the options "
-                f"in force {plan.encoded_tokens}: encode it with get_image_features under the same pruning options."
-            )
-        given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-        given |= {"clip_input_ids": clip_input_ids, "clip_spans": clip_spans}
-        plain = type(cache) is DynamicCache and not getattr(cache, "offloading", False)
-        alone = cache is None or (plain and past == 0)
-        outputs = None
-        if (
-            alone
-            and recorder is None
-            and not drafted
-            and inputs_embeds is None
-            and kwargs.get("use_cache")
-            and prompt_index.sequence.order is None
-            and self.replay_serves(given, kwargs)
-        ):
-            outputs = self.replay_prompt(self._run_prompt, prompt_index, encoded, given, cache)
-        if outputs is None:
-            outputs = self._run_prompt(
-                encoded=encoded,
-                prompt_index=prompt_index,
-                cache=cache,
-                inputs_embeds=inputs_embeds,
-                recorder=recorder,
-                **given,
-                **kwargs,
-            )
-        result = IVTPLlavaModelOutputWithPast(
-            last_hidden_state=outputs.last_hidden_state,
-            hidden_states=outputs.hidden_states,
-            attentions=None,
-            kept_tokens=outputs.kept_tokens,
-            **{CACHE: cache_of(outputs)},
-            **{IMAGES: encoded if IMAGES == "image_outputs" else torch.cat(encoded.pooler_output)},
+        prompt = PromptInputs(
+            input_ids, inputs_embeds, attention_mask, position_ids, clip_input_ids, clip_spans, past, drafted
         )
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        return result if return_dict else result.to_tuple()
+        if prompt_index is None or torch.compiler.is_compiling():
+            count = pixel_values.shape[0] if pixel_values is not None else len(encoded.pooler_output)
+            prompt_index = self.index_prompt(prompt, plan, count, known=prompt_index)
+        if prompt_index.sequence.valid is None and past == 0:
+            prompt = replace(prompt, attention_mask=None)  # where nothing is padded, no layer has to look for it
+        if encoded is None:
+            assert pixel_values is not None
+            encoded = self.get_image_features(pixel_values, recorder=recorder, **images)
+        _check_encoded(encoded, plan)
+        outputs = None
+        if recorder is None:
+            outputs = self.prompt_graphs.replay_prompt(self, prompt, prompt_index, encoded, cache, kwargs)
+        if outputs is None:
+            outputs = self.decode_prompt(prompt, prompt_index, encoded, cache, recorder, **kwargs)
+        return _wrapped(outputs, encoded, self.config.return_dict if return_dict is None else return_dict)
 
-    def _run_prompt(
+    def decode_prompt(
         self,
-        encoded: Any,
-        prompt_index: PromptIndex,
+        prompt: PromptInputs,
+        index: PromptIndex,
+        encoded: IVTPImageFeatures,
         cache: Cache | None,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        clip_input_ids: torch.Tensor | None = None,
-        clip_spans: torch.Tensor | None = None,
         recorder: TraceRecorder | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The decoder on a prompt whose images are encoded: PrunedDecoderOutput."""
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-        assert inputs_embeds is not None
-        plan = self.plan()
+        """Build the decoder's prompt from encoded images and run the decoder on it: PrunedDecoderOutput."""
+        plan, inputs_embeds = self.plan(), prompt.inputs_embeds
         assert plan is not None
-        visual, inputs_embeds = self.visual_prompt(
-            plan=plan,
-            prompt_index=prompt_index,
-            encoded=encoded,
-            input_ids=input_ids,
-            inputs_embeds=inputs_embeds,
-            position_ids=position_ids,
-            past=0 if cache is None else int(cache.get_seq_length()),
-            clip_input_ids=clip_input_ids,
-            clip_spans=clip_spans,
-            recorder=recorder,
-        )
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(prompt.input_ids)
+        visual, inputs_embeds = build_prompt(self, prompt, index, encoded, inputs_embeds, plan, recorder)
         return self.language_model(
-            attention_mask=attention_mask,
-            position_ids=position_ids,
+            attention_mask=prompt.attention_mask,
+            position_ids=prompt.position_ids,
             cache=cache,
             inputs_embeds=inputs_embeds,
             visual=visual,
@@ -383,12 +462,7 @@ class IVTPLlavaModel(PromptReplay, PromptPruning, PruningOptions, IVTPLlavaPreTr
 
 
 class IVTPLlavaForConditionalGeneration(
-    PruningControls,
-    PromptCapture,
-    PrunedGeneration,
-    IVTPLlavaPreTrainedModel,
-    LlavaForConditionalGeneration,
-    GenerationMixin,
+    PrunedGeneration, IVTPLlavaPreTrainedModel, LlavaForConditionalGeneration, GenerationMixin
 ):
     """LLaVA that answers from a fraction of its visual tokens.
 
@@ -475,12 +549,12 @@ class IVTPLlavaForConditionalGeneration(
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Logits, and the loss if `labels` are given.
+        """Compute logits, and the loss if `labels` are given.
 
         Parameters
         ----------
         labels : int64 Tensor (B, S), optional
-            As in LLaVA. A token that was dropped predicts nothing, so the label right after it is left out.
+            As in LLaVA. A dropped token predicts nothing, so the label right after it is ignored.
         clip_input_ids : int64 Tensor (B, W, C), optional
         clip_spans : int64 Tensor (B, S, 2), optional
             The instruction, from `IVTPLlavaProcessor`.
@@ -490,8 +564,8 @@ class IVTPLlavaForConditionalGeneration(
         Returns
         -------
         LlavaCausalLMOutputWithPast
-            `logits` (B, S, vocabulary) line up with `input_ids`. Those of dropped tokens mean nothing, but for a row's
-            last one, which the last token that is left answers for.
+            `logits` (B, S, vocabulary) line up with `input_ids`. Those of dropped tokens mean nothing, except a row's
+            last one, which comes from the last token that is left.
         """
         return_dict = kwargs.pop("return_dict", None)
         if mm_encoder_outputs is not None:
@@ -513,7 +587,7 @@ class IVTPLlavaForConditionalGeneration(
         )
         hidden_states = outputs.last_hidden_state
         rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        # Rows that lie apart would each read the head's weights anew.
+        # A view with gaps would make the head read its weights once per row.
         logits = self.lm_head(hidden_states[:, rows, :].contiguous())
         loss = None
         if labels is not None:
@@ -536,10 +610,113 @@ class IVTPLlavaForConditionalGeneration(
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return result if return_dict else result.to_tuple()
 
+    @torch.no_grad()
+    def explain(self, processor: Any = None, **inputs: Any) -> PruningTrace:
+        """Show what is kept of each image for a prompt, and why.
 
-def _trimmed(features: torch.Tensor, there: torch.Tensor) -> list[torch.Tensor]:
-    """The features (I, k, d) of each image, those that are there (bool (I, k), the first ones) alone."""
-    return [image[:count] for image, count in zip(features, there.sum(1).tolist(), strict=True)]
+        Parameters
+        ----------
+        processor : processor or tokenizer, optional
+            Puts the instruction's tokens into words. Default: the one saved next to this checkpoint, if it is on disk.
+        **inputs
+            What `generate` takes: `input_ids`, `pixel_values`, … A cache of earlier turns is read and left as it is.
+
+        Returns
+        -------
+        PruningTrace
+
+        Raises
+        ------
+        ValueError
+            If there is no image, or pruning is off.
+        """
+        if isinstance(processor, Mapping):
+            processor, inputs = None, {**processor, **inputs}
+        self._check_something_to_explain(inputs)
+        recorder = TraceRecorder(processor)
+        fixed: dict[str, Any] = {"use_cache": True, "return_dict": True, "logits_to_keep": 1}
+        earlier = one_cache(inputs.pop("cache", None), inputs.pop("past_key_values", None))
+        if earlier is not None:
+            fixed["cache"] = copy.deepcopy(earlier)
+        training = [module for module in self.modules() if module.training]
+        self.eval()
+        try:
+            outputs = self(**inputs | fixed, recorder=recorder)
+        finally:
+            for module in training:
+                module.training = True
+        return recorder.trace(self, cache_of(outputs))
+
+    def _check_something_to_explain(self, inputs: Mapping[str, Any]) -> None:
+        if self.model.plan() is None:
+            options, patches = self.config.pruning, self.config.num_patches
+            budget = f"visual_tokens={options.visual_tokens}"
+            keeps = budget if self.model.applied_pruner is None else "the method applied"
+            why = f"{keeps} keeps all {patches} patches; allowed: 1 to {patches - 1}"
+            raise ValueError(f"Nothing to explain: {why if options.enabled else 'pruning is off (enabled=False)'}")
+        if inputs.get("pixel_values") is None:
+            raise ValueError("Nothing to explain: the inputs hold no image (pixel_values).")
+
+    def capture_prompts(self, limit: int = MAX_GRAPHS, automatic: bool = False) -> None:
+        """Replay images and prompts of any size as CUDA graphs from the second time their shapes come, or never.
+
+        On a fast GPU, launching the work of a small batch takes longer than doing it. A model therefore replays such
+        work unasked where that is safe and small: where its weights alone decide what it computes (no adapters, no
+        quantised layers), and where the work and its output, mostly the prompt's KV cache, take at most 1/64 of the
+        GPU's memory. This method lifts both conditions, or with 0 switches replaying off.
+
+        Work that cannot be replayed runs as always: prompts on top of a cache, rows with different numbers of images,
+        padded rows under FlashAttention's package, gradients, training mode, autocast, hooks, methods other than
+        IVTP. Graphs are dropped once a weight is another tensor; call this again after adapters were added, merged or
+        switched. While a graph is captured, no other thread may synchronise the whole device.
+
+        Parameters
+        ----------
+        limit : int, default 32
+            Graphs that are kept. They share one piece of memory for their work and one for their output, each as large
+            as the largest graph needs, and half of the latter again. 0 switches replaying off.
+        automatic : bool, default False
+            True keeps both conditions, as a new model has them.
+
+        Raises
+        ------
+        ValueError
+            If the limit is negative, or the model is not on one GPU.
+        """
+        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
+            raise ValueError(f"limit={limit!r}; allowed: a number of graphs, 0 for none.")
+        devices = sorted({str(parameter.device) for parameter in self.model.parameters()})
+        if limit and not automatic and (len(devices) != 1 or not devices[0].startswith("cuda")):
+            raise ValueError(f"CUDA graphs need the whole model on one GPU; it is on {', '.join(devices)}.")
+        self.model.prompt_graphs = PromptGraphs(limit, automatic)
+
+
+def _wrapped(outputs: Any, encoded: IVTPImageFeatures, return_dict: bool) -> Any:
+    """Turn the decoder's output into the model's."""
+    result = IVTPLlavaModelOutputWithPast(
+        last_hidden_state=outputs.last_hidden_state,
+        hidden_states=outputs.hidden_states,
+        attentions=None,
+        kept_tokens=outputs.kept_tokens,
+        **{CACHE: cache_of(outputs)},
+        **{IMAGES: encoded if IMAGES == "image_outputs" else torch.cat(encoded.pooler_output)},
+    )
+    return result if return_dict else result.to_tuple()
+
+
+def _check_encoded(encoded: Any, plan: PruningPlan) -> None:
+    """Refuse images that were encoded under other pruning options."""
+    kept = getattr(encoded, "kept_patches", None)
+    if kept is None or kept.shape[1] > plan.encoded_tokens or (kept.shape[1] < plan.encoded_tokens and plan.exact):
+        raise ValueError(
+            f"mm_encoder_outputs holds {'all' if kept is None else kept.shape[1]} patches of an image, the options "
+            f"in force {plan.encoded_tokens}: encode it with get_image_features under the same pruning options."
+        )
+
+
+def _trimmed(features: torch.Tensor, present: torch.Tensor) -> list[torch.Tensor]:
+    """Cut the features (I, k, d) of each image after its last one that is present (bool (I, k))."""
+    return [image[:count] for image, count in zip(features, present.sum(1).tolist(), strict=True)]
 
 
 def _check_architecture(config: Any) -> None:
@@ -564,7 +741,7 @@ def _check_architecture(config: Any) -> None:
 
 
 register_weight_names()
-# `generate` asks for it at every step of a class that is published with its code.
+# `generate` asks for the signature at every step of a class that is published with its code.
 IVTPLlavaForConditionalGeneration.forward.__signature__ = inspect.signature(  # type: ignore[attr-defined]
     IVTPLlavaForConditionalGeneration.forward
 )

@@ -1,4 +1,4 @@
-"""From a prompt to what the decoder prunes: placeholders, features and the pseudo CLS (IVTP Sec. 3.3)."""
+"""From a prompt to what the decoder prunes: image tokens, features and the pseudo CLS (IVTP Sec. 3.3)."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -7,25 +7,109 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from .configuration_ivtp import IVTPPruningConfig
-from .instruction_cache import InstructionCache
-from .labels import CHOOSE, TEXT_TOWER, label, labelled
-from .language_ivtp import VisualPrompt
-from .pruner import Choice, FeatureStep, IVTPPruner, PromptStep, Pruner, full_precision
+from .labels import CHOOSE, label, labelled
+from .pruner import Choice, FeatureStep, PromptStep, Pruner, full_precision
 from .schedule import PruningPlan
 from .text_relevance import instruction_tokens, key_tokens, map_relevance, pseudo_cls, text_similarity, token_relevance
 from .trace import TraceRecorder
+from .visual_prompt import PseudoCLSTokens, VisualPrompt
 from .visual_sequence import VisualSequence, count_rows, locate_images, per_row, uncounted_rows
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class PromptInputs:
+    """The tensors of a prompt, as `forward` got them.
+
+    Attributes
+    ----------
+    input_ids : int64 Tensor (B, S) or None
+    inputs_embeds : Tensor (B, S, d) or None
+        One of the two is given.
+    attention_mask : Tensor (B, at least past + S) or None
+        None: no padding.
+    position_ids : int64 Tensor (B or 1, S) or None
+    clip_input_ids : int64 Tensor (B, W, C) or None
+        The instruction in CLIP's tokens.
+    clip_spans : int64 Tensor (B, up to past + S, 2) or None
+        Which of them overlap each token of the prompt, counted from the end.
+    past : int, default 0
+        Tokens in the cache before the prompt.
+    drafted : int, default 0
+        Last columns that an assistant proposes: they are no words of the prompt, and choose nothing.
+    """
+
+    input_ids: torch.Tensor | None = None
+    inputs_embeds: torch.Tensor | None = None
+    attention_mask: Any = None
+    position_ids: torch.Tensor | None = None
+    clip_input_ids: torch.Tensor | None = None
+    clip_spans: torch.Tensor | None = None
+    past: int = 0
+    drafted: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.input_ids is None) == (self.inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+
+    @property
+    def length(self) -> int:
+        """New tokens, S."""
+        tokens = self.input_ids if self.input_ids is not None else self.inputs_embeds
+        assert tokens is not None
+        return tokens.shape[1]
+
+    def valid_tokens(self, device: torch.device) -> torch.Tensor | None:
+        """Return which new tokens are no padding: bool (B, S), or None if nothing says.
+
+        Raises
+        ------
+        ValueError
+            If the mask is not 2D, or too short.
+        """
+        mask = self.attention_mask
+        if mask is None:
+            return None
+        if mask.dim() != 2:
+            raise ValueError(f"Under pruning attention_mask must be 2D (batch, length), not {mask.dim()}D.")
+        if mask.shape[1] < self.past + self.length:
+            raise ValueError(
+                f"attention_mask has {mask.shape[1]} columns; the cache and the new tokens need {self.past} + "
+                f"{self.length}."
+            )
+        return mask[:, self.past : self.past + self.length].to(device=device, dtype=torch.bool)
+
+    def new_spans(self, like: torch.Tensor) -> torch.Tensor | None:
+        """Return the part of `clip_spans` that belongs to the new tokens: (B, S, 2), on the device of `like`.
+
+        Spans may cover the conversation from its start, the new tokens, or the last of them; they end where the tokens
+        end.
+
+        Raises
+        ------
+        ValueError
+            If their shape fits neither.
+        """
+        spans = self.clip_spans
+        if spans is None:
+            return None
+        if spans.dim() != 3 or spans.shape[0] != like.shape[0] or spans.shape[2] != 2:
+            raise ValueError(f"clip_spans has shape {tuple(spans.shape)}; expected ({like.shape[0]}, tokens, 2).")
+        if spans.shape[1] > self.past + self.length:
+            raise ValueError(f"clip_spans covers {spans.shape[1]} tokens; there are {self.past + self.length}.")
+        spans = spans[:, -self.length :].to(like.device)
+        return nn.functional.pad(spans, (0, 0, self.length - spans.shape[1], 0))
 
 
 @dataclass(frozen=True)
 class PromptIndex:
-    """A prompt as the host knows it.
+    """What the host knows of a prompt: read once, before the device has work, so that nothing later waits for it.
 
     Attributes
     ----------
     sequence : VisualSequence
-        Its tokens, with nothing dropped yet.
+        The prompt's tokens, with nothing dropped yet.
     windows : tuple of tuple of int, or None
         The instruction's windows in CLIP's tokens, row after row, without padding. None: not read.
     """
@@ -44,7 +128,7 @@ def index_prompt(
     clip_input_ids: torch.Tensor | None = None,
     known: PromptIndex | None = None,
 ) -> PromptIndex:
-    """Read a prompt. The host waits for the device, unless this is being compiled.
+    """Find images and words of a prompt. The host waits for the device, unless this is being compiled.
 
     Parameters
     ----------
@@ -59,9 +143,9 @@ def index_prompt(
     drafted : int, default 0
         Last columns that an assistant proposes.
     clip_input_ids : int64 Tensor (B, W, C), optional
-        To be read, too.
+        The instruction, to be read too.
     known : PromptIndex, optional
-        What was read before compiled code began; without it, every row is to have as many images.
+        The index that was made before compiled code began; without it, every row needs as many images.
 
     Raises
     ------
@@ -69,24 +153,11 @@ def index_prompt(
         If placeholders and images do not match; when compiled, if the images do not divide among the rows.
     """
     if drafted:
-        # What is looked up in the prompt may be image tokens; in the answer they stand for no image.
-        answered = torch.arange(placeholders.shape[1], device=placeholders.device) >= placeholders.shape[1] - drafted
-        placeholders = placeholders & ~answered
+        # Prompt lookup may propose image tokens; in an answer they stand for no image.
+        answer = torch.arange(placeholders.shape[1], device=placeholders.device) >= placeholders.shape[1] - drafted
+        placeholders = placeholders & ~answer
     if torch.compiler.is_compiling():
-        if known is not None:
-            # Nothing else of it is looked at: a graph is to serve prompts of other words and paddings.
-            per_row = tuple(row.images for row in known.sequence.rows)
-            valid = None if known.sequence.valid is None else valid
-        elif images % placeholders.shape[0]:
-            raise ValueError(
-                f"{images} images among {placeholders.shape[0]} rows: a prompt that is compiled to one graph needs as "
-                "many images in every row. Compile decoding steps only, as generate does with a static cache."
-            )
-        else:
-            per_row = (images // placeholders.shape[0],) * placeholders.shape[0]
-        rows = uncounted_rows(placeholders if valid is None else placeholders & valid, per_row, patches)
-        sequence = locate_images(placeholders, valid, rows, patches, counted=False)
-        return PromptIndex(replace(sequence, drafted=drafted))
+        return _index_compiled(placeholders, valid, images, patches, drafted, known)
     rows = count_rows(placeholders, valid, images, patches)
     if all(row.tokens == placeholders.shape[1] for row in rows):
         valid = None
@@ -97,270 +168,242 @@ def index_prompt(
     return PromptIndex(sequence, windows)
 
 
+def _index_compiled(
+    placeholders: torch.Tensor,
+    valid: torch.Tensor | None,
+    images: int,
+    patches: int,
+    drafted: int,
+    known: PromptIndex | None,
+) -> PromptIndex:
+    """Index a prompt by shapes alone, so that one graph serves prompts of other words and paddings."""
+    if known is not None:
+        per_row = tuple(row.images for row in known.sequence.rows)
+        valid = None if known.sequence.valid is None else valid
+    elif images % placeholders.shape[0]:
+        raise ValueError(
+            f"{images} images among {placeholders.shape[0]} rows: a prompt that is compiled to one graph needs as "
+            "many images in every row. Compile decoding steps only, as generate does with a static cache."
+        )
+    else:
+        per_row = (images // placeholders.shape[0],) * placeholders.shape[0]
+    rows = uncounted_rows(placeholders if valid is None else placeholders & valid, per_row, patches)
+    sequence = locate_images(placeholders, valid, rows, patches, counted=False)
+    return PromptIndex(replace(sequence, drafted=drafted))
+
+
 def _without_padding(window: list[int]) -> tuple[int, ...]:
-    """A window up to the first of the equal tokens it ends with: CLIP is causal, so what follows changes nothing."""
+    """Cut a window after the first of the equal tokens it ends with: CLIP is causal, so the rest changes nothing."""
     end = len(window)
     while end > 1 and window[end - 2] == window[-1]:
         end -= 1
     return tuple(window[:end])
 
 
-logger = logging.get_logger(__name__)
+def build_prompt(
+    model: Any,
+    prompt: PromptInputs,
+    index: PromptIndex,
+    encoded: Any,
+    inputs_embeds: torch.Tensor,
+    plan: PruningPlan,
+    recorder: TraceRecorder | None = None,
+) -> tuple[VisualPrompt, torch.Tensor]:
+    """Leave out the placeholders of dropped patches, fill in the features, and make the pseudo CLS.
+
+    Parameters
+    ----------
+    model : IVTPLlavaModel
+    prompt : PromptInputs
+    index : PromptIndex
+        Of this prompt.
+    encoded : IVTPImageFeatures
+        Of its images.
+    inputs_embeds : Tensor (B, S, d)
+        Its input embeddings.
+    plan : PruningPlan
+    recorder : TraceRecorder, optional
+
+    Returns
+    -------
+    VisualPrompt
+    Tensor (B, n, d)
+        Embeddings of the tokens that the decoder gets.
+    """
+    pruner = model.pruner
+    prompt = replace(prompt, clip_spans=prompt.new_spans(inputs_embeds))
+    whole = index.sequence.to(inputs_embeds.device)
+    kept, features = _by_row(encoded, whole)
+    sequence, columns = whole.keep(kept, ragged=not plan.exact)
+    embeds = _gather(inputs_embeds, columns)
+    pseudo, relevance, keys = None, None, None
+    if pruner.needs.pseudo_cls:
+        pseudo, relevance, keys = make_pseudo_cls(model, prompt, index, encoded, whole, inputs_embeds)
+    if recorder is not None:
+        recorder.prompt(prompt.input_ids, whole, relevance, keys)
+    if plan.prompt is not None and plan.prompt < sequence.patches.shape[2]:
+        choice = choose_for_prompt(model, plan.prompt, features, encoded, prompt, index, whole)
+        if recorder is not None:
+            recorder.chosen("prompt", plan.prompt, sequence.patches, choice)
+        features = choice.of(features)
+        sequence, columns = sequence.keep(choice.kept, choice.ragged)
+        embeds = _gather(embeds, columns)
+    embeds = sequence.with_visual(embeds, features.to(embeds.device))
+    with torch.no_grad(), label(CHOOSE):
+        state = pruner.prepare(sequence, embeds)
+    scores = None if recorder is None else recorder.decoder
+    return VisualPrompt(sequence, pruner, plan.decoder, state=state, scores=scores, pseudo_cls=pseudo), embeds
 
 
-class PromptPruning:
-    """Mixin for the model that has both towers."""
+def _gather(embeds: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    return embeds.gather(1, columns[..., None].expand(-1, -1, embeds.shape[-1]))
 
-    config: Any
-    clip_text_model: Any
-    get_input_embeddings: Any
-    training: bool
-    instruction_cache: InstructionCache
-    """CLIP's features of the last instructions; not asked in training."""
-    applied_pruner: Pruner | None = None
-    """What prunes instead of the model's own options, for a while; `modeling_ivtp.methods` sets it."""
 
-    @property
-    def pruner(self) -> Pruner:
-        """What prunes: the model's own options, unless a method was applied."""
-        return self.applied_pruner or IVTPPruner(self.config.pruning)
+def make_pseudo_cls(
+    model: Any,
+    prompt: PromptInputs,
+    index: PromptIndex,
+    encoded: Any,
+    whole: VisualSequence,
+    inputs_embeds: torch.Tensor,
+) -> tuple[PseudoCLSTokens, torch.Tensor | None, torch.Tensor | None]:
+    """Make the pseudo CLS of every image from the words that CLIP finds visible in it (Eq. 5 to 8).
 
-    def plan(self) -> PruningPlan | None:
-        """What stays where; None if nothing is to be dropped.
+    Returns
+    -------
+    PseudoCLSTokens
+    relevance : float32 Tensor (B, M, S) or None
+        Of each token of the prompt to each image; None where `guidance` compares nothing.
+    keys : bool Tensor (B, M, S) or None
+        The key tokens; None where the image's own CLS is the reference.
+    """
+    length, device = inputs_embeds.shape[1], inputs_embeds.device
+    embeds, relevance, keys = _reference(model, prompt, index, encoded, whole, inputs_embeds)
+    positions = prompt.position_ids
+    if positions is None:
+        positions = (torch.arange(length, device=device) + prompt.past)[None]
+    last_patch = whole.columns[..., -1].clamp_max(length - 1)
+    ends = positions.to(device).expand(last_patch.shape[0], -1).gather(1, last_patch) + 1
+    pools = model.pruner.needs.options.pseudo_cls == "pool"
+    return PseudoCLSTokens(embeds, ends, keys if pools else None), relevance, keys
 
-        Raises
-        ------
-        ValueError
-            If the options, or the applied method, do not fit the model.
-        """
-        return self.pruner.plan(self.config, self.config.num_patches)
 
-    @property
-    def has_text_tower(self) -> bool:
-        """Whether CLIP's text tower is part of this model."""
-        return hasattr(self, "clip_text_model")
-
-    def read(
-        self,
-        *,
-        plan: PruningPlan,
-        images: int,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor | None,
-        attention_mask: Any,
-        past: int,
-        clip_input_ids: torch.Tensor | None,
-        drafted: int = 0,
-        known: PromptIndex | None = None,
-    ) -> PromptIndex:
-        """What the host has to know of a prompt; see `index_prompt`."""
-        placeholders = self.placeholders(input_ids, inputs_embeds)
-        length, valid = placeholders.shape[1], None
-        if attention_mask is not None:
-            if attention_mask.dim() != 2:
-                raise ValueError(
-                    f"Under pruning attention_mask must be 2D (batch, length), not {attention_mask.dim()}D."
-                )
-            if attention_mask.shape[1] < past + length:
-                raise ValueError(
-                    f"attention_mask has {attention_mask.shape[1]} columns; the cache and the new tokens need "
-                    f"{past} + {length}."
-                )
-            valid = attention_mask[:, past : past + length].to(device=placeholders.device, dtype=torch.bool)
-        pruner = self.pruner
-        words = pruner.needs.patch_embeds or (
-            pruner.needs.pseudo_cls and pruner.needs.options.guidance == "clip" and self.has_text_tower
-        )
-        return index_prompt(
-            placeholders,
-            valid,
-            images=images,
-            patches=plan.patches,
-            drafted=drafted,
-            clip_input_ids=clip_input_ids if words else None,
-            known=known,
-        )
-
-    def visual_prompt(
-        self,
-        *,
-        plan: PruningPlan,
-        prompt_index: PromptIndex,
-        encoded: Any,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor,
-        position_ids: torch.Tensor | None,
-        past: int,
-        clip_input_ids: torch.Tensor | None,
-        clip_spans: torch.Tensor | None,
-        recorder: TraceRecorder | None,
-    ) -> tuple[VisualPrompt, torch.Tensor]:
-        """Leave out the placeholders of dropped patches, fill in the features, and make the pseudo CLS."""
-        length, device = inputs_embeds.shape[1], inputs_embeds.device
-        whole = prompt_index.sequence.to(device)
-        kept, features = _by_row(encoded, whole)
-        sequence, index = whole.keep(kept, ragged=not plan.exact)
-        left = inputs_embeds.gather(1, index[..., None].expand(-1, -1, inputs_embeds.shape[-1]))
-        pruner = self.pruner
-        observers: dict[str, Any] = {}
-        spans = _spans_of(clip_spans, length, past, inputs_embeds)
-        if pruner.needs.pseudo_cls:
-            reference, relevance, keys = self._reference(
-                encoded, whole, inputs_embeds, clip_input_ids, spans, prompt_index.windows
-            )
-            if recorder is not None:
-                recorder.prompt(input_ids, whole, relevance, keys)
-            if position_ids is None:
-                position_ids = (torch.arange(length, device=device) + past)[None]
-            last_patch = whole.columns[..., -1].clamp_max(length - 1)
-            ends = position_ids.to(device).expand(last_patch.shape[0], -1).gather(1, last_patch) + 1
-            pool = pruner.needs.options.pseudo_cls == "pool" and keys is not None
-            observers = {"reference": reference, "end_positions": ends, "key_tokens": keys if pool else None}
-        elif recorder is not None:
-            recorder.prompt(input_ids, whole, None, None)
-        if plan.prompt is not None and plan.prompt < sequence.patches.shape[2]:
-            choice = self._in_prompt(plan.prompt, features, encoded, whole, clip_input_ids, prompt_index.windows)
-            if recorder is not None:
-                recorder.chosen("prompt", plan.prompt, sequence.patches, choice)
-            features = choice.of(features)
-            sequence, index = sequence.keep(choice.kept, choice.ragged)
-            left = left.gather(1, index[..., None].expand(-1, -1, left.shape[-1]))
-        left = sequence.with_visual(left, features.to(left.device))
-        with torch.no_grad(), label(CHOOSE):
-            state = pruner.prepare(sequence, left)
-        prompt = VisualPrompt(
-            sequence=sequence,
-            pruner=pruner,
-            groups=plan.decoder,
-            state=state,
-            scores=None if recorder is None else recorder.decoder,
-            **observers,
-        )
-        return prompt, left
-
-    @labelled(CHOOSE)
-    def _in_prompt(
-        self,
-        keep: int,
-        features: torch.Tensor,
-        encoded: Any,
-        whole: VisualSequence,
-        clip_input_ids: torch.Tensor | None,
-        read: tuple[tuple[int, ...], ...] | None,
-    ) -> Choice:
-        """Ask the pruner before the decoder; `read` are the windows of `clip_input_ids` as the host knows them."""
-        text = windows = patches = None
-        if self.pruner.needs.patch_embeds:
-            if clip_input_ids is None:
-                raise ValueError(
-                    "This method compares patches with the instruction, and clip_input_ids is missing: prepare inputs "
-                    "with IVTPLlavaProcessor and a CLIP tokenizer."
-                )
-            windows = clip_input_ids.any(-1)
-            tokens = self.text_features(clip_input_ids, read).unflatten(1, clip_input_ids.shape[1:])
-            # As transformers finds the token that stands for a text, old configurations included.
-            eos = self.clip_text_model.config.eos_token_id
-            ends = clip_input_ids.argmax(-1) if eos == 2 else (clip_input_ids == eos).int().argmax(-1)
-            place = ends.to(tokens.device)[..., None, None].expand(-1, -1, 1, tokens.shape[-1])
-            text = tokens.gather(2, place)[:, :, 0].to(features.device)
-            patches = per_row(encoded.patch_embeds.to(features.device), whole)
-        with torch.no_grad(), full_precision(features.device):
-            return self.pruner.in_prompt(PromptStep(keep, features, patches, text, windows))
-
-    def placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-        """Where an image token stands, as a number or as its embedding: bool Tensor (B, S)."""
-        if input_ids is not None:
-            return input_ids == self.config.image_token_id
-        assert inputs_embeds is not None
-        token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
-
-    @labelled(CHOOSE)
-    def _reference(
-        self,
-        encoded: Any,
-        whole: Any,
-        inputs_embeds: torch.Tensor,
-        clip_input_ids: torch.Tensor | None,
-        clip_spans: torch.Tensor | None,
-        windows: tuple[tuple[int, ...], ...] | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """The pseudo CLS of every image (Eq. 5 to 8): (B, M, d), relevance (B, M, S) and key tokens (B, M, S)."""
-        pruning: IVTPPruningConfig = self.pruner.needs.options
-        device = inputs_embeds.device
-        fallback = per_row(encoded.cls_features.to(device), whole).to(inputs_embeds.dtype)
-        if pruning.guidance == "visual_cls" or not self._has_guidance(clip_input_ids, clip_spans):
-            return fallback, None, None
-        assert clip_spans is not None
-        with torch.no_grad():
-            if pruning.guidance == "mean_text":
-                words = instruction_tokens(clip_spans)[:, None].expand(-1, whole.image_present.shape[1], -1)
-                relevance, keys = None, words
-            elif pruning.guidance == "text_similarity":
-                relevance = text_similarity(inputs_embeds, fallback, clip_spans)
-                keys = key_tokens(relevance, pruning.relevance_threshold)
-            else:
-                assert clip_input_ids is not None
-                if encoded.image_embeds is None:
-                    raise ValueError(
-                        'mm_encoder_outputs holds no image_embeds, which guidance="clip" needs: encode the images with '
-                        "get_image_features under the same pruning options."
-                    )
-                text = self.text_features(clip_input_ids, windows)
-                embeds = per_row(encoded.image_embeds, whole).to(device)
-                relevance = map_relevance(token_relevance(text.to(device), embeds), clip_spans)
-                keys = key_tokens(relevance, pruning.relevance_threshold)
-            if whole.valid is not None:
-                keys = keys & whole.valid[:, None]
-            return pseudo_cls(inputs_embeds, keys, fallback), relevance, keys
-
-    @labelled(TEXT_TOWER)
-    def text_features(
-        self, clip_input_ids: torch.Tensor, windows: tuple[tuple[int, ...], ...] | None = None
-    ) -> torch.Tensor:
-        """CLIP's features of the instruction's tokens (Eq. 5): (B, W, C) to (B, W x C, P).
-
-        With `windows`, which the host has read, padding is not run through the tower and gets zeros, and outside of
-        training what is known is not run again.
-        """
-        tower, ids = self.clip_text_model, clip_input_ids.flatten(0, 1)
-
-        def encode(ids: torch.Tensor) -> torch.Tensor:
-            return tower.text_projection(tower.text_model(input_ids=ids).last_hidden_state)
-
-        if windows is None:
-            features = encode(ids)
+@labelled(CHOOSE)
+def _reference(
+    model: Any,
+    prompt: PromptInputs,
+    index: PromptIndex,
+    encoded: Any,
+    whole: VisualSequence,
+    inputs_embeds: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Return the reference token of every image (B, M, d), relevance (B, M, S) and key tokens (B, M, S)."""
+    options, device = model.pruner.needs.options, inputs_embeds.device
+    visual_cls = per_row(encoded.cls_features.to(device), whole).to(inputs_embeds.dtype)
+    if options.guidance == "visual_cls" or not _has_guidance(model, prompt):
+        return visual_cls, None, None
+    spans = prompt.clip_spans
+    assert spans is not None
+    with torch.no_grad():
+        relevance = None
+        if options.guidance == "mean_text":
+            keys = instruction_tokens(spans)[:, None].expand(-1, whole.image_present.shape[1], -1)
         else:
-            cache = InstructionCache(0) if self.training else self.instruction_cache
-            features = cache.features(tower, ids, windows, encode)
-        return features.unflatten(0, clip_input_ids.shape[:2]).flatten(1, 2)
+            if options.guidance == "text_similarity":
+                relevance = text_similarity(inputs_embeds, visual_cls, spans)
+            else:
+                relevance = _clip_relevance(model, prompt, index, encoded, whole)
+            keys = key_tokens(relevance, options.relevance_threshold)
+        if whole.valid is not None:
+            keys = keys & whole.valid[:, None]
+        return pseudo_cls(inputs_embeds, keys, visual_cls), relevance, keys
 
-    def _has_guidance(self, clip_input_ids: torch.Tensor | None, clip_spans: torch.Tensor | None) -> bool:
-        guidance = self.pruner.needs.options.guidance
-        missing = []
-        if clip_spans is None:
-            missing.append("clip_spans")
-        if guidance == "clip":
-            if clip_input_ids is None:
-                missing.append("clip_input_ids")
-            if not self.has_text_tower:
-                missing.append("CLIP's text tower (from_llava(..., clip=...) joins it)")
-        if not missing:
-            return True
-        message = (
-            f'guidance="{guidance}" needs {" and ".join(missing)}, so the question cannot guide the pruning. Prepare '
-            "inputs with IVTPLlavaProcessor and a CLIP tokenizer."
+
+def _clip_relevance(
+    model: Any, prompt: PromptInputs, index: PromptIndex, encoded: Any, whole: VisualSequence
+) -> torch.Tensor:
+    """Return the relevance of the prompt's tokens to each image, by CLIP's text tower (Eq. 5 to 7): (B, M, S)."""
+    if encoded.image_embeds is None:
+        raise ValueError(
+            'mm_encoder_outputs holds no image_embeds, which guidance="clip" needs: encode the images with '
+            "get_image_features under the same pruning options."
         )
-        if self.pruner.needs.options.strict:
-            raise ValueError(message)
-        logger.warning_once(message + " The image's own CLS token is the reference instead (Eq. 8).")
-        return False
+    spans, text = prompt.clip_spans, model.text_features(prompt.clip_input_ids, index.windows)
+    assert spans is not None
+    embeds = per_row(encoded.image_embeds, whole).to(spans.device)
+    return map_relevance(token_relevance(text.to(spans.device), embeds), spans)
+
+
+def _has_guidance(model: Any, prompt: PromptInputs) -> bool:
+    """Check that the question can guide; warn once, or raise under `strict`, if it cannot."""
+    options = model.pruner.needs.options
+    missing = [] if prompt.clip_spans is not None else ["clip_spans"]
+    if options.guidance == "clip":
+        if prompt.clip_input_ids is None:
+            missing.append("clip_input_ids")
+        if not model.has_text_tower:
+            missing.append("CLIP's text tower (from_llava(..., clip=...) joins it)")
+    if not missing:
+        return True
+    message = (
+        f'guidance="{options.guidance}" needs {" and ".join(missing)}, so the question cannot guide the pruning. '
+        "Prepare inputs with IVTPLlavaProcessor and a CLIP tokenizer."
+    )
+    if options.strict:
+        raise ValueError(message)
+    logger.warning_once(message + " The image's own CLS token is the reference instead (Eq. 8).")
+    return False
+
+
+@labelled(CHOOSE)
+def choose_for_prompt(
+    model: Any,
+    keep: int,
+    features: torch.Tensor,
+    encoded: Any,
+    prompt: PromptInputs,
+    index: PromptIndex,
+    whole: VisualSequence,
+) -> Choice:
+    """Ask the pruner which `keep` of the features (B, M, k, d) of each image stay, before the decoder."""
+    text = windows = patches = None
+    if model.pruner.needs.patch_embeds:
+        if prompt.clip_input_ids is None:
+            raise ValueError(
+                "This method compares patches with the instruction, and clip_input_ids is missing: prepare inputs "
+                "with IVTPLlavaProcessor and a CLIP tokenizer."
+            )
+        windows = prompt.clip_input_ids.any(-1)
+        text = _window_embeds(model, prompt.clip_input_ids, index).to(features.device)
+        patches = per_row(encoded.patch_embeds.to(features.device), whole)
+    with torch.no_grad(), full_precision(features.device):
+        return model.pruner.in_prompt(PromptStep(keep, features, patches, text, windows))
+
+
+def _window_embeds(model: Any, clip_input_ids: torch.Tensor, index: PromptIndex) -> torch.Tensor:
+    """Return CLIP's embedding of each window of the instruction: (B, W, P)."""
+    tokens = model.text_features(clip_input_ids, index.windows).unflatten(1, clip_input_ids.shape[1:])
+    # As transformers finds the token that stands for a text, old configurations included.
+    eos = model.clip_text_model.config.eos_token_id
+    ends = clip_input_ids.argmax(-1) if eos == 2 else (clip_input_ids == eos).int().argmax(-1)
+    columns = ends.to(tokens.device)[..., None, None].expand(-1, -1, 1, tokens.shape[-1])
+    return tokens.gather(2, columns)[:, :, 0]
 
 
 def choose_features(
     pruner: Pruner, step: FeatureStep, recorder: TraceRecorder | None
 ) -> tuple[Choice | None, torch.Tensor, torch.Tensor]:
-    """Ask the pruner about features: the choice, None where all stay; the patches left (I, k'), and their features."""
+    """Ask the pruner about the features of images.
+
+    Returns
+    -------
+    Choice or None
+        None: all stay.
+    patches : int64 Tensor (I, k')
+        Those that stay.
+    features : Tensor (I, k', d)
+        Theirs, projected.
+    """
     if step.keep >= step.patches.shape[1]:
         return None, step.patches, step.projected
     with torch.no_grad(), full_precision(step.features.device), label(CHOOSE):
@@ -376,24 +419,9 @@ def choose_features(
 
 
 def _by_row(encoded: Any, whole: VisualSequence) -> tuple[torch.Tensor, torch.Tensor]:
-    """The patches that images come with, and their features, by row: int64 (B, M, k) and (B, M, k, d)."""
+    """Arrange the images' patches and features by row: int64 (B, M, k) and (B, M, k, d)."""
     device = whole.columns.device
     images = list(encoded.pooler_output)
     alike = len({image.shape[0] for image in images}) == 1
     features = (torch.stack(images) if alike else nn.utils.rnn.pad_sequence(images, batch_first=True)).to(device)
     return per_row(encoded.kept_patches.to(device), whole), per_row(features, whole)
-
-
-def _spans_of(spans: torch.Tensor | None, length: int, past: int, like: torch.Tensor) -> torch.Tensor | None:
-    """The part of `clip_spans` that speaks of the new tokens: (B, length, 2).
-
-    Spans may cover the conversation from its start, the new tokens, or the last of them; they end where the tokens end.
-    """
-    if spans is None:
-        return None
-    if spans.dim() != 3 or spans.shape[0] != like.shape[0] or spans.shape[2] != 2:
-        raise ValueError(f"clip_spans has shape {tuple(spans.shape)}; expected ({like.shape[0]}, tokens, 2).")
-    if spans.shape[1] > past + length:
-        raise ValueError(f"clip_spans speaks of {spans.shape[1]} tokens; there are {past + length}.")
-    spans = spans[:, -length:].to(like.device)
-    return nn.functional.pad(spans, (0, 0, length - spans.shape[1], 0))

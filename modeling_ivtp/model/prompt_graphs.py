@@ -1,10 +1,11 @@
-"""Prompts as CUDA graphs: what of a model's forward is replayed, and under which conditions.
+"""Images and prompts replayed as CUDA graphs: what is replayed, and under which conditions.
 
-A prompt is filled up on the right to the next of a few lengths, so that one recording serves prompts of many. Attention
-is causal: nothing of the prompt sees what follows, and what follows is left out of the output and the cache.
+A prompt is padded on the right to the next multiple of a few tokens, so that one graph serves prompts of many lengths.
+Attention is causal: no token of the prompt sees the padding, and the padding is left out of the output and the cache.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -14,197 +15,207 @@ from transformers.cache_utils import Cache, DynamicCache
 from .compat import CACHE
 from .cuda_graphs import Graphs
 from .language_ivtp import PrunedDecoderOutput
-from .prompt import PromptIndex
+from .prompt import PromptIndex, PromptInputs
 from .pruned_cache import fill, key_value_shape, prepare_layers
 from .visual_sequence import RowCounts, locate_images
 
 STEP = 8
-"""Lengths of recorded prompts are multiples of it."""
+"""Lengths of captured prompts are multiples of it."""
 
 MAX_GRAPHS = 32
-"""Kept unless somebody asks for another number."""
+"""Graphs that are kept unless the user sets another number."""
 
 _HARMLESS = {"use_cache", "return_dict", "output_attentions", "output_hidden_states", "cache_position"}
 
 
-class PromptReplay:
-    """Mixin for the model that has both towers: replays images and prompts on a GPU; see `capture_prompts`."""
+class PromptGraphs:
+    """The CUDA graphs of one model: replays its images and prompts on a GPU; see `capture_prompts`.
 
-    config: Any
-    graphs: Graphs
-    applied_pruner: Any
-    plan: Callable[[], Any]
-    training: bool
+    Parameters
+    ----------
+    limit : int, default 32
+        Graphs that are kept.
+    automatic : bool, default True
+        Whether nobody asked for them: then only small work of modules that compute from their weights is captured.
+    """
 
-    def replay_serves(self, inputs: Mapping[str, torch.Tensor | None], options: Mapping[str, Any]) -> bool:
-        """Whether work on these inputs can be replayed; `options` are further keyword arguments of a forward."""
-        if torch.compiler.is_compiling() or self.applied_pruner is not None or not self.graphs.limit:
-            return False
-        # In training a decoder leaves out the cache, and what is dropped at random is to be another every time.
-        if self.training:
-            return False
-        if getattr(self.config.text_config, "output_hidden_states", False):
-            return False
-        asked = {name for name, value in options.items() if value is not None and value is not False}
-        if asked - _HARMLESS or asked & {"output_attentions", "output_hidden_states"}:
-            return False
-        return self.graphs.serve(_given(inputs))
+    def __init__(self, limit: int = MAX_GRAPHS, automatic: bool = True) -> None:
+        self.graphs = Graphs(limit, automatic=automatic)
 
-    def replay_images(self, encode: Any, pixel_values: torch.Tensor, what: Any) -> Any:
-        """`encode(pixel_values=…)`, replayed; `what` is all it depends on besides. None: not replayed, or not yet."""
-        tokens = pixel_values.shape[0] * (self.config.num_patches + 1)
-        taken = layer_bytes(self.config.vision_config, tokens, pixel_values.dtype.itemsize, matrices=2)
-        what = self._replayed("images", what)
-        return self.graphs.run(self, what, encode, {"pixel_values": pixel_values}, taken)
+    def replay_images(
+        self,
+        model: Any,
+        encode: Callable[[torch.Tensor], Any],
+        pixel_values: torch.Tensor,
+        feature_layers: tuple[int, ...],
+        options: Mapping[str, Any],
+    ) -> Any:
+        """Replay `encode(pixel_values=...)`.
+
+        Parameters
+        ----------
+        model : IVTPLlavaModel
+        encode : callable
+        pixel_values : Tensor (I, 3, height, width)
+        feature_layers : tuple of int
+            All that `encode` depends on besides the pixels and the model.
+        options : mapping
+            Further keyword arguments of `get_image_features`.
+
+        Returns
+        -------
+        IVTPImageFeatures or None
+            None: not replayed, or not yet.
+        """
+        if not self._serve(model, {"pixel_values": pixel_values}, options):
+            return None
+        tokens = pixel_values.shape[0] * (model.config.num_patches + 1)
+        needed = layer_bytes(model.config.vision_config, tokens, pixel_values.dtype.itemsize, matrices=2)
+        what = _depends_on(model, "images", feature_layers)
+        return self.graphs.run(model, what, encode, {"pixel_values": pixel_values}, needed)
 
     def replay_prompt(
         self,
-        run: Any,
-        prompt_index: PromptIndex,
+        model: Any,
+        prompt: PromptInputs,
+        index: PromptIndex,
         encoded: Any,
-        inputs: Mapping[str, torch.Tensor | None],
         cache: Cache | None,
+        options: Mapping[str, Any],
     ) -> PrunedDecoderOutput | None:
-        """A prompt's output, replayed, with the cache that holds it. None: it is not replayed, or not yet.
+        """Replay a prompt that runs by itself: on an empty dynamic cache, with as many images in every row.
 
         Parameters
         ----------
-        run : callable
-            The forward, called with `inputs`, `encoded`, `prompt_index` and `cache`.
-        prompt_index : PromptIndex
-            Of rows with as many images each.
+        model : IVTPLlavaModel
+        prompt : PromptInputs
+        index : PromptIndex
         encoded : IVTPImageFeatures
-            Of as many patches each.
-        inputs : mapping of str to Tensor or None
-        cache : DynamicCache or None
-            An empty one; None makes one.
+            Of as many patches for each image.
+        cache : Cache or None
+            None makes one.
+        options : mapping
+            Further keyword arguments of the model's forward.
+
+        Returns
+        -------
+        PrunedDecoderOutput or None
+            With the cache that holds the prompt. None: not replayed, or not yet.
         """
-        kind, text = type(encoded), self.config.text_config
-        images = tuple(row.images for row in prompt_index.sequence.rows)
-        mask, length = inputs["attention_mask"], prompt_index.sequence.length
+        if not (_runs_alone(prompt, index, cache, options) and self._serve(model, _tensors(prompt), options)):
+            return None
+        text, length = model.config.text_config, prompt.length
+        mask = prompt.attention_mask
         if _asks_the_device(text, mask):
             return None
-        # A mask may speak of tokens that are to come.
-        mask = None if mask is None or prompt_index.sequence.valid is None else mask[:, :length]
+        # A mask may cover tokens that are to come.
+        mask = None if mask is None or index.sequence.valid is None else mask[:, :length]
         # A prompt that ends on an image ends with the last patch that is left: nothing can stand after it.
-        extra = -length % STEP if prompt_index.sequence.tail else 0
+        extra = -length % STEP if index.sequence.tail else 0
         window = getattr(text, "sliding_window", None)
         extra = 0 if window is not None and length + extra > window else extra
-        inputs = _longer({**inputs, "attention_mask": mask}, extra)
-        parts = {"features": torch.stack(list(encoded.pooler_output)), "kept_patches": encoded.kept_patches}
-        parts |= {"cls_features": encoded.cls_features, "image_embeds": encoded.image_embeds}
-
-        def forward(features: torch.Tensor, kept_patches: Any, cls_features: Any, **given: Any) -> Any:
-            again = kind(
-                pooler_output=list(features),
-                kept_patches=kept_patches,
-                cls_features=cls_features,
-                image_embeds=given.pop("image_embeds", None),
-            )
-            held = DynamicCache(config=text)
-            output = run(encoded=again, prompt_index=self._unread(given, images), cache=held, use_cache=True, **given)
-            layers = [(layer.keys, layer.values) for layer in held.layers]
-            cache_indices = [layer.cache_index for layer in held.layers]
-            shared = list({id(cache_index): cache_index for cache_index in cache_indices}.values())
-            places = [
-                next(place for place, one in enumerate(shared) if one is cache_index) for cache_index in cache_indices
-            ]
-            return {
-                "hidden": output.last_hidden_state,
-                "kept_tokens": output.kept_tokens,
-                "layers": layers,
-                "cache_indices": [(one.stored, one.dropped, one.key_mask, one.position_shift) for one in shared],
-                "places": places,
-            }
-
-        given = _given({**inputs, **parts})
-        if not self.graphs.serve(given):
+        inputs = _tensors(_padded(replace(prompt, attention_mask=mask), extra)) | _image_tensors(encoded)
+        if not self.graphs.serve(inputs):
             return None
-        taken = self._prompt_bytes(len(images), max(images), length + extra, parts["features"].dtype)
-        told = self.graphs.run(self, self._replayed("prompt", images), forward, given, taken)
-        if told is None:
+        images = tuple(row.images for row in index.sequence.rows)
+        needed = _prompt_bytes(model, images, length + extra, inputs["features"].dtype)
+        work = _captured_forward(model, type(encoded), images)
+        found = self.graphs.run(model, _depends_on(model, "prompt", images), work, inputs, needed)
+        if found is None:
             return None
         cache = DynamicCache(config=text) if cache is None else cache
         prepare_layers(cache, text.num_hidden_layers, None, length)
-        fill(cache, told["layers"], told["cache_indices"], told["places"], prompt_index.sequence.tail, extra)
+        fill(cache, found["layers"], found["cache_indices"], found["places"], index.sequence.tail, extra)
         return PrunedDecoderOutput(
-            last_hidden_state=told["hidden"][:, :length], kept_tokens=told["kept_tokens"][:, :length], **{CACHE: cache}
+            last_hidden_state=found["hidden"][:, :length],
+            kept_tokens=found["kept_tokens"][:, :length],
+            **{CACHE: cache},
         )
 
-    def _prompt_bytes(self, rows: int, images: int, length: int, dtype: torch.dtype) -> int:
-        """About what a prompt takes: a layer's work, the KV cache, and hidden states as long as the prompt was."""
-        text, plan = self.config.text_config, self.plan()
-        words = length - images * plan.patches
-        tokens = [words + images * left for left in plan.decoder_layer_tokens(text.num_hidden_layers)]
-        heads, width = key_value_shape(text)
-        held = 2 * heads * width * sum(tokens) + text.hidden_size * length
-        return layer_bytes(text, rows * tokens[0], dtype.itemsize) + rows * held * dtype.itemsize
-
-    def _replayed(self, kind: str, what: Any) -> Any:
-        """What a recording depends on besides shapes and weights."""
-        config = self.config
-        attention = config.vision_config._attn_implementation, config.text_config._attn_implementation
-        words = getattr(self, "has_text_tower", False)
-        return kind, what, config.pruning, attention, words, config.image_token_id, config.num_patches
-
-    def _unread(self, given: Mapping[str, Any], images: tuple[int, ...]) -> PromptIndex:
-        """A prompt of which only shapes are known, as a graph is to serve all that have them."""
-        ids, mask = given["input_ids"], given.get("attention_mask")
-        valid = None if mask is None else mask.bool()
-        rows = tuple(RowCounts(ids.shape[1], count, 0, 0) for count in images)
-        placeholders = ids == self.config.image_token_id
-        return PromptIndex(locate_images(placeholders, valid, rows, self.config.num_patches, counted=False))
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        # Moved or cast: nothing that was recorded is valid, and what it held is wanted back now.
-        if (graphs := getattr(self, "graphs", None)) is not None:
-            graphs.forget()
-        return super()._apply(*args, **kwargs)  # type: ignore[misc]
+    def _serve(self, model: Any, inputs: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> bool:
+        """Return whether work on these inputs can be replayed; `options` are further arguments of a forward."""
+        if torch.compiler.is_compiling() or model.applied_pruner is not None or not self.graphs.limit:
+            return False
+        # In training a decoder leaves out the cache, and dropout has to draw anew every time.
+        if model.training or getattr(model.config.text_config, "output_hidden_states", False):
+            return False
+        wanted = {name for name, value in options.items() if value is not None and value is not False}
+        if wanted - _HARMLESS or wanted & {"output_attentions", "output_hidden_states"}:
+            return False
+        return self.graphs.serve(inputs)
 
 
-class PromptCapture:
-    """Mixin for the class that users load."""
+def _runs_alone(prompt: PromptInputs, index: PromptIndex, cache: Cache | None, options: Mapping[str, Any]) -> bool:
+    """Return whether nothing but the prompt's own tokens takes part in it."""
+    plain = cache is None or (type(cache) is DynamicCache and not getattr(cache, "offloading", False))
+    alone = plain and prompt.past == 0 and prompt.drafted == 0 and prompt.inputs_embeds is None
+    return alone and bool(options.get("use_cache")) and index.sequence.order is None
 
-    model: Any
 
-    def capture_prompts(self, limit: int = MAX_GRAPHS, automatic: bool = False) -> None:
-        """Replay images and prompts of any size as CUDA graphs when their shapes come a second time, or never.
+def _captured_forward(model: Any, kind: type, images: tuple[int, ...]) -> Callable[..., dict[str, Any]]:
+    """Return the function that is captured: from a prompt's tensors to hidden states and the cache's content."""
 
-        On a fast GPU, launching the work of a small batch takes longer than doing it. So unasked, a model replays it
-        where that is safe and small: one whose weights alone decide what it computes (no adapters, no quantised
-        layers), and work that takes at most 1/64 of the GPU's memory with what it puts out, mostly the prompt's KV
-        cache. This lifts both conditions, or with 0 switches replaying off.
+    def forward(
+        features: torch.Tensor,
+        kept_patches: torch.Tensor,
+        cls_features: torch.Tensor,
+        image_embeds: torch.Tensor | None = None,
+        **tensors: Any,
+    ) -> dict[str, Any]:
+        encoded = kind(
+            pooler_output=list(features),
+            kept_patches=kept_patches,
+            cls_features=cls_features,
+            image_embeds=image_embeds,
+        )
+        prompt, cache = PromptInputs(**tensors), DynamicCache(config=model.config.text_config)
+        index = _index_by_shape(model, prompt, images)
+        output = model.decode_prompt(prompt, index, encoded, cache, use_cache=True)
+        layers: Any = cache.layers
+        shared = list({id(layer.cache_index): layer.cache_index for layer in layers}.values())
+        places = [next(at for at, index in enumerate(shared) if index is layer.cache_index) for layer in layers]
+        return {
+            "hidden": output.last_hidden_state,
+            "kept_tokens": output.kept_tokens,
+            "layers": [(layer.keys, layer.values) for layer in layers],
+            "cache_indices": [(one.stored, one.dropped, one.key_mask, one.position_shift) for one in shared],
+            "places": places,
+        }
 
-        What cannot be replayed runs as always: prompts on top of a cache, with rows of different numbers of images,
-        padded ones under FlashAttention's package, with gradients, in training mode, under autocast, with hooks, with
-        another system than IVTP. What was recorded is dropped once a weight is another tensor; call this again after
-        adapters were added, merged or switched. While something is recorded, another thread must not synchronise the
-        whole device.
+    return forward
 
-        Parameters
-        ----------
-        limit : int, default 32
-            Recordings that are kept. They share one piece of memory for what they work on and one for what they put
-            out, each as large as the largest needs, and half of the latter again. 0 switches replaying off.
-        automatic : bool, default False
-            True keeps both conditions, as a model has them that nobody asked.
 
-        Raises
-        ------
-        ValueError
-            If the limit is negative, or the model is not on one GPU.
-        """
-        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
-            raise ValueError(f"limit={limit!r}; allowed: a number of recordings, 0 for none.")
-        devices = sorted({str(parameter.device) for parameter in self.model.parameters()})
-        if limit and not automatic and (len(devices) != 1 or not devices[0].startswith("cuda")):
-            raise ValueError(f"CUDA graphs need the whole model on one GPU; it is on {', '.join(devices)}.")
-        self.model.graphs = Graphs(limit, automatic=automatic)
+def _index_by_shape(model: Any, prompt: PromptInputs, images: tuple[int, ...]) -> PromptIndex:
+    """Index a prompt of which only shapes are known, since a graph serves all prompts that have them."""
+    assert prompt.input_ids is not None
+    valid = None if prompt.attention_mask is None else prompt.attention_mask.bool()
+    rows = tuple(RowCounts(prompt.length, count, 0, 0) for count in images)
+    placeholders = prompt.input_ids == model.config.image_token_id
+    return PromptIndex(locate_images(placeholders, valid, rows, model.config.num_patches, counted=False))
+
+
+def _prompt_bytes(model: Any, images: tuple[int, ...], length: int, dtype: torch.dtype) -> int:
+    """Estimate what a prompt takes: one layer's work, the KV cache, and hidden states of the prompt's length."""
+    text, plan, most = model.config.text_config, model.plan(), max(images)
+    words = length - most * plan.patches
+    tokens = [words + most * left for left in plan.decoder_layer_tokens(text.num_hidden_layers)]
+    heads, width = key_value_shape(text)
+    held = 2 * heads * width * sum(tokens) + text.hidden_size * length
+    return layer_bytes(text, len(images) * tokens[0], dtype.itemsize) + len(images) * held * dtype.itemsize
+
+
+def _depends_on(model: Any, kind: str, what: Any) -> Any:
+    """Return everything besides shapes and weights that a graph depends on."""
+    config = model.config
+    attention = config.vision_config._attn_implementation, config.text_config._attn_implementation
+    return kind, what, config.pruning, attention, model.has_text_tower, config.image_token_id, config.num_patches
 
 
 def _asks_the_device(config: Any, mask: torch.Tensor | None) -> bool:
-    """Whether a decoder waits for values during a prompt, which a recording cannot: flash attention takes the padding
-    out, and some rotary embeddings look how long the sequence is."""
+    """Return whether a decoder waits for values during a prompt, which a graph cannot.
+
+    Flash attention takes the padding out, and some rotary embeddings look how long the sequence is.
+    """
     attention = config._attn_implementation
     flash = mask is not None and attention not in ("sdpa", "eager")
     rotary = str((getattr(config, "rope_parameters", None) or {}).get("rope_type", "default"))
@@ -212,28 +223,37 @@ def _asks_the_device(config: Any, mask: torch.Tensor | None) -> bool:
 
 
 def layer_bytes(config: Any, tokens: int, value_bytes: int, matrices: int = 3) -> int:
-    """About what a layer with an MLP of so many `matrices` holds at a time of so many tokens."""
+    """Estimate the bytes that one layer, with an MLP of so many `matrices`, holds at a time for so many tokens."""
     return tokens * (4 * config.hidden_size + matrices * config.intermediate_size) * value_bytes
 
 
-def _longer(inputs: Mapping[str, torch.Tensor | None], extra: int) -> dict[str, torch.Tensor | None]:
-    """The inputs of a prompt with its last token repeated `extra` times."""
+def _padded(prompt: PromptInputs, extra: int) -> PromptInputs:
+    """Repeat the last token of a prompt `extra` times."""
+    ids, mask, positions = prompt.input_ids, prompt.attention_mask, prompt.position_ids
+    spans = prompt.clip_spans
     if not extra:
-        return dict(inputs)
-    ids, mask, positions = inputs["input_ids"], inputs["attention_mask"], inputs["position_ids"]
-    spans = inputs["clip_spans"]
+        return prompt
     assert ids is not None
     if positions is not None:
         further = torch.arange(1, extra + 1, device=positions.device)
         positions = torch.cat([positions, positions[:, -1:] + further], 1)
-    return {
-        **inputs,
-        "input_ids": torch.cat([ids, ids[:, -1:].expand(-1, extra)], 1),
-        "attention_mask": None if mask is None else nn.functional.pad(mask, (0, extra), value=1),
-        "position_ids": positions,
-        "clip_spans": None if spans is None else nn.functional.pad(spans, (0, 0, 0, extra)),
-    }
+    return replace(
+        prompt,
+        input_ids=torch.cat([ids, ids[:, -1:].expand(-1, extra)], 1),
+        attention_mask=None if mask is None else nn.functional.pad(mask, (0, extra), value=1),
+        position_ids=positions,
+        clip_spans=None if spans is None else nn.functional.pad(spans, (0, 0, 0, extra)),
+    )
 
 
-def _given(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    return {name: value for name, value in inputs.items() if value is not None}
+def _tensors(prompt: PromptInputs) -> dict[str, torch.Tensor]:
+    """Return the tensors of a prompt by name, those that there are."""
+    values = {field.name: getattr(prompt, field.name) for field in fields(prompt)}
+    return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+
+
+def _image_tensors(encoded: Any) -> dict[str, torch.Tensor]:
+    """Return the tensors of encoded images by name, those that there are."""
+    tensors = {"features": torch.stack(list(encoded.pooler_output)), "kept_patches": encoded.kept_patches}
+    tensors |= {"cls_features": encoded.cls_features, "image_embeds": encoded.image_embeds}
+    return {name: value for name, value in tensors.items() if value is not None}

@@ -286,12 +286,12 @@ def _arm(name: str, model: Any, system: Any) -> Arm:
 @contextmanager
 def _replaying(model: Any, budget: int, graphs: Graphs) -> Iterator[None]:
     """The model's own pruning; what an arm recorded is there again the next time."""
-    before, model.model.graphs = model.model.graphs, graphs
+    before, model.model.prompt_graphs.graphs = model.model.prompt_graphs.graphs, graphs
     try:
         with model.pruning(visual_tokens=budget, tower_tokens=None):
             yield
     finally:
-        model.model.graphs = before
+        model.model.prompt_graphs.graphs = before
 
 
 def _cases(settings: Settings) -> Iterator[tuple[int, int]]:

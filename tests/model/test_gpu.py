@@ -140,8 +140,8 @@ def test_replayed_prompts_give_the_same_answers(asked):
                 inputs = on_gpu(prompt(rows, seed=seed))
                 assert torch.equal(answer(model, inputs), answer(plain, inputs))
     # Images of one and two rows; prompts of one and two rows, filled up to 32 and 48 tokens.
-    assert len(model.model.graphs) == 6
-    assert len(plain.model.graphs) == 0
+    assert len(model.model.prompt_graphs.graphs) == 6
+    assert len(plain.model.prompt_graphs.graphs) == 0
 
 
 def test_streams_take_turns_with_a_recording():
@@ -161,7 +161,7 @@ def test_streams_take_turns_with_a_recording():
     torch.cuda.synchronize()
     for found, right in zip(told, expected * 3, strict=True):
         torch.testing.assert_close(found, right, atol=1e-4, rtol=0)
-    assert len(model.model.graphs) == 2
+    assert len(model.model.prompt_graphs.graphs) == 2
 
 
 def test_a_recording_that_fails_leaves_nothing_behind(caplog):
@@ -193,7 +193,7 @@ def test_a_model_need_not_be_on_the_current_gpu():
         inputs = prompt([[3, "image", 7]], seed=seed)
         there = {name: value.to("cuda:1") for name, value in inputs.items()}
         assert torch.equal(answer(model, there).cpu(), answer(plain, inputs))
-    assert len(model.model.graphs) == 2
+    assert len(model.model.prompt_graphs.graphs) == 2
 
 
 def test_recordings_share_their_memory():
@@ -202,7 +202,7 @@ def test_recordings_share_their_memory():
         for length in range(8, 72, 8):
             for _ in range(2):
                 model(**on_gpu(prompt([[4, "image", length]])), use_cache=True)
-    graphs = model.model.graphs
+    graphs = model.model.prompt_graphs.graphs
     assert len(graphs) == 9
     needed = [recorded.packing.nbytes for recorded in graphs._recorded.values()]
     held = sum(room.nbytes for memory in graphs._memory.values() for room in memory._rooms.values())

@@ -93,7 +93,7 @@ class BakedGraphs(StandinGraphs):
 @pytest.fixture
 def model():
     made = tiny_model()
-    made.model.graphs = StandinGraphs(8)
+    made.model.prompt_graphs.graphs = StandinGraphs(8)
     return made
 
 
@@ -102,12 +102,12 @@ def answer(model, inputs, **options):
 
 
 def replays(model):
-    return sum(recorded.runs for recorded in model.model.graphs._recorded.values())
+    return sum(recorded.runs for recorded in model.model.prompt_graphs.graphs._recorded.values())
 
 
 def prompts_of(model):
     """The shapes of the recorded prompts."""
-    keys = [key for key in model.model.graphs._recorded if key[0][0] == "prompt"]
+    keys = [key for key in model.model.prompt_graphs.graphs._recorded if key[0][0] == "prompt"]
     return [{name: tuple(shape) for name, shape, *_ in shapes} for *_, shapes in keys]
 
 
@@ -118,7 +118,7 @@ def test_answers_are_those_of_a_model_that_captures_nothing(model, rows):
         inputs = prompt(rows, seed=seed)
         assert torch.equal(answer(model, inputs), answer(plain, inputs))
     # Images and prompts ran once, were recorded at the second time, and replayed from then on.
-    assert len(model.model.graphs) == 2
+    assert len(model.model.prompt_graphs.graphs) == 2
     assert replays(model) == 2 * 2
 
 
@@ -126,7 +126,7 @@ def test_other_shapes_are_recorded_apart(model):
     for rows in (ROWS[:1], [[3, "image", 28]]):
         for seed in (1, 2):
             answer(model, prompt(rows, seed=seed))
-    assert len(model.model.graphs) == 3  # images share one
+    assert len(model.model.prompt_graphs.graphs) == 3  # images share one
 
 
 @pytest.mark.parametrize("options", [{}, {"positions": "compact"}, {"pseudo_cls": "pool"}], ids=str)
@@ -135,7 +135,7 @@ def test_other_shapes_are_recorded_apart(model):
 def test_prompts_of_many_lengths_share_a_recording(options, after):
     """With 16 patches and 4 tokens before them, prompts of 25 to 32 tokens are filled up to 32."""
     plain, model = tiny_model(**options), tiny_model(**options)
-    model.model.graphs = StandinGraphs(8)
+    model.model.prompt_graphs.graphs = StandinGraphs(8)
     for length in range(5, 13):
         rows = [[4, "image", length], [length + after - 5 - 1, "image", 5]]
         inputs = prompt(rows, seed=length)
@@ -170,7 +170,7 @@ def test_a_prompt_that_ends_on_an_image_keeps_its_length(model):
 @pytest.mark.parametrize("options", [{}, {"positions": "compact"}, {"pseudo_cls": "pool"}], ids=str)
 def test_what_was_launched_once_serves_all_prompts_of_its_shapes(options):
     plain, model = tiny_model(**options), tiny_model(**options)
-    model.model.graphs = BakedGraphs(8)
+    model.model.prompt_graphs.graphs = BakedGraphs(8)
     kinds = [
         [[3, "image", 7]],
         [[3, "image", 9]],
@@ -190,7 +190,7 @@ def test_what_was_launched_once_serves_all_prompts_of_its_shapes(options):
 @torch.no_grad()
 def test_a_prompt_is_not_filled_up_beyond_a_window():
     model = tiny_model("mistral")
-    model.model.graphs = StandinGraphs(8)
+    model.model.prompt_graphs.graphs = StandinGraphs(8)
     model.config.text_config.sliding_window = 26
     for seed in range(3):
         model(**prompt([[3, "image", 7]], seed=seed), use_cache=True)
@@ -239,7 +239,7 @@ def test_options_are_part_of_what_is_recorded(model):
         for budget in (4, 2):
             with model.pruning(visual_tokens=budget), plain.pruning(visual_tokens=budget):
                 assert torch.equal(answer(model, inputs), answer(plain, inputs))
-    assert len(model.model.graphs) == 4
+    assert len(model.model.prompt_graphs.graphs) == 4
 
 
 def test_what_cannot_be_replayed_is_run(model):
@@ -287,7 +287,7 @@ def test_proposals_are_taken_back(model):
 def test_recordings_go_when_weights_do(model, change):
     for _ in range(2):
         answer(model, prompt(ROWS))
-    assert len(model.model.graphs) == 2
+    assert len(model.model.prompt_graphs.graphs) == 2
     held = [parameter.data for parameter in model.parameters()]  # so that no address is given again
     change(model)
     plain = tiny_model()
@@ -297,19 +297,19 @@ def test_recordings_go_when_weights_do(model, change):
 
 
 def test_the_last_recordings_are_kept(model):
-    model.model.graphs.limit = 3
+    model.model.prompt_graphs.graphs.limit = 3
     for length in range(1, 41, 8):
         for _ in range(2):
             answer(model, prompt([[3, "image", length]]))
-    assert len(model.model.graphs) == 3
+    assert len(model.model.prompt_graphs.graphs) == 3
 
 
 def test_a_copy_records_for_itself(model):
     for _ in range(2):
         answer(model, prompt(ROWS))
     copied = copy.deepcopy(model)
-    assert len(copied.model.graphs) == 0
-    assert copied.model.graphs.limit == 8
+    assert len(copied.model.prompt_graphs.graphs) == 0
+    assert copied.model.prompt_graphs.graphs.limit == 8
     assert len(pickle.loads(pickle.dumps(Graphs(5)))) == 0
 
 
@@ -318,7 +318,7 @@ def test_a_failed_recording_is_told_and_given_up(model, caplog):
         def record(self, *args):
             raise RuntimeError("operation not permitted when stream is capturing")
 
-    model.model.graphs, plain = Failing(8), tiny_model()
+    model.model.prompt_graphs.graphs, plain = Failing(8), tiny_model()
     for seed in range(3):
         assert torch.equal(answer(model, prompt(ROWS, seed=seed)), answer(plain, prompt(ROWS, seed=seed)))
     assert caplog.text.count("CUDA graphs are given up") == 1
@@ -335,11 +335,14 @@ def test_without_a_gpu_it_says_so():
     with pytest.raises(ValueError, match=r"whole model on one GPU; it is on cpu"):
         model.capture_prompts()
     model.capture_prompts(0)
-    assert model.model.graphs.limit == 0
+    assert model.model.prompt_graphs.graphs.limit == 0
     # The way back is open everywhere: such a model looks for itself whether it can.
     model.capture_prompts(automatic=True)
-    untouched = tiny_model().model.graphs
-    assert (model.model.graphs.limit, model.model.graphs.automatic) == (untouched.limit, untouched.automatic)
+    untouched = tiny_model().model.prompt_graphs.graphs
+    assert (model.model.prompt_graphs.graphs.limit, model.model.prompt_graphs.graphs.automatic) == (
+        untouched.limit,
+        untouched.automatic,
+    )
 
 
 def test_the_replayed_baseline_is_stock_llava():
@@ -393,9 +396,9 @@ def test_another_attention_is_recorded_apart(model):
         answer(model, inputs)
     model.set_attn_implementation("eager")
     answer(model, inputs)
-    assert len(model.model.graphs) == 2
+    assert len(model.model.prompt_graphs.graphs) == 2
     answer(model, inputs)
-    assert len(model.model.graphs) == 4
+    assert len(model.model.prompt_graphs.graphs) == 4
 
 
 def test_other_kernels_are_recorded_apart(model):
@@ -404,9 +407,9 @@ def test_other_kernels_are_recorded_apart(model):
         answer(model, inputs)
     with sdpa_kernel(SDPBackend.MATH):
         answer(model, inputs)
-        assert (len(model.model.graphs), replays(model)) == (2, 0)
+        assert (len(model.model.prompt_graphs.graphs), replays(model)) == (2, 0)
         answer(model, inputs)
-    assert len(model.model.graphs) == 4
+    assert len(model.model.prompt_graphs.graphs) == 4
 
 
 @torch.no_grad()
@@ -474,7 +477,7 @@ def test_a_hook_that_was_there_first_refuses_nothing_for_good(model):
     hook = model.model.vision_tower.register_forward_hook(lambda *_: None)
     for seed in range(3):
         answer(model, prompt(ROWS, seed=seed))
-    assert len(model.model.graphs) == 0
+    assert len(model.model.prompt_graphs.graphs) == 0
     hook.remove()
     for seed in range(3):
         answer(model, prompt(ROWS, seed=seed))
@@ -502,7 +505,7 @@ def test_a_forward_that_was_replaced_is_called(model):
 def test_a_text_tower_that_joins_is_asked():
     whole, model = tiny_model(), tiny_model(clip=False)
     model.load_state_dict({name: whole.state_dict()[name] for name in model.state_dict()})
-    model.model.graphs = StandinGraphs(8)
+    model.model.prompt_graphs.graphs = StandinGraphs(8)
     inputs = prompt(ROWS)
     bare = {name: value for name, value in inputs.items() if not name.startswith("clip_")}
     for _ in range(3):
@@ -515,7 +518,7 @@ def test_a_text_tower_that_joins_is_asked():
         found = model(**inputs, use_cache=True).logits[:, -1]
         torch.testing.assert_close(found, whole(**inputs, use_cache=True).logits[:, -1], atol=1e-5, rtol=0)
     assert before == 2
-    assert len(model.model.graphs) == 2  # what was recorded before is gone
+    assert len(model.model.prompt_graphs.graphs) == 2  # what was recorded before is gone
 
 
 def test_a_bias_that_joins_is_read(model):
@@ -530,30 +533,32 @@ def test_a_bias_that_joins_is_read(model):
 def test_training_mode_is_run():
     """With gradient checkpointing a decoder leaves out the cache there."""
     model = tiny_model().train()
-    model.model.graphs = StandinGraphs(8)
+    model.model.prompt_graphs.graphs = StandinGraphs(8)
     model.gradient_checkpointing_enable()
     for seed in range(3):
         answer(model, prompt(ROWS, seed=seed))
-    assert len(model.model.graphs) == 0
+    assert len(model.model.prompt_graphs.graphs) == 0
 
 
 @pytest.mark.parametrize("change", [lambda model: model.half().float(), lambda model: model.to("cpu")])
 def test_what_is_moved_or_cast_lets_go_of_its_recordings(model, change):
     for seed in range(3):
         answer(model, prompt(ROWS, seed=seed))
-    assert len(model.model.graphs) == 2
+    assert len(model.model.prompt_graphs.graphs) == 2
     change(model)
-    assert len(model.model.graphs) == 0
-    assert not model.model.graphs._memory
+    assert len(model.model.prompt_graphs.graphs) == 0
+    assert not model.model.prompt_graphs.graphs._memory
 
 
 def test_a_model_is_freed_without_a_search_for_cycles():
     made = tiny_model()
-    made.model.graphs = StandinGraphs(8)
-    made.model.graphs.record = lambda *args: Packing([])  # a stand-in holds the function, which a graph does not
+    made.model.prompt_graphs.graphs = StandinGraphs(8)
+    made.model.prompt_graphs.graphs.record = lambda *args: Packing(
+        []
+    )  # a stand-in holds the function, which a graph does not
     for seed in range(2):
         answer(made, prompt(ROWS, seed=seed))
-    assert len(made.model.graphs) == 2
+    assert len(made.model.prompt_graphs.graphs) == 2
     weight = weakref.ref(made.model.language_model.layers[0].mlp.down_proj.weight)
     gc.collect()
     gc.disable()
@@ -565,17 +570,17 @@ def test_a_model_is_freed_without_a_search_for_cycles():
 
 
 def test_more_shapes_than_are_kept_are_recorded_ever_less(model):
-    model.model.graphs.limit = 2
+    model.model.prompt_graphs.graphs.limit = 2
     made = []
     original = StandinGraphs.record
-    model.model.graphs.record = lambda *args: made.append(1) or original(*args)
+    model.model.prompt_graphs.graphs.record = lambda *args: made.append(1) or original(*args)
     rounds = []
     for _ in range(8):
         for length in (4, 12, 20, 28):
             answer(model, prompt([[3, "image", length]]))
         rounds.append(len(made))
     assert rounds[-1] - rounds[-4] <= 2
-    assert model.model.graphs._sights > 2
+    assert model.model.prompt_graphs.graphs._sights > 2
 
 
 def test_rotary_embeddings_that_look_at_the_length_are_run(model):
@@ -609,14 +614,14 @@ def test_an_error_in_the_work_is_the_callers(model):
         with pytest.raises(IndexError), torch.no_grad():
             model(**bad, use_cache=True)
         answer(model, good)
-    assert model.model.graphs.limit == 8
+    assert model.model.prompt_graphs.graphs.limit == 8
     assert prompts_of(model)
 
 
 @pytest.fixture
 def unasked():
     made = tiny_model()
-    made.model.graphs = StandinGraphs(8, automatic=True)
+    made.model.prompt_graphs.graphs = StandinGraphs(8, automatic=True)
     return made
 
 
@@ -637,13 +642,13 @@ def test_unasked_large_outputs_are_not(unasked, monkeypatch):
         assert torch.equal(answer(unasked, prompt(ROWS, seed=seed)), answer(plain, prompt(ROWS, seed=seed)))
     assert not prompts_of(unasked)
     assert replays(unasked) == 2  # the images
-    unasked.model.graphs.automatic = False
-    unasked.model.graphs.forget()
+    unasked.model.prompt_graphs.graphs.automatic = False
+    unasked.model.prompt_graphs.graphs.forget()
     for seed in range(4):
         answer(unasked, prompt(ROWS, seed=seed))
     assert prompts_of(unasked)
     # What it was said to take is what it puts out and some more.
-    images, prompts = (recorded.packing.nbytes for recorded in unasked.model.graphs._recorded.values())
+    images, prompts = (recorded.packing.nbytes for recorded in unasked.model.prompt_graphs.graphs._recorded.values())
     assert images < asked[0]
     assert prompts < asked[1] < 4 * prompts
 
@@ -662,7 +667,7 @@ def test_unasked_layers_of_other_libraries_are_not(unasked):
     layer.__class__ = Doubling
     for _ in range(3):
         before = answer(unasked, prompt(ROWS))
-    assert len(unasked.model.graphs) == 0
+    assert len(unasked.model.prompt_graphs.graphs) == 0
     layer.doubled = True
     assert not torch.equal(answer(unasked, prompt(ROWS)), before)
 
@@ -673,11 +678,11 @@ def test_unasked_integer_weights_are_not(unasked):
     )
     for _ in range(3):
         answer(unasked, prompt(ROWS))
-    assert len(unasked.model.graphs) == 0
+    assert len(unasked.model.prompt_graphs.graphs) == 0
 
 
 def test_a_model_replays_unasked():
-    graphs = tiny_model().model.graphs
+    graphs = tiny_model().model.prompt_graphs.graphs
     assert (graphs.automatic, graphs.limit) == (True, MAX_GRAPHS)
     copied = pickle.loads(pickle.dumps(graphs))
     assert (copied.automatic, copied.limit) == (True, MAX_GRAPHS)
@@ -772,10 +777,10 @@ def test_memory_that_runs_out_refuses_one_prompt(model, caplog):
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return Standin(function, inputs, packing, memory)
 
-    model.model.graphs, plain = Full(8), tiny_model()
+    model.model.prompt_graphs.graphs, plain = Full(8), tiny_model()
     for seed in range(3):
         for rows in (ROWS, ROWS[:1]):
             inputs = prompt(rows, seed=seed)
             assert torch.equal(answer(model, inputs), answer(plain, inputs))
     assert caplog.text.count("not recorded as a CUDA graph") == 1
-    assert len(model.model.graphs) == 3  # both batches' images, and the prompts of one row
+    assert len(model.model.prompt_graphs.graphs) == 3  # both batches' images, and the prompts of one row

@@ -1,0 +1,188 @@
+"""A prompt with images, as the decoder prunes it: its pseudo-CLS tokens, its positions, and what is left of it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .labels import CHOOSE, label
+from .pruner import DecoderStep, Pruner, full_precision
+from .rollout import GroupScores
+from .schedule import Group
+from .text_relevance import pseudo_cls
+from .visual_sequence import VisualSequence
+
+
+@dataclass(frozen=True)
+class PseudoCLSTokens:
+    """The pseudo-CLS tokens of a prompt, one per image (Sec. 3.3).
+
+    Attributes
+    ----------
+    embeds : Tensor (B, M, d)
+        Input embeddings (Eq. 8).
+    end_positions : int64 Tensor (B, M)
+        Their RoPE positions: that of the first token after each image.
+    key_tokens : bool Tensor (B, M, S) or None
+        The columns of the prompt that are pooled anew at each layer. None: the tokens run through the layers.
+    """
+
+    embeds: torch.Tensor
+    end_positions: torch.Tensor
+    key_tokens: torch.Tensor | None = None
+
+
+@dataclass
+class VisualPrompt:
+    """The visual tokens of a prompt and how the decoder prunes them.
+
+    Attributes
+    ----------
+    sequence : VisualSequence
+        The prompt as it comes to the decoder.
+    pruner : Pruner
+        What chooses.
+    groups : tuple of Group
+        The pruner is asked at the top of each.
+    state : any
+        What the pruner prepared.
+    scores : list of GroupScores or None
+        Each group's decision is appended.
+    pseudo_cls : PseudoCLSTokens or None
+        Tokens that run along, where the pruner needs them.
+    """
+
+    sequence: VisualSequence
+    pruner: Pruner
+    groups: tuple[Group, ...]
+    state: Any = None
+    scores: list[GroupScores] | None = None
+    pseudo_cls: PseudoCLSTokens | None = None
+
+    def stages(self, layers: int) -> Iterator[tuple[int, int, Group | None]]:
+        """Yield all layers of the decoder as (first, last, group); layers outside of groups come with None."""
+        start = 0
+        for group in self.groups:
+            if start < group.first:
+                yield start, group.first - 1, None
+            yield group.first, group.last, group
+            start = group.last + 1
+        yield start, layers - 1, None
+
+
+@dataclass
+class Numbering:
+    """RoPE positions of what is left of a prompt.
+
+    Attributes
+    ----------
+    position_ids : int64 Tensor (B, S)
+        Of the whole prompt.
+    valid : Tensor (B, S) or None
+        The 2D mask of the prompt.
+    ends : int64 Tensor (B, M) or None
+        Positions of the pseudo-CLS tokens.
+    compact : bool
+        Renumber without gaps.
+    """
+
+    position_ids: torch.Tensor
+    valid: torch.Tensor | None
+    ends: torch.Tensor | None
+    compact: bool
+
+    def of(
+        self, sequence: VisualSequence, shift: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Return positions of the sequence (B, n) and its pseudo-CLS tokens (B, M), and how far the row's end moves.
+
+        `shift` (B, 1) is how far earlier turns moved it down; the last value, (B, 1), is for this turn.
+        """
+        positions, ends = sequence.at_slots(self.position_ids), self.ends
+        if shift is not None:
+            positions = positions - shift.to(positions.device)
+            ends = None if ends is None else ends - shift.to(ends.device)
+        if not self.compact:
+            return positions.clamp_min(0), ends, None
+        present = torch.ones_like(self.position_ids) if self.valid is None else self.valid.long()
+        original = present.cumsum(1) - 1
+        gapless = torch.arange(sequence.size, device=positions.device).expand_as(positions)
+        if sequence.valid is not None:
+            gapless = sequence.valid.long().cumsum(1) - 1
+        positions = (positions - (sequence.at_slots(original) - gapless)).clamp_min(0)
+        if ends is not None:
+            ends = positions.gather(1, sequence.columns[..., -1].clamp_max(sequence.size - 1)) + 1
+        return positions, ends, original[:, -1:] - gapless[:, -1:]
+
+
+@dataclass
+class PromptPass:
+    """A prompt on its way through the decoder: the tokens that are left, and the pseudo-CLS tokens beside them.
+
+    Attributes
+    ----------
+    visual : VisualPrompt
+    tokens : Tensor (B, n, d)
+        Hidden states of the tokens that are left.
+    sequence : VisualSequence
+        Which tokens they are.
+    numbering : Numbering
+    pseudo_cls : Tensor (B, M, d) or None
+        Hidden states of the pseudo-CLS tokens.
+    sizes : float32 Tensor (B, M, k) or None
+        See `Choice.sizes`.
+    states : list of Tensor (B, S, d) or None
+        The input of every layer is appended, where `output_hidden_states` asks for it.
+    """
+
+    visual: VisualPrompt
+    tokens: torch.Tensor
+    sequence: VisualSequence
+    numbering: Numbering
+    pseudo_cls: torch.Tensor | None
+    sizes: torch.Tensor | None = None
+    states: list[torch.Tensor] | None = None
+
+    def note_state(self) -> None:
+        """Keep the hidden states that the next layer gets, if anybody wants them."""
+        if self.states is not None:
+            self.states.append(self.sequence.restore(self.tokens))
+
+    def joined(self) -> torch.Tensor:
+        """Return tokens and pseudo-CLS tokens side by side: (B, n + M, d)."""
+        assert self.pseudo_cls is not None
+        pseudo, tokens = self.pseudo_cls.to(self.tokens.device), self.visual.pseudo_cls
+        if tokens is not None and tokens.key_tokens is not None:
+            keys = self.sequence.at_slots(tokens.key_tokens)
+            if self.sequence.valid is not None:
+                keys = keys & self.sequence.valid[:, None]
+            pseudo = pseudo_cls(self.tokens, keys.to(self.tokens.device), pseudo)
+        return torch.cat([self.tokens, pseudo], 1)
+
+    def drop(self, group: Group, records: list[Any]) -> None:
+        """Ask the pruner at the top of a group, and leave out the tokens that it does not keep.
+
+        Parameters
+        ----------
+        group : Group
+        records : list of AttentionRecord or list of DecoderAttentionRecord
+            Of the group's layers, lowest first: the former where pseudo-CLS tokens run along.
+        """
+        visual, before = self.visual, self.sequence
+        asked = (records, []) if self.pseudo_cls is not None else ([], records)
+        with torch.no_grad(), full_precision(self.tokens.device), label(CHOOSE):
+            choice = visual.pruner.in_decoder(DecoderStep(group, *asked, self.tokens, before, self.sizes, visual.state))
+        for record in records:
+            record.seal()
+        self.sizes = choice.sizes
+        self.sequence, columns = before.keep(choice.kept, choice.ragged)
+        if visual.scores is not None:
+            visual.scores.append(
+                GroupScores("decoder", group, before.patches, choice.scores, self.sequence.patches, choice.mixture)
+            )
+        columns = columns.to(self.tokens.device)[..., None].expand(-1, -1, self.tokens.shape[-1])
+        merged = None if choice.mixture is None else choice.of(before.visual(self.tokens))
+        self.tokens = self.tokens.gather(1, columns)
+        if merged is not None:
+            self.tokens = self.sequence.with_visual(self.tokens, merged)
