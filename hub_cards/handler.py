@@ -255,7 +255,7 @@ def _is_chat(value: Any) -> bool:
 
 
 def _as_chat(one: Mapping[str, Any]) -> list[Any]:
-    """A request in either form as chat messages."""
+    """Return a request in either form as chat messages."""
     known = {"image", "images", "text", "messages", "parameters"}
     if unknown := sorted(set(map(str, one)) - known):
         raise ValueError(f"unknown field(s) {', '.join(unknown)}; allowed: {', '.join(sorted(known))}")
@@ -329,7 +329,7 @@ def _picture(source: Any, seconds: float) -> Any:
 
 
 def _checked(given: Mapping[str, Any], patches: int) -> dict[str, Any]:
-    """Settings of one request with the defaults of an endpoint: short and greedy.
+    """Check the settings of one request and add the defaults of an endpoint: short and greedy.
 
     Raises
     ------

@@ -55,7 +55,7 @@ def generate(
             else:
                 typer.echo(answering.answer_text(loaded, processor, inputs, max_new_tokens=max_new_tokens))
             return
-    unpruned, pruned = answering.compare(loaded, processor, inputs, max_new_tokens=max_new_tokens, system=other)
+    unpruned, pruned = answering.compare(loaded, processor, inputs, max_new_tokens=max_new_tokens, method=other)
     if as_json:
         typer.echo(to_json({"unpruned": unpruned.to_dict(), "pruned": pruned.to_dict()}))
         return

@@ -1,6 +1,6 @@
-"""Pictures from files, URLs and data URLs, as upright 8-bit RGB.
+"""Read pictures from files, addresses and data URLs, as upright 8-bit RGB.
 
-The file needs nothing of this package: it also goes to the Hub beside `handler.py`, as `handler_images.py`.
+The file imports nothing of this package: it also goes to the Hub beside `handler.py`, as `handler_images.py`.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ import httpx
 import numpy as np
 from PIL import Image, ImageOps
 
-# Pillow's own limit before it speaks of a decompression bomb: 13,377 x 13,377.
 MAX_PIXELS = 178_956_970
+"""Pillow's own limit, 13,377 x 13,377, above which it warns of a decompression bomb."""
 MAX_DOWNLOAD = 100_000_000
 MAX_REDIRECTS = 10
-# Addresses of IPv6 that stand for one of IPv4 (RFC 6052): what counts is the address inside.
+# IPv6 addresses that contain an IPv4 address (RFC 6052); the rules hold for the address inside.
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
-# Beyond what Python calls private, which differs between its releases: metadata services of clouds, and networks of
-# IPv6 that stand for addresses of IPv4 or for a site's own.
+# Networks that not every release of Python calls private: metadata services of clouds, and networks of IPv6 that stand
+# for addresses of IPv4 or for a site's own.
 _NOT_PUBLIC = [
     ipaddress.ip_network(name)
     for name in (
@@ -46,14 +46,12 @@ _NOT_PUBLIC = [
         "fec0::/10",
     )
 ]
-# Formats that hold pixels and nothing else; Pillow would also open some by running other programs.
+# Formats that hold nothing but pixels; to open others, Pillow may run other programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "ICO", "PPM", "TGA")
-
-
-# What strangers may send: formats whose size is known before anything is decoded, and that are cheap to decode.
+# Formats that strangers may send: they are cheap to decode, and their size is known before anything is decoded.
 STRANGERS_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_SCANS = 100
-"""Scans of a progressive JPEG from a stranger; each of them is work over the whole picture, however few its bytes."""
+"""Most scans of a stranger's progressive JPEG; each is work over the whole picture, however few bytes it has."""
 
 
 def load_image(
@@ -64,25 +62,24 @@ def load_image(
     max_pixels: int = MAX_PIXELS,
     from_stranger: bool = False,
 ) -> Image.Image:
-    """One picture in RGB, ready for the processor.
+    """Load one picture in RGB, ready for the processor.
 
     EXIF orientation is applied, transparency is laid over white, 16-bit and floating-point values are scaled to 8 bits
-    (floating-point ones from 0…1), of an animation the first frame is taken.
+    (floating-point ones from 0…1), and the first frame of an animation is taken.
 
     Parameters
     ----------
     source : str, path, bytes or PIL image
-        A file, an `http(s)://` address, a `data:` URL, a file's content, or a picture that is open already.
+        A file, an `http(s)://` address, a `data:` URL, a file's content, or an open picture.
     timeout : float
-        Seconds a download may take, all in all.
+        Seconds that a download may take, from the first lookup to the last byte.
     max_bytes : int
         Largest download or data URL.
     max_pixels : int
         Largest picture, at most `MAX_PIXELS`.
     from_stranger : bool, default False
-        Whether `source` was named by somebody who must not reach what this machine reaches: files are refused then, and
-        so are addresses that are not public, by whatever name, after whatever redirect, and formats that take more to
-        read than they weigh.
+        Whether `source` comes from somebody who must not reach what this machine reaches. If so, files are refused, and
+        addresses that are not public, by any name and after any redirect, and formats that are costly to decode.
 
     Returns
     -------
@@ -92,8 +89,7 @@ def load_image(
     Raises
     ------
     ValueError
-        If there is no readable picture after `source`, one that is too large, or a source that a stranger may not
-        name.
+        If `source` holds no readable picture or one that is too large, or if a stranger may not name it.
     OSError
         If the file cannot be opened or the address does not answer.
     """
@@ -155,7 +151,7 @@ def _to_rgb(image: Image.Image, label: str, max_pixels: int = MAX_PIXELS) -> Ima
         if image.mode.startswith("I;16"):
             return _from_values(np.asarray(image).astype(np.float64) / 257)
         if image.mode == "I":
-            # A picture of 16 bits in a 32-bit mode; one that stays below 256 has 8.
+            # The 32-bit mode holds pictures of 16 bits, and of 8 bits if no value is above 255.
             values = np.asarray(image).astype(np.float64)
             return _from_values(values / 257 if values.max() > 255 else values)
         if image.mode == "F":
@@ -167,7 +163,7 @@ def _to_rgb(image: Image.Image, label: str, max_pixels: int = MAX_PIXELS) -> Ima
             return Image.alpha_composite(white, layered).convert("RGB")
         return image.convert("RGB")
     except Exception as error:
-        # Decoders raise whatever the damage makes them stumble over: OSError, SyntaxError, struct.error, EOFError...
+        # On a damaged file a decoder may raise OSError, SyntaxError, struct.error, EOFError and more.
         raise ValueError(f"{label} is not a readable image: {error}") from error
 
 
@@ -191,7 +187,7 @@ def _data_url(url: str, max_bytes: int) -> bytes:
 
 
 def _download(url: str, timeout: float, max_bytes: int, public_only: bool) -> bytes:
-    """Return what an http(s) address holds; one deadline holds from the first lookup to the last byte."""
+    """Download the content of an http(s) address, with one deadline for lookup, handshake, headers and body."""
     if url.split("://", 1)[0].lower() not in ("http", "https"):
         raise ValueError(f"{url} is not supported; images come from files and from http, https and data URLs")
     content: Future[bytes] = Future()

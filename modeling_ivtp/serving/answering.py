@@ -1,4 +1,4 @@
-"""Ask a model about pictures, and measure what pruning is worth: what the command line and the examples share."""
+"""Load a model, ask it about pictures and measure what pruning saves, for the command line and the examples."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class Answer:
     Attributes
     ----------
     text : str
-        What the model said.
+        The model's words.
     tokens : int
-        Its length in tokens.
+        Their number of tokens.
     seconds : float
         Time of `generate`, prefill included; the median if it was repeated.
     visual_tokens : tuple of int
-        What is left of each image in the end.
+        Visual tokens of each image that are left in the end.
     layer_averaged_tokens : float
         Visual tokens of one image that a layer of the language model saw on average.
     kv_bytes : int
@@ -53,14 +53,14 @@ class Answer:
     kv_bytes: int
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Return the fields, ready for JSON."""
         return asdict(self) | {"visual_tokens": list(self.visual_tokens)}
 
 
 def load_model(
     model: str | os.PathLike[str], *, device: str | None = None, dtype: str = "auto"
 ) -> tuple[Any, IVTPLlavaProcessor]:
-    """A checkpoint of ours or an official LLaVA, ready to answer.
+    """Load an IVTP-LLaVA or an official LLaVA, ready to answer.
 
     Parameters
     ----------
@@ -79,8 +79,8 @@ def load_model(
     Raises
     ------
     ValueError
-        If the checkpoint is of another layout, has missing or unexpected weights or some of other shapes than its
-        config says, or a file that is damaged; for an unknown device or type.
+        If the checkpoint is no LLaVA, a file is damaged, weights are missing, unexpected or of another shape than the
+        config says, or the device or type is unknown.
     OSError
         If there is no such checkpoint, or a weights file is missing or damaged.
     """
@@ -97,7 +97,7 @@ def load_model(
             read_config(folder, str(model), quantized=True)
             check_weights(folder)
         source = model if folder is None else folder
-        # transformers' own error for wrong shapes refers to a report; `check_loading_info` tells what is in it.
+        # transformers' own error for wrong shapes only refers to a report; `check_loading_info` says what is in it.
         loaded, info = IVTPLlavaForConditionalGeneration.from_pretrained(
             source, dtype=dtype, device_map=device, output_loading_info=True, ignore_mismatched_sizes=True
         )
@@ -107,7 +107,7 @@ def load_model(
 
 
 def set_budget(model: Any, visual_tokens: int) -> None:
-    """Set the final number of visual tokens; a hand-over that the checkpoint fixes below it gives way."""
+    """Set the final number of visual tokens, and drop a hand-over that the checkpoint fixes below it."""
     tower_tokens = model.pruning_config.tower_tokens
     if tower_tokens is not None and tower_tokens < visual_tokens:
         tower_tokens = None
@@ -115,7 +115,7 @@ def set_budget(model: Any, visual_tokens: int) -> None:
 
 
 def check_device(device: str) -> None:
-    """Raise ValueError for a device that this machine lacks, or that no machine has."""
+    """Raise ValueError for a device that this machine does not have."""
     try:
         kind = torch.device(device)
         torch.empty(0, device=kind)
@@ -124,7 +124,7 @@ def check_device(device: str) -> None:
 
 
 def as_prompt(processor: Any, question: str, images: int) -> str:
-    """A question as the prompt the model was trained on.
+    """Put a question into the prompt format that the model was trained on.
 
     Parameters
     ----------
@@ -156,9 +156,9 @@ def as_prompt(processor: Any, question: str, images: int) -> str:
 
 
 def prepare(model: Any, processor: Any, images: Sequence[Any], prompt: str) -> dict[str, Any]:
-    """A model's inputs for one prompt, on its device and in its type.
+    """Make a model's inputs from one prompt, on its device and in its type.
 
-    A UserWarning tells if the question cannot guide the pruning, because the checkpoint lacks what that needs.
+    A UserWarning says if the checkpoint lacks something that the question needs to guide the pruning.
     """
     inputs = processor(images=list(images) or None, text=prompt, return_tensors="pt")
     if images:
@@ -167,7 +167,7 @@ def prepare(model: Any, processor: Any, images: Sequence[Any], prompt: str) -> d
 
 
 def warn_if_unguided(model: Any, processor: Any) -> None:
-    """Tell by a UserWarning if a question cannot guide the pruning of a picture, and what the checkpoint lacks."""
+    """Warn, by a UserWarning, if the checkpoint lacks something that the question needs to guide the pruning."""
     plan, pruner = model.model.plan(), model.model.pruner
     if plan is None or not plan.decoder or not pruner.needs.pseudo_cls or pruner.needs.options.strict:
         return
@@ -180,14 +180,14 @@ def warn_if_unguided(model: Any, processor: Any) -> None:
 
 
 def _missing_guidance(model: Any, processor: Any, guidance: str) -> str:
-    """What a checkpoint lacks for the question to guide its pruning; nothing is an empty string."""
+    """Name the part that a checkpoint lacks for the question to guide its pruning, or return an empty string."""
     if guidance == "clip" and not model.model.has_text_tower:
         return "text tower of CLIP"
     return "clip_tokenizer/" if guidance != "visual_cls" and processor.clip_tokenizer is None else ""
 
 
 def explain(model: Any, processor: Any, inputs: Mapping[str, Any]) -> Any:
-    """The `PruningTrace` of one prompt.
+    """Return the `PruningTrace` of one prompt.
 
     Parameters
     ----------
@@ -206,7 +206,7 @@ def explain(model: Any, processor: Any, inputs: Mapping[str, Any]) -> Any:
 
 
 def kv_bytes(cache: Any) -> int:
-    """Bytes of all keys and values in a cache, as they are stored."""
+    """Return the bytes of all keys and values that a cache stores."""
     return sum(
         tensor.nbytes
         for layer in cache.layers
@@ -218,7 +218,7 @@ def kv_bytes(cache: Any) -> int:
 def answer(
     model: Any, processor: Any, inputs: Mapping[str, Any], *, max_new_tokens: int = 64, repeats: int = 0
 ) -> Answer:
-    """Answer greedily and measure what it cost.
+    """Answer greedily and measure the cost.
 
     Parameters
     ----------
@@ -242,14 +242,14 @@ def compare(
     *,
     max_new_tokens: int = 64,
     repeats: int = 3,
-    system: Any = None,
+    method: Any = None,
 ) -> tuple[Answer, Answer]:
-    """The same answer without and with pruning, run by turns so that both see the same machine.
+    """Answer without and with pruning, by turns, so that both see the same machine.
 
     Parameters
     ----------
-    system : Method, optional
-        What prunes; default: the model's own options.
+    method : Method, optional
+        The method that prunes; default: the model's own options.
 
     Returns
     -------
@@ -257,7 +257,7 @@ def compare(
     """
 
     def pruning() -> Any:
-        return model.pruning(enabled=True) if system is None else system(model)
+        return model.pruning(enabled=True) if method is None else method(model)
 
     runs: tuple[list[_Run], list[_Run]] = ([], [])
     for _ in range(repeats + 1):
@@ -272,7 +272,7 @@ def compare(
 
 
 def answer_text(model: Any, processor: Any, inputs: Mapping[str, Any], *, max_new_tokens: int = 64) -> str:
-    """Answer greedily, and nothing else."""
+    """Answer greedily and return the text alone."""
     return _text(processor, _run(model, inputs, max_new_tokens).new_tokens)
 
 
