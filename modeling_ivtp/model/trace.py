@@ -1,4 +1,8 @@
-"""What was pruned, where and why: the record that `explain` returns, and its picture (Fig. 5 of IVTP, ECCV 2024)."""
+"""What was pruned, where and why: the record that `explain` returns, and how a forward pass fills it.
+
+The record is `PruningTrace`: an `ImageTrace` for every image, a `GroupTrace` for every group of layers and a
+`TokenTrace` for every token of the instruction. Its figure is Fig. 5 of IVTP (ECCV 2024).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from transformers import AutoTokenizer
 from .pruner import Choice
 from .rollout import GroupScores
 from .schedule import Group
-from .trace_plot import MarkedText, as_image, choose_panels, dim, draw, key_words, mark, square
+from .trace_plot import MarkedText, Panel, as_image, dim, draw, key_words, mark, square
 from .visual_sequence import VisualSequence
 
 if TYPE_CHECKING:
@@ -32,9 +36,9 @@ class GroupTrace:
     layers : tuple of int
         First and last layer of the group, counted from 0, both included.
     candidates : Tensor
-        (k_in,) int64, ascending: the patches of the original grid, row by row, that stood before.
+        (k_in,) int64, ascending: the patches of the original grid, row by row, before this group.
     importance : Tensor
-        (k_in,) float32, Eq. 4: one value per candidate, their sum is 1.
+        (k_in,) float32, Eq. 4: one value per candidate, with sum 1.
     kept : Tensor
         (k_out,) int64, ascending: the patches that stayed.
     """
@@ -52,7 +56,7 @@ class GroupTrace:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: tensors become lists, a number that is not finite None."""
+        """Return it JSON-ready: tensors become lists, a number that is not finite becomes None."""
         return {
             "stage": self.stage,
             "layers": list(self.layers),
@@ -74,9 +78,9 @@ class TokenTrace:
         Its id in the language model's vocabulary.
     text : str
         The tokenizer's text of it, in any of the common spellings: `"▁how"`, `"Ġhow"`, `" how"`, `"<0xE4>"`; or
-        `"<id>"` where no tokenizer was to be had.
+        `"<id>"` without a tokenizer.
     relevance : float
-        C_s of Eq. 7; nan where the guidance does not compute one.
+        C_s of Eq. 7; nan for a guidance that computes none.
     is_key : bool
         Whether it passed the threshold.
     """
@@ -88,7 +92,7 @@ class TokenTrace:
     is_key: bool
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: a relevance that is not finite becomes None."""
+        """Return it JSON-ready: a relevance that is not finite becomes None."""
         return {**vars(self), "relevance": _finite(self.relevance)}
 
 
@@ -104,9 +108,9 @@ class ImageTrace:
         Rows and columns of patches.
     groups : tuple of GroupTrace
     tokens : tuple of TokenTrace
-        Empty where there was no instruction to go by.
+        Empty without an instruction.
     reference : str
-        What the decoder measured importance against: `"pseudo_cls"` or `"visual_cls"`.
+        The token whose attention is the importance in the decoder: `"pseudo_cls"` or `"visual_cls"`.
     """
 
     row: int
@@ -126,7 +130,7 @@ class ImageTrace:
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Visual tokens at first, after the tower and after the decoder; a stage that did not run is left out."""
+        """Visual tokens at first, after the tower and after the decoder, without the stages that did not run."""
         last = {group.stage: len(group.kept) for group in self.groups}
         return (self.patches, *last.values())
 
@@ -137,11 +141,32 @@ class ImageTrace:
 
     @property
     def instruction(self) -> MarkedText:
-        """The text the image was pruned for, its key words marked by relevance."""
+        """The text that the image was pruned for, with its key words marked by relevance."""
         return mark(self.tokens)
 
+    def panels(self, stages: str | int | Sequence[int] | None = None) -> list[Panel]:
+        """Return the whole image, then what each of the chosen groups keeps of it.
+
+        Parameters
+        ----------
+        stages : str, int or sequence of int, optional
+            `"all"`, `"tower"`, `"decoder"`, or places in `groups`. By default the end of the tower, half of the
+            decoder's pruning and its end.
+
+        Raises
+        ------
+        ValueError
+            If `stages` is none of these.
+        """
+        panels = [Panel("as the model sees it", torch.ones(self.grid, dtype=torch.bool))]
+        for group in _chosen(self.groups, stages):
+            mask = torch.zeros(self.grid, dtype=torch.bool)
+            mask.view(-1)[group.kept.cpu()] = True
+            panels.append(Panel(_label(group, self.groups), mask))
+        return panels
+
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, the derived numbers included."""
+        """Return it JSON-ready, derived numbers included."""
         return {
             "row": self.row,
             "grid": list(self.grid),
@@ -154,7 +179,7 @@ class ImageTrace:
 
 
 class StagePicture(NamedTuple):
-    """What one group left of an image: what to call it, how many visual tokens, and the picture (PIL.Image.Image)."""
+    """A panel of `plot` as a picture: its label, the number of visual tokens, the picture (PIL.Image.Image)."""
 
     label: str
     tokens: int
@@ -169,9 +194,9 @@ class PruningTrace:
     ----------
     images : tuple of ImageTrace
     kv_bytes, kv_bytes_unpruned : int
-        Size of the KV cache after the prefill, and what it would have been without pruning, over the whole batch.
+        Size of the whole batch's KV cache after the prefill, and its size without pruning.
     decoder_layer_tokens : tuple of int or float
-        Visual tokens of one image that each decoder layer saw.
+        Visual tokens of one image in each decoder layer.
     """
 
     images: tuple[ImageTrace, ...]
@@ -186,19 +211,19 @@ class PruningTrace:
 
     @property
     def layer_averaged_tokens(self) -> float:
-        """Visual tokens of one image that a decoder layer saw on average; 0 without an image."""
+        """Visual tokens of one image, averaged over the decoder's layers; 0 without an image."""
         return sum(self.decoder_layer_tokens) / max(1, len(self.decoder_layer_tokens))
 
     @property
     def kv_bytes_saved(self) -> int:
-        """Bytes of KV cache that pruning spared."""
+        """Bytes of KV cache that pruning saved."""
         return self.kv_bytes_unpruned - self.kv_bytes
 
     def __repr__(self) -> str:
         return f"PruningTrace({self.summary()})"
 
     def summary(self) -> str:
-        """The whole trace on one line."""
+        """Tell the whole trace on one line."""
         parts = [f"{_plural(len(self.images), 'image')}: {self._counts()}" if self.images else "no image"]
         if self.kv_bytes_unpruned:
             parts.append(f"KV cache {_size(self.kv_bytes)} of {_size(self.kv_bytes_unpruned)}")
@@ -220,7 +245,7 @@ class PruningTrace:
         return f"{text} ({self.layer_averaged_tokens:.1f} layer-averaged)"
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, the derived numbers included: ints, floats, strings and lists only, None for nan."""
+        """Return it JSON-ready, derived numbers included: ints, floats, strings and lists only, None for nan."""
         return {
             "images": [image.to_dict() for image in self.images],
             "final_tokens": list(self.final_tokens),
@@ -240,18 +265,17 @@ class PruningTrace:
         title: str | None = None,
         size: float | None = None,
     ) -> Figure:
-        """Draw what one image lost on its way, under the instruction with its key words marked (Fig. 5).
+        """Draw what stays of one image, under the instruction with its key words marked (Fig. 5).
 
         Parameters
         ----------
         image : PIL.Image.Image, numpy.ndarray or path
-            The picture that was given to the processor; an array is (H, W), (H, W, C) or (C, H, W), in 0 to 255 or, for
+            The picture that the processor got; an array is (H, W), (H, W, C) or (C, H, W), in 0 to 255 or, for
             floats, 0 to 1. It is cut to the centre square as CLIP's image processor does.
-        index : int
-            Which image of the trace it is.
+        index : int, default 0
+            The image's number in the trace.
         stages : str, int or sequence of int, optional
-            The groups to show: `"all"`, `"tower"`, `"decoder"`, or places in `images[index].groups`. By default the end
-            of the tower, half of the decoder's pruning and its end.
+            The groups to show, as for `ImageTrace.panels`.
         title : str, optional
             A line above the instruction.
         size : float, optional
@@ -260,25 +284,25 @@ class PruningTrace:
         Returns
         -------
         matplotlib.figure.Figure
-            Unknown to pyplot, so nothing has to be closed. Notebooks show it; `figure.savefig("trace.png")` writes it.
+            pyplot does not hold it, so nothing has to be closed. Notebooks show it; `savefig("trace.png")` writes it.
 
         Raises
         ------
         ImportError
             Without matplotlib.
         ValueError
-            If `index`, `stages`, `size` or `image` is not what is said above.
+            If `index`, `stages`, `size` or `image` is none of the above.
         """
         chosen = self._image(index)
         if size is not None and not (isinstance(size, int | float) and math.isfinite(size) and size > 0):
             raise ValueError(f"size={size!r}: expected the width in inches, a positive number")
-        panels = choose_panels(chosen.groups, chosen.grid, stages)
+        panels = chosen.panels(stages)
         return draw(square(image, chosen.grid), panels, chosen.instruction, self._caption(index), title, size)
 
     def pictures(
         self, image: Any, index: int = 0, *, stages: str | int | Sequence[int] | None = None
     ) -> list[StagePicture]:
-        """The panels of `plot` as pictures of their own: the whole image, then what each group left of it.
+        """Return the panels of `plot` as separate pictures: the whole image, then what each chosen group keeps.
 
         Parameters
         ----------
@@ -288,10 +312,10 @@ class PruningTrace:
         Raises
         ------
         ValueError
-            As `plot`.
+            As for `plot`.
         """
         chosen = self._image(index)
-        panels = choose_panels(chosen.groups, chosen.grid, stages)
+        panels = chosen.panels(stages)
         whole = square(image, chosen.grid)
         return [StagePicture(label, int(mask.sum()), as_image(dim(whole, mask))) for label, mask in panels]
 
@@ -314,36 +338,13 @@ class PruningTrace:
         return facts
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
-
-
-def _span(counts: Sequence[int]) -> str:
-    return str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
-
-
-def _listed(words: Sequence[str], most: int = 12) -> str:
-    return " ".join(words[:most]) + (" …" if len(words) > most else "") if words else "none"
-
-
-def _size(count: float) -> str:
-    if count < 1000:
-        return f"{count} B"
-    power = 3 if count >= 1e9 else 2 if count >= 1e6 else 1
-    return f"{count / 1000**power:.1f} {('kB', 'MB', 'GB')[power - 1]}"
-
-
 class TraceRecorder:
-    """Handed through the model by `explain`.
+    """Collects the decisions of one forward pass; `explain` hands it through the model.
 
     Parameters
     ----------
     processor : processor or tokenizer, optional
-        Puts token numbers into words.
+        Turns token ids into text. Default: the tokenizer saved next to the model, if it is on disk.
 
     Attributes
     ----------
@@ -374,13 +375,13 @@ class TraceRecorder:
         self._input_ids, self._sequence, self._relevance, self._keys = input_ids, sequence, relevance, keys
 
     def chosen(self, stage: str, keep: int, candidates: torch.Tensor, choice: Choice) -> None:
-        """Note what was chosen among features (I, k) or for a prompt (B, M, k), outside of any layer."""
+        """Note a choice outside of any layer: among features (I, k) or for a prompt (B, M, k)."""
         kept = torch.nn.functional.pad(candidates, (0, 1), value=-1).gather(-1, choice.kept)
         scores = GroupScores(stage, Group(-1, -1, keep), candidates, choice.scores, kept, choice.mixture)
         (self.tower if stage == "features" else self.prompted).append(scores)
 
     def trace(self, model: Any, cache: Any) -> PruningTrace:
-        """Everything that was collected; `model` and the `cache` after the pass give the sizes."""
+        """Return all that was collected; `model` and the `cache` after the pass give the sizes."""
         if self.tokenizer is None:
             self.tokenizer = _saved_tokenizer(model.name_or_path)
         assert self._sequence is not None
@@ -427,9 +428,55 @@ class TraceRecorder:
         return self.tokenizer.convert_ids_to_tokens(token)
 
 
+def _chosen(groups: Sequence[GroupTrace], stages: str | int | Sequence[int] | None) -> list[GroupTrace]:
+    if stages is None:
+        tower, decoder = ([group for group in groups if group.stage == stage] for stage in ("tower", "decoder"))
+        halfway = (len(decoder) - 1) // 2
+        return [*tower[-1:], *decoder[halfway:-1][:1], *decoder[-1:]]
+    allowed = f"expected 'all', 'tower', 'decoder' or places from 0 to {len(groups) - 1}"
+    if isinstance(stages, str):
+        if stages not in ("all", "tower", "decoder"):
+            raise ValueError(f"stages={stages!r}: {allowed}")
+        return [group for group in groups if stages in ("all", group.stage)]
+    for place in (stages := [stages] if isinstance(stages, int) else stages):
+        if place not in range(-len(groups), len(groups)):
+            raise ValueError(f"stages={stages!r} holds {place!r}: {allowed}")
+    return [groups[place] for place in stages]
+
+
+def _label(group: GroupTrace, groups: Sequence[GroupTrace]) -> str:
+    if group.stage == "tower" and group is [other for other in groups if other.stage == "tower"][-1]:
+        return "after the vision tower"
+    stage, count = "vision" if group.stage == "tower" else group.stage, group.layers[1] + 1
+    return f"after {count} {stage} layer{'' if count == 1 else 's'}"
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def _span(counts: Sequence[int]) -> str:
+    return str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+
+
+def _listed(words: Sequence[str], most: int = 12) -> str:
+    return " ".join(words[:most]) + (" …" if len(words) > most else "") if words else "none"
+
+
+def _size(count: float) -> str:
+    if count < 1000:
+        return f"{count} B"
+    power = 3 if count >= 1e9 else 2 if count >= 1e6 else 1
+    return f"{count / 1000**power:.1f} {('kB', 'MB', 'GB')[power - 1]}"
+
+
 def _group(scores: GroupScores, at: tuple[int, ...]) -> GroupTrace:
     candidates, kept = scores.candidates[at].cpu(), scores.kept[at].cpu()
-    there = candidates >= 0
+    present = candidates >= 0
     if scores.importance is None:
         importance = torch.full(candidates.shape, float("nan"))
     else:
@@ -437,27 +484,27 @@ def _group(scores: GroupScores, at: tuple[int, ...]) -> GroupTrace:
     return GroupTrace(
         stage=scores.stage,
         layers=(scores.group.first, scores.group.last),
-        candidates=candidates[there],
-        importance=importance[there],
+        candidates=candidates[present],
+        importance=importance[present],
         kept=kept[kept >= 0],
     )
 
 
 def _layer_tokens(images: list[ImageTrace], handed_over: int, layers: int) -> tuple[float, ...]:
-    """Visual tokens of one image in each decoder layer; of images that keep different numbers, the mean."""
+    """Count the visual tokens of one image in each decoder layer, averaged over the images."""
     totals = [0] * layers
     for image in images:
         before = [group for group in image.groups if group.stage != "decoder"]
         tokens, start = len(before[-1].kept) if before else handed_over, 0
         for group in image.groups[len(before) :]:
-            totals[start : group.layers[1] + 1] = [one + tokens for one in totals[start : group.layers[1] + 1]]
+            totals[start : group.layers[1] + 1] = [total + tokens for total in totals[start : group.layers[1] + 1]]
             tokens, start = len(group.kept), group.layers[1] + 1
-        totals[start:] = [one + tokens for one in totals[start:]]
+        totals[start:] = [total + tokens for total in totals[start:]]
     return tuple(total // len(images) if total % len(images) == 0 else total / len(images) for total in totals)
 
 
 def _saved_tokenizer(name_or_path: str) -> Any:
-    """The tokenizer next to the checkpoint, if it is on disk; explaining is no reason to download anything."""
+    """Load the tokenizer saved next to the checkpoint, if it is on disk; nothing is downloaded."""
     if not name_or_path:
         return None
     try:

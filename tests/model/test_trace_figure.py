@@ -18,6 +18,7 @@ pytest.importorskip("matplotlib", reason="plots need matplotlib")
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def draw(figure):
         warnings.simplefilter("error")
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
-        boxes = [text.get_window_extent(canvas.get_renderer()).padded(-1.5) for text in figure.texts]
+        boxes = [text.get_window_extent(canvas.get_renderer()).padded(-1.5) for text in texts(figure)]
     for box in boxes:
         assert box.x0 >= 0
         assert box.y0 >= 0
@@ -52,8 +53,13 @@ def draw(figure):
     return np.asarray(canvas.buffer_rgba())
 
 
+def texts(figure):
+    """All that is written: above the panels and below them, and what belongs to one panel."""
+    return [text for part in (*figure.artists, *figure.axes) for text in part.findobj(Text) if text.get_text()]
+
+
 def words(figure):
-    return " ".join(text.get_text() for text in figure.texts)
+    return " ".join(text.get_text() for text in texts(figure))
 
 
 def pixels(axes):
@@ -95,7 +101,7 @@ def test_kept_regions_are_outlined_without_inner_lines():
 
 
 @pytest.mark.parametrize(
-    "texts",
+    "pieces",
     [
         ["▁word"] * 300,
         ["▁" + "unbreakable" * 40],
@@ -106,11 +112,11 @@ def test_kept_regions_are_outlined_without_inner_lines():
     ids=["long", "unbreakable", "chinese", "odd", "blank"],
 )
 @pytest.mark.parametrize("stages", [None, [-1]], ids=["wide", "narrow"])
-def test_any_text_is_set_without_overlap_or_warning(texts, stages, recwarn):
-    image = image_trace(tokens=spell(texts, set(range(0, len(texts), 3))))
-    figure = pruning_trace(image).plot(COFFEE, stages=stages, title="".join(texts).replace("▁", " "))
+def test_any_text_is_set_without_overlap_or_warning(pieces, stages, recwarn):
+    image = image_trace(tokens=spell(pieces, set(range(0, len(pieces), 3))))
+    figure = pruning_trace(image).plot(COFFEE, stages=stages, title="".join(pieces).replace("▁", " "))
     draw(figure)
-    assert ("…" in words(figure)) == (len("".join(texts)) > 100)
+    assert ("…" in words(figure)) == (len("".join(pieces)) > 100)
     assert not recwarn.list
 
 
@@ -118,8 +124,9 @@ def test_key_words_are_tinted_by_relevance():
     tokens = spell(["▁a", "▁cat", "▁and", "▁a", "▁dog"], {1, 4})
     figure = pruning_trace(image_trace(tokens=tokens)).plot(COFFEE)
     draw(figure)
-    marks = [mark for mark in figure.artists if mark.get_window_extent().y0 > figure.axes[0].bbox.y1]
-    places = [text.get_window_extent() for text in figure.texts if text.get_text() in ("cat", "dog")]
+    question = [text for text in texts(figure) if text.get_window_extent().y0 > figure.axes[0].bbox.y1]
+    marks = [text.get_bbox_patch() for text in question if text.get_bbox_patch()]
+    places = [text.get_window_extent() for text in question if text.get_text() in ("cat", "dog")]
     assert len(marks) == len(places) == 2
     for mark, place in zip(marks, places, strict=True):
         box = mark.get_window_extent()
@@ -138,12 +145,12 @@ def test_equal_or_unknown_relevance_needs_no_scale(relevance):
     assert "relevance" not in words(figure)
 
 
-@pytest.mark.parametrize("texts", [[], QUESTION], ids=["no instruction", "no key words"])
-def test_the_caption_says_when_no_word_guided(texts):
-    figure = pruning_trace(image_trace(tokens=spell(texts), reference="visual_cls")).plot(COFFEE)
+@pytest.mark.parametrize("pieces", [[], QUESTION], ids=["no instruction", "no key words"])
+def test_the_caption_says_when_no_word_guided(pieces):
+    figure = pruning_trace(image_trace(tokens=spell(pieces), reference="visual_cls")).plot(COFFEE)
     draw(figure)
     assert "decoder guided by the visual CLS" in words(figure)
-    assert ("(no key words)" in words(figure)) == bool(texts)
+    assert ("(no key words)" in words(figure)) == bool(pieces)
     assert "576 → 120 → 64 visual tokens" in words(figure)
 
 
