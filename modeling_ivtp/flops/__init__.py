@@ -1,4 +1,4 @@
-"""What a configuration computes for one prompt: counted from shapes alone, and by the closed formula."""
+"""FLOPs of one prompt under a configuration: counted from shapes alone, and by the closed formula."""
 
 from .executed import Count, count, count_named
 from .formula import closed_formula

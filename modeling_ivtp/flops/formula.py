@@ -1,8 +1,8 @@
-"""The closed formula for what a prompt costs, by the counting rule that reproduces IVTP's Tables 3 and 9.
+"""The closed formula for a prompt's FLOPs, by the counting rule that reproduces IVTP's Tables 3 and 9.
 
 A multiplication with its addition counts as two operations. A layer of a decoder of LLaMA's kind on n tokens, d wide
-with an MLP of m, takes `2 n (4 d² + 3 d m) + 4 n² d`, a layer of CLIP's the same with two matrices in its MLP. Of the
-tower the paper counts the layers that make the features, 23 of 24; the head counts on every token that is left.
+with an MLP of m, takes `2 n (4 d² + 3 d m) + 4 n² d`, a layer of CLIP's the same with two matrices in its MLP. The
+paper counts the tower's layers up to the features, 23 of 24, and the head on every token that is left.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def layer_flops(
     mlp_tokens: Any = None,
     products: bool = True,
 ) -> Any:
-    """One layer.
+    """Count one layer.
 
     Parameters
     ----------
@@ -36,13 +36,13 @@ def layer_flops(
     width, inner : int
         d and m.
     matrices : {2, 3}
-        Of the MLP.
+        Matrices of the MLP.
     kv_width : int, optional
         Width of keys and values, where fewer heads share them.
     mlp_tokens : int or array, optional
         Tokens that the MLP sees, where some are dropped before it; default: n.
     products : bool, default True
-        False leaves out the products of queries with keys and of weights with values, as counters of modules do.
+        False leaves out the products of queries with keys and of weights with values, as module counters do.
     """
     projections = 2 * width * width + 2 * width * (width if kv_width is None else kv_width)
     mlp = matrices * width * inner
@@ -51,16 +51,16 @@ def layer_flops(
 
 
 def tower_depth(config: Any, plan: PruningPlan, pruner: Pruner | None) -> int:
-    """How many layers of the tower run: those that make the features, drop something, or are looked at."""
+    """Return how many layers of the tower run: up to the last that makes features, drops patches or is recorded."""
     layers = config.vision_config.num_hidden_layers
     if pruner is None or (pruner.needs.image_embeds and config.clip_text_config is not None):
         return layers
-    watched = [layer % layers + 1 for layer in pruner.needs.recorded_layers]
-    return max([config.feature_depth, *(group.last + 1 for group in plan.tower), *watched])
+    recorded = [layer % layers + 1 for layer in pruner.needs.recorded_layers]
+    return max([config.feature_depth, *(group.last + 1 for group in plan.tower), *recorded])
 
 
 def tower_flops(config: Any, plan: PruningPlan, layers: int) -> int:
-    """The first `layers` layers of the vision tower for one image, CLS included."""
+    """Count the first `layers` layers of the vision tower for one image, CLS included."""
     vision = config.vision_config
     middle = {group.last for group in plan.tower if group.middle}
     tokens = plan.tower_layer_tokens(layers + 1)
@@ -77,33 +77,33 @@ def tower_flops(config: Any, plan: PruningPlan, layers: int) -> int:
 
 
 def patch_embedding_flops(config: Any) -> int:
-    """The convolution that makes patches of pixels; the paper leaves it out."""
+    """Count the convolution from pixels to patches, which the paper leaves out."""
     vision = config.vision_config
     return 2 * config.num_patches * 3 * vision.patch_size**2 * vision.hidden_size
 
 
 def projector_flops(config: Any, tokens: int) -> int:
-    """LLaVA's two layers over features of so many tokens, CLS among them; the paper leaves it out."""
+    """Count LLaVA's projector, two layers, over `tokens` features, CLS included; the paper leaves it out."""
     feature_layers = 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
     width = config.text_config.hidden_size
     return 2 * tokens * (config.vision_config.hidden_size * feature_layers * width + width * width)
 
 
 def text_tower_flops(config: Any, windows: int) -> int:
-    """CLIP's text tower over an instruction of so many windows; without its projection, as the paper counts."""
+    """Count CLIP's text tower over the windows of an instruction, without its projection, as the paper does."""
     text = config.clip_text_config
     layer = layer_flops(text.max_position_embeddings, text.hidden_size, text.intermediate_size, matrices=2)
     return windows * text.num_hidden_layers * layer
 
 
 def kv_width(config: Any) -> int:
-    """Width of one layer's keys: heads times their width, fewer where heads share them."""
+    """Return the width of one layer's keys: key heads times their width."""
     heads, width = key_value_shape(config.text_config)
     return heads * width
 
 
 def decoder_flops(config: Any, text_tokens: Any, visual_tokens: Sequence[float]) -> Any:
-    """The decoder's layers for prompts of some text tokens (int or array), with visual tokens in each layer."""
+    """Count the decoder's layers for prompts of `text_tokens` (int or array) and the visual tokens of each layer."""
     text = config.text_config
     total = 0.0 * text_tokens
     for visual in visual_tokens:
@@ -114,17 +114,17 @@ def decoder_flops(config: Any, text_tokens: Any, visual_tokens: Sequence[float])
 
 
 def head_flops(config: Any, tokens: Any) -> Any:
-    """The head over so many tokens."""
+    """Count the head over `tokens` tokens."""
     return 2 * tokens * config.text_config.hidden_size * config.text_config.vocab_size
 
 
 def kv_cache_bytes(config: Any, tokens: Sequence[float], value_bytes: int) -> list[int]:
-    """Keys and values of so many tokens in each layer, of values of so many bytes."""
-    return [round(2 * one * kv_width(config) * value_bytes) for one in tokens]
+    """Return the bytes of each layer's keys and values, for its number of tokens and the bytes of a value."""
+    return [round(2 * number * kv_width(config) * value_bytes) for number in tokens]
 
 
 def _rollout_flops(plan: PruningPlan, config: Any, pruner: Pruner, text_before: int) -> int:
-    """Queries with keys, and rows with maps, down every group of IVTP (Eq. 3) in both towers."""
+    """Count IVTP's rollout (Eq. 3) in tower and decoder: queries with keys, and rows with maps, down every group."""
     options, total = pruner.needs.options, 0
     stages = [
         (plan.tower, plan.patches, config.vision_config, 0),
@@ -136,10 +136,10 @@ def _rollout_flops(plan: PruningPlan, config: Any, pruner: Pruner, text_before: 
             for layer in range(group.first, group.last + 1):
                 if options.aggregation == "last" and layer < group.last:
                     continue
-                one_row = layer == group.last or options.aggregation != "rollout"
-                # A single row of a map is averaged over heads as it is; others are weighted with the row from above.
-                weighed = 0 if one_row else sizes.num_attention_heads
-                total += 2 * (1 if one_row else 1 + tokens) * keys * (sizes.hidden_size + weighed)
+                reference_only = layer == group.last or options.aggregation != "rollout"
+                # A single row of a map is averaged over heads directly; several are weighted with the row from above.
+                weighted = 0 if reference_only else sizes.num_attention_heads
+                total += 2 * (1 if reference_only else 1 + tokens) * keys * (sizes.hidden_size + weighted)
             tokens = group.keep
     return total
 
@@ -153,7 +153,7 @@ def closed_formula(
     windows: int,
     text_before: int = 1,
 ) -> dict[str, int]:
-    """Everything that runs for one image and its prompt, by part.
+    """Count everything that runs for one image and its prompt, by part.
 
     Parameters
     ----------
@@ -161,8 +161,8 @@ def closed_formula(
     plan : PruningPlan or None
         None: nothing is dropped, and stock LLaVA runs.
     pruner : Pruner or None
-        What prunes. Only IVTP's scoring has a formula; that of other systems, and the sums that merging ones make,
-        count as 0.
+        What prunes. Only IVTP's scoring has a formula; the scoring of other methods, and the sums that merging methods
+        make, count as 0.
     text_tokens : int
         Of the prompt, without the image.
     windows : int
@@ -171,19 +171,19 @@ def closed_formula(
         How many of the text tokens stand before the image.
     """
     pruned = plan is not None
-    laid = plan or PruningPlan(config.num_patches)
-    depth = tower_depth(config, laid, pruner if pruned else None)
+    schedule = plan or PruningPlan(config.num_patches)
+    depth = tower_depth(config, schedule, pruner if pruned else None)
     layers = config.text_config.num_hidden_layers
-    visual = laid.decoder_layer_tokens(layers)
+    visual = schedule.decoder_layer_tokens(layers)
     clip = config.clip_text_config
     asks_clip = (
         pruned and clip is not None and pruner is not None and (pruner.needs.image_embeds or pruner.needs.patch_embeds)
     )
     parts = dict.fromkeys(PARTS, 0)
-    parts["tower"] = patch_embedding_flops(config) + tower_flops(config, laid, depth)
-    projected = laid.encoded_tokens
+    parts["tower"] = patch_embedding_flops(config) + tower_flops(config, schedule, depth)
+    projected = schedule.encoded_tokens
     if pruner is not None and pruner.needs.all_projected:
-        projected = laid.tower[-1].keep if laid.tower else laid.patches
+        projected = schedule.tower[-1].keep if schedule.tower else schedule.patches
     parts["projector"] = projector_flops(config, projected + (1 if pruned else 0))
     if asks_clip:
         parts["text_tower"] = text_tower_flops(config, windows) + 2 * windows * (
@@ -192,13 +192,13 @@ def closed_formula(
         parts["tower"] += 2 * config.vision_config.hidden_size * clip.projection_dim
     parts["decoder"] = round(decoder_flops(config, text_tokens, visual))
     if pruned and pruner is not None and pruner.needs.pseudo_cls:
-        parts["scoring"] = _rollout_flops(laid, config, pruner, text_before)
+        parts["scoring"] = _rollout_flops(schedule, config, pruner, text_before)
         # The pseudo CLS is one more token in the layers of the groups.
         text = config.text_config
-        observed = layer_flops(
+        pseudo_cls = layer_flops(
             1, text.hidden_size, text.intermediate_size, matrices=3, kv_width=kv_width(config), products=False
         )
-        for layer in range(laid.decoder[-1].last + 1 if laid.decoder else 0):
-            parts["decoder"] += observed + 4 * (text_before + visual[layer] + 1) * text.hidden_size
+        for layer in range(schedule.decoder[-1].last + 1 if schedule.decoder else 0):
+            parts["decoder"] += pseudo_cls + 4 * (text_before + visual[layer] + 1) * text.hidden_size
     parts["head"] = round(head_flops(config, text_tokens + visual[-1]))
     return parts

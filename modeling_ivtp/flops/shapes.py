@@ -1,4 +1,4 @@
-"""Published shapes by name: `configuration/shapes/*.json`."""
+"""Published model shapes by name: `configuration/shapes/*.json`."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from ..model.configuration_ivtp import IVTPLlavaConfig
 
 
 def shape_names() -> list[str]:
-    """The names that `load_shape` knows."""
+    """List the names that `load_shape` knows."""
     return sorted(file.stem for file in shipped("configuration/shapes").glob("*.json"))
 
 
 def load_shape(name: str) -> IVTPLlavaConfig:
-    """The configuration of a published shape, without weights.
+    """Load the configuration of a published shape, without weights.
 
     Raises
     ------
     ValueError
-        For an unknown name, naming the known ones.
+        If the name is unknown, with the known ones.
     """
     if name not in shape_names():
         raise ValueError(f"Unknown shape {name!r}; allowed: {', '.join(shape_names())}.")

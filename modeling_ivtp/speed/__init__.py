@@ -1,1 +1,1 @@
-"""How fast pruning is beside stock LLaVA on one machine, in interleaved pairs."""
+"""The speed benchmark: pruning against stock LLaVA on one machine, in interleaved pairs."""

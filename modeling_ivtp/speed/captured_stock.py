@@ -1,4 +1,4 @@
-"""A harder baseline on a GPU: stock LLaVA whose images and prompts are replayed as CUDA graphs, as ours can be."""
+"""A harder baseline on a GPU: stock LLaVA that replays images and prompts as CUDA graphs, as ours can."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ..model.cuda_graphs import Graphs
 
 
 class CapturedLlava(LlavaForConditionalGeneration):
-    """Stock LLaVA for prompts without padding, of one image a row, that are answered greedily; modules are stock's."""
+    """Stock LLaVA with replay, for greedy answers to prompts without padding and with one image a row."""
 
     graphs: Graphs
 
     def forward(self, input_ids: Any = None, pixel_values: Any = None, **kwargs: Any) -> Any:
-        """Logits of the last token for a prompt; for anything else, stock's."""
+        """Return the logits of a prompt's last token; run stock's forward on anything else."""
         encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
         if pixel_values is None and encoded is None:
             return super().forward(input_ids=input_ids, **kwargs)
@@ -28,26 +28,26 @@ class CapturedLlava(LlavaForConditionalGeneration):
             encoded = self.model.get_image_features(pixel_values)
         features = encoded.pooler_output
         features = features if isinstance(features, torch.Tensor) else torch.stack(list(features))
-        told = _run(self, "prompt", self._prompt, {"input_ids": input_ids, "features": features})
+        outputs = _run(self, "prompt", self._prompt, {"input_ids": input_ids, "features": features})
         cache = one_cache(kwargs.get("cache"), kwargs.get("past_key_values"))
         cache = DynamicCache(config=self.config.text_config) if cache is None else cache
-        for layer, (keys, values) in zip(cache.layers, told["layers"], strict=True):
+        for layer, (keys, values) in zip(cache.layers, outputs["layers"], strict=True):
             layer.lazy_initialization(keys, values)
             layer.keys, layer.values = keys, values
-        return LlavaCausalLMOutputWithPast(logits=self.lm_head(told["last"]), **{CACHE: cache})
+        return LlavaCausalLMOutputWithPast(logits=self.lm_head(outputs["last"]), **{CACHE: cache})
 
     def _prompt(self, input_ids: torch.Tensor, features: torch.Tensor) -> dict[str, Any]:
         embeds = self.model.get_input_embeddings()(input_ids)
-        places = (input_ids == self.config.image_token_id)[..., None].expand_as(embeds)
-        embeds = embeds.masked_scatter(places, features.to(embeds.dtype))
-        held = DynamicCache(config=self.config.text_config)
-        output = self.model.language_model(inputs_embeds=embeds, use_cache=True, **{CACHE: held})
+        placeholders = (input_ids == self.config.image_token_id)[..., None].expand_as(embeds)
+        embeds = embeds.masked_scatter(placeholders, features.to(embeds.dtype))
+        cache = DynamicCache(config=self.config.text_config)
+        output = self.model.language_model(inputs_embeds=embeds, use_cache=True, **{CACHE: cache})
         layers = [(layer.keys, layer.values) for layer in cache_of(output).layers]
         return {"last": output.last_hidden_state[:, -1:], "layers": layers}
 
 
 def captured(stock: Any, graphs: Graphs) -> Any:
-    """Let a stock twin replay its images and prompts."""
+    """Make a stock twin replay its images and prompts, and return it."""
     stock.__class__, stock.graphs = CapturedLlava, graphs
     encode = stock.model.get_image_features
 
@@ -63,5 +63,5 @@ def captured(stock: Any, graphs: Graphs) -> Any:
 
 
 def _run(stock: Any, what: str, function: Any, inputs: dict[str, torch.Tensor]) -> Any:
-    told = stock.graphs.run(stock, what, function, inputs)
-    return function(**inputs) if told is None else told
+    outputs = stock.graphs.run(stock, what, function, inputs)
+    return function(**inputs) if outputs is None else outputs

@@ -1,4 +1,4 @@
-"""Arms that run compiled: prompts and decoding steps as graphs, with a static cache whose addresses stay."""
+"""Compiled arms: prompts and decoding steps as graphs, with a static cache that stays at its addresses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .timing import Arm
 
 
 def static_cache(model: Any, batch: int, room: int) -> Any:
-    """A static cache for `room` tokens a row; a stock model's has its memory already, ours gets it with the prompt."""
+    """Make a static cache for `room` tokens a row; only a stock model's gets its memory before the prompt."""
     config = model.config.text_config
     cache = StaticCache(config=config, max_cache_len=room)
     if not hasattr(model, "pruning"):
@@ -25,10 +25,10 @@ def static_cache(model: Any, batch: int, room: int) -> Any:
 
 @contextmanager
 def compiled(arms: Sequence[Arm]) -> Iterator[Sequence[Arm]]:
-    """Compile the models of some arms; undone when left."""
+    """Compile the models of some arms inside the context."""
     mode = "reduce-overhead" if arms[0].model.device.type == "cuda" else None
     models = list({id(arm.model): arm.model for arm in arms}.values())
-    # Every arm that shares a model is a variant of its graph, and so is every case.
+    # Arms that share a model, and cases, are variants of one graph.
     with torch._dynamo.config.patch(recompile_limit=64):
         for model in models:
             model.forward = torch.compile(model.forward, mode=mode)

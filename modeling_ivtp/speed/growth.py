@@ -1,4 +1,4 @@
-"""Whether time grows as FLOPs say: a line through the prefills of each arm."""
+"""Growth of time with FLOPs: a line through the prefills of each arm."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import numpy as np
 
 
 def growth(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Fit `seconds = fixed + work / rate` to the prefills of every arm, by the least squares of relative errors.
+    """Fit `seconds = fixed + work / rate` to the prefills of every arm, by least squares of relative errors.
 
     Parameters
     ----------
     rows : sequence of mapping
-        As `bench` returns them.
+        The rows that `bench` returns.
 
     Returns
     -------
     list of dict
-        For each arm of at least three cases: `fixed` (seconds), `rate` (TFLOP/s), and `residuals`, for each case how
-        far its median lies above the line, as a share of it. `rate` is None where work hardly counts, because the
-        fixed time is more than half of the longest case.
+        For each arm of at least three cases: `fixed` (seconds), `rate` (TFLOP/s), and `residuals`: how far the median
+        of each case lies above the line, as a share of it. `rate` is None where the fixed time is more than half of
+        the longest case, so that work hardly counts.
     """
     fits = []
     for arm in dict.fromkeys(row["arm"] for row in rows):

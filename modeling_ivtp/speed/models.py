@@ -1,4 +1,4 @@
-"""Models and prompts to be timed: random weights of a named shape, and a stock LLaVA on the same weights."""
+"""Models and prompts for timing: random weights of a named shape, and a stock LLaVA on the same weights."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ _OURS = ("pruning", "clip_text_config", "auto_map", "model_type", "architectures
 
 
 def random_model(config: Any, *, dtype: torch.dtype, device: torch.device, attention: str) -> Any:
-    """An IVTP-LLaVA with random weights: IVTPLlavaForConditionalGeneration."""
+    """Build an IVTPLlavaForConditionalGeneration with random weights."""
     with torch.device(device):
         model = IVTPLlavaForConditionalGeneration._from_config(config, attn_implementation=attention, dtype=dtype)
-    # Random weights would end an answer at random; a run is as long as was asked for.
+    # Random weights would end an answer at random; every run needs the same length.
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model.eval().requires_grad_(False)
 
 
 def stock_twin(model: Any, attention: str | None = None) -> Any:
-    """The stock LLaVA on the very weights of one of ours: LlavaForConditionalGeneration; no memory of its own.
+    """Build a stock LlavaForConditionalGeneration that shares the weights of one of ours.
 
-    `attention` is its kernel; None: that of ours.
+    `attention` is its attention implementation; default: that of our model.
     """
-    stated = {name: value for name, value in model.config.to_dict().items() if name not in _OURS}
-    config = LlavaConfig(**stated)
+    options = {name: value for name, value in model.config.to_dict().items() if name not in _OURS}
+    config = LlavaConfig(**options)
     with torch.device("meta"):
         stock = LlavaForConditionalGeneration._from_config(
             config, attn_implementation=attention or model.config._attn_implementation, dtype=model.dtype
@@ -48,14 +48,14 @@ def stock_twin(model: Any, attention: str | None = None) -> Any:
 
 
 def prompt(model: Any, *, batch: int, text_tokens: int, instruction_tokens: int, seed: int = 0) -> dict[str, Any]:
-    """A batch of prompts with one image each, one text token before it and the others after.
+    """Draw a batch of prompts with one image each, one text token before it and the others after.
 
     Parameters
     ----------
     model : IVTPLlavaForConditionalGeneration
     batch, text_tokens : int
     instruction_tokens : int
-        How many of the text tokens, up to the last but one, are the person's; CLIP reads as many.
+        How many of the text tokens, up to the last but one, are the user's; CLIP reads as many.
     seed : int
     """
     config: Any = model.config
@@ -79,8 +79,8 @@ def prompt(model: Any, *, batch: int, text_tokens: int, instruction_tokens: int,
         spans = torch.zeros(batch, ids.shape[1], 2, dtype=torch.long)
         total = windows * clip.max_position_embeddings
         for number in range(instruction_tokens):
-            place = number // body * clip.max_position_embeddings + 1 + number % body - total
-            spans[:, ids.shape[1] - 1 - instruction_tokens + number] = torch.tensor([place, place + 1])
+            first = number // body * clip.max_position_embeddings + 1 + number % body - total
+            spans[:, ids.shape[1] - 1 - instruction_tokens + number] = torch.tensor([first, first + 1])
         inputs |= {"clip_input_ids": words, "clip_spans": spans}
     moved = {name: value.to(model.device) for name, value in inputs.items()}
     moved["pixel_values"] = moved["pixel_values"].to(model.dtype)
@@ -90,28 +90,28 @@ def prompt(model: Any, *, batch: int, text_tokens: int, instruction_tokens: int,
 def bytes_needed(
     config: Any, *, dtype: torch.dtype, batch: int, text_tokens: int, new_tokens: int, weights: int | None = None
 ) -> int:
-    """Weights, the unpruned cache, and what two decoder layers hold of a prompt: the least that a run takes.
+    """Return the least bytes that a run takes: weights, the unpruned cache, and two decoder layers' activations.
 
-    `weights` are the bytes of those that are to come; None: all that the shape has.
+    `weights` is the number of bytes still to be loaded; default: all weights of the shape.
     """
     if weights is None:
         with torch.device("meta"):
-            made = IVTPLlavaForConditionalGeneration._from_config(config)
-        weights = sum(parameter.numel() for parameter in made.parameters()) * dtype.itemsize
+            model = IVTPLlavaForConditionalGeneration._from_config(config)
+        weights = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     text, length = config.text_config, config.num_patches + text_tokens
     cache = sum(kv_cache_bytes(config, [length + new_tokens] * text.num_hidden_layers, dtype.itemsize))
-    passing = 2 * layer_bytes(text, length, dtype.itemsize)
-    return weights + batch * (cache + passing)
+    activations = 2 * layer_bytes(text, length, dtype.itemsize)
+    return weights + batch * (cache + activations)
 
 
 def check_room(needed: int, device: torch.device, what: str) -> None:
-    """Refuse what the machine cannot hold.
+    """Check that the machine can hold `needed` bytes.
 
     Raises
     ------
     ValueError
-        With the bytes it would need.
+        If it cannot, with both numbers.
     """
-    there = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    if needed > there:
-        raise ValueError(f"{what} needs at least {human_bytes(needed)}, and {human_bytes(there)} are free on {device}")
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if needed > free:
+        raise ValueError(f"{what} needs at least {human_bytes(needed)}, and {human_bytes(free)} are free on {device}")

@@ -1,4 +1,4 @@
-"""What a speed benchmark says: JSON of record, a table for people, a plot."""
+"""The report of a speed benchmark: JSON for the record, a page with tables, a plot."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MARKS = ("o", "s", "^", "D", "v", "P")
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """The tables, for people."""
+    """Return the page with the tables."""
     machine, settings = results["machine"], results["settings"]
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     lines = [
@@ -39,11 +39,11 @@ def markdown(results: Mapping[str, Any]) -> str:
                 for row in results["rows"] if row["arm"] != "stock"
             ],
         ),
-        "Implied: what FLOPs of the prefill say; reached: the share of it, of arms with +graphs against stock+graphs, "
-        "of all others against stock, whose prompts are launched; products: how many times as fast as stock's its "
-        "matrix products are by themselves.\n",
+        "Implied: the speed-up that the prefill's FLOPs imply; reached: the measured share of it, for arms with "
+        "+graphs against stock+graphs, for all others against stock, whose prompts are launched; products: how many "
+        "times as fast as stock's the arm's matrix products are by themselves.\n",
         *(f"{note}\n" for note in results.get("notes", ())),
-        "## What it takes\n",
+        "## Costs\n",
         markdown_table(
             ("arm", "batch", "text", "final tokens", "layer-averaged", "tower, ms", "prefill, ms", "choosing", "words",
              "decode, ms", "end to end, s", "KV cache", "peak memory"),
@@ -57,15 +57,15 @@ def markdown(results: Mapping[str, Any]) -> str:
                 for row in results["rows"]
             ],
         ),
-        f"Choosing: the share of the prefill that scoring and selecting take, {_in_layers(results)}; words: that of "
-        "CLIP's text tower, which reads the instruction anew in every run here; both of a prefill that is launched, "
-        "not replayed. Peak memory: on a GPU, beside the weights.\n",
+        f"Choosing: the share of the prefill that scoring and selecting take, {_in_layers(results)}; words: the share "
+        "of CLIP's text tower, which reads the instruction anew in every run here; both for a prefill that is "
+        "launched, not replayed. Peak memory: on a GPU, beside the weights.\n",
     ]  # fmt: skip
     if results["growth"]:
         lines += [
             "## Growth\n",
-            "Prefill time as a line over the FLOPs of all cases of an arm: fixed time, rate, and how far the cases lie "
-            "from the line.\n",
+            "Prefill time as a line over the FLOPs of an arm's cases: fixed time, rate, and how far the cases lie from "
+            "the line.\n",
             markdown_table(
                 ("arm", "fixed, ms", "TFLOP/s", "cases", "furthest below", "furthest above", "typical distance"),
                 [_line(fit) for fit in results["growth"]],
@@ -75,8 +75,8 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def _line(fit: Mapping[str, Any]) -> tuple[Any, ...]:
-    """A row of the table of growth."""
-    shares = [one["share"] for one in fit["residuals"]]
+    """Return a row of the growth table."""
+    shares = [case["share"] for case in fit["residuals"]]
     rate = "" if fit["rate"] is None else f"{fit['rate']:.3g}"
     typical = sorted(map(abs, shares))[len(shares) // 2]
     fixed = f"{1000 * fit['fixed']:.1f}"
@@ -84,9 +84,9 @@ def _line(fit: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _in_layers(results: Mapping[str, Any]) -> str:
-    """Whether choosing was counted whole: earlier versions did not look into the layers."""
-    there = all(row.get("in_layers") for row in results["rows"])
-    return f"what layers do for it alone {'included' if there else 'left out'}"
+    """Say whether the layers' own work for choosing was counted; earlier versions left it out."""
+    counted = all(row.get("in_layers") for row in results["rows"])
+    return f"with{'' if counted else 'out'} the work that layers do for it alone"
 
 
 def _graphs(settings: Mapping[str, Any]) -> str:
@@ -94,9 +94,9 @@ def _graphs(settings: Mapping[str, Any]) -> str:
 
 
 def reached(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
-    """The share of the implied speed-up that was measured, in %; nothing where none is implied.
+    """Return the share of the implied speed-up that was measured, in %; "" where none is implied.
 
-    Of an arm with graphs against stock with graphs, if that is among the `rows`: graphs are not what pruning implies.
+    An arm with graphs is compared with stock with graphs, if `rows` has it: pruning implies no gain from graphs.
     """
     if row["implied"] < 1.005:
         return ""
@@ -109,18 +109,18 @@ def reached(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def products(row: Mapping[str, Any]) -> str:
-    """The speed-up of the matrix products alone; nothing where it was not measured, as it says nothing of stock's."""
-    told = row.get("products")
-    return "" if told is None or row["implied"] < 1.005 else f"{told['speed_up'][0]:.2f}"
+    """Return the speed-up of the matrix products alone; "" where it was not measured or nothing was pruned."""
+    measured = row.get("products")
+    return "" if measured is None or row["implied"] < 1.005 else f"{measured['speed_up'][0]:.2f}"
 
 
 def interval(repeats: int) -> str:
-    """What stands in brackets after a ratio."""
+    """Say which interval stands in brackets after a ratio."""
     return "95% bootstrap intervals" if repeats >= FEWEST else "the range of all pairs in brackets"
 
 
 def times(part: Mapping[str, Any]) -> str:
-    """A speed-up with its interval."""
+    """Format a speed-up with its interval."""
     value, low, high = part["speed_up"]
     return f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
@@ -131,7 +131,7 @@ def _spread(part: Mapping[str, Any]) -> str:
 
 
 def plot(results: Mapping[str, Any]) -> Any:
-    """Prefill and end-to-end speed-up of every arm against batch, or for every batch against text tokens: a Figure."""
+    """Plot prefill and end-to-end speed-ups against batch, or against text tokens for every batch: a Figure."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
 
@@ -158,7 +158,7 @@ def plot(results: Mapping[str, Any]) -> Any:
             mark = _MARKS[number // len(_COLOURS) % len(_MARKS)]
             y, low, high = zip(*(row[part]["speed_up"] for row in points), strict=True)
             axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
-            alone = len(points) == 1  # no line and no area is seen of one point
+            alone = len(points) == 1  # a single point shows neither line nor area
             if alone:
                 axes.plot([*x, *x], [*low, *high], color=colour, alpha=0.4, lw=5, solid_capstyle="butt")
             axes.plot(x, y, color=colour, marker=mark, ms=4, lw=2, label=f"{arm}, batch {held}" if several else arm)
@@ -171,7 +171,7 @@ def plot(results: Mapping[str, Any]) -> Any:
         axes.set_xlabel(axis.replace("_", " "), color=_MUTED)
         axes.set_title(title, loc="left", color=_INK, fontweight="bold")
     panels[0].set_ylabel("times as fast as stock", color=_MUTED)
-    # Beside the panels: inside it would lie over somebody's curve.
+    # Beside the panels, where it covers no curve.
     panels[1].legend(frameon=False, labelcolor=_INK, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.suptitle(
         f"{results['shape']}, {results['machine']['device']}; dotted or dash: what FLOPs imply",
@@ -181,7 +181,7 @@ def plot(results: Mapping[str, Any]) -> Any:
 
 
 def name_of(results: Mapping[str, Any]) -> str:
-    """What results are of, without their date: speed-SHAPE-DTYPE, then whether compiled and the label."""
+    """Return the name of results without their date: speed-SHAPE-DTYPE, then `compiled` and the label, if any."""
     settings = results["settings"]
     parts = [
         "speed",
@@ -194,14 +194,14 @@ def name_of(results: Mapping[str, Any]) -> str:
 
 
 def write(results: Mapping[str, Any], out: Path, file: Path | None = None) -> Path:
-    """Write JSON, table and plot into a folder: the JSON's path.
+    """Write JSON, page and plot into a folder, and return the JSON's path.
 
     Parameters
     ----------
     results : mapping
     out : Path
     file : Path, optional
-        What an earlier part of the same run was written to, and is replaced. Other results are never written over.
+        The file of an earlier part of the same run, which is replaced. Other results are never overwritten.
     """
     out.mkdir(parents=True, exist_ok=True)
     number = 1

@@ -1,4 +1,4 @@
-"""Timing arms against each other: every repeat runs all of them, so that all see the same machine."""
+"""Timing of arms against each other: every repeat runs all arms, so that all see the same machine."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from ..serving.answering import kv_bytes
 from .stopwatch import Stopwatch
 
 PARTS = ("tower", "prefill", "decode", "end_to_end")
-"""Seconds: the vision tower alone; pixels to first token; one further token; pixels to last token."""
+"""The timed parts, in seconds: the vision tower alone; pixels to first token; one more token; pixels to last token."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One of the things that are compared.
+    """One arm of a comparison.
 
     Attributes
     ----------
     name : str
     model : LlavaForConditionalGeneration or IVTPLlavaForConditionalGeneration
     applied : callable
-        Makes the context in which it prunes as it is to.
+        Makes the context in which the model prunes as this arm does.
     cache : StaticCache, optional
-        To answer with, over and over; default: a dynamic one that grows.
+        The cache of every run; default: a new dynamic one each time.
     graphs : Graphs, optional
-        What it replays.
+        The CUDA graphs that it replays.
     """
 
     name: str
@@ -43,78 +43,78 @@ class Arm:
     graphs: Any = None
 
 
-class _Moments(StoppingCriteria):
-    """Notes when tokens come, and never stops anything."""
+class _TokenTimes(StoppingCriteria):
+    """Notes the time of every token, and never stops a generation."""
 
     def __init__(self, wait: Callable[[], None]) -> None:
         self.wait = wait
-        self.moments: list[float] = []
+        self.times: list[float] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
         self.wait()
-        self.moments.append(time.perf_counter())
+        self.times.append(time.perf_counter())
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
 @torch.inference_mode()
 def run(arm: Arm, inputs: Mapping[str, Any], new_tokens: int) -> dict[str, float]:
-    """One run of one arm.
+    """Run an arm once, and time its parts.
 
     Parameters
     ----------
     arm : Arm
     inputs : mapping
-        Of ours; a stock model gets what it knows.
+        Inputs of our model; a stock model gets those it knows.
     new_tokens : int
         Length of the answer, at least 2.
 
     Returns
     -------
     dict
-        `PARTS`, `kv_bytes` at the end, and on a GPU `peak_bytes`, the most that was taken beside weights.
+        Seconds by `PARTS`, `kv_bytes` at the end, and on a GPU `peak_bytes`: the most memory beside the weights.
     """
     ours = hasattr(arm.model, "pruning")
-    given = {name: value for name, value in inputs.items() if ours or not name.startswith("clip_")}
+    known = {name: value for name, value in inputs.items() if ours or not name.startswith("clip_")}
     device = arm.model.device
     wait = _wait_for(device)
     if arm.cache is not None:
         arm.cache.reset()
-        given[CACHE] = arm.cache
+        known[CACHE] = arm.cache
     if ours:
         arm.model.model.instruction_cache.clear()  # every question is a new one
     with arm.applied():
         wait()
         start = time.perf_counter()
-        arm.model.model.get_image_features(given["pixel_values"])
+        arm.model.model.get_image_features(known["pixel_values"])
         wait()
         tower = time.perf_counter() - start
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
-        moments = _Moments(wait)
+        tokens = _TokenTimes(wait)
         start = time.perf_counter()
         output = arm.model.generate(
-            **given,
+            **known,
             max_new_tokens=new_tokens,
             min_new_tokens=new_tokens,
             do_sample=False,
             num_beams=1,
-            stopping_criteria=StoppingCriteriaList([moments]),
+            stopping_criteria=StoppingCriteriaList([tokens]),
             return_dict_in_generate=True,
         )
         wait()
-    first, last = moments.moments[0], moments.moments[-1]
-    told = {
+    first, last = tokens.times[0], tokens.times[-1]
+    found = {
         "tower": tower,
         "prefill": first - start,
-        "decode": (last - first) / (len(moments.moments) - 1),
+        "decode": (last - first) / (len(tokens.times) - 1),
         "end_to_end": last - start,
         "kv_bytes": float(kv_bytes(cache_of(output))),
     }
     if device.type == "cuda":
-        # What lies there already, other arms' recordings among it, is not this run's.
-        told["peak_bytes"] = float(torch.cuda.max_memory_allocated(device) - before)
-    return told
+        # Memory that was in use before, such as other arms' CUDA graphs, is not this run's.
+        found["peak_bytes"] = float(torch.cuda.max_memory_allocated(device) - before)
+    return found
 
 
 def _wait_for(device: torch.device) -> Callable[[], None]:
@@ -122,7 +122,7 @@ def _wait_for(device: torch.device) -> Callable[[], None]:
 
 
 def _no_wait() -> None:
-    """A CPU is done when it returns."""
+    """Do nothing: a CPU has finished when a call returns."""
 
 
 def interleaved(
@@ -133,27 +133,27 @@ def interleaved(
     repeats: int,
     advance: Callable[[], None] = lambda: None,
 ) -> dict[str, list[dict[str, float]]]:
-    """Run all arms by turns, after two runs of each to warm up; every other turn goes backwards.
+    """Run all arms by turns, after two runs of each to warm up; every other turn runs backwards.
 
     Returns
     -------
     dict of str to list of dict
-        By arm: what `run` tells, one entry per repeat, paired by place.
+        By arm: the results of `run`, one for each repeat, paired by place.
     """
     for arm in (*arms, *arms):
         run(arm, inputs, new_tokens)
         advance()
-    told: dict[str, list[dict[str, float]]] = {arm.name: [] for arm in arms}
+    runs: dict[str, list[dict[str, float]]] = {arm.name: [] for arm in arms}
     for turn in range(repeats):
         for arm in arms if turn % 2 == 0 else reversed(arms):
-            told[arm.name].append(run(arm, inputs, new_tokens))
+            runs[arm.name].append(run(arm, inputs, new_tokens))
             advance()
-    return told
+    return runs
 
 
 @torch.inference_mode()
 def selection_shares(arm: Arm, inputs: Mapping[str, Any], repeats: int = 5) -> tuple[float, float]:
-    """Shares of the prefill that choosing takes, and that CLIP's text tower takes for it: medians of some runs."""
+    """Return the shares of the prefill that choosing and CLIP's text tower take: medians over repeats."""
     wait = _wait_for(arm.model.device)
     shares = []
     for _ in range(repeats):
@@ -171,13 +171,13 @@ def selection_shares(arm: Arm, inputs: Mapping[str, Any], repeats: int = 5) -> t
 
 
 FEWEST = 6
-"""Pairs from which a bootstrap interval covers what it says."""
+"""The fewest pairs for a bootstrap interval; fewer make it too narrow."""
 
 
 def ratio(baseline: Sequence[float], arm: Sequence[float], *, resamples: int = 2000) -> tuple[float, float, float]:
-    """How many times faster an arm is: the median over pairs, and a 95% bootstrap interval of it.
+    """Return how many times faster an arm is: the median over pairs, and its 95% bootstrap interval.
 
-    Of fewer pairs than `FEWEST`, their range: a bootstrap of so few is too narrow.
+    With fewer pairs than `FEWEST` the interval is the range of all pairs.
 
     Parameters
     ----------
