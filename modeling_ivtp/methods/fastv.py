@@ -45,7 +45,7 @@ class FastV(Method):
 def received_from_last(step: DecoderStep) -> torch.Tensor:
     """What visual tokens receive from the prompt's last token: float32 (B, M, k)."""
     watch, sequence = step.decoder_records[-1], step.sequence
-    first = sequence.asked - 1
+    first = sequence.prompt_end - 1
     one = torch.zeros(*sequence.columns.shape[:2], sequence.size - first, device=watch.query.device)
     one[..., 0] = 1.0
     return on_visual(watch.attention(first, one), sequence)

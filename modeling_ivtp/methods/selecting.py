@@ -62,8 +62,8 @@ def after_images(sequence: VisualSequence) -> torch.Tensor:
     visual = visual.scatter(1, sequence.columns.flatten(1), True)[:, :-1]
     text = ~visual if sequence.valid is None else ~visual & sequence.valid
     last = sequence.columns.masked_fill(~sequence.token_present, -1).amax(-1)
-    after = text[:, None] & (place > last[..., None]) & (place < sequence.asked)
-    alone = ~after.any(-1, keepdim=True) & (place == sequence.asked - 1)
+    after = text[:, None] & (place > last[..., None]) & (place < sequence.prompt_end)
+    alone = ~after.any(-1, keepdim=True) & (place == sequence.prompt_end - 1)
     return after | alone
 
 
@@ -72,7 +72,9 @@ def first_reader(sequence: VisualSequence) -> int:
     if not sequence.counted or any(row.images > 1 for row in sequence.rows):
         return 0
     least = sequence.drafted + 1
-    return max(0, sequence.size - max((max(row.after, least) for row in sequence.rows if row.images), default=least))
+    return max(
+        0, sequence.size - max((max(row.text_after, least) for row in sequence.rows if row.images), default=least)
+    )
 
 
 def received(watch: DecoderAttentionRecord, sequence: VisualSequence, readers: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Which tokens the entries of a KV cache layer stand for, when some were dropped before they got there."""
+"""The tokens that the entries of a KV cache layer stand for, when others were dropped before they got there."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,16 +11,16 @@ from .visual_sequence import VisualSequence
 
 @dataclass(eq=False)
 class CacheIndex:
-    """Which logical tokens the entries of a cache layer stand for. Layers that saw the same tokens share one object.
+    """The logical tokens of a cache layer's entries. Layers that saw the same tokens share one object.
 
     Attributes
     ----------
     stored : int
-        Entries that `key_mask` speaks of; every later entry is one logical token.
+        Entries of the prompts so far, which the other fields describe. Each later entry is one logical token.
     dropped : int
-        Logical tokens without an entry, before the end of `stored`.
-    tail : int
-        Last entries of `stored` that are one logical token each: what `crop` may take away.
+        Logical tokens without an entry, all before the end of `stored`.
+    croppable : int
+        Entries at the end of `stored` that are one logical token each, so that `crop` may remove them.
     key_mask : bool Tensor (B, stored) or None
         False where a shorter row is filled up on the left. None: every entry is a token of its row.
     position_shift : int64 Tensor (B, 1) or None
@@ -29,45 +29,23 @@ class CacheIndex:
 
     stored: int = 0
     dropped: int = 0
-    tail: int = 0
+    croppable: int = 0
     key_mask: torch.Tensor | None = None
     position_shift: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         self._latest: tuple[Any, CacheIndex] | None = None
 
-    def _once(self, key: Any, change: Callable[[], "CacheIndex"]) -> "CacheIndex":
-        """Make a changed cache_index once for all layers that share this one, so that they go on sharing."""
-        if self._latest is not None:
-            known = self._latest[0]
-            if known is key or (not isinstance(key, torch.Tensor) and type(known) is type(key) and known == key):
-                return self._latest[1]
-        self._latest = (key, change())
-        return self._latest[1]
-
-    def _of_rows(self, key: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> "CacheIndex":
-        mask, shift = self.key_mask, self.position_shift
-        if mask is None and shift is None:
-            return self
-        return self._once(
-            key,
-            lambda: replace(
-                self,
-                key_mask=None if mask is None else change(mask),
-                position_shift=None if shift is None else change(shift),
-            ),
-        )
-
     def select_rows(self, rows: torch.Tensor) -> "CacheIndex":
-        """The cache_index of the batch `rows` (int64 Tensor), for beams that are reordered."""
-        return self._of_rows(rows, lambda tensor: tensor[rows.to(tensor.device)])
+        """Take the rows of the batch that `rows` (int64 Tensor) lists, as beam search does."""
+        return self._change_rows(rows, lambda tensor: tensor[rows.to(tensor.device)])
 
     def repeat_rows(self, repeats: int) -> "CacheIndex":
-        """The cache_index with every row repeated."""
-        return self._of_rows(("repeat", repeats), lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+        """Repeat every row."""
+        return self._change_rows(("repeat", repeats), lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def cropped(self, entries: int) -> "CacheIndex":
-        """The cache_index when only the first `entries` entries are left.
+        """Keep the first `entries` entries only.
 
         Raises
         ------
@@ -77,35 +55,34 @@ class CacheIndex:
         if entries >= self.stored:
             return self
         removed = self.stored - entries
-        if removed > self.tail:
+        if removed > self.croppable:
             raise ValueError(
                 f"The cache cannot be cropped by {removed} of its prompt's tokens: visual tokens were dropped there. "
-                f"Allowed: at most {self.tail}. Run the shortened prompt anew instead."
+                f"Allowed: at most {self.croppable}. Run the shortened prompt anew instead."
             )
         mask = None if self.key_mask is None else self.key_mask[:, :entries]
-        return self._once(
-            ("crop", entries), lambda: replace(self, stored=entries, tail=self.tail - removed, key_mask=mask)
+        return self._change_once(
+            ("crop", entries), lambda: replace(self, stored=entries, croppable=self.croppable - removed, key_mask=mask)
         )
 
     def valid_entries(self, entries: int, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-        """Which of a layer's `entries` are tokens of their row: bool Tensor (B, entries), or None if all are.
+        """Mark a layer's entries that are tokens of their row: bool Tensor (B, entries), or None if all are.
 
         Parameters
         ----------
         entries : int
+            How many the layer has.
         attention_mask : Tensor (B, logical length) or None
-            The 2D mask of the whole sequence; it speaks for entries after `stored`.
+            The 2D mask of the whole sequence; it is read for entries after `stored`.
         """
         later = entries - self.stored
         if self.key_mask is None and (attention_mask is None or later == 0):
             return None
+        stored = self.stored if self.key_mask is None else self.key_mask
         if attention_mask is None:
-            newer = self.key_mask.new_ones(self.key_mask.shape[0], later)  # type: ignore[union-attr]
-        else:
-            start = self.stored + self.dropped
-            newer = attention_mask[:, start : start + later].bool()
-        stored = newer.new_ones(newer.shape[0], self.stored) if self.key_mask is None else self.key_mask
-        return torch.cat([stored.to(newer.device), newer], dim=1)
+            return join_masks(stored, later)
+        start = self.stored + self.dropped
+        return join_masks(stored, attention_mask[:, start : start + later].bool(), device=attention_mask.device)
 
     def extended(
         self,
@@ -114,32 +91,83 @@ class CacheIndex:
         sequence: VisualSequence,
         renumbered: torch.Tensor | None,
     ) -> "CacheIndex":
-        """The cache_index after a pass that stored what is left of a prompt.
+        """Add what a pass stored of a prompt.
 
         Parameters
         ----------
         past_entries : int
             Entries before the pass.
         past_valid : bool Tensor (B, past_entries) or None
+            Which of them are tokens of their row. None: all.
         sequence : VisualSequence
-            What the layers saw.
+            The tokens that the layers saw.
         renumbered : int64 Tensor (B, 1) or None
             How far the pass moved positions down.
         """
         valid = sequence.valid
-        if past_valid is None and valid is not None:
-            past_valid = valid.new_ones(valid.shape[0], past_entries)
-        if valid is None and past_valid is not None:
-            valid = past_valid.new_ones(past_valid.shape[0], sequence.size)
+        mask = join_masks(
+            past_entries if past_valid is None else past_valid,
+            sequence.size if valid is None else valid,
+            device=None if valid is None else valid.device,
+        )
         shift = self.position_shift
         if renumbered is not None:
             shift = renumbered if shift is None else shift + renumbered.to(shift.device)
         return CacheIndex(
             stored=past_entries + sequence.size,
             dropped=self.dropped + sequence.length - sequence.size,
-            tail=sequence.tail,
-            key_mask=None
-            if valid is None or past_valid is None
-            else torch.cat([past_valid.to(valid.device), valid], 1),
+            croppable=sequence.trailing_text,
+            key_mask=mask,
             position_shift=shift,
         )
+
+    def _change_rows(self, key: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> "CacheIndex":
+        mask, shift = self.key_mask, self.position_shift
+        if mask is None and shift is None:
+            return self
+        return self._change_once(
+            key,
+            lambda: replace(
+                self,
+                key_mask=None if mask is None else change(mask),
+                position_shift=None if shift is None else change(shift),
+            ),
+        )
+
+    def _change_once(self, key: Any, change: Callable[[], "CacheIndex"]) -> "CacheIndex":
+        """Make a change once for all layers that share this object, so that they share the result, too.
+
+        `key` tells changes apart: a tensor by identity, anything else by type and value.
+        """
+        if self._latest is not None:
+            known, result = self._latest
+            if known is key or (not isinstance(key, torch.Tensor) and type(known) is type(key) and known == key):
+                return result
+        self._latest = (key, change())
+        return self._latest[1]
+
+
+def join_masks(*parts: torch.Tensor | int, device: torch.device | None = None) -> torch.Tensor | None:
+    """Join masks side by side.
+
+    Parameters
+    ----------
+    *parts : bool Tensor (B, columns) or int
+        A number stands for as many columns of True.
+    device : torch.device, optional
+        Of the result; default: that of the first tensor.
+
+    Returns
+    -------
+    bool Tensor (B, all columns) or None
+        None if all parts are numbers: nothing is masked.
+    """
+    first = next((part for part in parts if isinstance(part, torch.Tensor)), None)
+    if first is None:
+        return None
+    rows, device = first.shape[0], first.device if device is None else device
+    masks = [
+        part.to(device) if isinstance(part, torch.Tensor) else torch.ones(rows, part, dtype=torch.bool, device=device)
+        for part in parts
+    ]
+    return torch.cat(masks, dim=1)

@@ -111,7 +111,7 @@ class PromptGraphs:
         # A mask may cover tokens that are to come.
         mask = None if mask is None or index.sequence.valid is None else mask[:, :length]
         # A prompt that ends on an image ends with the last patch that is left: nothing can stand after it.
-        extra = -length % STEP if index.sequence.tail else 0
+        extra = -length % STEP if index.sequence.trailing_text else 0
         window = getattr(text, "sliding_window", None)
         extra = 0 if window is not None and length + extra > window else extra
         inputs = _tensors(_padded(replace(prompt, attention_mask=mask), extra)) | _image_tensors(encoded)
@@ -125,7 +125,7 @@ class PromptGraphs:
             return None
         cache = DynamicCache(config=text) if cache is None else cache
         prepare_layers(cache, text.num_hidden_layers, None, length)
-        fill(cache, found["layers"], found["cache_indices"], found["places"], index.sequence.tail, extra)
+        fill(cache, found["layers"], found["cache_indices"], found["places"], index.sequence.trailing_text, extra)
         return PrunedDecoderOutput(
             last_hidden_state=found["hidden"][:, :length],
             kept_tokens=found["kept_tokens"][:, :length],

@@ -1,8 +1,8 @@
 """A KV cache whose layers differ in length, because later layers never saw the tokens that were dropped.
 
 transformers counts positions with `get_seq_length()` and sizes masks with `get_mask_sizes()`. A pruned layer answers
-the first *logically*, as if nothing had been dropped, and the second *physically*, with the entries it stores, offset
-by the difference; so generation, masks and RoPE positions go on as for an unpruned cache.
+the first *logically*, as if nothing had been dropped, and the second *physically*, with the entries it stores and their
+offset from the logical count. So generation, masks and RoPE positions go on as for an unpruned cache.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,11 +19,11 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
-from .cache_index import CacheIndex
+from .cache_index import CacheIndex, join_masks
 from .visual_sequence import VisualSequence
 
-_NOTHING = CacheIndex()
-"""What layers that hold nothing share, as they share a cache_index afterwards."""
+_EMPTY = CacheIndex()
+"""The index of all layers that were reset: they share it as they share one after a prompt."""
 
 
 class PrunedDynamicLayer(DynamicLayer):
@@ -37,33 +37,33 @@ class PrunedDynamicLayer(DynamicLayer):
 
     @property
     def entries(self) -> int:
-        """Entries that are stored now."""
+        """Number of stored entries."""
         return super().get_seq_length()
 
     def leave_out(self, tokens: int) -> None:
-        """Nothing to do: a dynamic layer allocates as it grows."""
+        """Do nothing: a dynamic layer allocates as it grows. A static one makes less room."""
 
     def get_seq_length(self) -> int:
-        """Logical length: what the sequence would have without pruning."""
+        """Return the logical length, which the sequence would have without pruning."""
         return self.entries + self.cache_index.dropped
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Entries with the new ones, and how far they lie after the logical count."""
+        """Return the number of entries with the new ones, and their offset from the logical count."""
         return self.entries + query_length, self.cache_index.dropped
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last tokens; see `CacheIndex.cropped` for how far that goes."""
-        if tokens_to_remove > 0:  # how earlier versions of transformers name the length to keep
+        """Remove the last tokens, as far as `CacheIndex.cropped` allows."""
+        if tokens_to_remove > 0:  # earlier versions of transformers pass the length to keep
             tokens_to_remove = min(0, tokens_to_remove - self.get_seq_length())
         if self.is_initialized and tokens_to_remove:
             self.cache_index = self.cache_index.cropped(self.entries - abs(tokens_to_remove))
         super().crop(tokens_to_remove)
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Remove everything."""
         self.keys = self.values = None
         self.is_initialized = False
-        self.cache_index = _NOTHING
+        self.cache_index = _EMPTY
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder the rows for beam search."""
@@ -84,15 +84,15 @@ class PrunedDynamicLayer(DynamicLayer):
 class PrunedStaticLayer(StaticLayer):
     """`StaticLayer` sized for the entries that are kept instead of for all tokens.
 
-    While nothing is stored, it takes a prompt as a dynamic layer does: what attends are the new tokens alone, so that
-    attention keeps its causal kernels, and what is known of it is known without a look at the device.
+    An empty one treats a prompt as a dynamic layer does: the new tokens attend to themselves alone. So attention keeps
+    its causal kernels, and the layer's length is known without a look at the device.
 
     Parameters
     ----------
     max_cache_len : int
         Entries that it can hold.
     logical_len : int
-        Tokens that the stock layer it stands for was made for; `reset` goes back to that size.
+        Tokens for which the stock layer was made that it replaces; `reset` goes back to that size.
     """
 
     is_pruned = True
@@ -111,7 +111,7 @@ class PrunedStaticLayer(StaticLayer):
 
     @property
     def entries(self) -> int:
-        """Entries that are stored now. Reads a tensor unless it is empty: only a first prompt compiles."""
+        """Number of stored entries. Reads a tensor unless the layer is empty: only a first prompt compiles."""
         return 0 if self.empty else int(self.cumulative_length)
 
     def leave_out(self, tokens: int) -> None:
@@ -120,7 +120,7 @@ class PrunedStaticLayer(StaticLayer):
             self.max_cache_len -= tokens
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Store keys and values; those to attend to: all entries, or the new ones alone where there were none."""
+        """Store keys and values and return those to attend to: all entries, or in an empty layer the new ones alone."""
         stored = super().update(key_states, value_states, *args, **kwargs)
         if not self.empty:
             return stored
@@ -128,19 +128,19 @@ class PrunedStaticLayer(StaticLayer):
         return key_states, value_states
 
     def get_seq_length(self) -> Any:
-        """Logical length: what the sequence would have without pruning."""
+        """Return the logical length, which the sequence would have without pruning."""
         return self.cache_index.dropped + (0 if self.empty else super().get_seq_length())
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Entries that are attended to, and how far they lie after the logical count."""
+        """Return the number of entries to attend to, and their offset from the logical count."""
         return query_length if self.empty else self.max_cache_len, self.cache_index.dropped
 
     def get_max_length(self) -> int:
-        """Tokens, counted logically, for which there is room."""
+        """Return the number of tokens, counted logically, for which there is room."""
         return self.max_cache_len + self.cache_index.dropped
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last `-tokens_to_remove` tokens; see `CacheIndex.cropped` for how far that goes."""
+        """Remove the last `-tokens_to_remove` tokens, as far as `CacheIndex.cropped` allows."""
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove={tokens_to_remove}; allowed: a number of tokens, negated.")
         if self.is_initialized and tokens_to_remove:
@@ -148,7 +148,7 @@ class PrunedStaticLayer(StaticLayer):
             self.cumulative_length.add_(tokens_to_remove)  # in place: compiled code knows its address
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Allocate, or take what was allocated before a `reset` if the prompt is as large: compiled code knows it."""
+        """Allocate, or reuse the tensors from before a `reset` if they fit: compiled code knows their addresses."""
         spare, self._spare = self._spare, None
         entries: int = self.max_cache_len
         fits = spare is not None and all(
@@ -165,14 +165,14 @@ class PrunedStaticLayer(StaticLayer):
         self.is_initialized = True
 
     def reset(self) -> None:
-        """Forget everything and take the stock size again: the next prompt may drop less."""
+        """Remove everything and take the stock size again: the next prompt may drop less."""
         if self.is_initialized:
             self.cumulative_length.zero_()
             self._spare = self.keys, self.values
         self.keys = self.values = None
         self.is_initialized, self.empty = False, True
         self.max_cache_len = self.logical_len
-        self.cache_index = _NOTHING
+        self.cache_index = _EMPTY
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder the rows for beam search."""
@@ -183,30 +183,23 @@ class PrunedStaticLayer(StaticLayer):
 PrunedLayer = PrunedDynamicLayer | PrunedStaticLayer
 
 
-def is_pruned(cache: Cache | None) -> bool:
-    """Whether a cache holds a prompt whose layers may differ in length.
+def _holds_nothing(layer: Any) -> bool:
+    return not layer.is_initialized or getattr(layer, "empty", False)
 
-    The last layer tells: what a lower layer never saw, it never sees either.
+
+def is_pruned(cache: Cache | None) -> bool:
+    """Return whether a cache holds a prompt whose layers may differ in length.
+
+    The last layer tells: a token that was dropped below never reaches it.
     """
     if cache is None or not getattr(cache, "layers", ()):
         return False
     last: Any = cache.layers[-1]
-    return getattr(last, "is_pruned", False) and last.is_initialized and not getattr(last, "empty", False)
-
-
-def layer_segments(cache: Cache) -> list[tuple[int, int]]:
-    """Runs of cache layers that share a cache_index, and with it a mask: (first, last) layer, both inside."""
-    segments: list[tuple[int, int]] = []
-    for index, layer in enumerate(cache.layers):
-        if segments and layer.cache_index is cache.layers[index - 1].cache_index:
-            segments[-1] = (segments[-1][0], index)
-        else:
-            segments.append((index, index))
-    return segments
+    return getattr(last, "is_pruned", False) and not _holds_nothing(last)
 
 
 def prepare_layers(cache: Cache, num_layers: int, past_mask: torch.Tensor | None, length: int) -> None:
-    """Swap the layers of a cache for pruned ones that hold the same entries, so that lengths may differ from now on.
+    """Replace the layers of a cache by pruned ones that hold the same entries, so that their lengths may differ.
 
     Parameters
     ----------
@@ -226,109 +219,32 @@ def prepare_layers(cache: Cache, num_layers: int, past_mask: torch.Tensor | None
     """
     if not isinstance(getattr(cache, "layers", None), list):
         raise ValueError(_unsupported(type(cache).__name__))
-    fresh = CacheIndex()
     while len(cache.layers) < num_layers:
-        make = cache.layer_class_to_replicate
-        if make is not DynamicLayer:
-            raise ValueError(_unsupported(getattr(make, "__name__", type(cache).__name__)))
+        layer_class = cache.layer_class_to_replicate
+        if layer_class is not DynamicLayer:
+            raise ValueError(_unsupported(getattr(layer_class, "__name__", type(cache).__name__)))
         cache.layers.append(DynamicLayer())
     # Sliding layers hold their window; full ones decide how long the sequence may be, for all of them.
     capacity = max(getattr(layer, "logical_len", getattr(layer, "max_cache_len", 0)) for layer in cache.layers)
     needed = int(cache.get_seq_length()) + length
     if any(isinstance(layer, StaticLayer) for layer in cache.layers) and capacity < needed:
         raise ValueError(f"The static cache has room for {capacity} tokens; the prompt needs {needed}: max_cache_len.")
-    held = fresh
+    empty = filled = CacheIndex()
     for index, layer in enumerate(cache.layers):
         if getattr(layer, "is_pruned", False):
-            if not layer.is_initialized or getattr(layer, "empty", False):
-                layer.cache_index = fresh
+            if _holds_nothing(layer):
+                layer.cache_index = empty
             continue
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer):
             raise ValueError(_unsupported(type(layer).__name__))
         past = int(layer.get_seq_length())
-        if past and held.stored != past:
-            held = CacheIndex(stored=past, tail=past, key_mask=past_mask)
-        cache.layers[index] = _adopt(layer, held if past else fresh, capacity)
+        if past and filled.stored != past:
+            filled = CacheIndex(stored=past, croppable=past, key_mask=past_mask)
+        cache.layers[index] = _as_pruned(layer, filled if past else empty, capacity)
 
 
-def key_value_shape(config: Any) -> tuple[int, int]:
-    """Heads of keys and values, and their width, of a decoder's configuration."""
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return getattr(config, "num_key_value_heads", None) or heads, width
-
-
-def allocate(
-    cache: Cache, entries: Sequence[int], *, length: int, heads: int, head_dim: int, like: torch.Tensor
-) -> None:
-    """Give a static cache that is empty its memory ahead of a prompt, layer by layer for what each will keep.
-
-    A graph that is compiled or captured needs its addresses before it runs.
-
-    Parameters
-    ----------
-    cache : Cache
-        From `prepare_layers`; dynamic layers are left alone.
-    entries : sequence of int
-        What each layer will store of the prompt.
-    length : int
-        Tokens of the prompt, counted logically.
-    heads, head_dim : int
-        Of keys and values.
-    like : Tensor (B, ...)
-        For its rows, dtype and device.
-    """
-    for layer, left in zip(cache.layers, entries, strict=True):
-        if isinstance(layer, PrunedStaticLayer) and not layer.is_initialized:
-            layer.leave_out(length - left)
-            shape = like.new_empty(like.shape[0], heads, 0, head_dim)
-            layer.lazy_initialization(shape, shape)
-
-
-def release(cache: Cache | None) -> None:
-    """Take back what `allocate` gave for a prompt that never came: it failed, and the next may be another."""
-    for layer in getattr(cache, "layers", ()):
-        if isinstance(layer, PrunedStaticLayer) and layer.is_initialized and layer.empty:
-            layer.reset()
-
-
-def fill(
-    cache: Cache,
-    stored: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    cache_indices: Sequence[tuple[int, int, torch.Tensor | None, torch.Tensor | None]],
-    places: Sequence[int],
-    tail: int,
-    extra: int = 0,
-) -> None:
-    """Put a prompt that ran elsewhere into an empty dynamic cache.
-
-    Parameters
-    ----------
-    cache : Cache
-        From `prepare_layers`; changed in place.
-    stored : sequence of (Tensor, Tensor)
-        Keys and values of each layer, (B, H_kv, entries, dh).
-    cache_indices : sequence of (int, int, Tensor or None, Tensor or None)
-        `stored`, `dropped`, `key_mask` and `position_shift` of the cache_indices.
-    places : sequence of int
-        Which of them each layer has.
-    tail : int
-        See `CacheIndex`.
-    extra : int, default 0
-        Last entries that are to be left out.
-    """
-    made = [
-        CacheIndex(entries - extra, dropped, tail, None if mask is None else mask[:, : entries - extra], shift)
-        for entries, dropped, mask, shift in cache_indices
-    ]
-    for layer, (keys, values), place in zip(cache.layers, stored, places, strict=True):
-        filled: Any = layer
-        entries = keys.shape[2] - extra
-        filled.keys, filled.values, filled.cache_index = keys[:, :, :entries], values[:, :, :entries], made[place]
-        filled.device, filled.dtype, filled.is_initialized = keys.device, keys.dtype, True
-
-
-def _adopt(layer: CacheLayerMixin, cache_index: CacheIndex, capacity: int) -> PrunedLayer:
+def _as_pruned(layer: CacheLayerMixin, cache_index: CacheIndex, capacity: int) -> PrunedLayer:
+    """Make a pruned layer of a stock one, with its entries."""
     pruned: PrunedLayer
     carried = ["keys", "values", "device"]
     carried += ["dtype"] if hasattr(layer, "dtype") else []  # until transformers 5.23
@@ -356,8 +272,85 @@ def _unsupported(name: str) -> str:
     )
 
 
+def key_value_shape(config: Any) -> tuple[int, int]:
+    """Return the number of heads of keys and values, and their width, from a decoder's configuration."""
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return getattr(config, "num_key_value_heads", None) or heads, width
+
+
+def allocate(
+    cache: Cache, entries: Sequence[int], *, length: int, heads: int, head_dim: int, like: torch.Tensor
+) -> None:
+    """Allocate an empty static cache ahead of a prompt, each layer with the size that it will need.
+
+    A graph that is compiled or captured needs its addresses before it runs.
+
+    Parameters
+    ----------
+    cache : Cache
+        From `prepare_layers`; dynamic layers are left alone.
+    entries : sequence of int
+        What each layer will store of the prompt.
+    length : int
+        Tokens of the prompt, counted logically.
+    heads, head_dim : int
+        Of keys and values.
+    like : Tensor (B, ...)
+        For its rows, dtype and device.
+    """
+    for layer, left in zip(cache.layers, entries, strict=True):
+        if isinstance(layer, PrunedStaticLayer) and not layer.is_initialized:
+            layer.leave_out(length - left)
+            shape = like.new_empty(like.shape[0], heads, 0, head_dim)
+            layer.lazy_initialization(shape, shape)
+
+
+def release(cache: Cache | None) -> None:
+    """Undo `allocate` after a prompt that failed, since the next one may need another size."""
+    for layer in getattr(cache, "layers", ()):
+        if isinstance(layer, PrunedStaticLayer) and layer.is_initialized and layer.empty:
+            layer.reset()
+
+
+def fill(
+    cache: Cache,
+    stored: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    cache_indices: Sequence[tuple[int, int, torch.Tensor | None, torch.Tensor | None]],
+    numbers: Sequence[int],
+    croppable: int,
+    extra: int = 0,
+) -> None:
+    """Put a prompt that ran elsewhere into an empty dynamic cache.
+
+    Parameters
+    ----------
+    cache : Cache
+        From `prepare_layers`; changed in place.
+    stored : sequence of (Tensor, Tensor)
+        Keys and values of each layer, (B, H_kv, entries, dh).
+    cache_indices : sequence of (int, int, Tensor or None, Tensor or None)
+        `stored`, `dropped`, `key_mask` and `position_shift` of the layers' different cache indices.
+    numbers : sequence of int
+        Which of `cache_indices` each layer has.
+    croppable : int
+        See `CacheIndex`.
+    extra : int, default 0
+        Entries at the end that are left out.
+    """
+    shared = [
+        CacheIndex(entries - extra, dropped, croppable, None if mask is None else mask[:, : entries - extra], shift)
+        for entries, dropped, mask, shift in cache_indices
+    ]
+    for layer, (keys, values), number in zip(cache.layers, stored, numbers, strict=True):
+        filled: Any = layer
+        entries = keys.shape[2] - extra
+        filled.keys, filled.values, filled.cache_index = keys[:, :, :entries], values[:, :, :entries], shared[number]
+        filled.device, filled.dtype, filled.is_initialized = keys.device, keys.dtype, True
+
+
 def padding_mask(layer: PrunedLayer, attention_mask: torch.Tensor | None, new: int) -> torch.Tensor | None:
-    """The padding mask of a pruned layer for a pass that drops nothing, in the form `create_causal_mask` takes.
+    """Make a pruned layer's padding mask for a pass that drops nothing, in the form `create_causal_mask` takes.
 
     Works on shapes alone, so that a decoding step with a static cache compiles.
 
@@ -368,30 +361,46 @@ def padding_mask(layer: PrunedLayer, attention_mask: torch.Tensor | None, new: i
         The 2D mask of the whole sequence, new tokens included.
     new : int
         New tokens.
+
+    Returns
+    -------
+    bool Tensor (B, logical length) or None
+        None: nothing is masked.
     """
     cache_index = layer.cache_index
-    template = cache_index.key_mask if cache_index.key_mask is not None else attention_mask
-    if template is None:
-        return None
-    rows, device = template.shape[0], template.device
-
-    def ones(columns: int) -> torch.Tensor:
-        return torch.ones(rows, columns, dtype=torch.bool, device=device)
-
+    stored = cache_index.stored if cache_index.key_mask is None else cache_index.key_mask
+    later: torch.Tensor | int
     if attention_mask is not None:
-        later = attention_mask[:, cache_index.stored + cache_index.dropped :].to(device=device, dtype=torch.bool)
+        later = attention_mask[:, cache_index.stored + cache_index.dropped :].bool()
+    elif cache_index.key_mask is None:
+        return None
     elif isinstance(layer, StaticLayer):
         # Entries that are not filled yet lie in the future of every query: the causal pattern hides them.
-        later = ones(layer.max_cache_len - cache_index.stored)
+        later = layer.max_cache_len - cache_index.stored
     else:
-        later = ones(layer.entries - cache_index.stored + new)
-    stored = ones(cache_index.stored) if cache_index.key_mask is None else cache_index.key_mask
-    return torch.cat([ones(cache_index.dropped), stored, later], dim=1)
+        later = layer.entries - cache_index.stored + new
+    return join_masks(cache_index.dropped, stored, later)
+
+
+def layer_segments(cache: Cache, first: int = 0, last: int | None = None) -> list[tuple[int, int]]:
+    """Find runs of cache layers that share a cache index, and with it a mask: (first, last) layer, both inside.
+
+    Only the layers from `first` to `last` are looked at, by default all of them.
+    """
+    segments: list[tuple[int, int]] = []
+    for index in range(first, len(cache.layers) if last is None else last + 1):
+        if segments and cache.layers[index].cache_index is cache.layers[index - 1].cache_index:
+            segments[-1] = (segments[-1][0], index)
+        else:
+            segments.append((index, index))
+    return segments
 
 
 @dataclass
 class CacheSpan:
-    """Consecutive decoder layers that share a cache_index, for one pass that drops tokens; without a cache, any layers.
+    """Consecutive decoder layers that share a cache index, during one pass that drops tokens.
+
+    Without a cache it is any consecutive layers.
 
     Attributes
     ----------
@@ -400,7 +409,7 @@ class CacheSpan:
     layers : list of PrunedDynamicLayer or PrunedStaticLayer
         Empty without a cache.
     entries : int
-        What they store before the pass.
+        Entries that each of them stores before the pass.
     past_valid : bool Tensor (B, entries) or None
         Which entries are tokens of their row. None: all.
     """
@@ -413,44 +422,42 @@ class CacheSpan:
 
     @property
     def cache_index(self) -> CacheIndex:
-        """What the layers share."""
+        """The index that the layers share."""
         return self.layers[0].cache_index if self.layers else CacheIndex()
 
     def begin(self, sequence: VisualSequence) -> torch.Tensor | None:
-        """Make room for a sequence; its padding mask in the form that `create_causal_mask` takes.
+        """Make room for a sequence and return its padding mask in the form that `create_causal_mask` takes.
 
         Returns
         -------
         bool Tensor (B, cache_index.dropped + entries + n) or None
             Columns count logically, so the first `cache_index.dropped` ones are never read. None: nothing is masked.
         """
+        if not self.layers:
+            return sequence.valid
         for layer in self.layers:
             layer.leave_out(sequence.length - sequence.size)
-        past, new = self.past_valid, sequence.valid
-        template = past if past is not None else new
-        if template is None or not self.layers:
-            return new
-        rows = template.shape[0]
-        past = template.new_ones(rows, self.entries) if past is None else past
-        new = template.new_ones(rows, sequence.size) if new is None else new
-        return torch.cat([template.new_ones(rows, self.cache_index.dropped), past, new.to(past.device)], dim=1)
+        past = self.entries if self.past_valid is None else self.past_valid
+        new = sequence.size if sequence.valid is None else sequence.valid
+        return join_masks(self.cache_index.dropped, past, new)
 
     def end(self, sequence: VisualSequence, renumbered: torch.Tensor | None) -> None:
-        """Note what the layers hold after the pass; `renumbered` (B, 1) is how far positions went down."""
+        """Describe what the layers hold after the pass; `renumbered` (B, 1) is how far positions went down."""
         if self.layers:
-            grown = self.cache_index.extended(self.entries, self.past_valid, sequence, renumbered)
+            extended = self.cache_index.extended(self.entries, self.past_valid, sequence, renumbered)
             for layer in self.layers:
-                layer.cache_index = grown
+                layer.cache_index = extended
 
 
 def cache_spans(cache: Cache | None, first: int, last: int, attention_mask: torch.Tensor | None) -> Iterator[CacheSpan]:
-    """Layers `first` to `last`, cut where the cache_index changes: an earlier turn may have been pruned otherwise.
+    """Yield layers `first` to `last`, cut where the cache index changes: earlier turns may have been pruned otherwise.
 
     Parameters
     ----------
     cache : Cache or None
         With layers from `prepare_layers`.
     first, last : int
+        Both inside.
     attention_mask : Tensor (B, logical length) or None
         The 2D mask of the whole sequence.
     """
@@ -458,11 +465,8 @@ def cache_spans(cache: Cache | None, first: int, last: int, attention_mask: torc
         if first <= last:
             yield CacheSpan(first, last)
         return
-    start = first
-    for index in range(first, last + 1):
-        if index == last or cache.layers[index + 1].cache_index is not cache.layers[start].cache_index:
-            layer: Any = cache.layers[start]
-            entries = layer.entries
-            valid = layer.cache_index.valid_entries(entries, attention_mask)
-            yield CacheSpan(start, index, list(cache.layers[start : index + 1]), entries, valid)
-            start = index + 1
+    for start, end in layer_segments(cache, first, last):
+        layers: list[Any] = cache.layers[start : end + 1]
+        entries = layers[0].entries
+        valid = layers[0].cache_index.valid_entries(entries, attention_mask)
+        yield CacheSpan(start, end, layers, entries, valid)

@@ -1,7 +1,7 @@
-"""Attention with observers: the pseudo CLS looks on without being seen (IVTP Sec. 3.3).
+"""Attention with pseudo-CLS tokens, which attend to others and are never attended to (IVTP Sec. 3.3).
 
-An *observer* is one more token per image that runs through the pruned layers after the others. It attends to what
-stands before the end of its image and to itself; nothing attends to it, and it enters neither cache nor output. Only
+Each image has one pseudo-CLS token. It runs through the pruned layers after the other tokens and attends to what stands
+before the end of its image, and to itself. Nothing attends to it, and it enters neither the cache nor the output. Only
 its own attention is computed apart, so the other tokens keep their fast causal kernels.
 """
 
@@ -21,91 +21,107 @@ from .rollout import AttentionRecord, DecoderAttentionRecord
 from .visual_sequence import VisualSequence
 
 
-def visibility(sequence: VisualSequence, past: int, past_mask: torch.Tensor | None) -> torch.Tensor:
-    """What observers and visual tokens see: bool (B, M, 1 + k, past + reach + M)."""
+def visible_keys(sequence: VisualSequence, past: int, past_valid: torch.Tensor | None) -> torch.Tensor:
+    """Mark the keys that each pseudo-CLS token, first, and its visual tokens attend to.
+
+    Parameters
+    ----------
+    sequence : VisualSequence
+    past : int
+        Entries of the cache before the prompt.
+    past_valid : bool Tensor (B, past) or None
+        Which of them are tokens of their row. None: all.
+
+    Returns
+    -------
+    bool Tensor (B, M, 1 + k, past + image_end + M)
+        Keys of cache and sequence up to the end of the last image, then those of the pseudo-CLS tokens.
+    """
     columns = sequence.columns
-    last_seen = past + torch.cat([columns[..., -1:], columns], 2)
-    visible = torch.arange(past + sequence.reach, device=columns.device) <= last_seen[..., None]
-    if past_mask is not None or sequence.valid is not None:
-        known = torch.ones(columns.shape[0], past + sequence.reach, dtype=torch.bool, device=columns.device)
-        if past_mask is not None:
-            known[:, :past] = past_mask
+    last_key = past + torch.cat([columns[..., -1:], columns], 2)
+    visible = torch.arange(past + sequence.image_end, device=columns.device) <= last_key[..., None]
+    if past_valid is not None or sequence.valid is not None:
+        valid = torch.ones(columns.shape[0], past + sequence.image_end, dtype=torch.bool, device=columns.device)
+        if past_valid is not None:
+            valid[:, :past] = past_valid
         if sequence.valid is not None:
-            known[:, past:] = sequence.valid[:, : sequence.reach]
-        visible = visible & known[:, None, None]
-    observers = columns.shape[1]
-    itself = torch.zeros(observers, columns.shape[2] + 1, observers, dtype=torch.bool, device=columns.device)
-    itself[:, 0] = torch.eye(observers, dtype=torch.bool, device=columns.device)
+            valid[:, past:] = sequence.valid[:, : sequence.image_end]
+        visible = visible & valid[:, None, None]
+    images = columns.shape[1]
+    itself = torch.zeros(images, columns.shape[2] + 1, images, dtype=torch.bool, device=columns.device)
+    itself[:, 0] = torch.eye(images, dtype=torch.bool, device=columns.device)
     return torch.cat([visible, itself.expand(columns.shape[0], -1, -1, -1)], 3)
 
 
 @dataclass(frozen=True)
 class PseudoCLSAttention:
-    """What the attention of a layer needs for the observers, and where it leaves what rollout needs.
+    """A layer's attention for the pseudo-CLS tokens, which also fills the record that rollout needs.
 
-    The observers see, and are counted among, the first `reach` keys followed by the observers themselves.
+    Their keys are the first `image_end` ones of cache and sequence, followed by their own.
 
     Attributes
     ----------
-    reach : int
+    image_end : int
         Keys of the cache and the sequence up to the end of the last image.
-    columns : int64 Tensor (B, M, k)
+    visual_columns : int64 Tensor (B, M, k)
         The visual tokens' columns in the sequence.
-    places : int64 Tensor (B, M, 1 + k)
-        Where each observer, first, and its visual tokens are among the keys.
-    visible : bool Tensor (B, M, 1 + k, reach + M)
-        What they see.
+    tracked_columns : int64 Tensor (B, M, 1 + k)
+        Where each pseudo-CLS token, first, and its visual tokens stand among the keys.
+    visible : bool Tensor (B, M, 1 + k, image_end + M)
+        Which keys they attend to.
     record : AttentionRecord or None
         None where the group drops nothing.
     """
 
-    reach: int
-    columns: torch.Tensor
-    places: torch.Tensor
+    image_end: int
+    visual_columns: torch.Tensor
+    tracked_columns: torch.Tensor
     visible: torch.Tensor
     record: AttentionRecord | None = None
 
     @classmethod
-    def of(cls, sequence: VisualSequence, past: int, past_mask: torch.Tensor | None) -> "PseudoCLSAttention":
-        """For layers that have `past` entries of which `past_mask` (bool (B, past) or None: all) are tokens."""
-        reach, observers = past + sequence.reach, sequence.columns.shape[1]
+    def of(cls, sequence: VisualSequence, past: int, past_valid: torch.Tensor | None) -> "PseudoCLSAttention":
+        """Make it for layers with `past` entries, those of which are tokens that `past_valid` (B, past) marks."""
+        image_end, images = past + sequence.image_end, sequence.columns.shape[1]
         # An image that a row does not have stands after the end.
-        there = sequence.columns.clamp_max(sequence.size - 1)
-        own = reach + torch.arange(observers, device=there.device)
-        places = torch.cat([own[None, :, None].expand(*there.shape[:2], 1), past + there], 2)
-        return cls(reach, there, places.clamp_max(reach + observers - 1), visibility(sequence, past, past_mask))
+        columns = sequence.columns.clamp_max(sequence.size - 1)
+        own = image_end + torch.arange(images, device=columns.device)
+        tracked = torch.cat([own[None, :, None].expand(*columns.shape[:2], 1), past + columns], 2)
+        tracked = tracked.clamp_max(image_end + images - 1)
+        return cls(image_end, columns, tracked, visible_keys(sequence, past, past_valid))
 
     @property
     def count(self) -> int:
-        """Observers of a row, M."""
-        return self.columns.shape[1]
+        """Pseudo-CLS tokens of a row, M."""
+        return self.visual_columns.shape[1]
 
     def attend(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        observer: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        pseudo_cls: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         new_value: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        """The observers' attention output (B, M, H, dh); fills the record on the way.
+        """Compute the pseudo-CLS tokens' attention output (B, M, H, dh) and fill the record.
 
         Parameters
         ----------
         query : Tensor (B, H, n, dh)
             Of the sequence.
-        key, value : Tensor (B, H_kv, at least reach, dh)
+        key, value : Tensor (B, H_kv, at least image_end, dh)
             Of cache and sequence.
-        observer : tuple of Tensor (B, H, M, dh), (B, H_kv, M, dh), (B, H_kv, M, dh)
-            The observers' own query, key and value.
+        pseudo_cls : tuple of Tensor (B, H, M, dh), (B, H_kv, M, dh), (B, H_kv, M, dh)
+            The pseudo-CLS tokens' query, key and value.
         new_value : Tensor (B, H_kv, n, dh)
             Values of the sequence alone.
         scale : float
+            Factor of the products of queries and keys.
         """
-        own_query, own_key, own_value = observer
-        keys = torch.cat([key[:, :, : self.reach], own_key], 2)
-        values = torch.cat([value[:, :, : self.reach], own_value], 2)
+        own_query, own_key, own_value = pseudo_cls
+        keys = torch.cat([key[:, :, : self.image_end], own_key], 2)
+        values = torch.cat([value[:, :, : self.image_end], own_value], 2)
         visible = self.visible.to(query.device)
         repeats = own_query.shape[1] // keys.shape[1]
         output = nn.functional.scaled_dot_product_attention(
@@ -117,11 +133,12 @@ class PseudoCLSAttention:
         )
         if self.record is not None:
             with torch.no_grad():
-                self._fill(query, keys, own_query, new_value, visible, scale)
+                self._fill(self.record, query, keys, own_query, new_value, visible, scale)
         return output.transpose(1, 2)
 
     def _fill(
         self,
+        record: AttentionRecord,
         query: torch.Tensor,
         keys: torch.Tensor,
         own_query: torch.Tensor,
@@ -129,18 +146,17 @@ class PseudoCLSAttention:
         visible: torch.Tensor,
         scale: float,
     ) -> None:
-        assert self.record is not None
-        columns = self.columns.to(query.device)
+        columns = self.visual_columns.to(query.device)
         tracked = own_query[:, :, :, None]
-        if not self.record.reference_only:
+        if not record.reference_only:
             index = columns.flatten(1)[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
             visual = query.gather(2, index).unflatten(2, columns.shape[1:])
             tracked = torch.cat([tracked, visual], 3)
-        self.record.fill(
+        record.fill(
             query=tracked,
             key=keys,
             visible=visible[:, :, : tracked.shape[3]],
-            columns=self.places.to(query.device),
+            columns=self.tracked_columns.to(query.device),
             value=new_value,
             value_columns=columns,
             scale=scale,
@@ -148,13 +164,13 @@ class PseudoCLSAttention:
 
 
 class GroupedAttention:
-    """Mixin for attention of LLaMA's layout: also serves pseudo-CLS tokens or a record when one is passed."""
+    """Mixin for attention of LLaMA's layout that also serves pseudo-CLS tokens, or fills a record."""
 
     def forward(
         self, *args: Any, record: PseudoCLSAttention | DecoderAttentionRecord | None = None, **kwargs: Any
     ) -> Any:
-        """As the stock attention; with an `record`, which is filled, for the observers too."""
-        # Every layer of every decoding step comes through here, so that nothing else is looked at.
+        """Run the stock attention, or with a `record` fill it and attend for the pseudo-CLS tokens, too."""
+        # Every layer of every decoding step comes through here, so nothing else is checked.
         if record is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         return self._attend_and_record(record, *args, **kwargs)
@@ -169,6 +185,7 @@ class GroupedAttention:
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run the attention on tokens (B, n + M, d), of which the last M are pseudo-CLS tokens."""
         attention: Any = self
         cache = one_cache(cache, past_key_values)
         shape = (*hidden_states.shape[:-1], -1, attention.head_dim)
@@ -182,7 +199,7 @@ class GroupedAttention:
             )
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         tokens = query.shape[2] - record.count
-        observer = (query[:, :, tokens:], key[:, :, tokens:], value[:, :, tokens:])
+        pseudo_cls = (query[:, :, tokens:], key[:, :, tokens:], value[:, :, tokens:])
         query, key, new_value = query[:, :, :tokens], key[:, :, :tokens], value[:, :, :tokens]
         value = new_value
         if cache is not None:
@@ -201,8 +218,8 @@ class GroupedAttention:
             **kwargs,
         )
         with label(SCORE):
-            observed = record.attend(query, key, value, observer, new_value, attention.scaling)
-        if observed is not None:
-            output = torch.cat([output, observed], 1)
+            pseudo_cls_output = record.attend(query, key, value, pseudo_cls, new_value, attention.scaling)
+        if pseudo_cls_output is not None:
+            output = torch.cat([output, pseudo_cls_output], 1)
         output = output.reshape(*hidden_states.shape[:-1], -1)
         return attention.o_proj(output), weights

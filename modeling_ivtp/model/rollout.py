@@ -1,9 +1,11 @@
-"""Attention rollout within a group of layers, and the importance of visual tokens (IVTP Sec. 3.2, Eq. 2 to 4).
+"""What attention layers record, rollout within a group of layers, and importance (IVTP Sec. 3.2, Eq. 2 to 4).
 
-Rollout multiplies the attention maps of a group (Eq. 3), yet importance needs one row of the product only: that of the
-reference token, CLS in the vision tower and the pseudo CLS in the language model. So the row is carried down the group
-from the last layer to the first, vector times matrix, and a map is never multiplied with a map. What a layer leaves for
-that are queries and keys, or its map averaged over heads where its output was computed with it anyway.
+Rollout multiplies the attention maps of a group (Eq. 3), yet importance needs only one row of the product: that of the
+reference token, which is CLS in the vision tower and the pseudo-CLS token in the language model. So that row is carried
+down the group from the last layer to the first, vector times matrix, and no two maps are multiplied. For this a layer
+records its queries and keys, or its map averaged over heads if it computed its output from the map anyway.
+
+Methods that rank by what decoder layers attend to, without a reference token, read a `DecoderAttentionRecord`.
 """
 
 from collections.abc import Iterator
@@ -18,30 +20,33 @@ from .schedule import Group
 
 @dataclass
 class AttentionRecord:
-    """What one attention layer leaves behind for the rollout of its group.
+    """What one attention layer records for the rollout of its group.
 
     The *tracked* tokens of an image are its reference token, at index 0, and its visual tokens after it.
 
     Attributes
     ----------
     reference_only : bool
-        True where the reference token's row suffices: then only its query is recorded.
+        Whether the reference token's row suffices; then only its query is recorded.
     query : Tensor (B, H, M, Q, dh)
         Queries of the tracked tokens of each image; Q is 1 if `reference_only`, else 1 + k.
     key : Tensor (B, H_kv, K, dh)
         Keys of everything that the tracked tokens attend to.
     visible : bool Tensor (B, M, Q, K) or None
-        Which keys each query sees; None: all.
+        Which keys each query attends to; None: all.
     columns : int64 Tensor (B, M, 1 + k) or None
         Where the tracked tokens stand among the keys; None: in order, K = 1 + k.
     value : Tensor (B, H_kv, n, dh)
-        Values among which those of the visual tokens are.
+        Values of a sequence that holds the visual tokens.
     value_columns : int64 Tensor (B, M, k) or None
-        Where they stand; None: in order, after the first.
+        Where the visual tokens stand in it; None: in order, after the first.
     scale : float
-        What the products of queries and keys are multiplied with, 1 / sqrt(dh).
+        Factor of the products of queries and keys, 1 / sqrt(dh).
     averaged_map : float32 Tensor (B, K, K) or None
-        The attention map averaged over heads, where all of K are tracked; None: it follows from queries and keys.
+        The attention map averaged over heads, if all K tokens are tracked; None: it follows from queries and keys.
+    sealed : bool
+        Whether the record takes no more. Gradient checkpointing runs a layer again in the backward pass, long after its
+        group was scored.
     """
 
     reference_only: bool
@@ -53,11 +58,10 @@ class AttentionRecord:
     visible: torch.Tensor | None = field(init=False, repr=False, default=None)
     columns: torch.Tensor | None = field(init=False, repr=False, default=None)
     averaged_map: torch.Tensor | None = field(init=False, repr=False, default=None)
-    # Gradient checkpointing runs a layer again in the backward pass, long after its group was scored.
     sealed: bool = field(init=False, default=False)
 
     def fill(self, **tensors: torch.Tensor | float | None) -> None:
-        """Store what the attention layer saw; a sealed record ignores it."""
+        """Store what the attention layer computed; a sealed record ignores it."""
         if not self.sealed:
             for name, value in tensors.items():
                 setattr(self, name, value.detach() if isinstance(value, torch.Tensor) else value)
@@ -74,44 +78,105 @@ class AttentionRecord:
         return norms.gather(1, columns.flatten(1)).view_as(columns)
 
     def seal(self) -> None:
-        """Let go of the tensors and accept no more."""
+        """Release the tensors and accept no more."""
         self.query = self.key = self.value = None  # type: ignore[assignment]
         self.value_columns = self.visible = self.columns = self.averaged_map = None
         self.sealed = True
 
 
 @dataclass
-class GroupScores:
-    """One group's decision for all images, kept when a trace is asked for.
+class DecoderAttentionRecord:
+    """Queries and keys of one decoder layer during a prompt.
 
     Attributes
     ----------
-    stage : {"tower", "decoder"}
-    group : Group
-    candidates : int64 Tensor (..., k)
-        Patches, on the original grid, that stood before.
-    importance : float32 Tensor (..., k) or None
-        None where the method ranks nothing.
-    kept : int64 Tensor (..., group.keep)
-        Patches that stay, -1 for none.
-    mixture : float32 Tensor (..., group.keep, k) or None
-        What they become; None: they stay as they are.
+    past : int
+        Entries of the cache before the prompt.
+    past_valid : bool Tensor (B, past) or None
+        Which of them are tokens of their row. None: all.
+    valid : bool Tensor (B, n) or None
+        Which columns of the sequence are tokens. None: all.
+    query : Tensor (B, H, n, dh)
+    key : Tensor (B, H_kv, past + n, dh)
+    scale : float
+        Factor of their products, 1 / sqrt(dh).
+    sealed : bool
+        As in `AttentionRecord`.
     """
 
-    stage: str
-    group: Group
-    candidates: torch.Tensor
-    importance: torch.Tensor | None
-    kept: torch.Tensor
-    mixture: torch.Tensor | None = None
+    past: int
+    past_valid: torch.Tensor | None
+    valid: torch.Tensor | None
+    query: torch.Tensor = field(init=False, repr=False)
+    key: torch.Tensor = field(init=False, repr=False)
+    scale: float = field(init=False)
+    sealed: bool = field(init=False, default=False)
 
+    count = 0
+    """Pseudo-CLS tokens of a row: none."""
 
-def _on_tracked(row: torch.Tensor, columns: torch.Tensor | None) -> torch.Tensor:
-    return row if columns is None else row.gather(2, columns)
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pseudo_cls: Any, new_value: Any, scale: float
+    ) -> None:
+        """Record the layer's queries and keys; the signature is that of `PseudoCLSAttention.attend`."""
+        if not self.sealed:
+            self.query, self.key, self.scale = query.detach(), key[:, :, : self.past + query.shape[2]].detach(), scale
+
+    def seal(self) -> None:
+        """Release the tensors and accept no more."""
+        self.query = self.key = None  # type: ignore[assignment]
+        self.sealed = True
+
+    def attention(self, first: int, weights: torch.Tensor) -> torch.Tensor:
+        """Sum the rows of the head-averaged map from column `first` on, weighted.
+
+        Parameters
+        ----------
+        first : int
+        weights : float32 Tensor (B, M, n - first)
+            How much each of those columns counts, for each image.
+
+        Returns
+        -------
+        float32 Tensor (B, M, n)
+            What each column of the sequence receives.
+        """
+        total = weights.new_zeros(*weights.shape[:2], self.key.shape[2])
+        for attention in self._maps(first):
+            total += (weights[:, None] @ attention).sum(1)
+        return total[..., self.past :] / self.query.shape[1]
+
+    def attention_map(self, first: int) -> torch.Tensor:
+        """Average the map over heads, from column `first` on: float32 Tensor (B, n - first, n)."""
+        total = torch.zeros((), device=self.query.device)
+        for attention in self._maps(first):
+            total = total + attention.sum(1)
+        return total[..., self.past :] / self.query.shape[1]
+
+    def _maps(self, first: int) -> Iterator[torch.Tensor]:
+        """Yield maps of some heads at a time, from column `first` on: float32 (B, some heads, n - first, past + n)."""
+        visible = self._visible(first)
+        for logits in map_heads(self.query[:, :, first:], self.key, self.scale):
+            yield logits.masked_fill(~visible, float("-inf")).softmax(-1, dtype=torch.float32).nan_to_num(0)
+
+    def _visible(self, first: int) -> torch.Tensor:
+        """Mark the keys that queries from column `first` on attend to: bool (B or 1, 1, Q, past + n)."""
+        keys = torch.arange(self.key.shape[2], device=self.query.device)
+        queries = self.past + torch.arange(first, self.query.shape[2], device=self.query.device)
+        visible = (keys <= queries[:, None])[None]
+        if self.past_valid is not None or self.valid is not None:
+            rows = self.query.shape[0]
+            valid = torch.ones(rows, self.key.shape[2], dtype=torch.bool, device=self.query.device)
+            if self.past_valid is not None:
+                valid[:, : self.past] = self.past_valid
+            if self.valid is not None:
+                valid[:, self.past :] = self.valid
+            visible = visible & valid[:, None]
+        return visible[:, None]
 
 
 def reference_row(record: AttentionRecord) -> torch.Tensor:
-    """The reference token's row of a layer's attention map, over the tracked tokens: float32 (B, M, 1 + k)."""
+    """Return the reference token's row of a layer's attention map, over the tracked tokens: float32 (B, M, 1 + k)."""
     visible = None if record.visible is None else record.visible[:, :, :1]
     row = averaged_attention(record.query[:, :, :, :1], record.key, record.scale, visible)[:, :, 0]
     return _on_tracked(row, record.columns)
@@ -127,14 +192,14 @@ def roll_down(row: torch.Tensor, record: AttentionRecord, *, residual: bool) -> 
     record : AttentionRecord
         The lower layer, with the queries of all tracked tokens.
     residual : bool
-        True adds the identity for the residual connection and halves, so that rows keep summing to one (the
-        re-normalisation that Eq. 3 leaves out); the first layer of a group enters without.
+        Whether to add the identity for the residual connection and halve, so that rows keep summing to one (Eq. 3
+        leaves out this re-normalisation). The first layer of a group enters without.
 
     Returns
     -------
     float32 Tensor (B, M, 1 + k)
-        Weight that flows to tokens before the image can never come back to its patches under a causal mask, so the
-        columns of tracked tokens are all that is needed.
+        The columns of tracked tokens are all that is needed: under a causal mask, weight that flows to tokens before
+        the image never comes back to its patches.
     """
     if record.averaged_map is not None:
         product = row @ record.averaged_map
@@ -144,8 +209,17 @@ def roll_down(row: torch.Tensor, record: AttentionRecord, *, residual: bool) -> 
     return torch.lerp(product, row, 0.5) if residual else product
 
 
+def _on_tracked(row: torch.Tensor, columns: torch.Tensor | None) -> torch.Tensor:
+    return row if columns is None else row.gather(2, columns)
+
+
 def rollout(records: list[AttentionRecord]) -> torch.Tensor:
-    """The reference token's row of a group's rolled-out attention (Eq. 3), lowest layer first in `records`.
+    """Return the reference token's row of a group's rolled-out attention (Eq. 3).
+
+    Parameters
+    ----------
+    records : list of AttentionRecord
+        The group's layers, lowest first.
 
     Returns
     -------
@@ -154,14 +228,14 @@ def rollout(records: list[AttentionRecord]) -> torch.Tensor:
     row = reference_row(records[-1])
     if len(records) > 1:
         row = row / 2
-        row[..., 0].add_(0.5)  # of the reference token itself, through the residual connection
+        row[..., 0].add_(0.5)  # the reference token's own share, through the residual connection
     for depth in range(len(records) - 2, -1, -1):
         row = roll_down(row.to(records[depth].key.device), records[depth], residual=depth > 0)
     return row
 
 
 def aggregate(records: list[AttentionRecord], how: str) -> torch.Tensor:
-    """One row for the whole group: rollout, or one of the alternatives of Tables 4 and 5.
+    """Combine a group's maps into one row: by rollout, or by an alternative of Tables 4 and 5.
 
     Parameters
     ----------
@@ -189,7 +263,7 @@ def aggregate(records: list[AttentionRecord], how: str) -> torch.Tensor:
 
 
 def importance(row: torch.Tensor, value_norm: torch.Tensor) -> torch.Tensor:
-    """Importance of each visual token: attention times the norm of its value vector, normalised (Eq. 4).
+    """Score visual tokens by the attention they receive times the norm of their value vector, normalised (Eq. 4).
 
     Parameters
     ----------
@@ -207,7 +281,7 @@ def importance(row: torch.Tensor, value_norm: torch.Tensor) -> torch.Tensor:
 
 
 def keep_most_important(scores: torch.Tensor, keep: int) -> torch.Tensor:
-    """Indices of the `keep` highest scores in ascending order, so that patches stay in their spatial order.
+    """Return the indices of the `keep` highest scores, ascending, so that patches stay in their spatial order.
 
     Parameters
     ----------
@@ -224,7 +298,7 @@ def keep_most_important(scores: torch.Tensor, keep: int) -> torch.Tensor:
 
 @torch.no_grad()
 def decide(records: list[AttentionRecord], aggregation: str, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Score the visual tokens of a group and choose.
+    """Score the visual tokens of a group and choose the ones that stay.
 
     Returns
     -------
@@ -237,89 +311,26 @@ def decide(records: list[AttentionRecord], aggregation: str, keep: int) -> tuple
 
 
 @dataclass
-class DecoderAttentionRecord:
-    """Queries and keys of one decoder layer during a prompt.
+class GroupScores:
+    """One group's decision for all images, kept for a trace.
 
     Attributes
     ----------
-    past : int
-        Entries of the cache before the prompt.
-    past_valid : bool Tensor (B, past) or None
-        Which of them are tokens of their row. None: all.
-    valid : bool Tensor (B, n) or None
-        Which columns of the sequence are. None: all.
-    query : Tensor (B, H, n, dh)
-    key : Tensor (B, H_kv, past + n, dh)
-    scale : float
-        What their products are multiplied with.
+    stage : {"tower", "features", "prompt", "decoder"}
+    group : Group
+    candidates : int64 Tensor (..., k)
+        Patches, on the original grid, that the group could keep.
+    importance : float32 Tensor (..., k) or None
+        None if the method ranks nothing.
+    kept : int64 Tensor (..., group.keep)
+        Patches that stay, -1 for none.
+    mixture : float32 Tensor (..., group.keep, k) or None
+        What they become, as weights of the candidates; None: they stay as they are.
     """
 
-    past: int
-    past_valid: torch.Tensor | None
-    valid: torch.Tensor | None
-    query: torch.Tensor = field(init=False, repr=False)
-    key: torch.Tensor = field(init=False, repr=False)
-    scale: float = field(init=False)
-    # Gradient checkpointing runs a layer again in the backward pass, long after the choice.
-    sealed: bool = field(init=False, default=False)
-
-    count = 0
-    """Observers that travel along: none."""
-
-    def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, observer: Any, new_value: Any, scale: float
-    ) -> None:
-        """Keep what the layer computes; see `PseudoCLSAttention.attend`."""
-        if not self.sealed:
-            self.query, self.key, self.scale = query.detach(), key[:, :, : self.past + query.shape[2]].detach(), scale
-
-    def seal(self) -> None:
-        """Let go of the tensors and accept no more."""
-        self.query = self.key = None  # type: ignore[assignment]
-        self.sealed = True
-
-    def attention(self, first: int, weights: torch.Tensor) -> torch.Tensor:
-        """What columns of the sequence receive, from its columns `first` on: weights times the head-averaged map.
-
-        Parameters
-        ----------
-        first : int
-        weights : float32 Tensor (B, M, n - first)
-            How much each of those columns counts, for each image.
-
-        Returns
-        -------
-        float32 Tensor (B, M, n)
-        """
-        total = weights.new_zeros(*weights.shape[:2], self.key.shape[2])
-        for attention in self._maps(first):
-            total += (weights[:, None] @ attention).sum(1)
-        return total[..., self.past :] / self.query.shape[1]
-
-    def attention_map(self, first: int) -> torch.Tensor:
-        """The head-averaged map of the columns `first` on, over the sequence: float32 Tensor (B, n - first, n)."""
-        total = torch.zeros((), device=self.query.device)
-        for attention in self._maps(first):
-            total = total + attention.sum(1)
-        return total[..., self.past :] / self.query.shape[1]
-
-    def _maps(self, first: int) -> Iterator[torch.Tensor]:
-        """Maps of some heads at a time, from column `first` on: float32 (B, some heads, n - first, past + n)."""
-        visible = self._visible(first)
-        for logits in map_heads(self.query[:, :, first:], self.key, self.scale):
-            yield logits.masked_fill(~visible, float("-inf")).softmax(-1, dtype=torch.float32).nan_to_num(0)
-
-    def _visible(self, first: int) -> torch.Tensor:
-        """Which keys the queries from `first` on see: bool (B or 1, 1, Q, past + n)."""
-        keys = torch.arange(self.key.shape[2], device=self.query.device)
-        queries = self.past + torch.arange(first, self.query.shape[2], device=self.query.device)
-        visible = (keys <= queries[:, None])[None]
-        if self.past_valid is not None or self.valid is not None:
-            rows = self.query.shape[0]
-            there = torch.ones(rows, self.key.shape[2], dtype=torch.bool, device=self.query.device)
-            if self.past_valid is not None:
-                there[:, : self.past] = self.past_valid
-            if self.valid is not None:
-                there[:, self.past :] = self.valid
-            visible = visible & there[:, None]
-        return visible[:, None]
+    stage: str
+    group: Group
+    candidates: torch.Tensor
+    importance: torch.Tensor | None
+    kept: torch.Tensor
+    mixture: torch.Tensor | None = None

@@ -26,7 +26,7 @@ def maps_and_records(seed, layers, images, heads, kv_heads, tokens, width, causa
         key = generator.normal(size=(images, kv_heads, tokens, width)).astype(np.float32) * 2
         visible = np.tril(np.ones((tokens, tokens), dtype=bool)) if causal else np.ones((tokens, tokens), dtype=bool)
         if causal:
-            visible[0] = True  # the observer stands last in the sequence and first among the tracked tokens
+            visible[0] = True  # the pseudo-CLS token stands last in the sequence and first among the tracked tokens
             visible[1:, 0] = False
         of_images = []
         for image in range(images):

@@ -150,7 +150,7 @@ def test_prompts_of_many_lengths_share_a_recording(options, after):
                 torch.testing.assert_close(
                     one.transpose(1, 2)[there.bool()], right_one.transpose(1, 2)[there.bool()], atol=5e-5, rtol=0
                 )
-            for name in ("stored", "dropped", "tail"):
+            for name in ("stored", "dropped", "croppable"):
                 assert getattr(layer.cache_index, name) == getattr(other.cache_index, name)
             if mask is not None:
                 assert torch.equal(layer.cache_index.key_mask, mask)
@@ -209,7 +209,7 @@ def test_a_cache_is_its_owners(model):
         for layer, other in zip(ours.past_key_values.layers, right.past_key_values.layers, strict=True):
             torch.testing.assert_close(layer.keys, other.keys, atol=1e-5, rtol=0)
             assert layer.cache_index.dropped == other.cache_index.dropped
-            assert layer.cache_index.tail == other.cache_index.tail
+            assert layer.cache_index.croppable == other.cache_index.croppable
         logits = [
             one(input_ids=step, past_key_values=out.past_key_values).logits
             for one, out in ((model, ours), (plain, right))
