@@ -1,10 +1,11 @@
 """Instruction-guided visual token pruning for LLaVA, native to Hugging Face transformers."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 from transformers.models.auto.modeling_auto import AutoModelForMultimodalLM
 
+from ._moved import keep_old_attributes, old_module
 from .model.checkpoint_ivtp import CLIP_READERS, ClipText
 from .model.configuration_ivtp import IVTPLlavaConfig, IVTPPruningConfig
 from .model.modeling_ivtp import IVTPLlavaForConditionalGeneration, IVTPLlavaModel
@@ -29,6 +30,10 @@ def _read_open_clip(clip: Any, **options: Any) -> ClipText:
 
 
 CLIP_READERS["open_clip"] = _read_open_clip
+
+keep_old_attributes()
+if not TYPE_CHECKING:  # a type checker is to miss what is not there
+    __getattr__ = old_module
 
 __all__ = [
     "IVTPLlavaConfig",

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+from .._moved import accept_old_pruner, old_names
 from ..model.configuration_ivtp import is_whole
 from ..model.pruner import Needs, Pruner
 from ..model.schedule import Group, PruningPlan
@@ -41,6 +42,10 @@ class Method(Pruner):
     requires: ClassVar[Needs] = Needs()
     stages: ClassVar[tuple[str, ...]]
     """At which of the steps of `pruner.STAGES` it acts."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        accept_old_pruner(cls)
 
     def __post_init__(self) -> None:
         self.check_whole("keep", 1)
@@ -157,3 +162,6 @@ def scaled_layers(layers: tuple[int, ...], of: int, depth: int) -> tuple[int, ..
     (10, 20, 30)
     """
     return tuple(dict.fromkeys(max(1, round(layer * depth / of)) for layer in layers))
+
+
+__getattr__ = old_names(__name__)
