@@ -26,7 +26,15 @@ from .recipes import Recipe, load_recipe
 from .shards import PlannedTensor
 from .sources import HubOptions, local_folder, naming_damaged_file, open_checkpoint
 from .weights import Checkpoint, TensorInfo
-from .writing import CLIP_NAMES, SMALL_FILES, Conversion, check_not_source, copy_beside, write_checkpoint
+from .writing import (
+    CLIP_NAMES,
+    SMALL_FILES,
+    Conversion,
+    check_not_source,
+    copy_beside,
+    save_without_weights,
+    write_checkpoint,
+)
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Buffers that older libraries stored and newer ones compute.
@@ -134,9 +142,7 @@ def convert(
         raise ValueError(f"{llava} has no clip_tokenizer/; name the CLIP to take it from")
 
     def write_small_files(target: Path) -> None:
-        # The model's own way of saving, without weights: the config, its auto_map and the code.
-        model.save_pretrained(target, state_dict={})
-        processor.save_pretrained(target)
+        save_without_weights(model, processor, target)
         copy_beside(folder, target)
 
     return write_checkpoint(

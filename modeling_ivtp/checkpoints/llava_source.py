@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import LlavaConfig
 
 from ..model.checkpoint_ivtp import warn_of_another_clip
 from ..model.configuration_ivtp import IVTPLlavaConfig
@@ -65,6 +66,11 @@ def read_config(folder: Path, llava: str, *, quantized: bool = False) -> Any:
     if decoder not in DECODERS:
         raise ValueError(f"the language model of {llava} is a {decoder!r}; supported are {', '.join(sorted(DECODERS))}")
     return config
+
+
+def is_stock(folder: Path) -> bool:
+    """Return whether config.json in a folder, which `read_config` has accepted, is that of a stock LLaVA."""
+    return bool(json.loads((folder / "config.json").read_text())["model_type"] == LlavaConfig.model_type)
 
 
 def warn_of_unlike_tower(text: StoredClipText, checkpoint: Checkpoint, llava: str) -> None:

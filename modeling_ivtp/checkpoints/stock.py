@@ -17,7 +17,7 @@ from ..files.console import quiet
 from ..files.folder import check_target
 from ..files.sizes import byte_count
 from ..model.processing_ivtp import IVTPLlavaProcessor
-from .llava_source import read_config
+from .llava_source import is_stock, read_config
 from .shards import PlannedTensor
 from .sources import HubOptions, naming_damaged_file, open_checkpoint
 from .writing import CLIP_NAMES, SMALL_FILES, Conversion, check_not_source, copy_beside, write_checkpoint
@@ -65,7 +65,7 @@ def export_stock(
     checkpoint, folder = open_checkpoint(source, hub, headers_only=dry_run, extra=SMALL_FILES)
     with quiet(), naming_damaged_file(source, folder):
         config = read_config(folder, str(source))
-        if json.loads((folder / "config.json").read_text())["model_type"] != config.model_type:
+        if is_stock(folder):
             raise ValueError(f"{source} is a stock LLaVA already; copy it as it is")
         processor = _stock_processor(IVTPLlavaProcessor.from_pretrained(folder))
     tensors = {

@@ -122,6 +122,12 @@ def write_checkpoint(
     return result
 
 
+def save_without_weights(model: Any, processor: Any, folder: Path) -> None:
+    """Save config, `auto_map`, code and processor the way transformers does."""
+    model.save_pretrained(folder, state_dict={})
+    processor.save_pretrained(folder)
+
+
 def copy_beside(source: Path, target: Path) -> None:
     """Copy the generation settings and the terms of use, which belong neither to the config nor to the processor."""
     for pattern in ("generation_config.json", *TERMS):

@@ -1,7 +1,7 @@
-"""Model cards: metadata and text of a Hub page, filled from files that were counted and measured.
+"""Model cards: metadata and text of a Hub page, filled with counted and measured numbers.
 
-`hub_cards/NAME/` holds `card.json` (what the card is of), `facts.json` (numbers, written by
-`benchmarks.card_facts`) and `README.md` (how it looks, for reading here); the text is in the templates beside them.
+`hub_cards/NAME/` holds `card.json` (the card's subject), `facts.json` (numbers, written by `benchmarks.card_facts`) and
+`README.md` (the filled card, for reading here); the text is in the templates beside them.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ _TAGS = ["custom_code", "ivtp", "llava", "token-pruning", "vision-language-model
 
 
 def card_names() -> list[str]:
-    """The published checkpoints that have a card of their own."""
+    """Return the names of the published checkpoints that have a card of their own."""
     return sorted(file.parent.name for file in shipped("hub_cards").glob("*/card.json") if file.parent.name != GENERIC)
 
 
 def card_images(name: str) -> dict[str, Path]:
-    """The sample images that go with a card: their place in the repository, and where they are here."""
+    """Return the sample images of a card: the place in the repository, and the file here."""
     return {f"images/{Path(source).name}": shipped(source) for source in _read(name, "card.json")["images"]}
 
 
 def sample(name: str) -> tuple[str, str]:
-    """The first of a card's examples: the image's place in the repository, and the question."""
+    """Return the first of a card's examples: the image's place in the repository, and the question."""
     first = _read(name, "card.json")["widget"][0]
     return first["src"], first["text"]
 
 
 def preview(name: str) -> str:
-    """A card of its own as it would look in a repository of the same name at the paper's budget."""
+    """Fill a card as it looks in a repository of the same name at the paper's budget."""
     recipe = load_recipe(f"{name}-64")
     base = {"base_model": recipe.base_model if "/" in recipe.base_model and recipe.base_model[0] != "/" else None}
-    built = recipe.to_dict() | base | {"recipe": recipe.name}
-    return render(name, f"OWNER/{name}", recipe.config(), built, weights=(_facts(name)["quality"] or {}).get("weights"))
+    note = recipe.to_dict() | base | {"recipe": recipe.name}
+    return render(name, f"OWNER/{name}", recipe.config(), note, weights=(_facts(name)["quality"] or {}).get("weights"))
 
 
 def render(
@@ -57,27 +57,27 @@ def render(
     weights: str | None,
     revision: str = "main",
 ) -> str:
-    """A card as the README.md of a repository. It says of a checkpoint only what was counted or measured of it.
+    """Fill a card as the README.md of a repository; it claims only what was counted or measured of this checkpoint.
 
     Parameters
     ----------
     name : str
         A folder of `hub_cards/`.
     repo_id : str
-        Where it will be.
+        The repository's name on the Hub.
     config : IVTPLlavaConfig
-        Of the checkpoint; its budget is the one that the card speaks of.
+        The checkpoint's; the card describes its budget.
     recipe : mapping, optional
-        What the checkpoint was built from, as noted in its folder.
+        The recipe note in the checkpoint's folder.
     weights : str or None
-        Their digest: accuracies stand only where these very weights were examined.
+        Digest of the weights; the card shows accuracies only if they were measured with these.
     revision : str, default "main"
         The branch that it is pushed to.
 
     Raises
     ------
     ValueError
-        For a card that is not there.
+        For an unknown card.
     """
     if name != GENERIC and name not in card_names():
         raise ValueError(f"there is no card {name!r}; allowed: {', '.join([*card_names(), GENERIC])}")
@@ -117,12 +117,12 @@ def render(
 
 
 def _facts(name: str) -> dict[str, Any]:
-    there = (_folder(name) / "facts.json").is_file()
-    return _read(name, "facts.json") if there else {"costs": None, "quality": None}
+    has_facts = (_folder(name) / "facts.json").is_file()
+    return _read(name, "facts.json") if has_facts else {"costs": None, "quality": None}
 
 
 def _is_of_recipes(name: str, config: Any) -> bool:
-    """Whether a configuration is that of the card's recipes, but for the budget: only then its costs are theirs."""
+    """Return whether a configuration is that of the card's recipes but for the budget, so that their costs apply."""
     if name == GENERIC:
         return False
     # By its file: the base of a recipe may lie only in a clone, and its card is known everywhere.
@@ -138,23 +138,23 @@ def _is_of_recipes(name: str, config: Any) -> bool:
 def _metadata(
     card: Mapping[str, Any], facts: Mapping[str, Any], repo_id: str, config: Any, recipe: Mapping[str, Any]
 ) -> ModelCardData:
-    stated: dict[str, Any] = {
+    values: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "image-text-to-text",
         "tags": _TAGS,
         **{name: card[name] for name in ("license", "license_link", "language", "datasets", "widget") if name in card},
     }
     if recipe.get("base_model"):
-        stated["base_model"] = recipe["base_model"]
-    measured = _measured(facts["quality"], config.pruning.visual_tokens)
-    if measured:
-        stated |= {"model_name": repo_id.partition("/")[2] or repo_id, "eval_results": measured}
-    return ModelCardData(**stated)
+        values["base_model"] = recipe["base_model"]
+    results = _results(facts["quality"], config.pruning.visual_tokens)
+    if results:
+        values |= {"model_name": repo_id.partition("/")[2] or repo_id, "eval_results": results}
+    return ModelCardData(**values)
 
 
-def _measured(quality: Mapping[str, Any] | None, budget: int) -> list[EvalResult]:
-    """The results of this very budget; none where it was not examined."""
-    found = [
+def _results(quality: Mapping[str, Any] | None, budget: int) -> list[EvalResult]:
+    """Return the results of this budget; none if it was not measured."""
+    rows = [
         row for row in (quality or {"rows": ()})["rows"] if (row["method"], row["visual_tokens"]) == ("ivtp", budget)
     ]
     return [
@@ -169,13 +169,13 @@ def _measured(quality: Mapping[str, Any] | None, budget: int) -> list[EvalResult
             metric_value=round(100 * row["accuracy"], 1),
             metric_args={"command": quality["command"], "questions": quality["questions"], "date": quality["date"]},
         )
-        for row in found
+        for row in rows
         if quality is not None
     ]
 
 
 def _accuracy(quality: Mapping[str, Any] | None) -> dict[Any, str]:
-    """Accuracy and half its interval in %, by budget; None is unpruned."""
+    """Return accuracy and half its interval in %, by budget; the key None is unpruned."""
     rows = [row for row in (quality or {"rows": ()})["rows"] if row["method"] != "random"]
     return {
         None if row["method"] == "unpruned" else row["visual_tokens"]: (

@@ -1,4 +1,4 @@
-"""Does a repository stand on its own? A fresh, offline process without this package answers from it."""
+"""A check that a repository is complete: a fresh, offline process without this package answers from it."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ sys.meta_path.insert(0, Hidden())
 
 _SCRIPT = """
 import json
-folder, whole, image, question = sys.argv[1], sys.argv[2] == "whole", sys.argv[3], sys.argv[4]
+folder, mode, image, question = sys.argv[1:]
 sys.path.insert(0, folder)
-if whole:
+if mode == "whole":
     import base64
     from handler import EndpointHandler
 
     encoded = base64.b64encode(open(image, "rb").read()).decode()
     request = {"inputs": {"image": encoded, "text": question}, "parameters": {"max_new_tokens": 4}}
-    told = EndpointHandler(folder)(request)
+    answer = EndpointHandler(folder)(request)
 else:
     from transformers import AutoModelForImageTextToText, AutoProcessor
     import handler
@@ -46,17 +46,17 @@ else:
     if wrong:
         raise SystemExit(f"weights and code do not fit: {wrong}")
     AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    told = {}
-print("told:" + json.dumps(told))
+    answer = {}
+print("answer:" + json.dumps(answer))
 """
-# Beside the weights themselves there is what loads them.
+# Memory of the process in weights: loading takes some beside them.
 _ROOM = 1.3
 
 
 def check_fresh(
     folder: Path, weight_bytes: int, image: Path, question: str, *, timeout: float = 1800
 ) -> dict[str, Any]:
-    """Load a repository in a fresh process, and ask it a question if its weights fit into memory.
+    """Load a repository in a fresh process, and ask it a question if its weights fit into the free memory.
 
     Parameters
     ----------
@@ -73,8 +73,8 @@ def check_fresh(
     Returns
     -------
     dict
-        What the endpoint handler answered; empty if only the fit of weights and code was looked at, because the memory
-        that is free does not hold the weights.
+        The endpoint handler's answer; empty if the free memory does not hold the weights, so that only the fit of
+        weights and code was checked.
 
     Raises
     ------
@@ -96,8 +96,8 @@ def check_fresh(
             )
         except subprocess.TimeoutExpired:
             raise ValueError(f"a fresh process did not answer from {folder} within {timeout:g} seconds") from None
-    told = next((line[5:] for line in done.stdout.splitlines() if line.startswith("told:")), None)
-    if done.returncode or told is None:
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("answer:")]
+    if done.returncode or not lines:
+        last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
         raise ValueError(f"a fresh process cannot answer from the repository: {last}")
-    return dict(json.loads(told))
+    return dict(json.loads(lines[0].removeprefix("answer:")))

@@ -1,4 +1,4 @@
-"""One command from a checkpoint folder to a Hub page: lay out, check, show, upload in one commit."""
+"""From a checkpoint folder to a Hub page: lay out, check, show, and upload in one commit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from .cards import GENERIC, card_images, card_names, sample
 from .fresh_check import check_fresh
 from .staging import Repository, stage
 
-# Files of an earlier push that would be mistaken for this one's; only in the root, where transformers looks.
+# Files of an earlier push that transformers would take for this one's; it looks only in the root.
 _STALE = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -50,22 +50,22 @@ _STALE = (
 
 @dataclass(frozen=True)
 class Push:
-    """What is about to be uploaded, or has been.
+    """An upload, before or after it happens.
 
     Attributes
     ----------
     repo_id : str
     repository : Repository
     removed : tuple of str
-        Files of the repository on the Hub that go.
+        Files on the Hub that the upload deletes.
     answer : str or None
-        What a fresh process answered from it; None if its weights did not fit into memory, and only fit the code.
+        Answer of a fresh process; None if the weights did not fit into memory and were only checked against the code.
     exists : bool or None
-        Whether the repository is there already; None after a dry run, which does not ask.
+        Whether the repository exists on the Hub already; None after a dry run, which does not ask.
     revision : str or None
         The commit; None before the upload.
     url : str or None
-        Of the commit, or of the pull request.
+        Address of the commit, or of the pull request.
     """
 
     repo_id: str
@@ -100,19 +100,19 @@ def push(
     repo_id : str
         `owner/name`, or `name` for one of your own.
     confirm : callable
-        Shown what is about to happen; False ends it. Not asked in a dry run.
+        Called with the upload before it happens; False ends it. Not called in a dry run.
     dry_run : bool
-        Lay out and check, and stop before the network.
+        Lay out and check without the network, and send nothing.
     card : str, optional
         See `stage`.
     private : bool, optional
-        Of a repository that is made; default: as the account has it.
+        Visibility of a new repository; default: the account's.
     token : str, optional
         Default: the one that `hf auth login` stored, or HF_TOKEN.
     revision : str, optional
-        Branch to commit to; it is made if there is none. Default: main.
+        Branch to commit to; it is created if it does not exist. Default: main.
     create_pr : bool
-        Propose it as a pull request.
+        Open a pull request instead.
     commit_message : str
     progress : bool
         Show progress bars on standard error if that is a terminal.
@@ -124,39 +124,39 @@ def push(
     Raises
     ------
     ValueError
-        If the folder or an option is wrong, or the repository does not stand the check.
+        If the folder or an option is wrong, or the repository fails the check.
     OSError
-        If the Hub refuses or cannot be reached; what was uploaded by then is kept there and not sent again, and the
+        If the Hub refuses or cannot be reached. The Hub keeps files that arrived, and they are not sent again; the
         repository stays as it was.
     """
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"{repo_id!r} is no name of a repository; allowed: owner/name ({_first(error)})") from error
+        raise ValueError(
+            f"{repo_id!r} is no name of a repository; allowed: owner/name ({_first_line(error)})"
+        ) from error
     if not commit_message.strip():
         raise ValueError("commit_message is empty")
-    api, exists, head = HfApi(token=token), None, None
-    there: list[str] = []
+    api, state = HfApi(token=token), _HubState()
     if not dry_run:
         if not (token or get_token()):
-            raise ValueError("there is no token to write with; run `hf auth login`, set HF_TOKEN, or give one")
+            raise ValueError("there is no token to write with; run `hf auth login`, set HF_TOKEN, or pass one")
         with _hub(api, repo_id):
             if "/" not in repo_id:
                 repo_id = f"{api.whoami()['name']}/{repo_id}"
-            exists, head, there = _what_is_there(api, repo_id, revision)
+            state = _hub_state(api, repo_id, revision)
     with tempfile.TemporaryDirectory(prefix="ivtp-push-") as temporary:
         repository = stage(folder, repo_id, Path(temporary), card=card, revision=revision or "main")
-        answer = _checked(repository)
-        removed = [name for name in there if name not in repository.files and _is_stale(name)]
-        made = Push(repo_id, repository, tuple(removed), answer, exists)
-        if dry_run or not confirm(made):
-            return made
+        removed = [name for name in state.files if name not in repository.files and _is_stale(name)]
+        upload = Push(repo_id, repository, tuple(removed), _fresh_answer(repository), state.exists)
+        if dry_run or not confirm(upload):
+            return upload
         with _hub(api, repo_id), _bars(progress and sys.stderr.isatty()):
             api.create_repo(repo_id, private=private, exist_ok=True)
             if revision is not None and not create_pr:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
-            # A repository that is there knows best which of its files are large.
-            sent = [name for name in repository.files if not (name == ".gitattributes" and name in there)]
+            # An existing repository's own .gitattributes lists its large files.
+            sent = [name for name in repository.files if not (name == ".gitattributes" and name in state.files)]
             commit = api.create_commit(
                 repo_id,
                 [
@@ -166,14 +166,22 @@ def push(
                 commit_message=commit_message,
                 revision=revision,
                 create_pr=create_pr,
-                # Somebody else's commit in between is not written over.
-                parent_commit=head,
+                # Fails if somebody else has committed in between.
+                parent_commit=state.head,
             )
-        return Push(repo_id, repository, made.removed, answer, exists, commit.oid, commit.pr_url or commit.commit_url)
+        return replace(upload, revision=commit.oid, url=commit.pr_url or commit.commit_url)
 
 
-def _what_is_there(api: HfApi, repo_id: str, revision: str | None) -> tuple[bool, str | None, list[str]]:
-    """Whether the repository exists, the commit that this one will follow, and the files that are there then."""
+@dataclass(frozen=True)
+class _HubState:
+    """The repository on the Hub before the upload: whether it exists, its newest commit, its files."""
+
+    exists: bool | None = None
+    head: str | None = None
+    files: tuple[str, ...] = ()
+
+
+def _hub_state(api: HfApi, repo_id: str, revision: str | None) -> _HubState:
     api.whoami()
     try:
         info = api.model_info(repo_id, revision=revision)
@@ -181,25 +189,25 @@ def _what_is_there(api: HfApi, repo_id: str, revision: str | None) -> tuple[bool
         # A new branch begins as a copy of main.
         info = api.model_info(repo_id)
     except RepositoryNotFoundError:
-        return False, None, []
-    return True, info.sha, [file.rfilename for file in info.siblings or ()]
+        return _HubState(exists=False)
+    return _HubState(True, info.sha, tuple(file.rfilename for file in info.siblings or ()))
 
 
 def _is_stale(name: str) -> bool:
     return "/" not in name and any(fnmatch(name, pattern) for pattern in _STALE)
 
 
-def _checked(repository: Repository) -> str | None:
-    """What a fresh process answers about the card's own example, or about the one of any checkpoint."""
+def _fresh_answer(repository: Repository) -> str | None:
+    """Return the answer of a fresh process about the card's own example, or the generic card's."""
     card = repository.card if repository.card in card_names() else GENERIC
     place, question = sample(card)
-    told = check_fresh(repository.folder, repository.weight_bytes, card_images(card)[place], question)
-    return told.get("generated_text")
+    answer = check_fresh(repository.folder, repository.weight_bytes, card_images(card)[place], question)
+    return answer.get("generated_text")
 
 
 @contextmanager
 def _bars(shown: bool) -> Iterator[None]:
-    """huggingface_hub shows its bars to everybody, pipes and log files included."""
+    """Show huggingface_hub's progress bars only if `shown`; by default it writes them to pipes and log files too."""
     if shown or are_progress_bars_disabled():
         yield
         return
@@ -212,18 +220,18 @@ def _bars(shown: bool) -> Iterator[None]:
 
 @contextmanager
 def _hub(api: HfApi, repo_id: str) -> Iterator[None]:
-    """Say what the Hub's errors mean, and what to do next."""
+    """Turn the Hub's errors into OSErrors that say what they mean and what to do next."""
     try:
         yield
     except OfflineModeIsEnabled as error:
         raise OSError("HF_HUB_OFFLINE is set; unset it to upload") from error
     except HfHubHTTPError as error:
-        raise OSError(_what_the_hub_said(error, repo_id)) from error
+        raise OSError(_refusal(error, repo_id)) from error
     except RuntimeError as error:
         # The upload of a large file wraps what stopped it.
         cause = error.__cause__
         if isinstance(cause, HfHubHTTPError):
-            raise OSError(_what_the_hub_said(cause, repo_id)) from error
+            raise OSError(_refusal(cause, repo_id)) from error
         if _is_network(cause):
             raise OSError(_unreachable(cause)) from error
         raise
@@ -242,17 +250,17 @@ def _is_network(error: Any) -> bool:
 
 def _unreachable(error: Any) -> str:
     return (
-        f"the connection to {constants.ENDPOINT} failed ({_first(error)}); the repository there is as it was, or "
+        f"the connection to {constants.ENDPOINT} failed ({_first_line(error)}); the repository there is as it was, or "
         "complete if only the last reply was lost. To go on, run the same command again: files that arrived whole are "
         "not sent twice"
     )
 
 
-def _what_the_hub_said(error: HfHubHTTPError, repo_id: str) -> str:
+def _refusal(error: HfHubHTTPError, repo_id: str) -> str:
     status = error.response.status_code if error.response is not None else 0
     wait = error.response.headers.get("retry-after", "") if error.response is not None else ""
     reason = f" ({error.server_message})" if getattr(error, "server_message", None) else ""
-    said = {
+    meaning = {
         401: "the Hub does not accept the token; run `hf auth login` with one that may write",
         403: f"the token may not write to {repo_id}; use one with write access to it",
         404: f"the Hub knows no {repo_id} that this token may write to",
@@ -262,14 +270,17 @@ def _what_the_hub_said(error: HfHubHTTPError, repo_id: str) -> str:
         429: "the Hub asks to slow down; run the same command again in "
         f"{f'{wait} seconds' if wait.isdigit() else 'a few minutes'}",
     }.get(status)
-    if said is None and status >= 500:
-        said = f"the Hub has trouble of its own ({status}); run the same command again later"
+    if meaning is None and status >= 500:
+        meaning = f"the Hub has a fault of its own ({status}); run the same command again later"
+    if meaning is None:
+        message = f"the Hub refused ({status}): {reason.strip(' ()') or _first_line(error)}"
+    else:
+        message = meaning + reason
     kept = ". The repository there is as it was, and files that arrived whole are not sent twice"
-    said = said + reason if said is not None else f"the Hub refused ({status}): {reason.strip(' ()') or _first(error)}"
-    return said + ("" if status in (401, 403, 404) else kept)
+    return message + ("" if status in (401, 403, 404) else kept)
 
 
-def _first(error: Any) -> str:
-    """The first line that says something, without request numbers."""
+def _first_line(error: Any) -> str:
+    """Return the first line of an error that is not blank, without request numbers."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return re.sub(r"\s*\(Request ID:[^)]*\)", "", lines[0])

@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.llava_source import meta_model, read_config
+from ..checkpoints.llava_source import is_stock, meta_model, read_config
 from ..checkpoints.sources import naming_damaged_file
 from ..checkpoints.weights import INDEX_FILE, Checkpoint
-from ..checkpoints.writing import RECIPE_FILE, TERMS, copy_beside
+from ..checkpoints.writing import RECIPE_FILE, TERMS, copy_beside, save_without_weights
 from ..files import images
 from ..files.console import quiet
 from ..files.shipped import shipped
 from ..model.processing_ivtp import IVTPLlavaProcessor
 from .cards import GENERIC, card_images, card_names, render
 
-# What a git host must not diff; everything else is text.
+# Kinds of files that are not text.
 _ATTRIBUTES = "".join(
     f"*.{ending} filter=lfs diff=lfs merge=lfs -text\n" for ending in ("safetensors", "png", "jpg", "model")
 )
@@ -34,18 +34,18 @@ _LLAMA_2 = (
 
 @dataclass(frozen=True)
 class Repository:
-    """What will be uploaded.
+    """A repository that is ready to be uploaded.
 
     Attributes
     ----------
     folder : Path
-        Where it lies complete; weights are links to the checkpoint's.
+        The complete folder; its weights are links to the checkpoint's.
     card : str
-        What its model card is: a name of `hub_cards/`, or the file it comes from.
+        The model card: a name of `hub_cards/`, or the file it comes from.
     files : mapping of str to int
         Bytes of every file by its place in the repository.
     left_out : tuple of str
-        Files of the checkpoint's folder that do not go along.
+        Files of the checkpoint's folder that are not uploaded.
     """
 
     folder: Path
@@ -55,6 +55,7 @@ class Repository:
 
     @property
     def weight_bytes(self) -> int:
+        """Bytes of all weight files."""
         return sum(size for name, size in self.files.items() if name.endswith(".safetensors"))
 
 
@@ -68,19 +69,19 @@ def stage(
     source : str or path
         Folder of an IVTP-LLaVA.
     repo_id : str
-        Where it goes; the card tells people to load it from there.
+        The repository's name on the Hub, which the card shows in its examples.
     target : Path
         An empty folder.
     card : str, optional
         A card of `hub_cards/` by name, or a file. Default: that of the recipe the checkpoint was built by, else the
         folder's own README.md if it has a card's metadata, else the one for any checkpoint.
     revision : str, default "main"
-        The branch; the card tells people to load it.
+        The branch, which the card shows in its examples.
 
     Raises
     ------
     ValueError
-        If the folder is no IVTP-LLaVA, lacks CLIP's text half, or there is no such card.
+        If the folder is no IVTP-LLaVA or lacks CLIP's text half, or the card does not exist.
     OSError
         If a file is missing or damaged.
     """
@@ -89,17 +90,15 @@ def stage(
         raise FileNotFoundError(f"there is no folder {source}; ivtp convert makes one")
     with quiet():
         config = read_config(folder, str(source))
-    stated = json.loads((folder / "config.json").read_text())
-    if stated["model_type"] != config.model_type:
+    if is_stock(folder):
         raise ValueError(
-            f"{source} is a stock LLaVA (model_type {stated['model_type']!r}), not an IVTP-LLaVA; ivtp convert "
-            f"{source} --clip CLIP --out FOLDER makes one of it"
+            f"{source} is a stock LLaVA, not an IVTP-LLaVA; ivtp convert {source} --clip CLIP --out FOLDER makes one"
         )
     if config.clip_text_config is None:
         raise ValueError(f"{source} has no text tower of CLIP; ivtp convert {source} --clip CLIP --out FOLDER joins it")
     checkpoint = Checkpoint.from_folder(folder, str(source))
     recipe = _recipe(folder)
-    # Reading 7B takes a while: only where something was said of these very weights.
+    # Reading 7B takes a while, and only a recipe or a card makes claims about particular weights.
     weights = checkpoint.digest() if recipe is not None or card in card_names() else None
     if recipe is not None and recipe["weights"] != weights:
         warnings.warn(
@@ -115,8 +114,7 @@ def stage(
             raise ValueError(
                 f"{source} has no clip_tokenizer/; ivtp convert {source} --clip CLIP --out FOLDER joins it"
             )
-        model.save_pretrained(target, state_dict={})
-        processor.save_pretrained(target)
+        save_without_weights(model, processor, target)
     copy_beside(folder, target)
     if recipe is not None:
         shutil.copyfile(folder / RECIPE_FILE, target / RECIPE_FILE)
@@ -144,8 +142,8 @@ def _recipe(folder: Path) -> dict[str, Any] | None:
     if not (folder / RECIPE_FILE).is_file():
         return None
     try:
-        stated = json.loads((folder / RECIPE_FILE).read_text())
-        return {name: stated[name] for name in ("recipe", "card", "base_model", "clip", "weights")}
+        values = json.loads((folder / RECIPE_FILE).read_text())
+        return {name: values[name] for name in ("recipe", "card", "base_model", "clip", "weights")}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / RECIPE_FILE} is damaged ({error}); remove it or convert again") from error
 
@@ -159,7 +157,7 @@ def _card(
     weights: str | None,
     revision: str,
 ) -> tuple[str, str]:
-    """Which card it is, and its text."""
+    """Return the card's name or file, and its text."""
     if card is not None and card not in (*card_names(), GENERIC):
         file = Path(card).expanduser()
         if not file.is_file():
@@ -176,19 +174,20 @@ def _card(
 
 
 def _terms(target: Path) -> None:
-    """The licence of the code, beside whatever terms came with the weights, and what Llama 2's ask for."""
-    if "license: llama2" in (target / "README.md").read_text(encoding="utf-8"):
+    """Add the code's licence beside the terms that came with the weights, and the notice that Llama 2's ask for."""
+    card = (target / "README.md").read_text(encoding="utf-8")
+    if "license: llama2" in card:
         if not any(target.glob("NOTICE*")):
             (target / "NOTICE").write_text(_LLAMA_2)
         if not any(target.glob("LICEN[SC]E*")):
             warnings.warn(
                 "the Llama 2 licence asks for a copy of itself wherever the weights go, and the base came without one: "
-                "put it into the folder as LICENSE.txt, and it goes along",
+                "put it into the folder as LICENSE.txt, and it is uploaded too",
                 stacklevel=3,
             )
     of_weights = [file for pattern in TERMS for file in target.glob(pattern)]
-    free = "license: apache-2.0" in (target / "README.md").read_text(encoding="utf-8") and not of_weights
-    shutil.copyfile(shipped("LICENSE"), target / ("LICENSE" if free else "LICENSE-CODE"))
+    covers_weights = "license: apache-2.0" in card and not of_weights
+    shutil.copyfile(shipped("LICENSE"), target / ("LICENSE" if covers_weights else "LICENSE-CODE"))
 
 
 def _endpoint(target: Path) -> None:
@@ -201,15 +200,15 @@ def _images(card: str, target: Path) -> None:
     (target / "images").mkdir()
     for place, file in card_images(card).items():
         shutil.copyfile(file, target / place)
-        beside = file.with_name("LICENSES.md")
-        if beside.is_file():
-            shutil.copyfile(beside, target / "images" / beside.name)
+        licences = file.with_name("LICENSES.md")
+        if licences.is_file():
+            shutil.copyfile(licences, target / "images" / licences.name)
 
 
 def _link(source: Path, target: Path) -> None:
-    """Weights are linked; where the system has no links for everybody (Windows), a hard link or a copy has to do."""
-    for make in (lambda: target.symlink_to(source.resolve()), lambda: os.link(source, target)):
+    """Link a weight file; where users may not make symbolic links (Windows), make a hard link or a copy."""
+    for link in (lambda: target.symlink_to(source.resolve()), lambda: os.link(source, target)):
         with suppress(OSError):
-            make()
+            link()
             return
     shutil.copyfile(source, target)

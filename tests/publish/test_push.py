@@ -283,8 +283,8 @@ def test_it_asks_before_it_sends(
 
 FAILURES = {
     "a cut in the middle of the weights": (Fault("PUT", "/large/", cut=100_000), "failed"),
-    "trouble while the weights are sent": (Fault("PUT", "/large/", status=500), "trouble of its own (500)"),
-    "trouble at the commit": (Fault("POST", "/commit/", status=503), "trouble of its own (503)"),
+    "trouble while the weights are sent": (Fault("PUT", "/large/", status=500), "a fault of its own (500)"),
+    "trouble at the commit": (Fault("POST", "/commit/", status=503), "a fault of its own (503)"),
     "a cut at the commit": (Fault("POST", "/commit/", cut=1000), "failed"),
     "too many requests": (
         Fault("POST", "/objects/batch", status=429, headers={"Retry-After": "17"}),
