@@ -184,7 +184,9 @@ class Asker:
 
 def failure(row: Row, message: str) -> Answered:
     """Return a row with an error in place of its answer."""
-    return Answered(row.number, row.id, None, f"row {row.number}: {message}", 0, 0, len(row.images))
+    # Names of files need not be text; an error is.
+    text = f"row {row.number}: {message}".encode("utf-8", "backslashreplace").decode()
+    return Answered(row.number, row.id, None, text, 0, 0, len(row.images))
 
 
 def out_of_memory(error: Exception) -> bool:

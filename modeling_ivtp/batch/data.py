@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from PIL import Image
 from pyarrow.parquet import read_metadata
 
 from ..checkpoints.sources import is_hub_id
+from .image_folder import ImageFolder
 from .tables import ArrowTable, Broken, JsonTable, Size, Table, is_text, split_of
 
 _JSON, _PARQUET = (".jsonl", ".json"), ".parquet"
@@ -83,6 +83,8 @@ class Data:
         Names of the columns; None: there is no such column.
     prompt : str or None
         The question of every row, if there is no column of questions.
+    left_out : str or None
+        What of the source is not among the rows, in one sentence.
 
     Raises
     ------
@@ -100,6 +102,7 @@ class Data:
         prompt_column: str | None,
         id_column: str | None = None,
         prompt: str | None = None,
+        left_out: str | None = None,
     ) -> None:
         if not len(table):
             raise ValueError(f"{source} has no rows")
@@ -112,6 +115,7 @@ class Data:
         self._folder = folder
         self._columns = (image_column, prompt_column, id_column)
         self._prompt = prompt
+        self.left_out = left_out
 
     def __len__(self) -> int:
         return len(self._table)
@@ -214,8 +218,9 @@ def open_data(
     source : str
         A `.jsonl`, `.json` or `.parquet` file, or a pattern such as `part-*.parquet`; a folder of images, or any other
         that `datasets` reads, one of `save_to_disk` included; or a data set's name on the Hub, with `:CONFIG` after
-        it if it has several. Relative paths of pictures start at the file's folder (of several files, at the deepest
-        folder that holds them all), or at the folder itself.
+        it if it has several. If a folder holds pictures and tables, the tables with the image column are read, and
+        without one the pictures. Relative paths of pictures start at the file's folder (of several files, at the
+        deepest folder that holds them all), or at the folder itself.
     split : str, default "train"
         As `datasets` takes it, `train[:100]` included.
     limit : int, optional
@@ -232,7 +237,7 @@ def open_data(
     """
     try:
         with _quiet():
-            table, folder = _load(source, split)
+            table, folder, left_out = _load(source, split, image_column)
     except (OSError, ValueError):
         raise
     except Exception as error:
@@ -249,6 +254,7 @@ def open_data(
         prompt_column=prompt_column,
         id_column=id_column,
         prompt=prompt,
+        left_out=left_out,
     )
 
 
@@ -266,10 +272,11 @@ def _quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _load(source: str, split: str) -> tuple[Table, Path]:
+def _load(source: str, split: str, image_column: str | None) -> tuple[Table, Path, str | None]:
+    """Return a source's table, the folder that its relative paths start from, and what the table leaves out."""
     path = Path(source).expanduser()
     if path.is_dir():
-        return _folder(path, split), path.resolve()
+        return _load_folder(path, split, image_column)
     # A file's name may look like a pattern.
     pattern = not path.is_file() and any(sign in source for sign in "*?[")
     files = sorted(glob.glob(str(path), recursive=True)) if pattern else [str(path)] if path.is_file() else []
@@ -277,48 +284,55 @@ def _load(source: str, split: str) -> tuple[Table, Path]:
         name, _, config = source.partition(":")
         if pattern or not is_hub_id(name) or path.suffix.lower() in (*_JSON, _PARQUET):
             raise FileNotFoundError(f"there are no data {source!r}: no file, no folder, and no name on the Hub")
-        return ArrowTable(datasets.load_dataset(name, config or None, split=split)), Path.cwd()
+        return ArrowTable(datasets.load_dataset(name, config or None, split=split)), Path.cwd(), None
     endings = sorted({Path(file).suffix.lower() for file in files})
     if len(endings) > 1 or endings[0] not in (*_JSON, _PARQUET):
         raise ValueError(f"{source} ends in {', '.join(endings)}; allowed: one of {', '.join((*_JSON, _PARQUET))}")
+    return *_load_files(source, [Path(file) for file in files], split), None
+
+
+def _load_files(source: str, files: list[Path], split: str) -> tuple[Table, Path]:
+    """Return the table of files of one kind, and the deepest folder that holds them all."""
     if not any(os.path.getsize(file) for file in files):
         raise ValueError(f"{source} is empty")
-    folder = Path(os.path.commonpath([Path(file).resolve().parent for file in files]))
-    if endings[0] in _JSON:
-        return split_of(JsonTable([Path(file) for file in files]), split), folder
-    if not any(read_metadata(file).num_rows for file in files):
+    folder = Path(os.path.commonpath([file.resolve().parent for file in files]))
+    ending = files[0].suffix.lower()
+    if ending in _JSON:
+        return split_of(JsonTable(files), split), folder
+    if ending == _PARQUET and not any(read_metadata(file).num_rows for file in files):
         raise ValueError(f"{source} has no rows")
     # `datasets` takes names for patterns.
-    escaped = [glob.escape(file) for file in files]
-    return ArrowTable(datasets.load_dataset("parquet", data_files=escaped, split=split)), folder
+    escaped = [glob.escape(str(file)) for file in files]
+    kind, more = ("parquet", {}) if ending == _PARQUET else ("csv", {"sep": "\t"} if ending == ".tsv" else {})
+    return ArrowTable(datasets.load_dataset(kind, data_files=escaped, split=split, **more)), folder
 
 
-def _folder(path: Path, split: str) -> Table:
-    if not (path / "dataset_dict.json").is_file() and not (path / "state.json").is_file():
-        if (pictures := _pictures(path)) is not None:
-            return split_of(ArrowTable(datasets.Dataset.from_dict({"image": pictures})), split)
-        return ArrowTable(datasets.load_dataset(str(path), split=split))
+def _load_folder(path: Path, split: str, image_column: str | None) -> tuple[Table, Path, str | None]:
+    """Return the table of a folder: one of `save_to_disk`, of pictures, or any other that `datasets` reads."""
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return ArrowTable(_saved(path, split)), path.resolve(), None
+    folder = ImageFolder.read(path)
+    if folder.is_for_datasets():
+        return ArrowTable(datasets.load_dataset(str(path), split=split)), path.resolve(), None
+    tables = [] if image_column is None else folder.tables(image_column)
+    if not tables:
+        # `datasets` would take names such as test.png for names of splits, and would follow no links.
+        rows = JsonTable.of_rows([{"image": picture.as_posix()} for picture in folder.pictures])
+        return split_of(rows, split), path.resolve(), folder.left_out()
+    if len({table.suffix.lower() for table in tables}) > 1:
+        names = ", ".join(str(table.relative_to(path)) for table in tables)
+        raise ValueError(f"{path} has several tables with a column {image_column!r}; give one of them: {names}")
+    table, _ = _load_files(str(path), tables, split)
+    return table, path.resolve(), None
+
+
+def _saved(path: Path, split: str) -> datasets.Dataset:
     saved = datasets.load_from_disk(str(path))
     if not isinstance(saved, datasets.DatasetDict):
-        return ArrowTable(saved)
+        return saved
     if split not in saved:
         raise ValueError(f"{path} has no split {split!r}; it has: {', '.join(saved)}")
-    return ArrowTable(saved[split])
-
-
-def _pictures(path: Path) -> list[str] | None:
-    """Return all pictures of a folder and below, in order; None if there is something else to read in it.
-
-    `datasets` would take names such as test.png for names of splits.
-    """
-    known = Image.registered_extensions()
-    files = sorted(file.relative_to(path) for file in path.rglob("*") if file.is_file())
-    files = [file for file in files if not any(part.startswith(".") for part in file.parts)]
-    data = {".parquet", ".arrow", ".json", ".jsonl", ".csv", ".tsv", ".py", ".tar", ".zip", ".gz"}
-    found = [file.as_posix() for file in files if file.suffix.lower() in known]
-    if not found or any(file.suffix.lower() in data for file in files):
-        return None
-    return found
+    return saved[split]
 
 
 def _is_none(cell: Any) -> bool:

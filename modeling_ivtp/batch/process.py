@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -121,6 +122,8 @@ def _run(options: Options, state: PartialState, other: Any) -> Summary:
     with nullcontext() if other is None else other(model):
         if options.image_column and state.is_main_process:
             warn_if_unguided(model, processor)
+            if data.left_out is not None:
+                warnings.warn(data.left_out, stacklevel=2)
         work = _Work(
             data=data,
             folder=folder,

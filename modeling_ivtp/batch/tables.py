@@ -104,6 +104,14 @@ class JsonTable:
                 self._place.append(place)
         self._names: list[str] | None = None
 
+    @classmethod
+    def of_rows(cls, rows: list[Any]) -> JsonTable:
+        """Return a table of rows that are already read."""
+        table = cls([])
+        table._arrays[0] = rows
+        table._file, table._place = array("q", bytes(8 * len(rows))), array("q", range(len(rows)))
+        return table
+
     def _starts(self, number: int, file: Path) -> Iterator[int]:
         """Yield the rows' places: indices of an array, or offsets in the file."""
         with open(file, "rb") as lines:

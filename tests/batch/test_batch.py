@@ -32,107 +32,10 @@ from modeling_ivtp.batch.plan import Task, default_shard_rows, plan_batches
 from modeling_ivtp.batch.tables import ArrowTable
 from modeling_ivtp.checkpoints.convert import convert
 from modeling_ivtp.serving import answering
-from tests.support.checkpoints import PRUNING, clip_folder, llava_folder
+from tests.support.batches import QUESTIONS, alone, answers, arguments, batch, contents, fails, inputs_of, write_rows
+from tests.support.checkpoints import PRUNING
 
 ROOT = Path(__file__).parents[2]
-QUESTIONS = (
-    "What is this?",
-    "Is there a dog or a cat in the picture?",
-    "What is the colour of the bird that sits on the left branch of the tree?",
-    "Why?",
-)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """Where `datasets` keeps what it read; not in the person's own."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("datasets")
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
-        patch.setenv("HF_DATASETS_CACHE", str(folder))
-        patch.setenv("HF_DATASETS_OFFLINE", "1")
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
-
-
-@pytest.fixture(scope="module")
-def sample(tmp_path_factory):
-    """A tiny checkpoint, pictures, and a data set of 40 rows with pictures, several or none."""
-    root = tmp_path_factory.mktemp("batch")
-    clip_folder(root / "clip", llava_folder(root / "llava"))
-    convert(root / "llava", root / "clip", root / "ivtp", pruning=PRUNING)
-    (root / "pictures").mkdir()
-    for number in range(5):
-        generator = torch.Generator().manual_seed(number)
-        pixels = torch.randint(256, (60, 90, 3), generator=generator, dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).save(root / "pictures" / f"{number}.png")
-    rows = []
-    for number in range(40):
-        pictures = [f"pictures/{number % 5}.png", "pictures/0.png"][: number % 3]
-        rows.append({"name": f"n{number}", "image": pictures, "question": QUESTIONS[number % 4]})
-    write_rows(root / "rows.jsonl", rows)
-    model, processor = answering.load_model(root / "ivtp", device="cpu")
-    return SimpleNamespace(
-        root=root, ivtp=root / "ivtp", rows=rows, data=root / "rows.jsonl", model=model, processor=processor
-    )
-
-
-@pytest.fixture
-def loaded(sample, monkeypatch):
-    """The checkpoint as it is loaded once, for tests that are not about loading."""
-    monkeypatch.setattr(running, "load_model", lambda *_, **__: (sample.model, sample.processor))
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def arguments(sample, out, *more, data=None):
-    usual = {"-m": sample.ivtp, "-d": data or sample.data, "-o": out, "--max-new-tokens": 5, "--device": "cpu"}
-    return [str(part) for part in ["batch", *(part for pair in usual.items() for part in pair), *more]]
-
-
-def batch(capsys, sample, out, *more, data=None):
-    """Answer; returns the rows."""
-    capsys.readouterr()
-    status = ivtp_cli.main(arguments(sample, out, *more, data=data))
-    captured = capsys.readouterr()
-    assert (status, captured.err) == (0, "")
-    return answers(out)
-
-
-def fails(capsys, sample, out, *more, data=None):
-    """The one line of a run that is refused, and that wrote nothing."""
-    before_run = contents(out)
-    capsys.readouterr()
-    status = ivtp_cli.main(arguments(sample, out, *more, data=data))
-    captured = capsys.readouterr()
-    assert (status, captured.out) == (1, "")
-    assert len(captured.err.splitlines()) == 1, captured.err
-    assert "should not happen" not in captured.err
-    assert contents(out) == before_run
-    return captured.err
-
-
-def answers(out):
-    return [row for path in sorted(out.glob("answers-*.parquet")) for row in pq.read_table(path).to_pylist()]
-
-
-def contents(out):
-    """Every file of a folder, byte for byte."""
-    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
-
-
-def alone(sample, row, **options):
-    """What the model says to one row, all by itself."""
-    images = [Image.open(sample.root / path) for path in row["image"]]
-    prompt = answering.as_prompt(sample.processor, row["question"], len(images))
-    inputs = answering.prepare(sample.model, sample.processor, images, prompt)
-    tokens = sample.model.generate(**inputs, do_sample=False, **{"max_new_tokens": 5} | options)
-    new = tokens[0, inputs["input_ids"].shape[1] :]
-    text = sample.processor.decode(new, skip_special_tokens=True).strip()
-    return text, len(new), inputs["input_ids"].shape[1]
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +64,9 @@ def test_a_row_gets_the_answer_it_has_alone(capsys, sample, expected, tmp_path):
 
 def test_an_answer_ends_where_it_ends_alone(capsys, sample, loaded, tmp_path, monkeypatch):
     """A word that many answers have is made an end; what is after it, in rows that go on for others, is no answer."""
-    replies = [sample.model.generate(**_inputs(sample, row), max_new_tokens=5)[0, -5:].tolist() for row in sample.rows]
+    replies = [
+        sample.model.generate(**inputs_of(sample, row), max_new_tokens=5)[0, -5:].tolist() for row in sample.rows
+    ]
     counts = {
         token: sum(token in tokens for tokens in replies)
         for token in {token for reply in replies for token in reply[1:]}
@@ -173,12 +78,6 @@ def test_an_answer_ends_where_it_ends_alone(capsys, sample, loaded, tmp_path, mo
     assert [row["tokens"] for row in rows] == ends
     assert len(set(ends)) > 1
     assert [row["answer"] for row in rows] == [alone(sample, row, eos_token_id=[2, end])[0] for row in sample.rows]
-
-
-def _inputs(sample, row):
-    images = [Image.open(sample.root / path) for path in row["image"]]
-    prompt = answering.as_prompt(sample.processor, row["question"], len(images))
-    return answering.prepare(sample.model, sample.processor, images, prompt)
 
 
 @pytest.fixture(scope="module")
@@ -707,7 +606,7 @@ def test_the_cost_covers_the_cache(sample):
     """Unpruned, a batch's cache is what the formula says, and the cost is more than that."""
     row = {"image": ["pictures/0.png"], "question": QUESTIONS[2]}
     with sample.model.pruning(enabled=False):
-        output = sample.model.generate(**_inputs(sample, row), max_new_tokens=5, return_dict_in_generate=True)
+        output = sample.model.generate(**inputs_of(sample, row), max_new_tokens=5, return_dict_in_generate=True)
     _, _, length = alone(sample, row)
     cost = budget.Cost(sample.model.config, 4, 5)
     assert answering.kv_bytes(output.past_key_values) < cost(1, length, 1) < cost(1, length, 2) < cost(2, length, 2)
@@ -859,7 +758,6 @@ def test_names_that_mean_something_elsewhere(capsys, sample, loaded, tmp_path):
     folder.mkdir()
     for name in ("train", "test", "zebra"):
         Image.open(sample.root / "pictures" / "0.png").save(folder / f"{name}.png")
-    (folder / "notes.txt").write_text("of a holiday")
     answered = batch(capsys, sample, tmp_path / "out", "--prompt", "What is this?", data=folder)
     assert [row["images"] for row in answered] == [1, 1, 1]
     file = write_rows(folder / "a[1].jsonl", [{"image": "zebra.png", "question": "What is this?"}])
