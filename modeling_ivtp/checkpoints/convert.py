@@ -114,9 +114,7 @@ def convert(
     check_target(out, overwrite=overwrite)
 
     hub = HubOptions(revision, token, cache_dir, local_files_only)
-    config = _target_config(llava, hub, published, pruning)
-    if clip is None and config.clip_text_config is None:
-        raise ValueError(f"{llava} has no text tower of CLIP; name a CLIP to take it from")
+    config = _target_config(llava, clip, hub, published, pruning)
     text = None
     if clip is not None:
         text = load_clip_text(
@@ -168,12 +166,19 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def _target_config(
-    llava: str | os.PathLike[str], hub: HubOptions, published: Recipe | None, pruning: Mapping[str, Any] | None
+    llava: str | os.PathLike[str],
+    clip: str | os.PathLike[str] | None,
+    hub: HubOptions,
+    published: Recipe | None,
+    pruning: Mapping[str, Any] | None,
 ) -> Any:
     """Return the configuration to write but for CLIP; of a Hub repository only small files are downloaded for it."""
     folder = local_folder(llava) or hub.snapshot(str(llava), SMALL_FILES)
     with quiet():
         config = read_config(folder, str(llava))
+        # Before the pruning options: a stock LLaVA has the default ones, which need not fit it.
+        if clip is None and config.clip_text_config is None:
+            raise ValueError(f"{llava} has no text tower of CLIP; name a CLIP to take it from")
         if published is not None:
             published.check(config, str(llava))
         if pruning:

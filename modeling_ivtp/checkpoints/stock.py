@@ -36,7 +36,9 @@ def export_stock(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> Conversion:
-    """Write LLaVA's weights, config and processor of an IVTP-LLaVA, and nothing else; every tensor stays as it is.
+    """Write LLaVA's weights, config and processor of an IVTP-LLaVA, and nothing else.
+
+    Every tensor stays as it is and has its official name, that of the checkpoints of llava-hf.
 
     Parameters
     ----------
@@ -69,7 +71,7 @@ def export_stock(
             raise ValueError(f"{source} is a stock LLaVA already; copy it as it is")
         processor = _stock_processor(IVTPLlavaProcessor.from_pretrained(folder))
     tensors = {
-        name: PlannedTensor(info, partial(checkpoint.read, name))
+        official_name(name): PlannedTensor(info, partial(checkpoint.read, name))
         for name, info in checkpoint.tensors.items()
         if not name.startswith(CLIP_NAMES)
     }
@@ -90,6 +92,22 @@ def export_stock(
         dry_run=dry_run,
         progress=progress,
     )
+
+
+def official_name(name: str) -> str:
+    """Return a LLaVA tensor's name in the checkpoints of llava-hf, whatever library saved it under another.
+
+    Newer versions of transformers, and libraries that save the state of the modules, leave out or insert prefixes;
+    other software looks for the official names.
+    """
+    name = name.removeprefix("model.")
+    if name.startswith("lm_head."):
+        return f"language_model.{name}"
+    for part, inner in (("language_model.", ("model.", "lm_head.")), ("vision_tower.", ("vision_model.",))):
+        below = name.removeprefix(part)
+        if below != name and not below.startswith(inner):
+            return part + inner[0] + below
+    return name
 
 
 def _stock_config(config: Any) -> dict[str, Any]:

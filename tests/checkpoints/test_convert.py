@@ -23,6 +23,7 @@ from modeling_ivtp.checkpoints import convert as conversion
 from modeling_ivtp.checkpoints import shards
 from modeling_ivtp.checkpoints.clip_checkpoint import load_clip_text
 from modeling_ivtp.checkpoints.convert import convert
+from modeling_ivtp.checkpoints.stock import export_stock
 from modeling_ivtp.checkpoints.weights import Checkpoint
 from tests.support.checkpoints import PRUNING, clip_folder, llava_folder, open_clip_file
 from tests.support.text_tokenizers import clip_tokenizer
@@ -153,6 +154,21 @@ def test_one_of_ours_is_converted_again(tmp_path, made):
     with pytest.warns(UserWarning, match="is not that of"):
         convert(tmp_path / "saved", other, tmp_path / "third")
     assert_same_weights(load(tmp_path / "third"), made.stock, other)
+
+
+def test_a_saved_folder_keeps_its_pruning_options_and_a_stock_one_asks_for_its_clip(tmp_path, made):
+    """The default options fit neither tower here: 3 layers per group, of 4."""
+    convert(made.llava, made.clip, tmp_path / "first", pruning=PRUNING)
+    model, processor = load(tmp_path / "first"), IVTPLlavaProcessor.from_pretrained(tmp_path / "first")
+    model.set_pruning(visual_tokens=3)
+    model.save_pretrained(tmp_path / "saved")
+    processor.save_pretrained(tmp_path / "saved")
+    convert(tmp_path / "saved", None, tmp_path / "second")
+    assert IVTPLlavaConfig.from_pretrained(tmp_path / "second").pruning == model.pruning_config
+    export_stock(tmp_path / "saved", tmp_path / "stock")
+    for source in (tmp_path / "stock", made.llava):
+        with pytest.raises(ValueError, match="has no text tower of CLIP; name a CLIP"):
+            convert(source, None, tmp_path / "third")
 
 
 def test_one_tensor_is_in_memory_at_a_time(tmp_path, made, monkeypatch):

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 
 from modeling_ivtp import IVTPLlavaConfig, IVTPLlavaForConditionalGeneration
 from modeling_ivtp.checkpoints.convert import convert
 from modeling_ivtp.checkpoints.recipes import load_recipe, recipe_names
 from modeling_ivtp.checkpoints.stock import export_stock
+from modeling_ivtp.checkpoints.weights import Checkpoint
 from modeling_ivtp.checkpoints.writing import RECIPE_FILE
 from modeling_ivtp.cli import main
 from tests.support.checkpoints import PRUNING, clip_folder, llava_folder, sparse_llava
@@ -144,15 +145,29 @@ def test_the_terms_of_the_weights_go_with_them(made: Any) -> None:
     assert (made.joined / "LICENSE.txt").read_text() == "terms of the weights"
 
 
-@pytest.mark.parametrize("saved_again", [False, True], ids=["converted", "saved by the model"])
-def test_without_our_extras_a_folder_is_an_official_llava(tmp_path: Path, made: Any, saved_again: bool) -> None:
+@pytest.mark.parametrize(
+    "names", ["as converted", "as the model saves them", "as a new model saves them", "of the modules"]
+)
+def test_without_our_extras_a_folder_is_an_official_llava(tmp_path: Path, made: Any, names: str) -> None:
     source = made.joined
-    if saved_again:
+    if names != "as converted":
         source = tmp_path / "saved"
         shutil.copytree(made.joined, source, ignore=shutil.ignore_patterns("*.safetensors*"))
-        IVTPLlavaForConditionalGeneration.from_pretrained(made.joined).save_pretrained(source)
+        model = IVTPLlavaForConditionalGeneration.from_pretrained(made.joined)
+        if names == "as a new model saves them":
+            trained = IVTPLlavaForConditionalGeneration(model.config)
+            trained.load_state_dict(model.state_dict())
+            trained.save_pretrained(source)
+            assert "vision_tower.embeddings.class_embedding" in load_file(source / "model.safetensors")
+        elif names == "as the model saves them":
+            model.save_pretrained(source)
+        else:  # sharded training saves the state of the modules
+            save_file(model.state_dict(), source / "model.safetensors", {"format": "pt"})
     result = export_stock(source, tmp_path / "stock", max_shard_size="100KB")
     assert result.llava_tensors == len(made.stock.state_dict())
+    # The names of llava-hf's folders, which other software looks for.
+    official = set(load_file(made.llava / "model.safetensors"))
+    assert set(Checkpoint.from_folder(tmp_path / "stock", "stock").tensors) == official
     config = json.loads((tmp_path / "stock" / "config.json").read_text())
     assert (config["model_type"], config["architectures"]) == ("llava", ["LlavaForConditionalGeneration"])
     text = (tmp_path / "stock" / "config.json").read_text() + (tmp_path / "stock" / "processor_config.json").read_text()
