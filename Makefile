@@ -8,7 +8,7 @@ SEED ?= 0
 # glibc would hand every large tensor back to the system and ask for it anew: a tenth of the time.
 TRAIN := MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=8000000000 $(RUN)/python -m benchmarks.quality
 
-.PHONY: help setup demo space cards quality miniature test test-oldest lint clean
+.PHONY: help setup demo space cards quality miniature test test-fast test-oldest lint clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -41,6 +41,9 @@ miniature: setup  ## train a miniature from nothing with SEED, on CPU or GPU; go
 
 test: setup  ## all tests
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest --numprocesses 2 --dist loadfile
+
+test-fast: setup  ## the tests that need neither seconds, a process of their own nor a browser; two minutes
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest --numprocesses 2 --dist loadfile -m "not (slow or subprocess or browser)"
 
 test-oldest:  ## all tests with the oldest supported transformers and torch
 	PIP_CONSTRAINT=$(CURDIR)/tests/oldest.txt $(MAKE) test VENV=.venv-oldest

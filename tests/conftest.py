@@ -1,11 +1,37 @@
-"""What every test runs under."""
+"""What every test runs under: one thread, a reason for skipping, and a bound on memory."""
 
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
 import pytest
 import torch
 
+GIB = 2**30
+MOST_MEMORY = 3 * GIB
+"""Peak resident memory that one process of a run may have, or a process that it starts."""
+_PEAKS = pytest.StashKey[list[int]]()
 
-def pytest_configure() -> None:
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--measure",
+        metavar="FILE",
+        type=Path,
+        help="append a JSON line for each test: CPU seconds with child processes, seconds, and resident bytes after it",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+    config.stash[_PEAKS] = []
+    if config.pluginmanager.hasplugin("dsession"):
+        config.pluginmanager.register(_Workers(config), "memory of workers")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -14,3 +40,65 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU; this machine has none"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Note what a test took, module fixtures that it is the first or last to need included."""
+    file = item.config.getoption("--measure")
+    if file is None:
+        return (yield)
+    cpu, seconds = _cpu_seconds(), time.perf_counter()
+    result = yield
+    line = {
+        "test": item.nodeid,
+        "cpu": round(_cpu_seconds() - cpu, 2),
+        "seconds": round(time.perf_counter() - seconds, 2),
+        "resident": psutil.Process().memory_info().rss,
+        "peak": peak_memory(),
+    }
+    with open(file, "a") as lines:
+        lines.write(json.dumps(line) + "\n")
+    return result
+
+
+def _cpu_seconds() -> float:
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def peak_memory() -> int:
+    """Peak resident bytes of this process, or of the largest that it started and waited for."""
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return peak * (1 if sys.platform == "darwin" else 1024)
+
+
+class _Workers:
+    """Collects the peaks of pytest-xdist's workers in the process that started them."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.peaks = config.stash[_PEAKS]
+
+    def pytest_testnodedown(self, node: Any) -> None:
+        self.peaks.append(getattr(node, "workeroutput", {}).get("peak_memory", 0))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Fail a run of which a process took too much memory."""
+    config = session.config
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["peak_memory"] = peak_memory()
+        return
+    if not config.stash[_PEAKS]:
+        config.stash[_PEAKS].append(peak_memory())
+    if exitstatus == pytest.ExitCode.OK and max(config.stash[_PEAKS]) > MOST_MEMORY:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    peaks = config.stash[_PEAKS]
+    told = ", ".join(f"{peak / GIB:.1f}" for peak in peaks)
+    too_much = bool(peaks) and max(peaks) > MOST_MEMORY
+    verdict = f"; more than the {MOST_MEMORY / GIB:.0f} GiB that one process may take" if too_much else ""
+    terminalreporter.write_line(f"peak memory of processes: {told} GiB{verdict}", red=too_much)
