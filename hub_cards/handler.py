@@ -167,7 +167,7 @@ class EndpointHandler:
         else:
             raise ValueError('an entry of inputs is {"image": …, "text": …} or {"messages": […]}')
         settings = _checked({**shared, **own}, self.model.config.num_patches)
-        sources, messages = _split(chat, self.processor.image_token)
+        sources, messages = _split(chat, self.processor)
         if len(sources) > most:
             raise ValueError(f"there are more than {MAX_IMAGES} images; at most so many are read at once")
         images = [self._picture(source, ends) for source in sources]
@@ -273,40 +273,51 @@ def _as_chat(one: Mapping[str, Any]) -> list[Any]:
     return [{"role": "user", "content": parts}]
 
 
-def _split(chat: list[Any], image_token: str) -> tuple[list[Any], list[dict[str, Any]]]:
-    """Images of a chat in their order, and the chat with a mark in the place of each."""
+def _split(chat: list[Any], processor: Any) -> tuple[list[Any], list[dict[str, Any]]]:
+    """Split a chat into its images, in their order, and messages with a mark in the place of each image."""
     sources: list[Any] = []
     messages = []
     length = 0
     for message in chat:
-        content = message.get("content")
         if message["role"] not in ("system", "user", "assistant"):
             raise ValueError("a role is none of those allowed: system, user, assistant")
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        if not isinstance(parts, list):
-            raise ValueError("the content of a message is text or a list of parts")
-        marked = []
-        for part in parts:
-            kind = part.get("type") if isinstance(part, Mapping) else None
-            if kind == "text" and isinstance(part.get("text"), str):
-                if image_token in part["text"]:
-                    raise ValueError(f"{image_token} stands for an image and must not be in a text")
-                length += len(part["text"].encode())  # refuses half characters, which JSON can hold
-                marked.append({"type": "text", "text": part["text"]})
-            elif kind in ("image", "image_url"):
-                source = part.get("image_url") or part.get("image") or part.get("url") or part.get("base64")
-                sources.append(source.get("url") if isinstance(source, Mapping) else source)
-                marked.append({"type": "image"})
-            else:
-                raise ValueError(
-                    'a part is {"type": "text", "text": …} or {"type": "image_url", "image_url": {"url": …}}'
-                )
+        pieces, images = _pieces(message.get("content"))
+        texts = [piece for piece in pieces if piece is not None]
+        length += sum(len(text.encode()) for text in texts)  # refuses half characters, which JSON can hold
+        token = processor.image_token
+        if count := sum(text.count(token) for text in texts):
+            if count != len(images):
+                raise ValueError(f"{token} stands for an image and must not be in a text without that image")
+            parted = (processor.split_at_images(text) if token in text else [text] for text in texts)
+            pieces = [piece for part in parted for piece in part]
+        sources += images
+        marked = [{"type": "image"} if piece is None else {"type": "text", "text": piece} for piece in pieces]
         messages.append({"role": message["role"], "content": marked})
     if messages[-1]["role"] != "user":
         raise ValueError("the last message is not the user's")
     if length > MAX_TEXT:
         raise ValueError(f"the text has {length:,} bytes; at most {MAX_TEXT:,} are read")
     return sources, messages
+
+
+def _pieces(content: Any) -> tuple[list[str | None], list[Any]]:
+    """Return the texts of a message, with None in the place of each image, and the images."""
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(parts, list):
+        raise ValueError("the content of a message is text or a list of parts")
+    pieces: list[str | None] = []
+    images = []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            pieces.append(part["text"])
+        elif kind in ("image", "image_url"):
+            source = part.get("image_url") or part.get("image") or part.get("url") or part.get("base64")
+            images.append(source.get("url") if isinstance(source, Mapping) else source)
+            pieces.append(None)
+        else:
+            raise ValueError('a part is {"type": "text", "text": …} or {"type": "image_url", "image_url": {"url": …}}')
+    return pieces, images
 
 
 def _picture(source: Any, seconds: float) -> Any:

@@ -41,7 +41,11 @@ ImageOption = Annotated[
 ]
 PromptOption = Annotated[
     str,
-    typer.Option("--prompt", "-p", help="The question, or a whole prompt with an <image> for every image."),
+    typer.Option(
+        "--prompt",
+        "-p",
+        help="The question, with or without an <image> for every image; with role markers, a whole prompt.",
+    ),
 ]
 MethodOption = Annotated[
     str, typer.Option("--method", help="Method that prunes: ivtp, or one to compare with, such as fastv.")

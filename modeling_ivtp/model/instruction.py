@@ -19,23 +19,77 @@ KNOWN_FORMATS = (
     (r"\[INST\]", r"\[/INST\]"),
     (r"###\s*Human:", r"###\s*Assistant:"),
     (r"(?<!\w)USER:", r"(?<!\w)ASSISTANT:"),
+    (r"GPT4 Correct User:", r"GPT4 Correct Assistant:|<\|end_of_turn\|>"),
+    (r"(?<!\w)User:", r"(?<!\w)Assistant:"),
+    (r"(?<!\w)Human:", r"(?<!\w)Assistant:"),
 )
 SYSTEM_INSIDE_TURN = r"<<SYS>>.*?<</SYS>>"
 _NEVER = r"(?!)"
 
 
+def role_markers(text: str, formats: Sequence[tuple[str, str]]) -> list[tuple[bool, int, int]]:
+    """Find the role markers of a prompt, by the first format that fits.
+
+    A question may name a marker. Among the user's words, an opening marker only counts where a sentence may begin, and
+    of several words such as `ASSISTANT:` that close a turn, the last one counts.
+
+    Parameters
+    ----------
+    text : str
+        The prompt.
+    formats : sequence of (str, str)
+        Regular expressions of what opens and of what closes a user turn, the likeliest format first.
+
+    Returns
+    -------
+    list of (bool, int, int)
+        Whether the marker opens a user turn, and its half-open character range; empty without any marker.
+    """
+    found = [_markers_of(text, *markers) for markers in formats]
+    opened = (markers for markers in found if any(opens for opens, _, _ in markers))
+    return next(opened, None) or next(filter(None, found), [])
+
+
+def _markers_of(text: str, opening: str, closing: str) -> list[tuple[bool, int, int]]:
+    found: list[tuple[bool, int, int]] = []
+    closings = [match.span() for match in re.finditer(closing, text)]
+    last = closings[-1][0] if closings else -1
+    # Where a word closes a turn in earnest, it follows a sentence or ends the prompt.
+    closed = max((start for start, end in closings if not _amid_words(text, start, end)), default=-1)
+    for match in re.finditer(f"(?P<opening>{opening})|{closing}", text):
+        start, end = match.span()
+        word = match[0][0].isalnum()
+        if match["opening"] is not None:
+            among_users_words = found[-1][0] if found else closed < end
+            if among_users_words and _amid_words(text, start, start + 1):
+                continue
+            # In lower case it may be anything but a marker, unless an answer's marker follows.
+            if word and not match[0].isupper() and last < end and text[:start].strip():
+                continue
+        elif word:
+            if not found and _amid_words(text, start, end):
+                continue
+            if found and not found[-1][0] and text[found[-1][1]].isalnum():
+                found.pop()
+        found.append((match["opening"] is not None, start, end))
+    return found
+
+
+def _amid_words(text: str, start: int, end: int) -> bool:
+    """Tell whether words surround a range: no sentence ends before it, and the text goes on after it."""
+    before = text[:start].rstrip(" \t")
+    return before != "" and before[-1] not in "\n.!?>]。！？" and text[end:].strip() != ""
+
+
 def user_turns(text: str, formats: Sequence[tuple[str, str]]) -> list[tuple[int, int]]:
-    """Find the user turns of a prompt by the first format whose markers stand in it; without any, it is one turn."""
-    opened = next((markers for markers in formats if re.search(markers[0], text)), None)
+    """Find the user turns of a prompt between its role markers; a prompt without any is one turn."""
+    markers = role_markers(text, formats)
     # A prompt that only closes a turn begins inside of it.
-    markers = opened or next((markers for markers in formats if re.search(markers[1], text)), None)
-    if markers is None:
-        return [(0, len(text))]
-    turns, start = [], None if opened else 0
-    for match in re.finditer(f"(?P<opening>{markers[0]})|{markers[1]}", text):
+    turns, start = [], None if any(opens for opens, _, _ in markers) else 0
+    for opens, first, last in markers:
         if start is not None:
-            turns.append((start, match.start()))
-        start = match.end() if match["opening"] else None
+            turns.append((start, first))
+        start = last if opens else None
     return turns if start is None else [*turns, (start, len(text))]
 
 

@@ -23,6 +23,7 @@ from .instruction import (
     Range,
     moved,
     places,
+    role_markers,
     template_markers,
     user_turns,
     window_bounds,
@@ -274,7 +275,7 @@ num_additional_image_tokens
             if not turns:
                 logger.warning_once(f"instruction_pattern {self.instruction_pattern!r} matches nothing in a prompt.")
         else:
-            turns = user_turns(text, [*self._template_formats(), *KNOWN_FORMATS])
+            turns = user_turns(text, self._formats())
         foreign = re.compile(f"{self._special_tokens()}|{SYSTEM_INSIDE_TURN}", re.DOTALL)
         ranges = []
         for start, end in turns:
@@ -350,8 +351,23 @@ num_additional_image_tokens
         names = {self.image_token, *self.tokenizer.all_special_tokens, *added}
         return "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
 
-    def _template_formats(self) -> list[tuple[str, str]]:
-        """Give the role markers of the chat templates, as in `KNOWN_FORMATS`."""
+    def is_whole_prompt(self, text: str) -> bool:
+        """Tell whether a text has role markers, so that it needs no chat template."""
+        return bool(role_markers(text, self._formats()))
+
+    def split_at_images(self, text: str) -> list[str | None]:
+        """Split a text at its image tokens, for a chat template; None stands for an image.
+
+        Line breaks at an image are left out, since templates set their own, and white space at the text's ends.
+        """
+        pieces: list[str | None] = []
+        for piece in re.split(rf"\n*{re.escape(self.image_token)}\n*", text.strip()):
+            words = piece if any(pieces) else piece.lstrip()
+            pieces += [words, None] if words.strip() else [None]
+        return pieces[:-1]
+
+    def _formats(self) -> list[tuple[str, str]]:
+        """Give the role markers of the chat templates, and `KNOWN_FORMATS` after them."""
         template = self.chat_template or getattr(self.tokenizer, "chat_template", None) or {}
         formats = []
         for one in [template] if isinstance(template, str) else template.values():
@@ -359,7 +375,7 @@ num_additional_image_tokens
                 self._markers_of_template[one] = template_markers(partial(self._render, one), self._special_tokens())
             if (markers := self._markers_of_template[one]) is not None:
                 formats.append(markers)
-        return formats
+        return [*formats, *KNOWN_FORMATS]
 
     def _render(self, template: str, chat: list[Any], prompted: bool) -> str:
         return self.apply_chat_template(chat, chat_template=template, add_generation_prompt=prompted)

@@ -22,8 +22,6 @@ from ..model.compat import cache_of
 from ..model.modeling_ivtp import IVTPLlavaForConditionalGeneration
 from ..model.processing_ivtp import IVTPLlavaProcessor
 
-_VICUNA = "USER: {images}{question} ASSISTANT:"
-
 
 @dataclass(frozen=True)
 class Answer:
@@ -130,25 +128,28 @@ def as_prompt(processor: Any, question: str, images: int) -> str:
     ----------
     processor : IVTPLlavaProcessor
     question : str
-        Plain text; one that contains the image token is taken for a whole prompt and stays as it is.
+        Plain text, with an image token for every picture or with none; without any, the pictures come first. A text
+        with role markers, such as `USER: … ASSISTANT:`, is a whole prompt and stays as it is.
     images : int
-        How many pictures go with it.
+        Number of pictures.
 
     Raises
     ------
     ValueError
-        If a whole prompt has another number of image tokens, the question is empty, or the chat template is damaged.
+        If the number of image tokens is another one, the question is empty, or the chat template is damaged.
     """
-    token = processor.image_token
-    if token in question:
-        if question.count(token) != images:
-            raise ValueError(f"the prompt has {question.count(token)} {token}, but there are {images} images")
-        return question
+    token, whole = processor.image_token, processor.is_whole_prompt(question)
+    if (count := question.count(token)) != images and (count or whole):
+        raise ValueError(f"the prompt has {count} {token}, but there are {images} images")
     if not question.strip():
         raise ValueError("the prompt is empty")
+    if whole:
+        return question
     if not processor.chat_template:
-        return _VICUNA.format(images=f"{token}\n" * images, question=question)
-    content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": question}]
+        words = question.strip() if count else f"{token}\n" * images + question
+        return f"USER: {words} ASSISTANT:"
+    parts = processor.split_at_images(question) if count else [None] * images + [question]
+    content = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
     try:
         return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     except TemplateError as error:

@@ -79,7 +79,7 @@ def short(inputs: Any, **parameters: Any) -> dict[str, Any]:
 
 def test_one_request_in_every_form(handler: Any, asked: list[Any]) -> None:
     image, question = asked[0]
-    url = f"data:image/png;base64,{image}"
+    url, llavas = f"data:image/png;base64,{image}", f"<image>\n{question.text}"
     chat = [
         {
             "role": "user",
@@ -89,7 +89,9 @@ def test_one_request_in_every_form(handler: Any, asked: list[Any]) -> None:
     forms = [
         {"image": image, "text": question.text},
         {"images": [url], "text": question.text},
+        {"image": image, "text": llavas},
         {"messages": chat},
+        {"messages": [{"role": "user", "content": [chat[0]["content"][0], {"type": "text", "text": llavas}]}]},
         chat,
     ]
     answers = [handler(short(form)) for form in forms]
@@ -251,6 +253,10 @@ HOSTILE: dict[str, tuple[Any, str]] = {
     "no text": ({"image": "AAAA"}, "text is missing"),
     "a number": (7, "an entry of inputs is"),
     "an image in the text": ({"text": "<image> what is this?"}, "must not be in a text"),
+    "an image in another message": (
+        [{"role": "user", "content": "<image>"}, {"role": "user", "content": [{"type": "image", "image": "AAAA"}]}],
+        "must not be in a text",
+    ),
     "too much text": ({"text": "x" * 30_000}, "at most 20,000"),
     "an unknown field": ({"text": "x", "path": "y"}, "unknown field(s) path; allowed: image"),
     "an unknown role": ([{"role": "root", "content": "x"}], "none of those allowed: system, user, assistant"),
