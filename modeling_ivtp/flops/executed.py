@@ -1,7 +1,7 @@
-"""What really runs for one prompt, counted from shapes alone: the model itself on tensors without data.
+"""FLOPs that really run for one prompt, counted from shapes alone: the model itself on tensors without data.
 
-The model is built without weights and runs through `torch.utils.flop_counter`. Where a method would look at data to
-choose, it gets random tensors of the same shapes, its own work is counted apart, and the first tokens stay.
+The model is built without weights and runs under `torch.utils.flop_counter`. Where a method needs data to choose, it
+gets random tensors of the same shapes; its own work is counted apart, and the first tokens stay.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from ..model.visual_sequence import VisualSequence, count_rows, locate_images
 from .formula import PARTS, closed_formula, kv_cache_bytes
 
 _TEXT_BEFORE = 1
-"""Text tokens before the image; where the others stand changes next to nothing."""
+"""Text tokens before the image; where the image stands changes next to nothing."""
 
 
 @dataclass(frozen=True)
 class Count:
-    """What one image and its prompt cost.
+    """The cost of one image and its prompt.
 
     Attributes
     ----------
     parts, formula : dict of str to float
         TFLOPs by part, executed and by the closed formula.
     text_tokens : int
-        Of the prompt, without the image.
+        Text tokens of the prompt.
     layer_tokens : tuple of int
-        Visual tokens in each layer of the decoder; the most, where a method adapts them to the image.
+        Visual tokens in each layer of the decoder; the largest number, where a method adapts it to the image.
     kv_cache_bytes_per_layer : tuple of int
-        Text and visual tokens, keys and values.
+        Keys and values of text and visual tokens.
     """
 
     parts: dict[str, float]
@@ -56,21 +56,21 @@ class Count:
 
     @property
     def total_tflops(self) -> float:
-        """All parts, as executed."""
+        """The sum of all parts, as executed."""
         return sum(self.parts.values())
 
     @property
     def formula_tflops(self) -> float:
-        """All parts, by the closed formula."""
+        """The sum of all parts, by the closed formula."""
         return sum(self.formula.values())
 
     @property
     def kv_cache_bytes(self) -> int:
-        """Of all layers."""
+        """The KV cache of all layers."""
         return sum(self.kv_cache_bytes_per_layer)
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
+        """Return everything as a dict ready for JSON."""
         return {
             "total_tflops": self.total_tflops,
             "parts": self.parts,
@@ -84,34 +84,34 @@ class Count:
 
 def count(
     config: Any,
-    system: Method | None = None,
+    method: Method | None = None,
     *,
     text_tokens: int,
     instruction_tokens: int | None = None,
     value_bytes: int = 2,
 ) -> Count:
-    """Count what one image and its prompt cost in a prefill.
+    """Count the cost of a prefill with one image.
 
     Parameters
     ----------
     config : IVTPLlavaConfig
-    system : Method, optional
+    method : Method, optional
         What prunes; default: the configuration's own options.
     text_tokens : int
-        Of the prompt, without the image.
+        Text tokens of the prompt.
     instruction_tokens : int, optional
-        How many of CLIP's tokens the instruction has; default: as many as there are text tokens.
+        CLIP tokens of the instruction; default: as many as there are text tokens.
     value_bytes : int, default 2
-        Of a value in the cache.
+        Bytes of a value in the cache.
 
     Raises
     ------
     ValueError
-        For counts below 1, or a system that does not fit.
+        If there are too few text tokens, or the method does not fit.
     """
     if text_tokens < _TEXT_BEFORE + 1:
         raise ValueError(f"text_tokens={text_tokens}; allowed: at least {_TEXT_BEFORE + 1}.")
-    pruner = IVTPPruner(config.pruning) if system is None else system.bind(config)
+    pruner = IVTPPruner(config.pruning) if method is None else method.bind(config)
     plan = pruner.plan(config, config.num_patches)
     windows = 0
     if config.clip_text_config is not None:
@@ -130,12 +130,12 @@ def count(
 
 
 def count_named(config: Any, name: str, visual_tokens: int, **options: Any) -> Count:
-    """`count` for a system by its name, or `unpruned`.
+    """Count the cost of a method by its name, or of `unpruned`; see `count`.
 
     Raises
     ------
     ValueError
-        For an unknown name, and as `count` does.
+        If the name is unknown, and as in `count`.
     """
     if name == "unpruned":
         config = copy.deepcopy(config)
@@ -148,11 +148,11 @@ def count_named(config: Any, name: str, visual_tokens: int, **options: Any) -> C
 
 @torch.no_grad()
 def _run(config: Any, pruner: Pruner, plan: PruningPlan | None, text_tokens: int, windows: int) -> dict[str, int]:
-    """Run the parts one after the other."""
+    """Run the parts of the model one after the other, and return the FLOPs of each."""
     parts = dict.fromkeys(PARTS, 0)
     model = _without_weights(config.to_json_string())
     inner: Any = model.model
-    # That a method adapts its counts to a picture is left out: it keeps the most it may.
+    # A method that adapts its numbers to the image keeps the most it may.
     plan = None if plan is None else replace(plan, exact=True)
     dry = None if plan is None else _Dry(pruner, plan, _TEXT_BEFORE, text_tokens)
     vision = config.vision_config
@@ -164,7 +164,7 @@ def _run(config: Any, pruner: Pruner, plan: PruningPlan | None, text_tokens: int
         with _counting() as counted:
             encoded = inner.get_image_features(pixels)
         parts["projector"] = counted("LlavaMultiModalProjector")
-        parts["tower"] = counted() - parts["projector"] - (0 if dry is None else dry.taken())
+        parts["tower"] = counted() - parts["projector"] - (0 if dry is None else dry.newly_counted())
         embeds = inner.get_input_embeddings()(ids.to("meta"))
         visual = None
         if dry is None:
@@ -180,11 +180,11 @@ def _run(config: Any, pruner: Pruner, plan: PruningPlan | None, text_tokens: int
                 )
                 index = inner.index_prompt(replace(prompt, clip_input_ids=None), plan, images=1)
                 visual, embeds = build_prompt(inner, prompt, index, encoded, embeds, plan)
-            parts["text_tower"] = counted() - dry.taken()
+            parts["text_tower"] = counted() - dry.newly_counted()
         with _counting() as counted:
             options = {} if visual is None else {"visual": visual}
             hidden = inner.language_model(inputs_embeds=embeds, past_key_values=DynamicCache(), **options)
-        observed = 0 if dry is None else dry.taken()
+        observed = 0 if dry is None else dry.newly_counted()
         parts["decoder"] = counted() - observed
         left = hidden.last_hidden_state
         if plan is not None:
@@ -198,7 +198,7 @@ def _run(config: Any, pruner: Pruner, plan: PruningPlan | None, text_tokens: int
 
 @contextmanager
 def _only(model: Any, pruner: Pruner | None) -> Iterator[None]:
-    """Let a pruner prune a model, or nothing."""
+    """Apply a pruner to a model, or switch pruning off for None."""
     if pruner is None:
         with model.pruning(enabled=False):
             yield
@@ -212,14 +212,14 @@ def _only(model: Any, pruner: Pruner | None) -> Iterator[None]:
 
 @lru_cache(maxsize=2)
 def _without_weights(config: str) -> Any:
-    """The model of a configuration (JSON) on tensors without data."""
+    """Build the model of a configuration (JSON) on tensors without data."""
     with torch.device("meta"):
         return IVTPLlavaForConditionalGeneration(IVTPLlavaConfig(**json.loads(config))).eval()
 
 
 @contextmanager
 def _counting() -> Iterator[Callable[..., int]]:
-    """Count what runs inside: the whole, or what a module of a class did."""
+    """Count the FLOPs that run inside: all of them, or those of the modules of a class."""
     mode = FlopCounterMode(display=False)
 
     def counted(module: str | None = None) -> int:
@@ -236,7 +236,7 @@ def _context(config: Any) -> int:
 
 
 def _spans(length: int, patches: int, clip_tokens: int) -> torch.Tensor:
-    """Text after the image as the instruction, all of it on CLIP's first token."""
+    """Make spans for the text after the image as the instruction, all of it on CLIP's first token."""
     spans = torch.zeros(1, length, 2, dtype=torch.long)
     spans[:, _TEXT_BEFORE + patches :, 0] = -clip_tokens
     spans[:, _TEXT_BEFORE + patches :, 1] = 1 - clip_tokens
@@ -244,85 +244,93 @@ def _spans(length: int, patches: int, clip_tokens: int) -> torch.Tensor:
 
 
 class _Dry(PrunerWrapper):
-    """A pruner that asks another one about random tensors, counts what that costs, and keeps the first tokens.
+    """A pruner that asks another one about random tensors, counts that pruner's work, and keeps the first tokens.
 
     Parameters
     ----------
     pruner : Pruner
     plan : PruningPlan
     before, text : int
-        Text tokens before the image, and all of them.
+        Text tokens before the image, and of the whole prompt.
     """
 
     def __init__(self, pruner: Pruner, plan: PruningPlan, before: int, text: int) -> None:
         super().__init__(pruner)
-        self.laid, self.before, self.text = plan, before, text
+        self.schedule, self.before, self.text = plan, before, text
         self.scoring, self._new = 0, 0
         self._state: Any = None
 
-    def taken(self) -> int:
-        """What was counted since this was last asked."""
+    def newly_counted(self) -> int:
+        """Return the FLOPs that were counted since the last call."""
         new, self._new = self._new, 0
         return new
 
     def plan(self, config: Any, patches: int) -> PruningPlan | None:
-        return self.laid
+        """Return the plan that was given."""
+        return self.schedule
 
-    def in_tower(self, moment: TowerStep) -> Choice:
-        patches = torch.arange(moment.patches.shape[1])[None]
-        real = TowerStep(moment.group, [_real_record(one) for one in moment.records], patches, _ones(moment.sizes))
-        return self._ask(lambda: self.pruner.in_tower(real), moment.group.keep)
+    def in_tower(self, step: TowerStep) -> Choice:
+        """Choose on random records."""
+        patches = torch.arange(step.patches.shape[1])[None]
+        real = TowerStep(step.group, [_real_record(record) for record in step.records], patches, _ones(step.sizes))
+        return self._ask(lambda: self.pruner.in_tower(real), step.group.keep)
 
-    def in_features(self, moment: FeatureStep) -> Choice:
-        tokens = moment.patches.shape[1]
-        width = moment.project(moment.features[:, :1]).shape[-1]
+    def in_features(self, step: FeatureStep) -> Choice:
+        """Choose among random features; what the pruner projects is projected in the model, too."""
+        tokens = step.patches.shape[1]
+        width = step.project(step.features[:, :1]).shape[-1]
         real = FeatureStep(
-            keep=moment.keep,
-            features=torch.randn(moment.features.shape),
+            keep=step.keep,
+            features=torch.randn(step.features.shape),
             patches=torch.arange(tokens)[None],
-            records={layer: _real_record(one) for layer, one in moment.records.items()},
-            pixel_values=torch.randn(moment.pixel_values.shape),
-            grid=moment.grid,
+            records={layer: _real_record(record) for layer, record in step.records.items()},
+            pixel_values=torch.randn(step.pixel_values.shape),
+            grid=step.grid,
             project=lambda features: torch.randn(*features.shape[:-1], width),
         )
-        choice = self._ask(lambda: self.pruner.in_features(real), moment.keep)
+        choice = self._ask(lambda: self.pruner.in_features(real), step.keep)
         if real._projected is not None:
-            moment.projected  # noqa: B018 - what the method looks at is really projected
+            step.projected  # noqa: B018 - counts the projection that the method needs
         return choice
 
-    def in_prompt(self, moment: PromptStep) -> Choice:
+    def in_prompt(self, step: PromptStep) -> Choice:
+        """Choose among random features and embeddings."""
+
         def real(tensor: torch.Tensor | None) -> torch.Tensor | None:
             return None if tensor is None else torch.randn(tensor.shape)
 
-        features, windows = torch.randn(moment.features.shape), moment.windows
+        features, windows = torch.randn(step.features.shape), step.windows
         windows = None if windows is None else torch.ones(windows.shape, dtype=torch.bool)
-        asked = PromptStep(moment.keep, features, real(moment.patch_embeds), real(moment.text_embeds), windows)
-        return self._ask(lambda: self.pruner.in_prompt(asked), moment.keep)
+        real_step = PromptStep(step.keep, features, real(step.patch_embeds), real(step.text_embeds), windows)
+        return self._ask(lambda: self.pruner.in_prompt(real_step), step.keep)
 
     def prepare(self, sequence: VisualSequence, embeds: torch.Tensor) -> Any:
+        """Let the pruner prepare for a random prompt."""
+
         def prepare() -> None:
             self._state = self.pruner.prepare(self._sequence(sequence), torch.randn(embeds.shape))
 
         self._count(prepare)
 
-    def in_decoder(self, moment: DecoderStep) -> Choice:
+    def in_decoder(self, step: DecoderStep) -> Choice:
+        """Choose on random records and hidden states."""
         real = DecoderStep(
-            group=moment.group,
-            records=[_real_record(one) for one in moment.records],
-            decoder_records=[_real_watch(one) for one in moment.decoder_records],
-            hidden=torch.randn(moment.hidden.shape),
-            sequence=self._sequence(moment.sequence),
-            sizes=_ones(moment.sizes),
+            group=step.group,
+            records=[_real_record(record) for record in step.records],
+            decoder_records=[_real_decoder_record(record) for record in step.decoder_records],
+            hidden=torch.randn(step.hidden.shape),
+            sequence=self._sequence(step.sequence),
+            sizes=_ones(step.sizes),
             state=self._state,
         )
-        return self._ask(lambda: self.pruner.in_decoder(real), moment.group.keep)
+        return self._ask(lambda: self.pruner.in_decoder(real), step.group.keep)
 
     def _sequence(self, sequence: VisualSequence) -> VisualSequence:
-        """The same sequence with data: so many visual tokens between the text, the first ones of the image."""
+        """Return a sequence with data: as many visual tokens between the text, the first ones of the image."""
         length, tokens = sequence.length, sequence.columns.shape[2]
-        place = torch.arange(length)[None]
+        column = torch.arange(length)[None]
         patches = length - self.text
-        image = (place >= self.before) & (place < self.before + patches)
+        image = (column >= self.before) & (column < self.before + patches)
         rows = count_rows(image, None, 1, patches)
         return locate_images(image, None, rows, patches).keep(torch.arange(tokens)[None, None])[0]
 
@@ -335,12 +343,12 @@ class _Dry(PrunerWrapper):
 
     def _ask(self, work: Callable[[], Choice], keep: int) -> Choice:
         choice: Choice = self._count(work)
-        lead = choice.kept.shape[:-1]
+        batch = choice.kept.shape[:-1]
         mixture = choice.mixture
         return Choice(
-            torch.arange(keep).expand(*lead, -1).to("meta"),
-            mixture=None if mixture is None else torch.empty(*lead, keep, mixture.shape[-1], device="meta"),
-            sizes=None if choice.sizes is None else torch.empty(*lead, keep, device="meta"),
+            torch.arange(keep).expand(*batch, -1).to("meta"),
+            mixture=None if mixture is None else torch.empty(*batch, keep, mixture.shape[-1], device="meta"),
+            sizes=None if choice.sizes is None else torch.empty(*batch, keep, device="meta"),
         )
 
 
@@ -349,7 +357,7 @@ def _ones(sizes: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _real_record(record: AttentionRecord) -> AttentionRecord:
-    """A record of the same shapes with data."""
+    """Make a record of the same shapes with data."""
     real, columns = AttentionRecord(record.reference_only), record.columns
     real.fill(
         query=torch.randn(record.query.shape),
@@ -365,9 +373,9 @@ def _real_record(record: AttentionRecord) -> AttentionRecord:
     return real
 
 
-def _real_watch(watch: DecoderAttentionRecord) -> DecoderAttentionRecord:
-    """A watch of the same shapes with data."""
-    real = DecoderAttentionRecord(watch.past, None, None)
-    key = torch.randn(watch.key.shape)
-    real.attend(torch.randn(watch.query.shape), key, key, None, None, watch.scale)
+def _real_decoder_record(record: DecoderAttentionRecord) -> DecoderAttentionRecord:
+    """Make a decoder record of the same shapes with data."""
+    real = DecoderAttentionRecord(record.past, None, None)
+    key = torch.randn(record.key.shape)
+    real.attend(torch.randn(record.query.shape), key, key, None, None, record.scale)
     return real

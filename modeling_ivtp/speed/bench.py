@@ -1,4 +1,4 @@
-"""The speed benchmark: stock LLaVA, IVTP and other systems over batches and prompt lengths, with what FLOPs imply."""
+"""The speed benchmark: stock LLaVA, IVTP and other methods over batches and prompt lengths."""
 
 from __future__ import annotations
 
@@ -29,34 +29,34 @@ from .products import products, seconds
 from .timing import PARTS, Arm, interleaved, ratio, selection_shares
 
 STOCK, STOCK_FLASH, OFF = "stock", "stock, flash_attention_2", "off"
-"""The baseline, the same with another kernel where it is installed, and one of ours that prunes nothing."""
+"""The baseline, the same with another kernel where it is installed, and our model without pruning."""
 GRAPHS, LAUNCHES = "+graphs", "-graphs"
-"""Behind `stock` or a budget of IVTP: images and prompts of any size are replayed as CUDA graphs; after the latter
-alone: none are. Without either it replays what a model does unasked."""
+"""Suffixes of arms on a GPU. `+graphs`, after `stock` or a budget of IVTP: images and prompts of any size are replayed
+as CUDA graphs. `-graphs`, after a budget of IVTP: none are. Without a suffix a model replays as it does by default."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is to be measured.
+    """The settings of a benchmark.
 
     Attributes
     ----------
     arms : tuple of str
-        `off`, a budget of IVTP as in `ivtp@64`, or any system as in `fastv@64`; `stock` always runs.
+        `off`, a budget of IVTP such as `ivtp@64`, or of another method such as `fastv@64`; `stock` always runs.
     batches, text_tokens : tuple of int
     new_tokens : int
         Length of the answers, at least 2.
     repeats : int
-        Pairs.
+        Number of pairs.
     dtype : str
     attention : str
-        For all arms alike, the baseline among them.
+        The attention implementation of all arms, the baseline included.
     instruction_tokens : int or None
-        Of the prompt, for CLIP; None: as many as there are text tokens, at most 64.
+        Tokens of the prompt that CLIP reads; None: all text tokens, at most 64.
     compiled : bool
-        Whether prompts and decoding steps of all arms run compiled, with a static cache; on a GPU as CUDA graphs.
+        Compile prompts and decoding steps of all arms, with a static cache; on a GPU they run as CUDA graphs.
     label : str
-        Part of the results' name: letters, digits and hyphens.
+        Part of the results' file name: letters, digits and hyphens.
     """
 
     arms: tuple[str, ...] = (OFF, "ivtp@64")
@@ -86,37 +86,37 @@ class Settings:
             if arm not in (STOCK, OFF, STOCK + GRAPHS):
                 split(arm)
         if not set(self.arms) - {STOCK}:
-            raise ValueError(f"arms={self.arms}; {STOCK} always runs, and needs something beside it, such as ivtp@64.")
+            raise ValueError(f"arms={self.arms}; {STOCK} always runs and needs another arm beside it, such as ivtp@64.")
 
     @property
     def runs(self) -> int:
-        """How many runs of an arm there are in all."""
+        """The number of runs of all arms together."""
         return len(self.batches) * len(self.text_tokens) * (self.repeats + 2) * len(self.named)
 
     @property
     def named(self) -> tuple[str, ...]:
-        """All arms, the baseline first."""
+        """The names of all arms, the baseline first."""
         flash = is_flash_attn_2_available() and self.attention == "sdpa" and self.dtype != "float32"
         return tuple(dict.fromkeys((STOCK, *((STOCK_FLASH,) if flash else ()), *self.arms)))
 
     def spoken(self, text_tokens: int) -> int:
-        """How many tokens of a prompt are the person's."""
+        """Return how many tokens of a prompt are the user's."""
         wanted = 64 if self.instruction_tokens is None else self.instruction_tokens
         return max(1, min(wanted, text_tokens - 3))
 
 
 def split(arm: str) -> tuple[str, int]:
-    """The system and the budget of an arm.
+    """Return the method and the budget of an arm.
 
     Raises
     ------
     ValueError
-        If it is not of the form `fastv@64`, or there is no such system.
+        If the arm is not of the form `fastv@64`, or there is no such method.
     """
     name, _, budget = _plain(arm).partition("@")
-    if not budget.isdecimal() or int(budget) < 1 or (_tells_graphs(arm) and name != "ivtp"):
+    if not budget.isdecimal() or int(budget) < 1 or (_names_graphs(arm) and name != "ivtp"):
         raise ValueError(
-            f"arm {arm!r}; allowed: {OFF}, or a system and its budget, such as ivtp@64 or fastv@128; on a "
+            f"arm {arm!r}; allowed: {OFF}, or a method and its budget, such as ivtp@64 or fastv@128; on a "
             f"GPU also {STOCK}{GRAPHS}, ivtp@64{GRAPHS} and ivtp@64{LAUNCHES}."
         )
     make(name, int(budget))
@@ -140,63 +140,63 @@ def bench(
     settings : Settings
     device : torch.device
     model : IVTPLlavaForConditionalGeneration, optional
-        Default: one of random weights.
+        Default: a model with random weights.
     advance : callable
-        Told of every run.
+        Called after every run.
     keep : callable
-        Told of all rows there are after every case, so that a run that is cut short loses nothing.
+        Called with all rows so far after every case, so that an interrupted benchmark loses nothing.
 
     Returns
     -------
     list of dict
-        One for each arm and case.
+        One row for each arm and case.
 
     Raises
     ------
     ValueError
-        If a system does not fit the model, or the machine cannot hold the largest case.
+        If a method does not fit the model, or the machine cannot hold the largest case.
     """
     dtype = DTYPES[settings.dtype]
-    systems = {arm: make(*split(arm)) for arm in settings.named if not _prunes_nothing(arm)}
-    if device.type != "cuda" and (graphs := [arm for arm in settings.named if _tells_graphs(arm)]):
+    methods = {arm: make(*split(arm)) for arm in settings.named if not _prunes_nothing(arm)}
+    if device.type != "cuda" and (graphs := [arm for arm in settings.named if _names_graphs(arm)]):
         raise ValueError(f"{', '.join(graphs)}: CUDA graphs need a GPU, and this runs on {device}.")
-    for system in systems.values():
-        system.bind(config).plan(config, config.num_patches)
+    for method in methods.values():
+        method.bind(config).plan(config, config.num_patches)
     check_largest(config, settings, device, weights=None if model is None else 0)
     if model is None:
         model = random_model(config, dtype=dtype, device=device, attention=settings.attention)
-    arms = [_arm(name, model, systems.get(name)) for name in settings.named]
+    arms = [_arm(name, model, methods.get(name)) for name in settings.named]
     rows: list[dict[str, Any]] = []
     for batch, text in _cases(settings):
         spoken = settings.spoken(text)
         inputs = prompt(model, batch=batch, text_tokens=text, instruction_tokens=spoken)
-        seen = [arm for arm in arms if arm.name in systems and not _tells_graphs(arm.name)]
-        shares = {arm.name: selection_shares(arm, inputs) for arm in seen}
+        launched = [arm for arm in arms if arm.name in methods and not _names_graphs(arm.name)]
+        shares = {arm.name: selection_shares(arm, inputs) for arm in launched}
         for arm in arms:
             if arm.graphs is not None:
-                arm.graphs.forget()  # what other cases recorded holds memory that this one may need
+                arm.graphs.forget()  # graphs of other cases hold memory that this one may need
         options: dict[str, Any] = {"new_tokens": settings.new_tokens, "repeats": settings.repeats, "advance": advance}
         try:
             if settings.compiled:
                 room = inputs["input_ids"].shape[1] + settings.new_tokens
                 with compiled([replace(arm, cache=static_cache(arm.model, batch, room)) for arm in arms]) as ready:
-                    told = interleaved(ready, inputs, **options)
+                    runs = interleaved(ready, inputs, **options)
             else:
-                told = interleaved(arms, inputs, **options)
+                runs = interleaved(arms, inputs, **options)
             alone = _products(model, settings, batch, text)
         except RuntimeError as error:
             if not rows or not should_reduce_batch_size(error):
                 raise
-            # What was measured before is worth telling.
+            # The cases measured so far are still results.
             rows[-1]["notes"] += [
-                f"Memory ran out at batch {batch} with {text} text tokens: it and what follows is out."
+                f"Memory ran out at batch {batch} with {text} text tokens; this case and later ones are missing."
             ]
             keep(rows)
             break
-        # Images and prompt; one of them may have been too large.
-        unrecorded = [arm.name for arm in arms if arm.name.endswith(GRAPHS) and len(arm.graphs) < 2]
+        # A case has two graphs, of images and of prompts; one of them may be too large to capture.
+        uncaptured = [arm.name for arm in arms if arm.name.endswith(GRAPHS) and len(arm.graphs) < 2]
         for arm in arms:
-            if arm.name in unrecorded:
+            if arm.name in uncaptured:
                 continue
             choosing, words = shares.get(arm.name, (None, None))
             case = {"arm": arm.name, "batch": batch, "text_tokens": text, "notes": []}
@@ -206,26 +206,26 @@ def bench(
                 "in_layers": True,
                 "products": alone.get(_plain(arm.name)),
             }
-            rows.append(case | _summary(told[arm.name], told[STOCK]) | _implied(config, arm.name, text, spoken))
-        rows[-1]["notes"] += [f"{arm} could not be recorded at batch {batch}, and is left out." for arm in unrecorded]
+            rows.append(case | _summary(runs[arm.name], runs[STOCK]) | _implied(config, arm.name, text, spoken))
+        rows[-1]["notes"] += [f"{arm} could not be captured at batch {batch} and is left out." for arm in uncaptured]
         keep(rows)
     return rows
 
 
 def check_largest(config: Any, settings: Settings, device: torch.device, weights: int | None = None) -> None:
-    """Refuse what the machine cannot hold, before anything is allocated.
+    """Check that the machine can hold the largest case, before anything is allocated.
 
     Parameters
     ----------
     config, settings, device
-        As of `bench`.
+        As in `bench`.
     weights : int, optional
-        Bytes of the weights that are to be loaded; default: all that the shape has.
+        Bytes of the weights still to be loaded; default: all weights of the shape.
 
     Raises
     ------
     ValueError
-        With the bytes that the largest case needs.
+        If it cannot, with the bytes that the largest case needs.
     """
     batch, text_tokens = max(settings.batches), max(settings.text_tokens)
     needed = bytes_needed(
@@ -240,7 +240,7 @@ def check_largest(config: Any, settings: Settings, device: torch.device, weights
 
 
 def _plain(arm: str) -> str:
-    """What an arm computes, however it is launched."""
+    """Return an arm without its suffix: the arm that computes the same, however it is launched."""
     return arm.removesuffix(GRAPHS).removesuffix(LAUNCHES)
 
 
@@ -249,35 +249,35 @@ def _prunes_nothing(arm: str) -> bool:
 
 
 def _products(model: Any, settings: Settings, batch: int, text_tokens: int) -> dict[str, dict[str, Any]]:
-    """What the matrix products of stock and of IVTP's budgets take by themselves."""
+    """Time the matrix products of stock and of IVTP's budgets alone."""
     words, clip = settings.spoken(text_tokens), model.config.clip_text_config
     if clip is not None:
-        words += 2 * -(-words // (clip.max_position_embeddings - 2))  # every window begins and ends
+        words += 2 * -(-words // (clip.max_position_embeddings - 2))  # every window has a begin and an end token
     works = {STOCK: products(model, None, batch=batch, text_tokens=text_tokens, words=0)}
     for arm in map(_plain, settings.named):
         if not _prunes_nothing(arm) and split(arm)[0] == "ivtp":
             plan = make(*split(arm)).bind(model.config).plan(model.config, model.config.num_patches)
             works[arm] = products(model, plan, batch=batch, text_tokens=text_tokens, words=words)
-    taken = seconds(works, repeats=min(5, settings.repeats))
+    times = seconds(works, repeats=min(5, settings.repeats))
     return {
-        arm: {"seconds": float(np.median(own)), "speed_up": list(ratio(taken[STOCK], own))}
-        for arm, own in taken.items()
+        arm: {"seconds": float(np.median(own)), "speed_up": list(ratio(times[STOCK], own))}
+        for arm, own in times.items()
     }
 
 
-def _tells_graphs(arm: str) -> bool:
+def _names_graphs(arm: str) -> bool:
     return arm.endswith((GRAPHS, LAUNCHES))
 
 
-def _arm(name: str, model: Any, system: Any) -> Arm:
+def _arm(name: str, model: Any, method: Any) -> Arm:
     if name == OFF:
         return Arm(name, model, partial(model.pruning, enabled=False))
-    if system is None:
+    if method is None:
         twin = stock_twin(model, "flash_attention_2" if name == STOCK_FLASH else None)
         graphs = Graphs(MAX_GRAPHS) if name.endswith(GRAPHS) else None
         return Arm(name, twin if graphs is None else captured(twin, graphs), graphs=graphs)
     if split(name)[0] != "ivtp":
-        return Arm(name, model, partial(system, model))
+        return Arm(name, model, partial(method, model))
     limit = 0 if name.endswith(LAUNCHES) else MAX_GRAPHS
     graphs = Graphs(limit, automatic=not name.endswith(GRAPHS))
     return Arm(name, model, partial(_replaying, model, split(name)[1], graphs), graphs=graphs)
@@ -285,7 +285,7 @@ def _arm(name: str, model: Any, system: Any) -> Arm:
 
 @contextmanager
 def _replaying(model: Any, budget: int, graphs: Graphs) -> Iterator[None]:
-    """The model's own pruning; what an arm recorded is there again the next time."""
+    """Prune as the model's own options do, with the graphs that this arm captured before."""
     before, model.model.prompt_graphs.graphs = model.model.prompt_graphs.graphs, graphs
     try:
         with model.pruning(visual_tokens=budget, tower_tokens=None):
@@ -300,28 +300,28 @@ def _cases(settings: Settings) -> Iterator[tuple[int, int]]:
             yield batch, text
 
 
-def _summary(told: Sequence[Mapping[str, float]], stock: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """Medians, spread, and paired ratios to the baseline."""
-    found: dict[str, Any] = {"kv_bytes": int(told[-1]["kv_bytes"]), "peak_bytes": None}
-    if "peak_bytes" in told[0]:
-        found["peak_bytes"] = int(max(one["peak_bytes"] for one in told))
+def _summary(runs: Sequence[Mapping[str, float]], stock: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Summarise an arm's runs: medians, spread, and paired ratios to the baseline."""
+    found: dict[str, Any] = {"kv_bytes": int(runs[-1]["kv_bytes"]), "peak_bytes": None}
+    if "peak_bytes" in runs[0]:
+        found["peak_bytes"] = int(max(run["peak_bytes"] for run in runs))
     for part in PARTS:
-        seconds = [one[part] for one in told]
+        seconds = [run[part] for run in runs]
         found[part] = {
             "seconds": float(np.median(seconds)),
             "quartiles": [float(value) for value in np.quantile(seconds, [0.25, 0.75])],
-            "speed_up": list(ratio([one[part] for one in stock], seconds)),
-            "all": [round(one, 6) for one in seconds],
+            "speed_up": list(ratio([run[part] for run in stock], seconds)),
+            "all": [round(value, 6) for value in seconds],
         }
     return found
 
 
 def _implied(config: Any, arm: str, text_tokens: int, instruction_tokens: int) -> dict[str, Any]:
-    """The speed-up of the prefill that FLOPs imply: all that runs, and the head over the last token alone."""
+    """Return the prefill's FLOPs, with the head on the last token alone, and the speed-up that they imply."""
     options: dict[str, Any] = {"text_tokens": text_tokens, "instruction_tokens": instruction_tokens}
     stock = count_named(config, "unpruned", config.num_patches, **options)
     found = stock if _prunes_nothing(arm) else count_named(config, *split(arm), **options)
-    total, own = (sum(one.parts.values()) - one.parts["head"] for one in (stock, found))
+    total, own = (sum(count.parts.values()) - count.parts["head"] for count in (stock, found))
     return {
         "tflops": own,
         "implied": total / own,
@@ -331,7 +331,7 @@ def _implied(config: Any, arm: str, text_tokens: int, instruction_tokens: int) -
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Where it ran."""
+    """Describe the machine: device, CPUs, threads, system and versions."""
     cpu = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as file:
@@ -357,11 +357,11 @@ def _version(package: str) -> str:
 def results(
     shape: str, settings: Settings, rows: Sequence[Mapping[str, Any]], device: torch.device, command: str
 ) -> dict[str, Any]:
-    """Everything about one benchmark, whole or as far as it came, ready for JSON."""
+    """Collect everything about a benchmark, finished or interrupted, ready for JSON."""
     notes = [note for row in rows for note in row["notes"]]
-    cases, there = len(list(_cases(settings))), len({(row["batch"], row["text_tokens"]) for row in rows})
-    if there < cases:
-        notes.append(f"{there} of {cases} cases were measured.")
+    cases, measured = len(list(_cases(settings))), len({(row["batch"], row["text_tokens"]) for row in rows})
+    if measured < cases:
+        notes.append(f"{measured} of {cases} cases were measured.")
     return {
         "date": datetime.date.today().isoformat(),
         "shape": shape,

@@ -129,7 +129,7 @@ def test_the_command_writes_what_it_measured(tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"arms": ("ivtp",)}, "arm 'ivtp'; allowed: off, or a system and its budget"),
+        ({"arms": ("ivtp",)}, "arm 'ivtp'; allowed: off, or a method and its budget"),
         ({"arms": ("fastw@64",)}, "Unknown method 'fastw'"),
         ({"arms": ("ivtp@0",)}, "arm 'ivtp@0'"),
         ({"batches": (0,)}, "batches"),
@@ -138,7 +138,7 @@ def test_the_command_writes_what_it_measured(tmp_path: Path, capsys: pytest.Capt
         ({"repeats": 0}, "repeats=0"),
         ({"dtype": "int8"}, "dtype='int8'; allowed: float32, bfloat16, float16"),
         ({"arms": ("fastv@64+graphs",)}, "arm 'fastv@64+graphs'; allowed: off"),
-        ({"arms": ("stock",)}, "stock always runs, and needs something beside it"),
+        ({"arms": ("stock",)}, "stock always runs and needs another arm beside it"),
         ({"label": "a/b"}, "label='a/b'; allowed: letters"),
     ],
 )
