@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +26,15 @@ def explain(
     prompt: PromptOption,
     image: ImageOption = None,
     visual_tokens: VisualTokens = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method",
+            help="Method that prunes, such as topk; by default ivtp. Repeat it to see what each keeps at the same "
+            "budget, as in the paper's Fig. 5: --method topk --method ivtp.",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[
         str | None, typer.Option("--out", "-o", help="Picture to write, such as trace.png.", show_default=False)
     ] = None,
@@ -43,32 +53,49 @@ def explain(
         _check_file(file)
     if out is not None:
         _check_picture_type(out)
+    from modeling_ivtp.methods import make
     from modeling_ivtp.serving import answering
 
+    names = list(dict.fromkeys(method or ["ivtp"]))
+    for name in names:
+        if name != "ivtp":
+            make(name, visual_tokens or 64)  # refused before the model is loaded
     loaded, processor = answering.load_model(model, device=device, dtype=dtype)
     if visual_tokens is not None:
         answering.set_budget(loaded, visual_tokens)
-    text = answering.as_prompt(processor, prompt, len(pictures))
-    trace = answering.explain(loaded, processor, answering.prepare(loaded, processor, pictures, text))
-    typer.echo(trace.summary())
-    for number, traced in enumerate(trace.images):
-        show(_groups(traced, f"image {number + 1}" if len(trace.images) > 1 else None))
+    text, budget = answering.as_prompt(processor, prompt, len(pictures)), loaded.pruning_config.visual_tokens
+    traces = []
+    for name in names:
+        with nullcontext() if name == "ivtp" else make(name, budget)(loaded):
+            traces.append(answering.explain(loaded, processor, answering.prepare(loaded, processor, pictures, text)))
+    for trace in traces:
+        _show(trace, name_it=len(traces) > 1)
     if json_file is not None:
-        Path(json_file).write_text(to_json(trace.to_dict()) + "\n")
+        records = [trace.to_dict() for trace in traces]
+        Path(json_file).write_text(to_json(records if len(records) > 1 else records[0]) + "\n")
     if out is not None:
         for number, picture in enumerate(pictures):
             path = Path(out)
             if len(pictures) > 1:
                 path = path.with_stem(f"{path.stem}-{number + 1}")
-            trace.plot(picture, number).savefig(path)
+            # a method that asks no word has no instruction in its trace
+            title = None if any(trace.images[number].tokens for trace in traces) else prompt
+            traces[0].plot(picture, number, title=title, beside=traces[1:]).savefig(path)
 
 
-def _groups(traced: Any, title: str | None) -> Any:
-    table = new_table("stage", "layers", "patches before", "kept", title=title)
-    for group in traced.groups:
-        first, last = group.layers
-        table.add_row(group.stage, f"{first} to {last}", str(len(group.candidates)), str(len(group.kept)))
-    return table
+def _show(trace: Any, name_it: bool) -> None:
+    """Print a trace's summary and a table for every image."""
+    # a summary names every method but IVTP
+    typer.echo(("ivtp: " if name_it and trace.method == "ivtp" else "") + trace.summary())
+    for number, traced in enumerate(trace.images):
+        table = new_table(
+            "stage", "layers", "patches before", "kept", title=f"image {number + 1}" if len(trace.images) > 1 else None
+        )
+        for group in traced.groups:
+            first, last = group.layers
+            layers = f"{first} to {last}" if first >= 0 else ""
+            table.add_row(group.stage, layers, str(len(group.candidates)), str(len(group.kept)))
+        show(table)
 
 
 def _check_file(file: str | None) -> None:

@@ -80,6 +80,11 @@ class Applied(Pruner):
         return whole if whole.final_tokens < patches else None
 
     @property
+    def label(self) -> str:
+        """The names of the parts, such as `"topk + fastv"`."""
+        return " + ".join(name for _, _, name in self.parts)
+
+    @property
     def needs(self) -> Needs:
         """All needs of the parts; the method in the decoder brings the pseudo-CLS token's options."""
         parts, decoder = [pruner.needs for pruner, _, _ in self.parts], self.at("decoder")

@@ -211,6 +211,11 @@ class Pruner:
     """Base class of everything that chooses tokens: says what each step keeps. A pruner changes nothing by itself."""
 
     @property
+    def label(self) -> str:
+        """What a reader calls it."""
+        return type(self).__name__
+
+    @property
     def needs(self) -> Needs:
         """What the model has to provide."""
         return Needs()
@@ -265,6 +270,11 @@ class PrunerWrapper(Pruner):
         self.pruner = pruner
 
     @property
+    def label(self) -> str:
+        """The wrapped pruner's."""
+        return self.pruner.label
+
+    @property
     def needs(self) -> Needs:
         """The wrapped pruner's."""
         return self.pruner.needs
@@ -308,6 +318,11 @@ class IVTPPruner(Pruner):
     """
 
     options: IVTPPruningConfig
+
+    @property
+    def label(self) -> str:
+        """Always `"ivtp"`."""
+        return "ivtp"
 
     @property
     def needs(self) -> Needs:

@@ -32,13 +32,13 @@ class GroupTrace:
     Attributes
     ----------
     stage : str
-        `"tower"` or `"decoder"`.
+        `"tower"`, `"features"` (after the tower), `"prompt"` (before the decoder) or `"decoder"`.
     layers : tuple of int
-        First and last layer of the group, counted from 0, both included.
+        First and last layer of the group, counted from 0, both included; -1 outside of any layer.
     candidates : Tensor
         (k_in,) int64, ascending: the patches of the original grid, row by row, before this group.
     importance : Tensor
-        (k_in,) float32, Eq. 4: one value per candidate, with sum 1.
+        (k_in,) float32: one value per candidate. Of IVTP it is Eq. 4, with sum 1; nan for a method that ranks nothing.
     kept : Tensor
         (k_out,) int64, ascending: the patches that stayed.
     """
@@ -50,10 +50,8 @@ class GroupTrace:
     kept: Tensor
 
     def __repr__(self) -> str:
-        return (
-            f"GroupTrace({self.stage}, layers {self.layers[0]} to {self.layers[1]}: "
-            f"{len(self.candidates)} → {len(self.kept)})"
-        )
+        layers = f", layers {self.layers[0]} to {self.layers[1]}" if self.layers[0] >= 0 else ""
+        return f"GroupTrace({self.stage}{layers}: {len(self.candidates)} → {len(self.kept)})"
 
     def to_dict(self) -> dict[str, Any]:
         """Return it JSON-ready: tensors become lists, a number that is not finite becomes None."""
@@ -109,19 +107,20 @@ class ImageTrace:
     groups : tuple of GroupTrace
     tokens : tuple of TokenTrace
         Empty without an instruction.
-    reference : str
-        The token whose attention is the importance in the decoder: `"pseudo_cls"` or `"visual_cls"`.
+    reference : str or None
+        The token whose attention is the importance in the decoder: `"pseudo_cls"`, or `"visual_cls"` where no key word
+        guides. None for a method that has neither.
     """
 
     row: int
     grid: tuple[int, int]
     groups: tuple[GroupTrace, ...]
     tokens: tuple[TokenTrace, ...]
-    reference: str
+    reference: str | None
 
     def __repr__(self) -> str:
-        counts = " → ".join(map(str, self.counts))
-        return f"ImageTrace(row {self.row}, {counts} tokens, {self.reference}, key words: {_listed(self.key_words)})"
+        guide = f", {self.reference}, key words: {_listed(self.key_words)}" if self.reference else ""
+        return f"ImageTrace(row {self.row}, {' → '.join(map(str, self.counts))} tokens{guide})"
 
     @property
     def patches(self) -> int:
@@ -130,7 +129,7 @@ class ImageTrace:
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Visual tokens at first, after the tower and after the decoder, without the stages that did not run."""
+        """Visual tokens at first, and after every stage that ran."""
         last = {group.stage: len(group.kept) for group in self.groups}
         return (self.patches, *last.values())
 
@@ -150,20 +149,25 @@ class ImageTrace:
         Parameters
         ----------
         stages : str, int or sequence of int, optional
-            `"all"`, `"tower"`, `"decoder"`, or places in `groups`. By default the end of the tower, half of the
-            decoder's pruning and its end.
+            `"all"`, `"tower"`, `"decoder"`, or places in `groups`. By default the end of the tower, what enters the
+            decoder if a method chooses there, half of the decoder's pruning and its end.
 
         Raises
         ------
         ValueError
             If `stages` is none of these.
         """
-        panels = [Panel("as the model sees it", torch.ones(self.grid, dtype=torch.bool))]
-        for group in _chosen(self.groups, stages):
-            mask = torch.zeros(self.grid, dtype=torch.bool)
-            mask.view(-1)[group.kept.cpu()] = True
-            panels.append(Panel(_label(group, self.groups), mask))
-        return panels
+        whole = Panel("as the model sees it", torch.ones(self.grid, dtype=torch.bool))
+        return [whole, *(self._panel(group, _label(group, self.groups)) for group in _chosen(self.groups, stages))]
+
+    def final_panel(self, label: str) -> Panel:
+        """Return what is kept in the end."""
+        return self._panel(self.groups[-1], label)
+
+    def _panel(self, group: GroupTrace, label: str) -> Panel:
+        mask = torch.zeros(self.grid, dtype=torch.bool)
+        mask.view(-1)[group.kept.cpu()] = True
+        return Panel(label, mask)
 
     def to_dict(self) -> dict[str, Any]:
         """Return it JSON-ready, derived numbers included."""
@@ -197,12 +201,15 @@ class PruningTrace:
         Size of the whole batch's KV cache after the prefill, and its size without pruning.
     decoder_layer_tokens : tuple of int or float
         Visual tokens of one image in each decoder layer.
+    method : str, default "ivtp"
+        What pruned: `"ivtp"`, or the methods that were applied, such as `"topk"` or `"topk + fastv"`.
     """
 
     images: tuple[ImageTrace, ...]
     kv_bytes: int
     kv_bytes_unpruned: int
     decoder_layer_tokens: tuple[float, ...]
+    method: str = "ivtp"
 
     @property
     def final_tokens(self) -> tuple[int, ...]:
@@ -223,30 +230,30 @@ class PruningTrace:
         return f"PruningTrace({self.summary()})"
 
     def summary(self) -> str:
-        """Tell the whole trace on one line."""
+        """Tell the whole trace on one line; a method other than IVTP is named."""
         parts = [f"{_plural(len(self.images), 'image')}: {self._counts()}" if self.images else "no image"]
         if self.kv_bytes_unpruned:
             parts.append(f"KV cache {_size(self.kv_bytes)} of {_size(self.kv_bytes_unpruned)}")
         words = list(dict.fromkeys(word for image in self.images for word in image.key_words))
         if words:
             parts.append(f"key words: {_listed(words)}")
-        elif self.images:
+        elif any(image.reference for image in self.images):
             parts.append("no key words")
-        return "; ".join(parts)
+        return ("" if self.method == "ivtp" else f"{self.method}: ") + "; ".join(parts)
 
     def _counts(self) -> str:
-        wording = {"tower": "in the tower", "decoder": "in the decoder"}
         first = self.images[0]
         stages = list(dict.fromkeys(group.stage for group in first.groups))
         text = _span([image.patches for image in self.images])
         for place, stage in enumerate(stages, 1):
             counts = [image.counts[place] for image in self.images if len(image.counts) > place]
-            text += f"{',' if place > 1 else ''} → {_span(counts)} {wording.get(stage, stage)}"
+            text += f"{',' if place > 1 else ''} → {_span(counts)} {_PLACES[stage]}"
         return f"{text} ({self.layer_averaged_tokens:.1f} layer-averaged)"
 
     def to_dict(self) -> dict[str, Any]:
         """Return it JSON-ready, derived numbers included: ints, floats, strings and lists only, None for nan."""
         return {
+            "method": self.method,
             "images": [image.to_dict() for image in self.images],
             "final_tokens": list(self.final_tokens),
             "layer_averaged_tokens": self.layer_averaged_tokens,
@@ -264,6 +271,7 @@ class PruningTrace:
         stages: str | int | Sequence[int] | None = None,
         title: str | None = None,
         size: float | None = None,
+        beside: Sequence[PruningTrace] = (),
     ) -> Figure:
         """Draw what stays of one image, under the instruction with its key words marked (Fig. 5).
 
@@ -280,6 +288,9 @@ class PruningTrace:
             A line above the instruction.
         size : float, optional
             Width in inches; the height follows, and everything grows or shrinks with it.
+        beside : sequence of PruningTrace, optional
+            What other methods do to the same prompt. The figure then has the whole picture and a panel for every
+            method, this trace's first, with what each keeps in the end; `stages` does not apply.
 
         Returns
         -------
@@ -291,13 +302,22 @@ class PruningTrace:
         ImportError
             Without matplotlib.
         ValueError
-            If `index`, `stages`, `size` or `image` is none of the above.
+            If `index`, `stages`, `size`, `image` or `beside` is none of the above.
         """
         chosen = self._image(index)
         if size is not None and not (isinstance(size, int | float) and math.isfinite(size) and size > 0):
             raise ValueError(f"size={size!r}: expected the width in inches, a positive number")
-        panels = chosen.panels(stages)
-        return draw(square(image, chosen.grid), panels, chosen.instruction, self._caption(index), title, size)
+        panels, caption, instruction = chosen.panels(stages), self._caption(index), chosen.instruction
+        if beside:
+            if stages is not None:
+                raise ValueError(f"stages={stages!r}: only the end of every method is shown side by side")
+            traces = (self, *beside)
+            panels = [panels[0], *(trace._final_panel(index, chosen.grid) for trace in traces)]
+            caption = self._comparison(index, traces)
+            instruction = next(
+                (text for trace in traces if (text := trace.images[index].instruction).text), instruction
+            )
+        return draw(square(image, chosen.grid), panels, instruction, caption, title, size)
 
     def pictures(
         self, image: Any, index: int = 0, *, stages: str | int | Sequence[int] | None = None
@@ -319,15 +339,30 @@ class PruningTrace:
         whole = square(image, chosen.grid)
         return [StagePicture(label, int(mask.sum()), as_image(dim(whole, mask))) for label, mask in panels]
 
+    def _final_panel(self, index: int, grid: tuple[int, int]) -> Panel:
+        image = self._image(index)
+        if image.grid != grid:
+            raise ValueError(f"beside: a trace of grid {image.grid}; expected {grid}")
+        return image.final_panel(self.method)
+
     def _image(self, index: int) -> ImageTrace:
         if index not in range(len(self.images)):
             raise ValueError(f"index={index!r}: the trace holds {_plural(len(self.images), 'image')}, counted from 0")
         return self.images[index]
 
+    def _number(self, index: int) -> list[str]:
+        return [f"image {index + 1} of {len(self.images)}"] if len(self.images) > 1 else []
+
+    def _comparison(self, index: int, traces: Sequence[PruningTrace]) -> list[str]:
+        averages = ", ".join(f"{trace.method} {trace.layer_averaged_tokens:.1f}" for trace in traces)
+        caches = ", ".join(f"{trace.method} {_size(trace.kv_bytes)}" for trace in traces)
+        facts = [*self._number(index), f"visual tokens averaged over the decoder's layers: {averages}"]
+        return [*facts, f"KV cache: {caches} of {_size(self.kv_bytes_unpruned)}"]
+
     def _caption(self, index: int) -> list[str]:
         image = self.images[index]
-        facts = [f"image {index + 1} of {len(self.images)}"] if len(self.images) > 1 else []
-        facts.append(" → ".join(map(str, image.counts)) + " visual tokens")
+        method = "" if self.method == "ivtp" else f"{self.method}: "
+        facts = [*self._number(index), f"{method}{' → '.join(map(str, image.counts))} visual tokens"]
         if self.decoder_layer_tokens:
             facts.append(f"{self.layer_averaged_tokens:.1f} averaged over the decoder's layers")
         if self.kv_bytes_unpruned:
@@ -385,6 +420,7 @@ class TraceRecorder:
         if self.tokenizer is None:
             self.tokenizer = _saved_tokenizer(model.name_or_path)
         assert self._sequence is not None
+        pruner = model.model.pruner
         side = model.config.vision_config.image_size // model.config.vision_config.patch_size
         images, flat = [], 0
         for row, counts in enumerate(self._sequence.rows):
@@ -392,10 +428,10 @@ class TraceRecorder:
                 groups = [_group(scores, (flat,)) for scores in self.tower]
                 groups += [_group(scores, (row, image)) for scores in (*self.prompted, *self.decoder)]
                 tokens = self._tokens(row, image)
-                reference = "pseudo_cls" if any(token.is_key for token in tokens) else "visual_cls"
-                images.append(
-                    ImageTrace(row=row, grid=(side, side), groups=tuple(groups), tokens=tokens, reference=reference)
-                )
+                reference = None
+                if pruner.needs.pseudo_cls:
+                    reference = "pseudo_cls" if any(token.is_key for token in tokens) else "visual_cls"
+                images.append(ImageTrace(row, (side, side), tuple(groups), tokens, reference))
                 flat += 1
         layers = model.config.text_config.num_hidden_layers
         stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
@@ -406,6 +442,7 @@ class TraceRecorder:
             kv_bytes=stored,
             kv_bytes_unpruned=per_entry * layers * int(cache.get_seq_length()),
             decoder_layer_tokens=_layer_tokens(images, model.model.plan().tower_tokens, layers),
+            method=pruner.label,
         )
 
     def _tokens(self, row: int, image: int) -> tuple[TokenTrace, ...]:
@@ -429,15 +466,16 @@ class TraceRecorder:
 
 
 def _chosen(groups: Sequence[GroupTrace], stages: str | int | Sequence[int] | None) -> list[GroupTrace]:
+    tower = [group for group in groups if group.stage in ("tower", "features")]
+    prompt, decoder = ([group for group in groups if group.stage == stage] for stage in ("prompt", "decoder"))
     if stages is None:
-        tower, decoder = ([group for group in groups if group.stage == stage] for stage in ("tower", "decoder"))
         halfway = (len(decoder) - 1) // 2
-        return [*tower[-1:], *decoder[halfway:-1][:1], *decoder[-1:]]
+        return [*tower[-1:], *prompt, *decoder[halfway:-1][:1], *decoder[-1:]]
     allowed = f"expected 'all', 'tower', 'decoder' or places from 0 to {len(groups) - 1}"
     if isinstance(stages, str):
         if stages not in ("all", "tower", "decoder"):
             raise ValueError(f"stages={stages!r}: {allowed}")
-        return [group for group in groups if stages in ("all", group.stage)]
+        return {"all": list(groups), "tower": tower, "decoder": [*prompt, *decoder]}[stages]
     for place in (stages := [stages] if isinstance(stages, int) else stages):
         if place not in range(-len(groups), len(groups)):
             raise ValueError(f"stages={stages!r} holds {place!r}: {allowed}")
@@ -445,10 +483,18 @@ def _chosen(groups: Sequence[GroupTrace], stages: str | int | Sequence[int] | No
 
 
 def _label(group: GroupTrace, groups: Sequence[GroupTrace]) -> str:
-    if group.stage == "tower" and group is [other for other in groups if other.stage == "tower"][-1]:
+    if group.stage == "prompt":
+        return "before the decoder"
+    tower = [other for other in groups if other.stage in ("tower", "features")]
+    if tower and group is tower[-1]:
         return "after the vision tower"
     stage, count = "vision" if group.stage == "tower" else group.stage, group.layers[1] + 1
     return f"after {count} {stage} layer{'' if count == 1 else 's'}"
+
+
+_PLACES = {
+    "tower": "in the tower", "features": "after the tower", "prompt": "before the decoder", "decoder": "in the decoder",
+}  # fmt: skip
 
 
 def _finite(value: float) -> float | None:

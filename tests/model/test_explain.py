@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from modeling_ivtp import methods
 from tests.support.text_tokenizers import processor as make_processor
 from tests.support.tiny import model_for, prompt, tiny_model
 
@@ -53,7 +54,7 @@ def asked():
     return model, processor, picture, processor(images=picture, text=question, return_tensors="pt")
 
 
-def test_the_questions_words_are_told_with_their_relevance(asked):
+def test_the_questions_words_have_their_relevance(asked):
     model, processor, _, inputs = asked
     image = model.explain(processor=processor, **inputs).images[0]
     text = "".join(token.text for token in image.tokens).replace("▁", " ")
@@ -80,8 +81,8 @@ def test_the_saved_tokenizer_is_found_without_being_passed(asked, tmp_path):
 def test_the_trace_becomes_json_and_a_picture(asked, tmp_path):
     model, processor, picture, inputs = asked
     trace = model.explain(processor=processor, **inputs)
-    told = json.loads(json.dumps(trace.to_dict(), allow_nan=False))
-    assert len(told["images"][0]["groups"]) == 5
+    record = json.loads(json.dumps(trace.to_dict(), allow_nan=False))
+    assert len(record["images"][0]["groups"]) == 5
     trace.plot(picture).savefig(tmp_path / "trace.png")
     assert Image.open(tmp_path / "trace.png").width > 500
 
@@ -105,3 +106,47 @@ def test_there_is_nothing_to_explain_without_pruning_or_image():
         model.explain(**prompt([[5]]))
     with model.pruning(enabled=False), pytest.raises(ValueError, match="pruning is off"):
         model.explain(**prompt([[3, "image", 7]]))
+
+
+def test_the_trace_names_the_methods_that_pruned():
+    model, inputs = tiny_model(), prompt([[3, "image", 7]])
+    assert model.explain(**inputs).method == "ivtp"
+    with methods.TopK(6)(model):
+        trace = model.explain(**inputs)
+        with methods.FastV(4)(model):
+            assert model.explain(**inputs).method == "topk + fastv"
+    assert trace.method == trace.to_dict()["method"] == "topk"
+    assert trace.summary().startswith("topk: 1 image: 16 → 6 in the tower")
+    assert repr(trace).startswith("PruningTrace(topk: 1 image")
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_the_trace_of_any_method_says_what_happened_and_no_more(name):
+    """Of key words only where they could guide, and each stage under a name that a reader knows."""
+    model = tiny_model()
+    with methods.make(name, 6)(model):
+        trace = model.explain(**prompt([[3, "image", 7]]))
+    image = trace.images[0]
+    guided = name in ("ivtp", "topk+")  # by the pseudo-CLS token, or by the visual CLS in its place
+    assert ("key words" in trace.summary()) == guided
+    assert (image.reference is not None) == guided
+    assert ("key words" in repr(image)) == guided
+    for stage in ("features", "prompt"):
+        assert f" {stage}" not in trace.summary()
+    whole, *panels = image.panels()
+    assert int(panels[-1].mask.sum()) == trace.final_tokens[0]
+    for panel in (*panels, *image.panels("all")[1:]):
+        assert panel.label in ("after the vision tower", "before the decoder") or panel.label.endswith(
+            ("decoder layer", "decoder layers", "vision layer", "vision layers")
+        )
+        assert " 0 " not in panel.label
+    assert whole.mask.all()
+
+
+def test_methods_are_drawn_side_by_side(asked):
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
+    model, processor, picture, inputs = asked
+    ivtp = model.explain(processor, **inputs)
+    with methods.TopK(ivtp.final_tokens[0])(model):
+        topk = model.explain(processor, **inputs)
+    assert len(topk.plot(picture, beside=[ivtp]).axes) == 3

@@ -170,6 +170,44 @@ def test_panels_say_what_they_show(trace):
     assert len(pruning_trace(image_trace(tower=(1, 0), decoder=(1, 0))).plot(COFFEE).axes) == 1
 
 
+def test_methods_are_drawn_side_by_side(trace):
+    topk = dataclasses.replace(
+        pruning_trace(image_trace(tower=(64, 4), decoder=(1, 0), tokens=(), reference=None, seed=4)),
+        method="topk",
+        decoder_layer_tokens=(64,) * 32,
+        kv_bytes=11_000_000,
+    )
+    figure = topk.plot(COFFEE, beside=[trace])
+    draw(figure)
+    whole = pixels(figure.axes[0])
+    for axes, kept in zip(figure.axes[1:], (topk, trace), strict=True):
+        untouched = (pixels(axes) == whole).all(1)
+        np.testing.assert_array_equal(untouched, np.isin(np.arange(576), kept.images[0].groups[-1].kept))
+    text = words(figure)
+    for expected in (
+        "as the model sees it",
+        "64 topk 64 ivtp",
+        "How many clocks are on the wall ?",
+        "averaged over the decoder's layers: topk 64.0, ivtp 76.2",
+        "KV cache: topk 11.0 MB, ivtp 12.3 MB of 35.1 MB",
+        "relevance 0.25",
+    ):
+        assert expected in text
+
+
+def test_another_method_is_named_in_the_caption(trace):
+    assert "fastv: 576 → 120 → 64 visual tokens" in words(dataclasses.replace(trace, method="fastv").plot(COFFEE))
+
+
+def test_traces_that_do_not_belong_side_by_side_are_refused(trace):
+    with pytest.raises(ValueError, match=r"beside: a trace of grid \(4, 4\); expected \(24, 24\)"):
+        trace.plot(COFFEE, beside=[pruning_trace(image_trace((4, 4), (8, 1), (4, 1)))])
+    with pytest.raises(ValueError, match="stages='all': only the end of every method is shown side by side"):
+        trace.plot(COFFEE, beside=[trace], stages="all")
+    with pytest.raises(ValueError, match="index=1: the trace holds 1 image"):
+        pruning_trace(image_trace(), image_trace()).plot(COFFEE, 1, beside=[trace])
+
+
 def test_size_scales_the_whole_figure(trace):
     natural, small = trace.plot(COFFEE), trace.plot(COFFEE, size=6)
     assert small.get_figwidth() == pytest.approx(6)
