@@ -16,7 +16,7 @@ __version__ = "0.2.0.dev0"
 
 # Importing the package is enough for the Auto classes to know its checkpoints, without trust_remote_code.
 AutoConfig.register(IVTPLlavaConfig.model_type, IVTPLlavaConfig, exist_ok=True)
-AutoModel.register(IVTPLlavaConfig, IVTPLlavaModel, exist_ok=True)
+AutoModel.register(IVTPLlavaConfig, IVTPLlavaForConditionalGeneration, exist_ok=True)
 AutoModelForImageTextToText.register(IVTPLlavaConfig, IVTPLlavaForConditionalGeneration, exist_ok=True)
 AutoModelForMultimodalLM.register(IVTPLlavaConfig, IVTPLlavaForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(IVTPLlavaConfig, IVTPLlavaProcessor, exist_ok=True)

@@ -20,6 +20,7 @@ from transformers.models.clip.configuration_clip import CLIPConfig, CLIPTextConf
 from transformers.models.clip.modeling_clip import CLIPPreTrainedModel, CLIPTextModel, CLIPTextModelWithProjection
 
 from .configuration_ivtp import IVTPLlavaConfig
+from .frozen import freeze
 from .language_ivtp import DECODERS
 
 OPEN_CLIP = "open_clip:"
@@ -240,8 +241,7 @@ def join_clip(model: Any, clip: ClipText) -> None:
     positions = text.text_model.embeddings
     positions.position_ids = torch.arange(clip.text_config.max_position_embeddings, device=device)[None]
     model.config.clip_text_config = text.config
-    body.clip_text_model = text.eval()
-    body.visual_projection = projection
+    body.clip_text_model, body.visual_projection = freeze(text.eval()), freeze(projection)
     if hasattr(model, "hf_device_map") and "" not in model.hf_device_map:
         for name in ("clip_text_model", "visual_projection"):
             model.hf_device_map[f"model.{name}"] = device
@@ -285,6 +285,8 @@ def register_weight_names() -> None:
         "IVTPLlavaForConditionalGeneration": "llava",
         "IVTPLlavaModel": "LlavaModel",
         "GroupedCLIPVisionModel": "CLIPVisionModel",
+        "FrozenCLIPTextModel": "CLIPTextModel",
+        "FrozenCLIPTextModelWithProjection": "CLIPTextModelWithProjection",
         **{decoder.__name__: decoder.__name__.removeprefix("Grouped") for decoder in DECODERS.values()},
     }
     for ours, stock in stock_of.items():

@@ -4,6 +4,7 @@ Either name works in a call of our models, whatever the version; calls of transf
 """
 
 import inspect
+import warnings
 from typing import Any
 
 from transformers.cache_utils import Cache
@@ -24,6 +25,19 @@ def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | Non
     if cache is not None and past_key_values is not None and cache is not past_key_values:
         raise ValueError("You cannot specify both cache and past_key_values: they are two names of one argument.")
     return past_key_values if cache is None else cache
+
+
+def cache_argument(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """Return the cache that a user's call passed, and warn of the old name where transformers does.
+
+    Raises
+    ------
+    ValueError
+        If it came under both names and they differ.
+    """
+    if past_key_values is not None and CACHE == "cache":
+        warnings.warn("`past_key_values` is deprecated: pass `cache` instead.", FutureWarning, stacklevel=3)
+    return one_cache(cache, past_key_values)
 
 
 def cache_of(outputs: Any) -> Any:

@@ -21,7 +21,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 # Saving adds the class that is saved; a page that is to load through every Auto class needs all of them.
 AUTO_MAP = {
     "AutoConfig": "configuration_ivtp.IVTPLlavaConfig",
-    "AutoModel": "modeling_ivtp.IVTPLlavaModel",
+    "AutoModel": "modeling_ivtp.IVTPLlavaForConditionalGeneration",
     "AutoModelForImageTextToText": "modeling_ivtp.IVTPLlavaForConditionalGeneration",
     "AutoModelForMultimodalLM": "modeling_ivtp.IVTPLlavaForConditionalGeneration",
 }
@@ -174,7 +174,8 @@ class IVTPLlavaConfig(LlavaConfig):
         self.pruning = IVTPPruningConfig.create(self.pruning)
         if isinstance(self.clip_text_config, dict):
             self.clip_text_config = CLIPTextConfig(**self.clip_text_config)
-        super().__post_init__(**{"auto_map": dict(AUTO_MAP)} | kwargs)
+        # Ours win: folders of version 0.1.0 map AutoModel to the class that cannot generate.
+        super().__post_init__(**kwargs | {"auto_map": (kwargs.get("auto_map") or {}) | AUTO_MAP})
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:

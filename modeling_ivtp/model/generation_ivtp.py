@@ -156,6 +156,22 @@ class PrunedGeneration:
             first += count
         return order
 
+    def generate_batch(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Generate from token lists by transformers' continuous batching, which takes no images.
+
+        Raises
+        ------
+        ValueError
+            If images come along, or image tokens that no image could fill.
+        """
+        images = [name for name in ("pixel_values", "mm_encoder_outputs") if kwargs.get(name) is not None]
+        if images or any(self.config.image_token_id in list(row) for row in inputs):
+            raise ValueError(
+                f"generate_batch takes prompts without images, and {' and '.join(images) or 'image tokens'} came: use "
+                "generate, which takes batches of prompts with images."
+            )
+        return super().generate_batch(inputs, *args, **kwargs)  # type: ignore[misc]
+
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
         """Leave out the inputs that an assistant, a plain language model, does not take."""
         assistant, inputs = kwargs.get("assistant_model"), kwargs.get("model_kwargs")

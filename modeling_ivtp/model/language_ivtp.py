@@ -25,7 +25,7 @@ from .pruned_cache import (
 from .pseudo_cls_attention import GroupedAttention, PseudoCLSAttention
 from .rollout import DecoderAttentionRecord
 from .schedule import Group, PruningPlan
-from .visual_prompt import Numbering, PromptPass, VisualPrompt
+from .visual_prompt import HiddenStates, Numbering, PromptPass, VisualPrompt
 from .visual_sequence import VisualSequence
 
 
@@ -126,7 +126,7 @@ class GroupedDecoder:
         self._check_window(past, logical)
         if position_ids is None:
             position_ids = (torch.arange(logical, device=inputs_embeds.device) + past)[None]
-        states: list[torch.Tensor] | None = [] if wanted else None
+        states = HiddenStates(wanted, model.config.num_hidden_layers) if wanted else None
         inputs = (inputs_embeds, attention_mask, position_ids, cache)
         kept_tokens = None
         if visual is None:
@@ -137,7 +137,7 @@ class GroupedDecoder:
         return PrunedDecoderOutput(
             last_hidden_state=hidden,
             **{CACHE: cache},
-            hidden_states=None if states is None else (*states, hidden),
+            hidden_states=None if states is None else states.with_last(hidden),
             kept_tokens=kept_tokens,
         )
 
@@ -212,7 +212,7 @@ class GroupedDecoder:
         attention_mask: Any,
         position_ids: torch.Tensor,
         cache: Any,
-        states: list[torch.Tensor] | None,
+        states: HiddenStates | None,
         kwargs: dict[str, Any],
     ) -> torch.Tensor:
         """Run tokens after a pruned prompt: nothing is dropped, but masks and positions differ between layers."""
@@ -227,9 +227,9 @@ class GroupedDecoder:
             if rotary is None or shift is not known_shift:
                 positions = position_ids if shift is None else position_ids - shift.to(position_ids.device)
                 rotary, known_shift = self.rotary_emb(hidden, position_ids=positions), shift  # type: ignore[attr-defined]
-            for layer in layers[first : last + 1]:
+            for index, layer in enumerate(layers[first : last + 1], first):
                 if states is not None:
-                    states.append(hidden)
+                    states[index] = hidden
                 hidden = layer(hidden, attention_mask=masks[first], position_embeddings=rotary, **options)
         return hidden
 
@@ -240,7 +240,7 @@ class GroupedDecoder:
         position_ids: torch.Tensor,
         cache: Cache | None,
         visual: VisualPrompt,
-        states: list[torch.Tensor] | None,
+        states: HiddenStates | None,
         kwargs: dict[str, Any],
     ) -> tuple[torch.Tensor, VisualSequence]:
         """Run a prompt group after group, each on the tokens that the group before left."""
@@ -269,7 +269,7 @@ class GroupedDecoder:
         position_ids: torch.Tensor,
         cache: Cache | None,
         visual: VisualPrompt,
-        states: list[torch.Tensor] | None,
+        states: HiddenStates | None,
     ) -> PromptPass:
         """Prepare the cache and gather what belongs to one prompt's pass."""
         past, sequence, pseudo = 0, visual.sequence, visual.pseudo_cls
@@ -303,12 +303,12 @@ class GroupedDecoder:
         run: PromptPass, span: CacheSpan, layers: list[Any], call: dict[str, Any], drops: bool, records: list[Any]
     ) -> None:
         """Run layers on the prompt alone; where tokens will be dropped, each leaves a record."""
-        for layer in layers[span.first : span.last + 1]:
-            run.note_state()
+        for index in range(span.first, span.last + 1):
+            run.note_state(index)
             if drops:
                 records.append(DecoderAttentionRecord(span.entries, span.past_valid, run.sequence.valid))
                 call["record"] = records[-1]
-            run.tokens = layer(run.tokens, **call)
+            run.tokens = layers[index](run.tokens, **call)
 
     @staticmethod
     def _run_with_pseudo_cls(
@@ -326,10 +326,10 @@ class GroupedDecoder:
         assert run.visual.pseudo_cls is not None
         pools = run.visual.pseudo_cls.key_tokens is not None
         for index in range(span.first, span.last + 1):
-            run.note_state()
+            run.note_state(index)
             if drops:
                 records.append(run.visual.pruner.record(group, index))
-            if joined is None or pools:
+            if joined is None or pools or run.states is not None:
                 joined = run.joined()
             record = replace(attention, record=records[-1] if drops else None)
             joined = layers[index](joined, record=record, **call)

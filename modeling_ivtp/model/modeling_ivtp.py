@@ -23,8 +23,9 @@ from transformers.models.llava.modeling_llava import (
 )
 
 from .checkpoint_ivtp import load_llava, naming_damaged_weights, register_weight_names
-from .compat import CACHE, cache_of, one_cache
+from .compat import CACHE, cache_argument, cache_of, one_cache
 from .configuration_ivtp import IVTPLlavaConfig, IVTPPruningConfig
+from .frozen import freeze, init_frozen
 from .generation_ivtp import PrunedGeneration
 from .instruction_cache import InstructionCache
 from .labels import TEXT_TOWER, labelled
@@ -83,6 +84,24 @@ class IVTPLlavaPreTrainedModel(LlavaPreTrainedModel):
     config_class = IVTPLlavaConfig
     config: Any
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a checkpoint as transformers does, and name a weights file that is damaged or cut short.
+
+        Raises
+        ------
+        OSError
+            If a weights file cannot be read.
+        """
+        with naming_damaged_weights(pretrained_model_name_or_path):
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        body: Any = getattr(model, "model", model)
+        if body.has_text_tower:
+            freeze(body.clip_text_model)  # loading makes every weight trainable
+            freeze(body.visual_projection)
+        return loaded
+
     @property
     def pruning_config(self) -> IVTPPruningConfig:
         """The options in force."""
@@ -115,6 +134,11 @@ class IVTPLlavaPreTrainedModel(LlavaPreTrainedModel):
             yield
         finally:
             self._use_pruning(before)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        init_frozen(module)
 
     def _use_pruning(self, pruning: IVTPPruningConfig) -> None:
         before = self.config.pruning
@@ -159,11 +183,9 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
         self.instruction_cache = InstructionCache()
         self.prompt_graphs = PromptGraphs()
         if config.clip_text_config is not None:
-            # These choose tokens; no gradient comes through a choice, so training leaves them as they are.
-            self.clip_text_model = CLIPTextModelWithProjection._from_config(config.clip_text_config)
-            self.visual_projection = nn.Linear(
-                config.vision_config.hidden_size, config.clip_text_config.projection_dim, bias=False
-            )
+            width, projection = config.vision_config.hidden_size, config.clip_text_config.projection_dim
+            self.clip_text_model = freeze(CLIPTextModelWithProjection._from_config(config.clip_text_config))
+            self.visual_projection = freeze(nn.Linear(width, projection, bias=False))
         self.post_init()
 
     @property
@@ -391,7 +413,7 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
             `last_hidden_state` (B, S, d), zero at dropped tokens; a row that ends on a dropped token ends with the
             last token that is left.
         """
-        cache = one_cache(cache, past_key_values)
+        cache = cache_argument(cache, past_key_values)
         encoded: Any = (mm_encoder_outputs or {}).get("image")
         images: dict[str, Any] = {
             "vision_feature_layer": vision_feature_layer,
@@ -483,18 +505,6 @@ class IVTPLlavaForConditionalGeneration(
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a checkpoint as transformers does, and name a weights file that is damaged or cut short.
-
-        Raises
-        ------
-        OSError
-            If a weights file cannot be read.
-        """
-        with naming_damaged_weights(pretrained_model_name_or_path):
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-
-    @classmethod
     def from_llava(
         cls,
         llava: Any,
@@ -554,7 +564,8 @@ class IVTPLlavaForConditionalGeneration(
         Parameters
         ----------
         labels : int64 Tensor (B, S), optional
-            As in LLaVA. A dropped token predicts nothing, so the label right after it is ignored.
+            As in LLaVA. Labels on image tokens are ignored, and so is the label right after a dropped token, which
+            predicts nothing.
         clip_input_ids : int64 Tensor (B, W, C), optional
         clip_spans : int64 Tensor (B, S, 2), optional
             The instruction, from `IVTPLlavaProcessor`.
@@ -575,7 +586,7 @@ class IVTPLlavaForConditionalGeneration(
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            cache=one_cache(cache, past_key_values),
+            cache=cache_argument(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             vision_feature_layer=vision_feature_layer,
             vision_feature_select_strategy=vision_feature_select_strategy,
@@ -591,15 +602,10 @@ class IVTPLlavaForConditionalGeneration(
         logits = self.lm_head(hidden_states[:, rows, :].contiguous())
         loss = None
         if labels is not None:
-            kept = getattr(outputs, "kept_tokens", None)
-            if kept is not None:
-                predicted = nn.functional.pad(kept[:, :-1], (1, 0), value=True)
-                labels = labels.masked_fill(~predicted.to(labels.device), -100)  # type: ignore[assignment]
             for name in ("mm_encoder_outputs", "recorder"):
                 kwargs.pop(name, None)
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
-            )
+            targets = self._targets(labels, kwargs.pop("shift_labels", None), outputs, input_ids, inputs_embeds)
+            loss = self.loss_function(logits=logits, vocab_size=self.config.text_config.vocab_size, **targets, **kwargs)
         result = LlavaCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -609,6 +615,26 @@ class IVTPLlavaForConditionalGeneration(
         )
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return result if return_dict else result.to_tuple()
+
+    def _targets(
+        self,
+        labels: torch.Tensor,
+        shift_labels: torch.Tensor | None,
+        outputs: Any,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+    ) -> dict[str, torch.Tensor]:
+        """Return the labels without image tokens, which nobody says, and without what dropped tokens would predict."""
+        ignored = self.model.placeholders(input_ids, inputs_embeds)
+        kept = getattr(outputs, "kept_tokens", None)
+        if kept is not None:
+            ignored = ignored | ~nn.functional.pad(kept[:, :-1], (1, 0), value=True).to(ignored.device)
+        ignored = ignored.to(labels.device)
+        targets = {"labels": labels.masked_fill(ignored, -100)}
+        if shift_labels is not None:
+            shifted = nn.functional.pad(ignored[:, 1:], (0, 1), value=False)
+            targets["shift_labels"] = shift_labels.masked_fill(shifted.to(shift_labels.device), -100)
+        return targets
 
     @torch.no_grad()
     def explain(self, processor: Any = None, **inputs: Any) -> PruningTrace:
@@ -745,5 +771,5 @@ register_weight_names()
 IVTPLlavaForConditionalGeneration.forward.__signature__ = inspect.signature(  # type: ignore[attr-defined]
     IVTPLlavaForConditionalGeneration.forward
 )
-IVTPLlavaModel.register_for_auto_class("AutoModel")
+IVTPLlavaModel.register_for_auto_class("AutoModel")  # its code is copied when it is saved by itself
 IVTPLlavaForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")

@@ -116,6 +116,33 @@ class Numbering:
         return positions, ends, original[:, -1:] - gapless[:, -1:]
 
 
+class HiddenStates:
+    """The hidden states that `output_hidden_states` asks for: all, or those of some layers.
+
+    Parameters
+    ----------
+    wanted : bool, int or list of int
+        Numbers count the inputs of all layers and the decoder's output; negative ones count from the end.
+    layers : int
+        Layers of the decoder.
+    """
+
+    def __init__(self, wanted: bool | int | list[int], layers: int) -> None:
+        self.states: list[torch.Tensor | None] = [None] * (layers + 1)
+        numbers = [wanted] if isinstance(wanted, int) else wanted
+        count = len(self.states)
+        self.layers = set(range(count)) if wanted is True else {n % count for n in numbers if -count <= n < count}
+
+    def __setitem__(self, layer: int, state: torch.Tensor) -> None:
+        if layer in self.layers:
+            self.states[layer] = state
+
+    def with_last(self, state: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return what the model's output holds, with the decoder's output as the last entry."""
+        self[len(self.states) - 1] = state
+        return tuple(self.states)
+
+
 @dataclass
 class PromptPass:
     """A prompt on its way through the decoder: the tokens that are left, and the pseudo-CLS tokens beside them.
@@ -132,8 +159,8 @@ class PromptPass:
         Hidden states of the pseudo-CLS tokens.
     sizes : float32 Tensor (B, M, k) or None
         See `Choice.sizes`.
-    states : list of Tensor (B, S, d) or None
-        The input of every layer is appended, where `output_hidden_states` asks for it.
+    states : HiddenStates or None
+        Collects the input of every layer, where `output_hidden_states` asks for it.
     """
 
     visual: VisualPrompt
@@ -142,12 +169,17 @@ class PromptPass:
     numbering: Numbering
     pseudo_cls: torch.Tensor | None
     sizes: torch.Tensor | None = None
-    states: list[torch.Tensor] | None = None
+    states: HiddenStates | None = None
 
-    def note_state(self) -> None:
-        """Keep the hidden states that the next layer gets, if anybody wants them."""
-        if self.states is not None:
-            self.states.append(self.sequence.restore(self.tokens))
+    def note_state(self, layer: int) -> None:
+        """Hand out the hidden states that a layer gets, if anybody wants them."""
+        if self.states is None or layer not in self.states.layers:
+            return
+        state = self.states[layer] = self.sequence.restore(self.tokens)
+        if state.requires_grad:
+            # The layer goes on from what is handed out, so that gradients with respect to it can be asked for.
+            index = self.sequence.slots.to(state.device).clamp_max(state.shape[1] - 1)
+            self.tokens = state.gather(1, index[..., None].expand_as(self.tokens))
 
     def joined(self) -> torch.Tensor:
         """Return tokens and pseudo-CLS tokens side by side: (B, n + M, d)."""

@@ -1,0 +1,157 @@
+"""Calls that users of LLaVA make, and what they expect: what stock LLaVA does, or an error that says why."""
+
+import warnings
+
+import pytest
+import torch
+from transformers import AutoModel, LlavaForConditionalGeneration
+
+from modeling_ivtp import IVTPLlavaForConditionalGeneration, IVTPLlavaModel
+from modeling_ivtp.model.compat import CACHE
+from modeling_ivtp.model.frozen import FrozenLinear
+from tests.support.tiny import IMAGE_TOKEN, prompt, tiny_model
+
+ROWS = [[3, "image", 6], ["image", 9]]
+
+
+@pytest.fixture
+def model():
+    return tiny_model()
+
+
+@pytest.fixture
+def inputs():
+    return prompt(ROWS)
+
+
+def with_labels(inputs):
+    return inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+
+
+def test_auto_model_generates_and_explains(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(loaded) is IVTPLlavaForConditionalGeneration
+    inputs = prompt([[3, "image", 6]])
+    options = {"max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(loaded.generate(**inputs, **options), model.generate(**inputs, **options))
+    assert loaded.explain(**inputs).final_tokens == (4,)
+
+
+def test_a_folder_that_maps_auto_model_to_the_bare_class_is_mended_when_it_is_saved(model, tmp_path):
+    model.config.auto_map["AutoModel"] = "modeling_ivtp.IVTPLlavaModel"  # as version 0.1.0 wrote it
+    model.save_pretrained(tmp_path / "old")
+    AutoModel.from_pretrained(tmp_path / "old").save_pretrained(tmp_path / "new")
+    config = IVTPLlavaForConditionalGeneration.config_class.from_pretrained(tmp_path / "new")
+    assert config.auto_map["AutoModel"] == "modeling_ivtp.IVTPLlavaForConditionalGeneration"
+
+
+def test_the_bare_model_is_there_by_its_name(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    assert not hasattr(IVTPLlavaModel.from_pretrained(tmp_path), "lm_head")
+
+
+def test_image_tokens_are_never_targets(model, inputs):
+    labels = with_labels(inputs)
+    assert (labels == IMAGE_TOKEN).any()
+    masked = labels.masked_fill(labels == IMAGE_TOKEN, -100)
+    for enabled in (True, False):
+        with model.pruning(enabled=enabled):
+            assert model(**inputs, labels=labels).loss == model(**inputs, labels=masked).loss
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_shifted_labels_give_the_loss_of_labels(model, inputs, enabled):
+    labels = with_labels(inputs)
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    with model.pruning(enabled=enabled):
+        expected = model(**inputs, labels=labels).loss
+        torch.testing.assert_close(model(**inputs, labels=labels, shift_labels=shifted).loss, expected)
+
+
+@pytest.mark.parametrize("wanted", [[0, 5], [-1], 2])
+def test_hidden_states_of_some_layers(model, inputs, wanted):
+    every = model(**inputs, output_hidden_states=True).hidden_states
+    some = model(**inputs, output_hidden_states=wanted).hidden_states
+    numbers = {number % len(every) for number in ([wanted] if isinstance(wanted, int) else wanted)}
+    assert len(some) == len(every)
+    for number, (one, all_of_them) in enumerate(zip(some, every, strict=True)):
+        assert (one is not None) == (number in numbers)
+        assert one is None or torch.equal(one, all_of_them)
+
+
+@pytest.mark.parametrize("pseudo_cls", ["propagate", "pool"])
+def test_every_hidden_state_can_be_asked_for_its_gradient(inputs, pseudo_cls):
+    model = tiny_model(pseudo_cls=pseudo_cls)
+    outputs = model(**inputs, labels=with_labels(inputs), output_hidden_states=True)
+    for state in outputs.hidden_states:
+        state.retain_grad()
+    outputs.loss.backward()
+    assert all(state.grad is not None and state.grad.abs().sum() > 0 for state in outputs.hidden_states)
+    expected = tiny_model(pseudo_cls=pseudo_cls)
+    expected(**inputs, labels=with_labels(inputs)).loss.backward()
+    gradients = dict(expected.named_parameters())
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, gradients[name].grad, atol=1e-6, rtol=1e-4)
+
+
+def test_continuous_batching_refuses_pictures(model, inputs):
+    with pytest.raises(ValueError, match="prompts without images, and pixel_values came: use generate"):
+        model.generate_batch([[5, 6]], pixel_values=inputs["pixel_values"])
+    with pytest.raises(ValueError, match="prompts without images, and image tokens came"):
+        model.generate_batch(inputs["input_ids"].tolist())
+
+
+@pytest.mark.skipif(CACHE != "cache", reason="this version of transformers still calls it past_key_values")
+def test_the_old_name_of_the_cache_warns_as_in_stock_llava(model, inputs):
+    cache = getattr(model(**inputs, use_cache=True), CACHE)
+    token = {"input_ids": torch.tensor([[7], [8]])}
+    with pytest.warns(FutureWarning, match="past_key_values"):
+        model(**token, past_key_values=cache)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        model(**token, cache=cache)
+
+
+def test_the_text_tower_that_chooses_is_frozen(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    for one in (model, IVTPLlavaForConditionalGeneration.from_pretrained(tmp_path)):
+        choosing = {n: p for n, p in one.named_parameters() if "clip_text_model" in n or "visual_projection" in n}
+        assert len(choosing) > 10
+        assert not any(parameter.requires_grad for parameter in choosing.values())
+        assert all(p.requires_grad for n, p in one.named_parameters() if n not in choosing)
+
+
+def test_adapters_and_quantisers_pass_the_text_tower_by(model):
+    parts = {**dict(model.model.clip_text_model.named_modules()), "": model.model.visual_projection}
+    assert not any(isinstance(part, torch.nn.Linear) for part in parts.values())
+    assert sum(isinstance(part, FrozenLinear) for part in parts.values()) == 2 * 6 + 1 + 1
+
+
+def test_lora_on_all_linear_layers_leaves_no_dead_layer(inputs):
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    adapted.train()
+    adapted(**inputs, labels=with_labels(inputs)).loss.backward()
+    trained = {name: p.grad for name, p in adapted.named_parameters() if p.requires_grad and "lora_B" in name}
+    assert trained
+    assert not [name for name in trained if "clip_text_model" in name or "visual_projection" in name]
+
+
+def test_frozen_layers_are_those_of_stock_clip(model):
+    layer = model.model.visual_projection
+    stock = torch.nn.Linear(layer.in_features, layer.out_features, bias=False)
+    stock.load_state_dict(layer.state_dict())
+    hidden = torch.randn(3, layer.in_features)
+    assert torch.equal(layer(hidden), stock(hidden))
+    assert "in_features=32, out_features=16, bias=False" in repr(layer)
+
+
+def test_a_model_without_clip_weights_gets_finite_ones(model, tmp_path):
+    """Weights that a checkpoint lacks are drawn, frozen layers' too, and are no uninitialised memory."""
+    LlavaForConditionalGeneration(model.config).save_pretrained(tmp_path)
+    loaded = IVTPLlavaForConditionalGeneration.from_pretrained(tmp_path, config=model.config)
+    for name, parameter in loaded.named_parameters():
+        assert torch.isfinite(parameter).all(), name
+        assert parameter.abs().max() < 10, name
