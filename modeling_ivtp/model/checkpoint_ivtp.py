@@ -1,8 +1,9 @@
 """Loading: official LLaVA weights under our class names, and CLIP's text half joined to them."""
 
+import copy
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,6 @@ from transformers.models.clip.configuration_clip import CLIPConfig, CLIPTextConf
 from transformers.models.clip.modeling_clip import CLIPPreTrainedModel, CLIPTextModel, CLIPTextModelWithProjection
 
 from .configuration_ivtp import IVTPLlavaConfig
-from .frozen import freeze
 from .language_ivtp import DECODERS
 
 OPEN_CLIP = "open_clip:"
@@ -60,6 +60,25 @@ class ClipText:
 
 CLIP_READERS: dict[str, Callable[..., ClipText]] = {}
 """Readers of CLIPs in other formats than transformers'. The installed package adds `"open_clip"`."""
+
+
+def sparing(quantization_config: Any, names: Iterable[str]) -> Any:
+    """Return a copy of a quantisation config that leaves out the named modules and the language model's head.
+
+    Parameters
+    ----------
+    quantization_config : QuantizationConfigMixin or dict
+        One that has a list of modules to leave out; others are returned as they are.
+    names : iterable of str
+    """
+    config, as_dict = copy.deepcopy(quantization_config), isinstance(quantization_config, dict)
+    options = config if as_dict else vars(config)
+    bitsandbytes = "llm_int8_skip_modules" in options or "load_in_8bit" in options or "load_in_4bit" in options
+    field = "llm_int8_skip_modules" if bitsandbytes else "modules_to_not_convert"
+    if not as_dict and field not in options:
+        return quantization_config
+    options[field] = list(dict.fromkeys([*(options.get(field) or ["lm_head"]), *names]))
+    return config
 
 
 def load_llava(
@@ -241,7 +260,8 @@ def join_clip(model: Any, clip: ClipText) -> None:
     positions = text.text_model.embeddings
     positions.position_ids = torch.arange(clip.text_config.max_position_embeddings, device=device)[None]
     model.config.clip_text_config = text.config
-    body.clip_text_model, body.visual_projection = freeze(text.eval()), freeze(projection)
+    body.clip_text_model, body.visual_projection = text, projection
+    body.train(body.training)
     if hasattr(model, "hf_device_map") and "" not in model.hf_device_map:
         for name in ("clip_text_model", "visual_projection"):
             model.hf_device_map[f"model.{name}"] = device
@@ -285,8 +305,6 @@ def register_weight_names() -> None:
         "IVTPLlavaForConditionalGeneration": "llava",
         "IVTPLlavaModel": "LlavaModel",
         "GroupedCLIPVisionModel": "CLIPVisionModel",
-        "FrozenCLIPTextModel": "CLIPTextModel",
-        "FrozenCLIPTextModelWithProjection": "CLIPTextModelWithProjection",
         **{decoder.__name__: decoder.__name__.removeprefix("Grouped") for decoder in DECODERS.values()},
     }
     for ours, stock in stock_of.items():

@@ -22,10 +22,9 @@ from transformers.models.llava.modeling_llava import (
     LlavaPreTrainedModel,
 )
 
-from .checkpoint_ivtp import load_llava, naming_damaged_weights, register_weight_names
+from .checkpoint_ivtp import load_llava, naming_damaged_weights, register_weight_names, sparing
 from .compat import CACHE, cache_argument, cache_of, one_cache
 from .configuration_ivtp import IVTPLlavaConfig, IVTPPruningConfig
-from .frozen import freeze, init_frozen
 from .generation_ivtp import PrunedGeneration
 from .instruction_cache import InstructionCache
 from .labels import TEXT_TOWER, labelled
@@ -39,6 +38,10 @@ from .vision_ivtp import GroupedCLIPVisionModel, PrunedVisionOutput
 
 IMAGES = "image_outputs" if "image_outputs" in LlavaModelOutputWithPast.__dataclass_fields__ else "image_hidden_states"
 """The name of the images in LLaVA's outputs: the former since transformers 5.24."""
+
+
+CHOOSING = ("clip_text_model", "visual_projection")
+"""Parts of the model that serve nothing but the choice of tokens."""
 
 
 @dataclass
@@ -86,21 +89,21 @@ class IVTPLlavaPreTrainedModel(LlavaPreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a checkpoint as transformers does, and name a weights file that is damaged or cut short.
+        """Load a checkpoint as transformers does; CLIP's text tower and projection are never quantised.
+
+        An error names a weights file that is damaged or cut short.
 
         Raises
         ------
         OSError
             If a weights file cannot be read.
         """
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = sparing(
+                kwargs["quantization_config"], [*CHOOSING, *(f"model.{name}" for name in CHOOSING)]
+            )
         with naming_damaged_weights(pretrained_model_name_or_path):
-            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        body: Any = getattr(model, "model", model)
-        if body.has_text_tower:
-            freeze(body.clip_text_model)  # loading makes every weight trainable
-            freeze(body.visual_projection)
-        return loaded
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @property
     def pruning_config(self) -> IVTPPruningConfig:
@@ -134,11 +137,6 @@ class IVTPLlavaPreTrainedModel(LlavaPreTrainedModel):
             yield
         finally:
             self._use_pruning(before)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        init_frozen(module)
 
     def _use_pruning(self, pruning: IVTPPruningConfig) -> None:
         before = self.config.pruning
@@ -183,10 +181,12 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
         self.instruction_cache = InstructionCache()
         self.prompt_graphs = PromptGraphs()
         if config.clip_text_config is not None:
-            width, projection = config.vision_config.hidden_size, config.clip_text_config.projection_dim
-            self.clip_text_model = freeze(CLIPTextModelWithProjection._from_config(config.clip_text_config))
-            self.visual_projection = freeze(nn.Linear(width, projection, bias=False))
+            self.clip_text_model = CLIPTextModelWithProjection._from_config(config.clip_text_config)
+            self.visual_projection = nn.Linear(
+                config.vision_config.hidden_size, config.clip_text_config.projection_dim, bias=False
+            )
         self.post_init()
+        self.train(self.training)
 
     @property
     def pruner(self) -> Pruner:
@@ -207,6 +207,18 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
     def has_text_tower(self) -> bool:
         """Whether CLIP's text tower is part of this model."""
         return hasattr(self, "clip_text_model")
+
+    def train(self, mode: bool = True) -> Any:
+        """Set training mode as PyTorch does; CLIP's text tower and projection stay frozen (Fig. 2).
+
+        They choose tokens, and no gradient comes through a choice: as trainable weights, adapters on them included,
+        they would stop data-parallel training at its second step.
+        """
+        super().train(mode)
+        for name in CHOOSING:
+            if hasattr(self, name):
+                getattr(self, name).requires_grad_(False)
+        return self
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         # The model is moved or cast: no captured graph is valid, and its memory is wanted back now.

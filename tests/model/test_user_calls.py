@@ -4,11 +4,11 @@ import warnings
 
 import pytest
 import torch
-from transformers import AutoModel, LlavaForConditionalGeneration
+from transformers import AutoModel, BitsAndBytesConfig, LlavaForConditionalGeneration, QuantoConfig
 
 from modeling_ivtp import IVTPLlavaForConditionalGeneration, IVTPLlavaModel
+from modeling_ivtp.model.checkpoint_ivtp import sparing
 from modeling_ivtp.model.compat import CACHE
-from modeling_ivtp.model.frozen import FrozenLinear
 from tests.support.tiny import IMAGE_TOKEN, prompt, tiny_model
 
 ROWS = [[3, "image", 6], ["image", 9]]
@@ -123,29 +123,42 @@ def test_the_text_tower_that_chooses_is_frozen(model, tmp_path):
         assert all(p.requires_grad for n, p in one.named_parameters() if n not in choosing)
 
 
-def test_adapters_and_quantisers_pass_the_text_tower_by(model):
-    parts = {**dict(model.model.clip_text_model.named_modules()), "": model.model.visual_projection}
-    assert not any(isinstance(part, torch.nn.Linear) for part in parts.values())
-    assert sum(isinstance(part, FrozenLinear) for part in parts.values()) == 2 * 6 + 1 + 1
-
-
-def test_lora_on_all_linear_layers_leaves_no_dead_layer(inputs):
+@pytest.mark.parametrize("linear", [True, False], ids=["all-linear", "q_proj"])
+def test_adapters_on_the_text_tower_stay_frozen(inputs, linear):
     peft = pytest.importorskip("peft")
-    adapted = peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    targets = "all-linear" if linear else ["q_proj"]
+    adapted = peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules=targets))
     adapted.train()
-    adapted(**inputs, labels=with_labels(inputs)).loss.backward()
-    trained = {name: p.grad for name, p in adapted.named_parameters() if p.requires_grad and "lora_B" in name}
-    assert trained
+    trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    assert any("language_model" in name for name in trained)
     assert not [name for name in trained if "clip_text_model" in name or "visual_projection" in name]
+    adapted(**inputs, labels=with_labels(inputs)).loss.backward()
 
 
-def test_frozen_layers_are_those_of_stock_clip(model):
-    layer = model.model.visual_projection
-    stock = torch.nn.Linear(layer.in_features, layer.out_features, bias=False)
-    stock.load_state_dict(layer.state_dict())
-    hidden = torch.randn(3, layer.in_features)
-    assert torch.equal(layer(hidden), stock(hidden))
-    assert "in_features=32, out_features=16, bias=False" in repr(layer)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantisers_leave_the_text_tower_as_it_is(tmp_path, bits):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    tiny_model(width=128).save_pretrained(tmp_path)
+    own = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    model = IVTPLlavaForConditionalGeneration.from_pretrained(tmp_path, quantization_config=own)
+    kinds = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
+    quantised = {name for name, part in model.named_modules() if isinstance(part, kinds)}
+    assert any("language_model" in name for name in quantised)
+    assert any("vision_tower" in name for name in quantised)
+    spared = ("clip_text_model", "visual_projection", "lm_head")
+    assert not [name for name in quantised if any(part in name for part in spared)]
+    assert own.llm_int8_skip_modules is None
+
+
+def test_other_quantisation_configs_are_told_too():
+    assert sparing({"quant_method": "quanto"}, ["a"]) == {
+        "quant_method": "quanto",
+        "modules_to_not_convert": ["lm_head", "a"],
+    }
+    assert sparing({"load_in_8bit": True}, ["a"])["llm_int8_skip_modules"] == ["lm_head", "a"]
+    kept = QuantoConfig(weights="int8", modules_to_not_convert=["b"])
+    assert sparing(kept, ["a"]).modules_to_not_convert == ["b", "a"]
+    assert kept.modules_to_not_convert == ["b"]
 
 
 def test_a_model_without_clip_weights_gets_finite_ones(model, tmp_path):

@@ -16,7 +16,7 @@ TEXT = """
 What is the colour of the bird that sits on the left branch of the tree? Describe the image in detail, please. How many
 people are standing in front of the red building, and which of them is wearing a hat? Is there a dog or a cat in the
 picture? Answer the question using a single word or phrase. The man in the photograph is riding a brown horse along
-the beach. There are two cups, a plate of food and a small bottle of water on the wooden table. Which animal is after
+the beach. There are two cups, a plate of food and a small bottle of water on the wooden table. Which animal is behind
 the fence? Where was this photo taken: in a kitchen, at a station, or on the street? Read the sign above the door and
 tell me what it says. The assistant gives helpful, detailed and polite answers to the human's questions. Write a short
 story about what you see, then list every object with its position, size and colour. Why does the woman look at the
