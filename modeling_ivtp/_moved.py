@@ -43,7 +43,6 @@ MODULES = {
     "prompt_ivtp": "model.prompt",
     "prompt_reading": "model.prompt",
     "prompt_replay": "model.prompt_graphs",
-    "pruning_controls": "model.controls",
     "pruning_policy": "model.pruner",
     "pruning_trace": "model.trace",
     "role_markers": "model.instruction",
@@ -66,12 +65,15 @@ NAMES = {
     "Policy": "Pruner",
     "PromptMoment": "PromptStep",
     "PromptReading": "PromptIndex",
+    "RECIPE_FILE": "checkpoints.writing.RECIPE_FILE",
     "RECORDINGS": "MAX_GRAPHS",
     "Recorded": "CapturedGraph",
     "TowerMoment": "TowerStep",
     "Wrapped": "PrunerWrapper",
     "behind": "after",
     "behind_images": "after_images",
+    "byte_count": "files.sizes.byte_count",
+    "human_bytes": "files.sizes.human_bytes",
     "layer_runs": "cache_spans",
     "read_prompt": "index_prompt",
 }
@@ -79,8 +81,12 @@ NAMES = {
 ATTRIBUTES = {
     ("model.pruner", "DecoderStep", "watches"): "decoder_records",
     ("model.pruner", "PrunerWrapper", "policy"): "pruner",
-    ("model.visual_sequence", "RowCounts", "behind"): "after",
+    ("model.visual_sequence", "RowCounts", "behind"): "text_after",
+    ("model.visual_sequence", "RowCounts", "tail"): "trailing_text",
+    ("model.visual_sequence", "VisualSequence", "asked"): "prompt_end",
     ("model.visual_sequence", "VisualSequence", "present"): "image_present",
+    ("model.visual_sequence", "VisualSequence", "reach"): "image_end",
+    ("model.visual_sequence", "VisualSequence", "tail"): "trailing_text",
     ("model.visual_sequence", "VisualSequence", "there"): "token_present",
 }
 """Attributes that a pruner may read: new module, class, old name; new name."""

@@ -39,11 +39,13 @@ def clone(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.subprocess
 def test_no_import_runs_upwards() -> None:
     done = lint(ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize(
     ("file", "line", "contract"),
     [
@@ -62,6 +64,7 @@ def test_an_upward_import_is_found(clone: Path, file: str, line: str, contract: 
     assert f"modeling_ivtp.{file.replace('/', '.').removesuffix('.py')} -> " in done.stdout
 
 
+@pytest.mark.subprocess
 def test_a_folder_without_a_layer_is_found(clone: Path) -> None:
     (clone / "modeling_ivtp" / "elsewhere.py").write_text("")
     done = lint(clone)

@@ -42,7 +42,7 @@ PUBLIC = {
     "hub.clip_bpe": "clip_tokenizer_from_open_clip",
     "hub.clip_checkpoint": "ClipText load_clip_text",
     "hub.console": "quiet progress_bar steps_bar",
-    "hub.convert": "DTYPES RECIPE_FILE Conversion convert",
+    "hub.convert": "RECIPE_FILE Conversion convert",
     "hub.folder": "new_folder check_target human_bytes byte_count",
     "hub.fresh_check": "HIDE check_fresh",
     "hub.images": "MAX_PIXELS MAX_DOWNLOAD FORMATS load_image",
@@ -62,10 +62,10 @@ PUBLIC = {
     "layer_watch": "LayerWatch",
     "modeling_ivtp": "IVTPImageFeatures IVTPLlavaModelOutputWithPast IVTPLlavaPreTrainedModel IVTPLlavaModel "
     "IVTPLlavaForConditionalGeneration",
-    "observed_attention": "visibility Observation",
+    "observed_attention": "Observation",
     "processing_ivtp": "IVTPLlavaProcessor",
     "prompt_reading": "PromptReading read_prompt",
-    "prompt_replay": "RECORDINGS PromptCapture",
+    "prompt_replay": "RECORDINGS",
     "pruned_cache": "PrunedDynamicLayer PrunedStaticLayer is_pruned layer_segments LayerRun layer_runs",
     "pruning_policy": "STAGES Choice TowerMoment FeatureMoment PromptMoment DecoderMoment Policy Wrapped",
     "pruning_trace": "GroupTrace TokenTrace ImageTrace PruningTrace",
@@ -260,7 +260,9 @@ def test_steps_and_sequences_answer_to_the_old_names_of_their_attributes() -> No
             assert moment.watches is moment.decoder_records
             assert sequence.present is sequence.image_present
             assert torch.equal(sequence.there, sequence.token_present)
-            assert sequence.rows[0].behind == sequence.rows[0].after
+            assert (sequence.asked, sequence.reach) == (sequence.prompt_end, sequence.image_end)
+            row = sequence.rows[0]
+            assert (row.behind, row.tail, sequence.tail) == (row.text_after, row.trailing_text, sequence.trailing_text)
             asked.append(moment)
             return super().in_decoder(moment)
 
