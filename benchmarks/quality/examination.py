@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from benchmarks.quality.checkpoint import ANSWER_TOKENS
-from benchmarks.quality.methods import Row, encode_whole, patch_order, see_whole, unsealed
+from benchmarks.quality.methods import Row, WholeImages, encode_whole, last_group, patch_order, see_whole, unsealed
 from benchmarks.quality.world import GREY, Question, Scene
 from modeling_ivtp.flops.formula import decoder_flops, head_flops, text_tower_flops, tower_depth, tower_flops
 from modeling_ivtp.model.schedule import PruningPlan
@@ -60,6 +60,8 @@ class Examination:
         self.windows = [0] * len(asked) if clip is None else clip.any(-1).sum(-1).tolist()
         self.inputs = dict(inputs.to(model.device, model.dtype))
         self.pixels = self.inputs.pop("pixel_values")
+        # Rows change the options; the last group is that of the checkpoint.
+        self.last_group = last_group(model.config)
         self._encoded: dict[Any, tuple[Any, Taken]] = {}
 
     @torch.no_grad()
@@ -87,11 +89,8 @@ class Examination:
     def _encode(self, row: Row, plan: PruningPlan) -> tuple[Any, Taken]:
         inner = self.model.model
         if row.chooser:
-            whole, taken = self._once("whole", lambda: encode_whole(self.model, self.pixels))
-            places = range(self.first, self.first + len(self.asked))
-            order, more = self._once(
-                row.chooser, lambda: patch_order(row.chooser, whole, self.asked, places, seed=self.seed)
-            )
+            whole, taken = self._whole()
+            order, more = self._once(row.chooser, lambda: self._order(row, whole))
             return whole.keep(order, row.visual_tokens), taken + replace(more, selection=more.prefill)
         pruner = inner.pruner
         if plan.features is not None and not plan.tower:
@@ -108,6 +107,17 @@ class Examination:
         )
         key = (plan.tower, choice, pruner.needs.image_embeds, getattr(pruner.needs.options, "aggregation", None))
         return self._once(key, lambda: inner.get_image_features(self.pixels))
+
+    def patch_order(self, row: Row) -> torch.Tensor:
+        """Return the order in which a row that chooses before the decoder keeps patches: int64 (B, N)."""
+        return self._order(row, self._whole()[0])
+
+    def _whole(self) -> tuple[WholeImages, Taken]:
+        return self._once("whole", lambda: encode_whole(self.model, self.pixels))
+
+    def _order(self, row: Row, whole: WholeImages) -> torch.Tensor:
+        places = range(self.first, self.first + len(self.asked))
+        return patch_order(row.chooser, whole, self.asked, places, last_group=self.last_group, seed=self.seed)
 
     def _once(self, key: Any, make: Any) -> tuple[Any, Taken]:
         if key not in self._encoded:
@@ -150,7 +160,7 @@ def row_cost(row: Row, config: Any, asked: Asked) -> dict[str, Any]:
     visual = (plan or PruningPlan(config.num_patches)).decoder_layer_tokens(layers)
     # What is chosen for the decoder is no work of the tower's: it sees all patches, up to its top where CLS is asked.
     tower, depth = PruningPlan(config.num_patches), config.feature_depth
-    if row.chooser == "cls-topk":
+    if row.chooser.startswith("cls-topk"):
         depth = config.vision_config.num_hidden_layers
     elif plan is not None and not row.chooser:
         tower, depth = plan, tower_depth(config, plan, pruner)

@@ -19,12 +19,12 @@ from benchmarks.quality.world.draws import Draws
 from modeling_ivtp.methods import METHODS, make
 from modeling_ivtp.model.modeling_ivtp import IVTPImageFeatures
 from modeling_ivtp.model.pruner import IVTPPruner, Needs, Pruner
-from modeling_ivtp.model.rollout import aggregate
+from modeling_ivtp.model.rollout import reference_row
 from modeling_ivtp.model.schedule import PruningPlan
 from modeling_ivtp.model.vision_ivtp import PrunedVisionOutput
 
 BUDGETS = (192, 128, 64, 32, 16)
-CHOOSERS = ("random", "cls-topk", "oracle")
+CHOOSERS = ("random", "cls-topk", "cls-topk-all-layers", "oracle")
 _RANDOM_PATCHES = 3
 
 
@@ -39,8 +39,8 @@ class Row:
         Final count per image.
     options : mapping
         Pruning options on top of the checkpoint's own, or the system's.
-    chooser : {"", "random", "cls-topk", "oracle"}
-        What picks patches of the whole image; "": the model itself.
+    chooser : str
+        One of `CHOOSERS`, which picks patches of the whole image; "": the model itself prunes.
     system : str
         Name of a system of `modeling_ivtp.methods` that prunes; "": the model's own options do.
     blind : bool
@@ -203,8 +203,8 @@ class WholeImages:
     features : Tensor (I, N, d)
         All patches, projected for the language model.
     cls_features : Tensor (I, d)
-    cls_attention : float32 Tensor (I, N)
-        What CLS pays each patch, averaged over heads and over the layers of the tower's last group.
+    cls_attention : float32 Tensor (L, I, N)
+        How much CLS attends to each patch in each layer of the tower, averaged over heads.
     """
 
     features: torch.Tensor
@@ -220,17 +220,17 @@ class WholeImages:
 
 @torch.no_grad()
 def encode_whole(model: Any, pixel_values: torch.Tensor) -> WholeImages:
-    """Encode images with all their patches, and note what CLS attends to on top.
+    """Encode images with all their patches, and note what CLS attends to in every layer.
 
     Parameters
     ----------
     model : IVTPLlavaForConditionalGeneration
     pixel_values : Tensor (I, 3, height, width)
     """
-    groups = model.config.pruning.layers_per_group or model.config.vision_config.num_hidden_layers
-    vision = _see(model, pixel_values, tuple(range(-groups, 0)))
+    vision = _see(model, pixel_values, tuple(range(model.config.vision_config.num_hidden_layers)))
     features = model.model.multi_modal_projector(vision.features)
-    return WholeImages(features[:, 1:], features[:, 0], aggregate(list(vision.records.values()), "mean")[:, 0, 1:])
+    rows = torch.stack([reference_row(record)[:, 0] for record in vision.records.values()])
+    return WholeImages(features[:, 1:], features[:, 0], rows[..., 1:])
 
 
 @torch.no_grad()
@@ -268,21 +268,36 @@ class _RecordingPruner(Pruner):
         return Needs(recorded_layers=self.layers)
 
 
+def last_group(config: Any) -> int:
+    """Return how many layers the last group of a checkpoint's tower has, by the checkpoint's own options."""
+    return config.pruning.layers_per_group or config.vision_config.num_hidden_layers
+
+
 def patch_order(
-    chooser: str, whole: WholeImages, asked: Sequence[tuple[Scene, Question]], places: Sequence[int], seed: int = 0
+    chooser: str,
+    whole: WholeImages,
+    asked: Sequence[tuple[Scene, Question]],
+    places: Sequence[int],
+    *,
+    last_group: int,
+    seed: int = 0,
 ) -> torch.Tensor:
-    """The order in which a method keeps patches, so that its smaller budgets lie within its larger ones: int64 (I, N).
+    """Return the order in which a chooser keeps patches: int64 (I, N). Smaller budgets lie within larger ones.
 
     Parameters
     ----------
-    chooser : {"random", "cls-topk", "oracle"}
-        `random` draws evenly; `cls-topk` goes by `whole.cls_attention`; `oracle` knows where the objects asked about
-        are.
+    chooser : str
+        One of `CHOOSERS`. `random` draws evenly. `cls-topk` ranks by the attention of CLS, averaged over the layers of
+        the tower's last group; `cls-topk-all-layers` averages over all layers. `oracle` knows where the objects are
+        that a question needs.
     whole : WholeImages
     asked : sequence of (Scene, Question)
     places : sequence of int
         Numbers of the questions: random patches depend on them alone, not on batches.
+    last_group : int
+        Layers of the tower's last group.
     seed : int
+        Seed of random patches.
 
     Raises
     ------
@@ -292,8 +307,9 @@ def patch_order(
     patches = whole.features.shape[1]
     if chooser == "random":
         return torch.tensor([Draws(_RANDOM_PATCHES, seed, place).shuffled(list(range(patches))) for place in places])
-    if chooser == "cls-topk":
-        return whole.cls_attention.sort(dim=1, descending=True, stable=True).indices
+    if chooser in ("cls-topk", "cls-topk-all-layers"):
+        layers = last_group if chooser == "cls-topk" else len(whole.cls_attention)
+        return whole.cls_attention[-layers:].mean(0).sort(dim=1, descending=True, stable=True).indices
     if chooser == "oracle":
         return torch.stack([torch.from_numpy(oracle_order(scene, question)) for scene, question in asked])
     raise ValueError(f"chooser={chooser!r}; allowed: {', '.join(CHOOSERS)}.")

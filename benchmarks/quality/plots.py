@@ -12,6 +12,7 @@ _COLOURS = {
     "ivtp": "#d55e00",
     "ivtp-v": "#e69f00",
     "cls-topk": "#0072b2",
+    "cls-topk-all-layers": "#56b4e9",
     "random": "#8c959f",
     "oracle": "#009e73",
     "ivtp (retrained)": "#cc79a7",

@@ -20,22 +20,19 @@ from rich.progress import track
 from benchmarks.quality import command, report
 from benchmarks.quality.checkpoint import check_world, checkpoint_fingerprint
 from benchmarks.quality.examination import Examination
-from benchmarks.quality.methods import Row, encode_whole, main_rows, patch_order
+from benchmarks.quality.methods import Row, main_rows
 from benchmarks.quality.world import Question, Scene, needed_objects, sample_questions, shown_patches
 from modeling_ivtp.files.console import quiet
 from modeling_ivtp.serving.answering import load_model
 
-FOLLOWED = ("random", "cls-topk", "ivtp-v", "ivtp")
+FOLLOWED = ("random", "cls-topk", "cls-topk-all-layers", "ivtp-v", "ivtp")
 
 
 def whats_left(examination: Examination, row: Row) -> dict[str, torch.Tensor]:
     """The patches that a row keeps for each question, step by step: int64 (B, k) by the step's name."""
     model = examination.model
     if row.chooser:
-        whole = encode_whole(model, examination.pixels)
-        places = range(examination.first, examination.first + len(examination.asked))
-        order = patch_order(row.chooser, whole, examination.asked, places, seed=examination.seed)
-        return {"before the decoder": order[:, : row.visual_tokens]}
+        return {"before the decoder": examination.patch_order(row)[:, : row.visual_tokens]}
     with model.pruning(**row.options):
         trace = model.explain(examination.processor, **examination.inputs, pixel_values=examination.pixels)
     return {

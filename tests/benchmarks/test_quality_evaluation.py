@@ -16,7 +16,7 @@ from benchmarks.quality.answer_log import AnswerLog
 from benchmarks.quality.checkpoint import check_world
 from benchmarks.quality.evaluate_quality import _well_answered, evaluate_checkpoint
 from benchmarks.quality.examination import Asked, Examination, row_cost
-from benchmarks.quality.methods import Row, ablation_rows, encode_whole, main_rows, patch_order, system_rows
+from benchmarks.quality.methods import CHOOSERS, Row, ablation_rows, encode_whole, main_rows, patch_order, system_rows
 from benchmarks.quality.seeds import agreement
 from benchmarks.quality.tokenizer import processor as miniature_processor
 from benchmarks.quality.world import (
@@ -73,8 +73,32 @@ def test_whole_images_have_the_features_of_the_stock_model_and_the_attention_tha
     eager.load_state_dict(model.state_dict())
     with torch.no_grad():
         attentions = eager.model.vision_tower(pixels, output_attentions=True).attentions
-    expected = torch.stack(attentions[-2:]).mean((0, 2))[:, 0, 1:]
+    expected = torch.stack(attentions).mean(2)[:, :, 0, 1:]
     torch.testing.assert_close(whole.cls_attention, expected, rtol=0, atol=1e-6)
+    last_group = model.config.pruning.layers_per_group
+    assert 1 < last_group < len(attentions)
+    for chooser, layers in (("cls-topk", last_group), ("cls-topk-all-layers", len(attentions))):
+        order = patch_order(chooser, whole, examination.asked, range(len(examination.asked)), last_group=last_group)
+        attention = expected[-layers:].mean(0).gather(1, order)
+        assert (attention.diff(dim=1) <= 1e-6).all(), chooser
+
+
+def test_cls_looks_from_the_last_group_of_the_checkpoint_whatever_a_row_changes(
+    loaded: tuple[Any, Any], examination: Examination
+) -> None:
+    """The options of a row that chooses before the decoder make the whole tower one group."""
+    model = loaded[0]
+    assert examination.last_group == model.config.pruning.layers_per_group == 2
+    rows = {row.method: row for row in main_rows(model.config, (24,))}
+    assert rows["cls-topk"].options["layers_per_group"] is None
+    found = {}
+    for name in ("cls-topk", "cls-topk-all-layers"):
+        with rows[name].applied(model):
+            image, _ = examination._image(rows[name])
+        found[name] = image["mm_encoder_outputs"]["image"].kept_patches
+        own = examination.patch_order(rows[name])[:, :24].sort(1).values
+        assert torch.equal(found[name], own), name
+    assert not torch.equal(*found.values())
 
 
 def test_patches_handed_over_are_what_a_tower_that_had_kept_them_hands_over(
@@ -100,23 +124,23 @@ def test_more_patches_hold_the_fewer_and_random_ones_depend_on_the_question_alon
     loaded: tuple[Any, Any], examination: Examination, asked: list[Any]
 ) -> None:
     whole = encode_whole(loaded[0], examination.pixels)
-    for chooser in ("random", "cls-topk", "oracle"):
-        order = patch_order(chooser, whole, asked, range(len(asked)))
+    for chooser in ("random", "cls-topk", "cls-topk-all-layers", "oracle"):
+        order = patch_order(chooser, whole, asked, range(len(asked)), last_group=2)
         assert torch.equal(order.sort(1).values, torch.arange(PATCHES).expand_as(order)), chooser
         few, many = (whole.keep(order, k).kept_patches for k in (16, 64))
         assert all(set(a.tolist()) < set(b.tolist()) for a, b in zip(few, many, strict=True))
-    random = patch_order("random", whole, asked, range(11))
-    assert torch.equal(random[3:5], patch_order("random", whole, asked[3:5], (3, 4)))
-    assert not torch.equal(random, patch_order("random", whole, asked, range(11), seed=1))
-    oracle = patch_order("oracle", whole, asked, range(11))
+    random = patch_order("random", whole, asked, range(11), last_group=2)
+    assert torch.equal(random[3:5], patch_order("random", whole, asked[3:5], (3, 4), last_group=2))
+    assert not torch.equal(random, patch_order("random", whole, asked, range(11), last_group=2, seed=1))
+    oracle = patch_order("oracle", whole, asked, range(11), last_group=2)
     for (scene, question), row in zip(asked, oracle, strict=True):
         needed = needed_patches(scene, question).flatten()
         assert needed[row[: min(16, int(needed.sum()))].numpy()].all()
-    with pytest.raises(ValueError, match="allowed: random, cls-topk, oracle"):
-        patch_order("luck", whole, asked, range(11))
+    with pytest.raises(ValueError, match="allowed: random, cls-topk, cls-topk-all-layers, oracle"):
+        patch_order("luck", whole, asked, range(11), last_group=2)
 
 
-@pytest.mark.parametrize("name", ["unpruned", "blind", "random", "cls-topk", "oracle", "ivtp", "ivtp-v"])
+@pytest.mark.parametrize("name", ["unpruned", "blind", *CHOOSERS, "ivtp", "ivtp-v"])
 def test_a_question_gets_the_same_answer_alone_and_in_a_batch(
     loaded: tuple[Any, Any], examination: Examination, asked: list[Any], name: str
 ) -> None:
@@ -153,6 +177,7 @@ def test_rows_cost_what_their_plans_say(loaded: tuple[Any, Any]) -> None:
     assert cost["ivtp@16"]["layer_averaged_tokens"] == (30 + 30 + 16 + 16) / 4
     assert cost["ivtp-v@16"]["tflops"] < cost["ivtp@16"]["tflops"] < cost["random@64"]["tflops"]
     assert cost["random@64"]["tflops"] == cost["oracle@64"]["tflops"] < cost["cls-topk@64"]["tflops"]
+    assert cost["cls-topk@64"] == cost["cls-topk-all-layers@64"]
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in ("ivtp", "ivtp-v")])
@@ -264,7 +289,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(
     with partial.open("ab") as log:
         log.write(b'{"row": "cut o')
     file = evaluate(checkpoint, tmp_path / "parts")
-    assert len(calls) == 2 * 7 + 1
+    assert len(calls) == 2 * 8 + 1
     assert not partial.exists()
     rows = json.loads(file.read_text())["rows"]
     assert [row["right"] for row in rows] == [row["right"] for row in whole["rows"]]

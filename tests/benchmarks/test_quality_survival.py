@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.quality import report, survival
 from benchmarks.quality.evaluate_quality import evaluate_checkpoint
+from benchmarks.quality.examination import Examination
 from benchmarks.quality.methods import main_rows
 from benchmarks.quality.world import PATCH, TYPES, sample_questions
 from modeling_ivtp.serving.answering import load_model
@@ -37,7 +38,7 @@ def followed(loaded: tuple[Any, Any]) -> dict[str, Any]:
 
 def test_patches_are_followed_through_every_group(followed: dict[str, Any]) -> None:
     steps = {method: [(one["step"], one["tokens"]) for one in found] for method, found in followed.items()}
-    assert steps["random"] == steps["cls-topk"] == [("before the decoder", KEPT)]
+    assert all(steps[name] == [("before the decoder", KEPT)] for name in ("random", "cls-topk", "cls-topk-all-layers"))
     tower = ["tower, layers 1 to 2", "tower, layers 3 to 4"]
     assert [step for step, _ in steps["ivtp-v"]] == tower
     assert [step for step, _ in steps["ivtp"]] == [*tower, "decoder, layers 1 to 2"]
@@ -47,6 +48,17 @@ def test_patches_are_followed_through_every_group(followed: dict[str, Any]) -> N
         for earlier, later in pairwise(found):
             assert np.all(np.array(earlier["left"]) >= np.array(later["left"]))  # what is gone is gone
     assert 0 < sum(followed["random"][0]["left"]) < 11
+
+
+@pytest.mark.parametrize("name", ["random", "cls-topk", "cls-topk-all-layers"])
+def test_the_patches_followed_are_those_that_are_answered_from(loaded: tuple[Any, Any], name: str) -> None:
+    model, processor = loaded
+    examination = Examination(model, processor, list(sample_questions("test", 4, side=SIDE)), 0)
+    row = next(row for row in main_rows(model.config, [KEPT]) if row.method == name)
+    with row.applied(model):
+        image, _ = examination._image(row)
+    (kept,) = survival.whats_left(examination, row).values()
+    assert torch.equal(kept.sort(1).values, image["mm_encoder_outputs"]["image"].kept_patches)
 
 
 def test_an_object_is_left_where_a_patch_that_shows_it_is_kept() -> None:
@@ -98,7 +110,9 @@ def test_results_learn_where_patches_were_lost(
     assert table.strip() in capsys.readouterr().out
     assert "## Where patches are lost" in table
     assert "| ivtp | tower, layers 3 to 4 |" in table
-    with pytest.raises(ValueError, match="no rows of random, cls-topk, ivtp-v, ivtp at 7 visual tokens"):
+    with pytest.raises(
+        ValueError, match="no rows of random, cls-topk, cls-topk-all-layers, ivtp-v, ivtp at 7 visual tokens"
+    ):
         survival.main(file, checkpoint, 7, 11, 4, "cpu")
     before["checkpoint"] = "another"
     report.write(file, before)
