@@ -1,4 +1,4 @@
-"""Which checkpoint an evaluation is of, and whether it belongs to this world."""
+"""Identity of a checkpoint and of the code that answers, and the check that a checkpoint belongs to this world."""
 
 import hashlib
 import warnings
@@ -11,12 +11,12 @@ ANSWER_TOKENS = 4
 
 
 def checkpoint_fingerprint(folder: Path) -> str:
-    """What identifies a checkpoint: its weights, configuration and words, in 16 hexadecimal digits.
+    """Return 16 hexadecimal digits that identify a checkpoint: a hash of weights, configuration and vocabulary.
 
     Raises
     ------
     ValueError
-        If there is no checkpoint.
+        If the folder holds no checkpoint.
     """
     files = sorted(file for kind in ("*.json", "*.safetensors") for file in Path(folder).glob(kind))
     if not any(file.name == "config.json" for file in files):
@@ -30,26 +30,32 @@ def checkpoint_fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def code_fingerprint() -> str:
-    """What identifies the code that answers: no evaluation goes on with answers that other code gave."""
+def code_files() -> list[Path]:
+    """List the files whose code decides the answers: the package's model and methods, and the benchmark's rows."""
     here = Path(__file__).parent
-    files = [here / "methods.py", here / "examination.py", *sorted((here.parents[1] / "modeling_ivtp").glob("*.py"))]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    package = here.parents[1] / "modeling_ivtp"
+    files = [file for folder in ("model", "methods") for file in sorted((package / folder).rglob("*.py"))]
+    return [here / "methods.py", here / "examination.py", *files]
+
+
+def code_fingerprint() -> str:
+    """Return 16 hexadecimal digits that identify the code that answers: answers of other code are not continued."""
+    return hashlib.sha256(b"".join(file.read_bytes() for file in code_files())).hexdigest()[:16]
 
 
 def check_world(model: Any, processor: Any) -> None:
-    """See that a checkpoint belongs to this world and reads what the processor writes.
+    """Check that a checkpoint belongs to this world and reads what the processor writes.
 
     Raises
     ------
     ValueError
-        For a checkpoint of another world, or one whose words or images are others.
+        If the checkpoint was trained on another world, or its words or images do not fit.
     """
     config, tokenizer = model.config, processor.tokenizer
     world = getattr(config, "world_fingerprint", None)
     if world is None:
         warnings.warn(
-            "The checkpoint's config has no world_fingerprint: whether it was trained on this world cannot be told.",
+            "The checkpoint's config has no world_fingerprint, so it is unknown whether it was trained on this world.",
             stacklevel=2,
         )
     elif world != fingerprint():

@@ -1,14 +1,15 @@
-"""Ask a checkpoint held-out questions under every pruning method, and write the table and the plots.
+"""Ask a checkpoint held-out questions under every pruning method, and write the tables and the plots.
 
     ivtp quality --model examples/miniature --out benchmarks/results
 
 Questions run in batches, and a batch goes through every row before the next one is drawn: an image is drawn, prepared
-and encoded once for all rows that can share it, and no more than a batch is ever in memory. Answers are written down as
-they come, so an evaluation that was interrupted goes on where it was when the same command is given again.
+and encoded once for all rows that can share it, and no more than a batch is ever in memory. Answers are logged as they
+come, so the same command continues an evaluation that was interrupted.
 """
 
 import datetime
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,15 +29,192 @@ from modeling_ivtp.serving.answering import load_model
 MINIATURE = Path(__file__).parents[2] / "examples" / "miniature"
 """The checkpoint that ships with the project."""
 ROWS = ("main", "systems", "ablations", "all")
-"""A few methods, all systems, the paper's ablations, or everything."""
+"""The kinds of rows: a few methods, all systems, the paper's ablations, or everything."""
 WELL = 0.85
-"""Share of right answers, unpruned, from which a type counts."""
+"""The share of right answers, unpruned, from which a question type counts."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of a checkpoint.
+
+    Attributes
+    ----------
+    checkpoint : str
+        Fingerprint of the checkpoint.
+    identity : dict
+        Entries of the results that rows in one file have in common; the fingerprint in it is that of the checkpoint
+        from which a retrained one came.
+    mode : {"inference", "retrained"}
+    name : str
+        Name of the checkpoint that the results are of.
+    code : str
+        Fingerprint of the code that answers.
+    """
+
+    checkpoint: str
+    identity: dict[str, Any]
+    mode: str
+    name: str
+    code: str
+
+    @classmethod
+    def of(
+        cls, model: Any, folder: Path, checkpoint: str, reference: Path | None, *, number: int, seed: int
+    ) -> "Evaluation":
+        """Describe the evaluation of a loaded checkpoint."""
+        identity = {
+            "checkpoint": checkpoint if reference is None else checkpoint_fingerprint(reference),
+            "world": fingerprint(),
+            "sample": {"split": "test", "number": number, "side": model.config.vision_config.image_size, "seed": seed},
+            "dtype": str(model.dtype).removeprefix("torch."),
+        }
+        mode = "inference" if reference is None else "retrained"
+        return cls(checkpoint, identity, mode, (reference or folder).resolve().name, code_fingerprint())
+
+
+def evaluate_checkpoint(
+    folder: Path,
+    out: Path,
+    *,
+    rows: str = "main",
+    number: int = 2000,
+    batch: int = 16,
+    budgets: Sequence[int] = BUDGETS,
+    ablation_budgets: Sequence[int] = (64,),
+    methods: Sequence[str] = (),
+    headline: Sequence[str] | None = None,
+    reference: Path | None = None,
+    join: bool = False,
+    device: str | None = None,
+    dtype: str = "float32",
+    seed: int = 0,
+    command: str = "",
+) -> Path:
+    """Evaluate a checkpoint and write results, page and plots.
+
+    Parameters
+    ----------
+    folder : Path
+        The checkpoint.
+    out : Path
+        Folder of the results.
+    rows : {"main", "systems", "ablations", "all"}
+    number : int
+        Number of questions.
+    batch : int
+    budgets, ablation_budgets : sequence of int
+        Visual tokens of the main rows and of the ablations.
+    methods : sequence of str
+        Only rows of these names; default: all.
+    headline : sequence of str, optional
+        Question types that count for the accuracy; the others are reported by type only. Default: those of the results
+        so far, else those that the unpruned model answers to 85%, and all if there are none.
+    reference : Path, optional
+        The checkpoint that this one was retrained from; its newest results on these questions are joined.
+    join : bool, default False
+        Join this checkpoint's newest results on these questions, whatever their date, instead of beginning today's.
+    device, dtype : str
+        As in `load_model`.
+    seed : int
+        Seed of random patches.
+    command : str
+        The command that was given, for the record.
+
+    Returns
+    -------
+    Path
+        The JSON file.
+
+    Raises
+    ------
+    ValueError
+        For options out of range, a checkpoint of another world, or a reference without results.
+    """
+    if number < 1 or batch < 1:
+        raise ValueError(f"questions={number}, batch={batch}; allowed: at least 1.")
+    if unknown := sorted(set(headline or ()) - set(TYPES)):
+        raise ValueError(f"Unknown question type(s) {', '.join(unknown)}; allowed: {', '.join(TYPES)}.")
+    folder, out, reference = Path(folder), Path(out), None if reference is None else Path(reference)
+    checkpoint = checkpoint_fingerprint(folder)
+    model, processor = load_model(folder, device=device, dtype=dtype)
+    check_world(model, processor)
+    chosen, skipped = _rows(model.config, rows, budgets, ablation_budgets)
+    joins = join or reference is not None
+    chosen = _only(chosen, methods, unpruned=not joins)
+    out.mkdir(parents=True, exist_ok=True)
+    evaluation = Evaluation.of(model, folder, checkpoint, reference, number=number, seed=seed)
+    file, before = _open_results(out, evaluation, reference or folder, joins=joins)
+    asked_of = evaluation.identity | {
+        "checkpoint": evaluation.checkpoint, "batch": batch, "device": str(model.device), "code": evaluation.code
+    }  # fmt: skip
+    with AnswerLog(out, asked_of) as log, quiet():
+        asked = ask(model, processor, chosen, log, number=number, batch=batch, seed=seed)
+        all_rows = report.joined(before.get("rows", []), _measured(chosen, log, asked, model.config, evaluation))
+        types = headline or before.get("questions", {}).get("headline") or _well_answered(all_rows, asked)
+        # Where patches are lost, and another seed, stay in the results that are joined.
+        results = before | {
+            **evaluation.identity,
+            "checkpoint_name": evaluation.name,
+            "questions": report.describe_questions(asked.questions, types),
+            "versions": report.versions(),
+            "machine": report.machine(model),
+            "commands": [*before.get("commands", []), command],
+            "skipped": before.get("skipped", {}) | skipped,
+            "rows": report.summarised(all_rows, asked.questions, types),
+        }
+        report.write(file, results)
+        log.finished()
+    return file
+
+
+def _rows(
+    config: Any, rows: str, budgets: Sequence[int], ablation_budgets: Sequence[int]
+) -> tuple[list[Row], dict[str, str]]:
+    """Return the rows of a kind, and the reasons of those that do not fit the model."""
+    if rows not in ROWS:
+        raise ValueError(f"rows={rows!r}; allowed: {', '.join(ROWS)}.")
+    for tokens in (*budgets, *ablation_budgets):
+        if tokens < 1:
+            raise ValueError(f"visual_tokens={tokens}; allowed: 1 to {config.num_patches - 1}.")
+    main = main_rows(config, budgets)
+    if rows == "main":
+        return main, {}
+    systems, unfit = system_rows(config, budgets) if rows in ("systems", "all") else ([], {})
+    ablations, skipped = ablation_rows(config, ablation_budgets) if rows in ("ablations", "all") else ([], {})
+    # A method that is in both is kept as a system.
+    named = {(row.method, row.visual_tokens) for row in systems}
+    kept = [row for row in main if (row.method, row.visual_tokens) not in named] if rows == "all" else main[:1]
+    return kept + systems + ablations, unfit | skipped
+
+
+def _only(rows: list[Row], methods: Sequence[str], *, unpruned: bool) -> list[Row]:
+    """Return the rows of some methods, all for none; `unpruned` adds the row that they are measured against."""
+    if not methods:
+        return rows
+    if unknown := sorted(set(methods) - {row.method for row in rows}):
+        raise ValueError(
+            f"Unknown method(s) {', '.join(unknown)}; allowed: {', '.join(dict.fromkeys(row.method for row in rows))}."
+        )
+    return [row for row in rows if row.method in methods or (row.method == "unpruned" and unpruned)]
+
+
+def _open_results(out: Path, evaluation: Evaluation, origin: Path, *, joins: bool) -> tuple[Path, dict[str, Any]]:
+    """Return the file for the results and what it holds so far: today's, or the newest if the evaluation `joins`."""
+    if not joins:
+        date = datetime.date.today().isoformat()
+        file, before = report.results_file(out, date, evaluation.identity)
+        return file, {"date": date} | before
+    found = report.latest_results(out, evaluation.identity)
+    if found is None or report.unpruned_of(found[1].get("rows", [])) is None:
+        raise ValueError(f"There are no results of {origin} on these questions in {out}; evaluate it first.")
+    return found
 
 
 def ask(
     model: Any, processor: Any, rows: Sequence[Row], log: AnswerLog, *, number: int, batch: int, seed: int = 0
 ) -> Asked:
-    """Put the test questions to a model under every row, into the log; what is there already is not asked again.
+    """Ask a model the test questions under every row, and log its answers; logged batches are not asked again.
 
     Parameters
     ----------
@@ -45,10 +223,10 @@ def ask(
     rows : sequence of Row
     log : AnswerLog
     number : int
-        How many questions.
+        Number of questions.
     batch : int
     seed : int
-        Of random patches.
+        Seed of random patches.
     """
     asked, unique = Asked(), {row_signature(row, model.config): row for row in rows}
     sample = sample_questions("test", number, side=model.config.vision_config.image_size)
@@ -71,164 +249,40 @@ def _batched(sample: Iterator[Any], size: int) -> Iterator[list[Any]]:
         yield part
 
 
-def evaluate_checkpoint(
-    folder: Path,
-    out: Path,
-    *,
-    rows: str = "main",
-    number: int = 2000,
-    batch: int = 16,
-    budgets: Sequence[int] = BUDGETS,
-    ablation_budgets: Sequence[int] = (64,),
-    methods: Sequence[str] = (),
-    headline: Sequence[str] | None = None,
-    reference: Path | None = None,
-    join: bool = False,
-    device: str | None = None,
-    dtype: str = "float32",
-    seed: int = 0,
-    command: str = "",
-) -> Path:
-    """Evaluate a checkpoint and write results, table and plots.
-
-    Parameters
-    ----------
-    folder : Path
-        The checkpoint.
-    out : Path
-        Folder of the results.
-    rows : {"main", "systems", "ablations", "all"}
-    number : int
-        Questions.
-    batch : int
-    budgets, ablation_budgets : sequence of int
-        Visual tokens of the main rows and of the ablations.
-    methods : sequence of str
-        Only rows of these names; default: all.
-    headline : sequence of str, optional
-        Question types whose answers make the accuracy; the others are told by type only. Default: as before, or those
-        that the unpruned model answers to 85%, and all if there are none.
-    reference : Path, optional
-        The checkpoint that this one was retrained from; its newest results on these questions are joined.
-    join : bool, default False
-        Join this checkpoint's newest results on these questions, whatever their day, instead of beginning today's.
-    device, dtype : str
-        As in `load_model`.
-    seed : int
-        Of random patches.
-    command : str
-        How it was called, for the record.
-
-    Returns
-    -------
-    Path
-        The JSON file.
-
-    Raises
-    ------
-    ValueError
-        For options out of range, a checkpoint of another world, or a reference without results.
-    """
-    if number < 1 or batch < 1:
-        raise ValueError(f"questions={number}, batch={batch}; allowed: at least 1.")
-    if unknown := sorted(set(headline or ()) - set(TYPES)):
-        raise ValueError(f"Unknown question type(s) {', '.join(unknown)}; allowed: {', '.join(TYPES)}.")
-    folder, out = Path(folder), Path(out)
-    checkpoint = checkpoint_fingerprint(folder)
-    model, processor = load_model(folder, device=device, dtype=dtype)
-    check_world(model, processor)
-    chosen, skipped = _rows(model.config, rows, budgets, ablation_budgets)
-    if methods:
-        if unknown := sorted(set(methods) - {row.method for row in chosen}):
-            raise ValueError(
-                f"Unknown method(s) {', '.join(unknown)}; allowed: "
-                f"{', '.join(dict.fromkeys(row.method for row in chosen))}."
-            )
-        # Everything is measured against the model's own unpruned self, unless it was retrained.
-        alone = reference is None and not join
-        chosen = [row for row in chosen if row.method in methods or (row.method == "unpruned" and alone)]
-    out.mkdir(parents=True, exist_ok=True)
-    sample = {"split": "test", "number": number, "side": model.config.vision_config.image_size, "seed": seed}
-    of = checkpoint if reference is None else checkpoint_fingerprint(Path(reference))
-    told_dtype = str(model.dtype).removeprefix("torch.")
-    identity = {"checkpoint": of, "world": fingerprint(), "sample": sample, "dtype": told_dtype}
-    if reference is None and not join:
-        date = datetime.date.today().isoformat()
-        file, before = report.results_file(out, date, identity)
-    else:
-        found = report.latest_results(out, identity)
-        if found is None or report.unpruned_of(found[1].get("rows", [])) is None:
-            raise ValueError(
-                f"There are no results of {reference or folder} on these questions in {out}; evaluate it first."
-            )
-        file, before = found
-        date = before["date"]
-    code = code_fingerprint()
-    asked_of = identity | {"checkpoint": checkpoint, "batch": batch, "device": str(model.device), "code": code}
-    with AnswerLog(out, asked_of) as log, quiet():
-        asked = ask(model, processor, chosen, log, number=number, batch=batch, seed=seed)
-        mode = "inference" if reference is None else "retrained"
-        measured = []
-        for row in chosen:
-            said, taken = log.answers(row_signature(row, model.config))
-            measured.append(
-                {
-                    "method": row.method,
-                    "visual_tokens": row.visual_tokens,
-                    "table": row.table,
-                    "mode": mode,
-                    "checkpoint": checkpoint,
-                    "code": code,
-                    "options": dict(row.options),
-                    "seconds": round(taken.answer, 2),
-                    "prefill_seconds": round(taken.prefill, 2),
-                    "selection_seconds": round(taken.selection, 3),
-                    **row_cost(row, model.config, asked),
-                    "right": report.pack(report.right_answers(said, [q.answer for q in asked.questions])),
-                }
-            )
-        rows_now = report.joined(before.get("rows", []), measured)
-        types = headline or before.get("questions", {}).get("headline") or _well_answered(rows_now, asked)
-        results = {
-            "date": date,
-            **identity,
-            "checkpoint_name": (folder if reference is None else Path(reference)).resolve().name,
-            "questions": report.describe_questions(asked.questions, types),
-            "versions": report.versions(),
-            "machine": report.machine(model),
-            "commands": [*before.get("commands", []), command],
-            "skipped": before.get("skipped", {}) | skipped,
-            "rows": report.summarised(rows_now, asked.questions, types),
-        }
-        report.write(file, results)
-        log.finished()
-    return file
+def _measured(
+    rows: Sequence[Row], log: AnswerLog, asked: Asked, config: Any, evaluation: Evaluation
+) -> list[dict[str, Any]]:
+    """Return the results of rows whose answers are in the log: options, seconds, costs and right answers."""
+    measured = []
+    for row in rows:
+        answers, taken = log.answers(row_signature(row, config))
+        measured.append(
+            {
+                "method": row.method,
+                "visual_tokens": row.visual_tokens,
+                "table": row.table,
+                "mode": evaluation.mode,
+                "checkpoint": evaluation.checkpoint,
+                "code": evaluation.code,
+                "options": dict(row.options),
+                "seconds": round(taken.answer, 2),
+                "prefill_seconds": round(taken.prefill, 2),
+                "selection_seconds": round(taken.selection, 3),
+                **row_cost(row, config, asked),
+                "right": report.pack(report.right_answers(answers, [question.answer for question in asked.questions])),
+            }
+        )
+    return measured
 
 
 def _well_answered(rows: Sequence[Mapping[str, Any]], asked: Asked) -> list[str]:
-    """The types that the unpruned model answers well enough for pruning to be told from not seeing; if none is, all."""
+    """Return the types that the unpruned model answers to `WELL`, or all if there are none.
+
+    On the others, pruning cannot be told from not seeing.
+    """
     unpruned = report.unpruned_of(rows)
     assert unpruned is not None
     right = report.unpack(unpruned["right"], len(asked.questions))
     types = np.array([question.type for question in asked.questions])
-    asked_of = [kind for kind in TYPES if kind in types]
-    return [kind for kind in asked_of if right[types == kind].mean() >= WELL] or asked_of
-
-
-def _rows(
-    config: Any, rows: str, budgets: Sequence[int], ablation_budgets: Sequence[int]
-) -> tuple[list[Row], dict[str, str]]:
-    if rows not in ROWS:
-        raise ValueError(f"rows={rows!r}; allowed: {', '.join(ROWS)}.")
-    for tokens in (*budgets, *ablation_budgets):
-        if tokens < 1:
-            raise ValueError(f"visual_tokens={tokens}; allowed: 1 to {config.num_patches - 1}.")
-    main = main_rows(config, budgets)
-    if rows == "main":
-        return main, {}
-    systems, unfit = system_rows(config, budgets) if rows in ("systems", "all") else ([], {})
-    ablations, skipped = ablation_rows(config, ablation_budgets) if rows in ("ablations", "all") else ([], {})
-    # Of methods that are in both, the system stands.
-    named = {(row.method, row.visual_tokens) for row in systems}
-    kept = [row for row in main if (row.method, row.visual_tokens) not in named] if rows == "all" else main[:1]
-    return kept + systems + ablations, unfit | skipped
+    present = [kind for kind in TYPES if kind in types]
+    return [kind for kind in present if right[types == kind].mean() >= WELL] or present

@@ -1,13 +1,13 @@
 """The paper's Fig. 3 and 4: accuracy against visual tokens and against computation."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.quality.intervals import LEVEL
 
 _INK, _MUTED, _FAINT = "#1c2128", "#656d76", "#e7e9ec"
-# Okabe and Ito's colours, which stay apart for every kind of colour vision.
+# Okabe and Ito's colours, which every kind of colour vision tells apart.
 _COLOURS = {
     "ivtp": "#d55e00",
     "ivtp-v": "#e69f00",
@@ -17,28 +17,55 @@ _COLOURS = {
     "oracle": "#009e73",
     "ivtp (retrained)": "#cc79a7",
 }
+_TOUCHING = 1.3
+"""Factor below which the labels of two ticks on a logarithmic axis touch."""
 
 MAIN = tuple(_COLOURS)
-"""The methods of the main comparison; every other one is a system beside them."""
+"""The methods of the main comparison; all others are systems beside them."""
+
+Row = Mapping[str, Any]
 
 
-def label(row: Mapping[str, Any]) -> str:
-    """What a row is called."""
+def label(row: Row) -> str:
+    """Return the name of a row: its method, and the mode if that is not inference."""
     return row["method"] if row["mode"] == "inference" else f"{row['method']} ({row['mode']})"
 
 
-def unpruned_of(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The row that the others are measured against."""
+def unpruned_of(rows: Sequence[Row]) -> Row | None:
+    """Find the row that the others are measured against."""
     return next((row for row in rows if row["method"] == "unpruned" and row["mode"] == "inference"), None)
 
 
-def flops_unit(rows: Sequence[Mapping[str, Any]]) -> tuple[str, float]:
-    """A unit in which computation reads well, and how many of it are one TFLOP."""
+def flops_unit(rows: Sequence[Row]) -> tuple[str, float]:
+    """Return a unit in which the rows' computation reads well, and how many of it make one TFLOP."""
     return ("GFLOPs", 1e3) if max((row["tflops"] for row in rows), default=1.0) < 0.5 else ("TFLOPs", 1.0)
 
 
+def place_of(axis: str, rows: Sequence[Row]) -> Callable[[Row], float]:
+    """Return the function that places a row on an axis.
+
+    Raises
+    ------
+    ValueError
+        If the axis is neither "tokens" nor "tflops".
+    """
+    if axis not in ("tokens", "tflops"):
+        raise ValueError(f"axis={axis!r}; allowed: tokens, tflops.")
+    _, per_tflop = flops_unit(rows)
+    return lambda row: row["visual_tokens"] if axis == "tokens" else row["tflops"] * per_tflop
+
+
+def apart(values: Sequence[float], factor: float = _TOUCHING) -> list[float]:
+    """Leave out values that lie within a factor of the next larger one that stays, so that no labels touch."""
+    kept: list[float] = []
+    for value in sorted(values, reverse=True):
+        if not kept or kept[-1] / value >= factor:
+            kept.append(value)
+    return kept[::-1]
+
+
 def plot_systems(results: Mapping[str, Any], axis: str) -> Any:
-    """A small panel for every system, with IVTP and random in each: a matplotlib Figure; None without systems.
+    """Draw a small panel for every system, with IVTP and random in each: a matplotlib Figure; None without systems.
 
     Parameters
     ----------
@@ -46,48 +73,33 @@ def plot_systems(results: Mapping[str, Any], axis: str) -> Any:
     axis : {"tokens", "tflops"}
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullLocator, PercentFormatter
 
     main = [row for row in results["rows"] if not row["table"] and row["mode"] == "inference"]
-    unit, per_tflop = flops_unit(main)
+    place = place_of(axis, main)
     lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for row in main:
-        x = row["visual_tokens"] if axis == "tokens" else row["tflops"] * per_tflop
-        lines[row["method"]].append((x, row["accuracy"]))
-    shown = [name for name in lines if name not in (*_COLOURS, "unpruned", "blind")]
-    if not shown:
+        lines[row["method"]].append((place(row), row["accuracy"]))
+    systems = [name for name in lines if name not in (*_COLOURS, "unpruned", "blind")]
+    if not systems:
         return None
     columns = 4
-    rows = -(-len(shown) // columns)
+    rows = -(-len(systems) // columns)
     figure = Figure(figsize=(10, 0.9 + 2.0 * rows), layout="constrained", facecolor="white")
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    every = sorted({x for name in (*shown, "ivtp", "random") for x, _ in lines[name]})
-    for place, axes in enumerate(grid.flat):
+    every = sorted({x for name in (*systems, "ivtp", "random") for x, _ in lines[name]})
+    ticks = apart(every, 1.4) if axis == "tokens" else [x for x in (2, 3, 4, 6, 8, 12) if every[0] <= x <= every[-1]]
+    for number, axes in enumerate(grid.flat):
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.spines["bottom"].set_color(_FAINT)
         axes.tick_params(colors=_MUTED, length=0, labelsize=8)
-        if place >= len(shown):
+        if number >= len(systems):
             axes.set_visible(False)
             continue
-        name = shown[place]
-        axes.grid(axis="y", color=_FAINT, linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.set_xscale("log")
-        if lines["unpruned"]:
-            axes.axhline(lines["unpruned"][0][1], color=_INK, lw=0.8, ls=(0, (5, 3)))
-        for other, colour, width in (("random", _COLOURS["random"], 1.2), ("ivtp", _COLOURS["ivtp"], 1.6)):
-            axes.plot(*zip(*sorted(lines[other]), strict=True), color=colour, lw=width, alpha=0.9)
-        points = sorted(lines[name])
-        axes.plot(*zip(*points, strict=True), color="#0072b2", lw=2.0, marker="o", ms=4, zorder=4)
-        axes.set_title(name, loc="left", fontsize=10, color=_INK, fontweight="bold", pad=4)
-        axes.set_xlim(every[0] * 0.92, every[-1] * 1.08)
-        ticks = every if axis == "tokens" else [x for x in (2, 3, 4, 6, 8, 12) if every[0] <= x <= every[-1]]
-        axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_ylim(0.2, 1.02)
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        _draw_system(axes, systems[number], lines)
+        _scale_panel(axes, every, ticks)
         # The last panel of a column carries its numbers, even where the row below is not full.
-        axes.tick_params(labelbottom=place + columns >= len(shown))
+        axes.tick_params(labelbottom=number + columns >= len(systems))
+    unit = flops_unit(main)[0]
     what = "visual tokens of one image, in the end" if axis == "tokens" else f"{unit} of one question"
     figure.suptitle(
         f"Accuracy of every system (blue) against {what}\nbeside IVTP (orange), random (grey) and unpruned (dashed)",
@@ -96,8 +108,31 @@ def plot_systems(results: Mapping[str, Any], axis: str) -> Any:
     return figure
 
 
+def _draw_system(axes: Any, name: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+    """Draw a system's line and those it is compared with."""
+    if lines["unpruned"]:
+        axes.axhline(lines["unpruned"][0][1], color=_INK, lw=0.8, ls=(0, (5, 3)))
+    for other, colour, width in (("random", _COLOURS["random"], 1.2), ("ivtp", _COLOURS["ivtp"], 1.6)):
+        axes.plot(*zip(*sorted(lines[other]), strict=True), color=colour, lw=width, alpha=0.9)
+    axes.plot(*zip(*sorted(lines[name]), strict=True), color="#0072b2", lw=2.0, marker="o", ms=4, zorder=4)
+    axes.set_title(name, loc="left", fontsize=10, color=_INK, fontweight="bold", pad=4)
+
+
+def _scale_panel(axes: Any, every: Sequence[float], ticks: Sequence[float]) -> None:
+    from matplotlib.ticker import NullLocator, PercentFormatter
+
+    axes.grid(axis="y", color=_FAINT, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.set_xscale("log")
+    axes.set_xlim(every[0] * 0.92, every[-1] * 1.08)
+    axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_ylim(0.2, 1.02)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+
+
 def plot(results: Mapping[str, Any], axis: str) -> Any:
-    """Accuracy against visual tokens or TFLOPs, one line per method with its interval: a matplotlib Figure.
+    """Draw accuracy against visual tokens or TFLOPs, one line per method with its interval: a matplotlib Figure.
 
     Parameters
     ----------
@@ -109,21 +144,10 @@ def plot(results: Mapping[str, Any], axis: str) -> Any:
     ValueError
         For another axis.
     """
-    if axis not in ("tokens", "tflops"):
-        raise ValueError(f"axis={axis!r}; allowed: tokens, tflops.")
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullLocator, PercentFormatter
 
     main = [row for row in results["rows"] if not row["table"] and row["method"] in (*_COLOURS, "unpruned", "blind")]
-    unit, per_tflop = flops_unit(main)
-
-    def at(row: Mapping[str, Any]) -> float:
-        return row["visual_tokens"] if axis == "tokens" else row["tflops"] * per_tflop
-
-    lines: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-    for row in main:
-        if row["method"] not in ("unpruned", "blind"):
-            lines[label(row)].append(row)
+    place = place_of(axis, main)
     figure = Figure(figsize=(8, 5), layout="constrained", facecolor="white")
     axes = figure.add_subplot()
     axes.spines[["top", "right", "left"]].set_visible(False)
@@ -132,68 +156,14 @@ def plot(results: Mapping[str, Any], axis: str) -> Any:
     axes.grid(axis="y", color=_FAINT, linewidth=1)
     axes.set_axisbelow(True)
     axes.set_xscale("log", base=2 if axis == "tokens" else 10)
-    ends: list[tuple[float, float, str, str]] = []
-    for name, points in lines.items():
-        points = sorted(points, key=at)
-        colour = _COLOURS[name]
-        x = [at(row) for row in points]
-        y = [row["accuracy"] for row in points]
-        lows, highs = ([row["interval"][end] for row in points] for end in (0, 1))
-        axes.fill_between(x, lows, highs, color=colour, alpha=0.13, lw=0)
-        bold = name.startswith("ivtp") and name != "ivtp-v"
-        axes.plot(x, y, color=colour, lw=2.6 if bold else 1.8, marker="o", ms=6 if bold else 4.5, zorder=3 + bold)
-        ends.append((x[0], y[0], name, colour))
-    unpruned = unpruned_of(main)
-    blind = next((row for row in main if row["method"] == "blind"), None)
-    if unpruned is not None:
-        axes.axhspan(*unpruned["interval"], color=_INK, alpha=0.07, lw=0)
-        axes.axhline(unpruned["accuracy"], color=_INK, lw=1.2, ls=(0, (5, 3)))
-        axes.plot(at(unpruned), unpruned["accuracy"], marker="D", ms=7, color=_INK, zorder=5)
-    if blind is not None:
-        axes.axhline(blind["accuracy"], color=_MUTED, lw=1.2, ls=(0, (1, 2)))
-    every = sorted({at(row) for row in main})
-    low, high = (min(every), max(every)) if every else (1, 2)
-    span = max(high / low, 1.01)
-    axes.set_xlim(low / span ** (0.08 + 0.011 * max(map(len, lines), default=0)), high * span**0.04)
-    if unpruned is not None:
-        axes.annotate(
-            "unpruned",
-            (high, unpruned["accuracy"]),
-            (-10, 7),
-            textcoords="offset points",
-            ha="right",
-            color=_INK,
-            fontsize=10,
-        )
-    if blind is not None:
-        axes.annotate(
-            "blind",
-            (high, blind["accuracy"]),
-            (0, 6),
-            textcoords="offset points",
-            ha="right",
-            color=_MUTED,
-            fontsize=10,
-        )
-    if axis == "tokens":
-        axes.set_xticks(every, [str(k) for k in every])
-    else:
-        ticks = [
-            tick
-            for power in range(-6, 5)
-            for step in (1, 1.5, 2, 3, 5, 7)
-            if low <= (tick := step * 10.0**power) <= high
-        ]
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.xaxis.set_minor_locator(NullLocator())
-    bottom = min([row["interval"][0] for row in main], default=0.0)
-    axes.set_ylim(max(0.0, bottom - 0.05), 1.0)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    ends = _draw_methods(axes, main, place)
+    _scale(axes, axis, main, place, longest=max((len(name) for _, _, name, _ in ends), default=0))
+    _draw_bounds(axes, main, place)
     _label_ends(axes, ends)
     axes.set_xlabel(
         "visual tokens of one image, in the end"
         if axis == "tokens"
-        else f"{unit} of one question, both towers and decoder",
+        else f"{flops_unit(main)[0]} of one question, both towers and decoder",
         color=_MUTED,
     )
     axes.set_title(
@@ -202,9 +172,79 @@ def plot(results: Mapping[str, Any], axis: str) -> Any:
     )  # fmt: skip
     asked = results["questions"]
     number = sum(asked["types"][kind] for kind in asked["headline"])
-    said = f"{number:,} held-out questions; logarithmic scale; bands are {LEVEL:.0%} intervals"
-    axes.text(0, 1.03, said, transform=axes.transAxes, color=_MUTED, fontsize=10)
+    subtitle = f"{number:,} held-out questions; logarithmic scale; bands are {LEVEL:.0%} intervals"
+    axes.text(0, 1.03, subtitle, transform=axes.transAxes, color=_MUTED, fontsize=10)
     return figure
+
+
+def _draw_methods(axes: Any, main: Sequence[Row], place: Callable[[Row], float]) -> list[tuple[float, float, str, str]]:
+    """Draw the line and the interval of every method, and return their left ends: x, y, name and colour."""
+    lines: dict[str, list[Row]] = defaultdict(list)
+    for row in main:
+        if row["method"] not in ("unpruned", "blind"):
+            lines[label(row)].append(row)
+    ends = []
+    for name, points in lines.items():
+        points = sorted(points, key=place)
+        colour, bold = _COLOURS[name], _is_bold(name)
+        x = [place(row) for row in points]
+        y = [row["accuracy"] for row in points]
+        lows, highs = ([row["interval"][end] for row in points] for end in (0, 1))
+        axes.fill_between(x, lows, highs, color=colour, alpha=0.13, lw=0)
+        axes.plot(x, y, color=colour, lw=2.6 if bold else 1.8, marker="o", ms=6 if bold else 4.5, zorder=3 + bold)
+        ends.append((x[0], y[0], name, colour))
+    return ends
+
+
+def _is_bold(name: str) -> bool:
+    return name.startswith("ivtp") and name != "ivtp-v"
+
+
+def _draw_bounds(axes: Any, main: Sequence[Row], place: Callable[[Row], float]) -> None:
+    """Draw what bounds the methods: the unpruned model with its interval above, the blind one below."""
+    unpruned, blind = unpruned_of(main), next((row for row in main if row["method"] == "blind"), None)
+    right = max(map(place, main), default=2)
+    if unpruned is not None:
+        axes.axhspan(*unpruned["interval"], color=_INK, alpha=0.07, lw=0)
+        axes.axhline(unpruned["accuracy"], color=_INK, lw=1.2, ls=(0, (5, 3)))
+        axes.plot(place(unpruned), unpruned["accuracy"], marker="D", ms=7, color=_INK, zorder=5)
+    if blind is not None:
+        axes.axhline(blind["accuracy"], color=_MUTED, lw=1.2, ls=(0, (1, 2)))
+    for row, name, offset, colour in ((unpruned, "unpruned", (-10, 7), _INK), (blind, "blind", (0, 6), _MUTED)):
+        if row is not None:
+            axes.annotate(
+                name,
+                (right, row["accuracy"]),
+                offset,
+                textcoords="offset points",
+                ha="right",
+                color=colour,
+                fontsize=10,
+            )
+
+
+def _scale(axes: Any, axis: str, main: Sequence[Row], place: Callable[[Row], float], longest: int) -> None:
+    """Set limits and ticks, with room on the left for names of up to `longest` letters."""
+    from matplotlib.ticker import NullLocator, PercentFormatter
+
+    every = sorted({place(row) for row in main})
+    low, high = (min(every), max(every)) if every else (1, 2)
+    span = max(high / low, 1.01)
+    axes.set_xlim(low / span ** (0.08 + 0.011 * longest), high * span**0.04)
+    if axis == "tokens":
+        ticks = apart(every)
+    else:
+        ticks = [
+            tick
+            for power in range(-6, 5)
+            for step in (1, 1.5, 2, 3, 5, 7)
+            if low <= (tick := step * 10.0**power) <= high
+        ]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    bottom = min([row["interval"][0] for row in main], default=0.0)
+    axes.set_ylim(max(0.0, bottom - 0.05), 1.0)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
 
 def _label_ends(axes: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
@@ -222,7 +262,7 @@ def _label_ends(axes: Any, ends: Sequence[tuple[float, float, str, str]]) -> Non
     for (x, y, name, colour), height in zip(sorted(ends, key=lambda end: end[1]), heights, strict=True):
         axes.annotate(
             name, (x, y), (axes.get_xlim()[0], height), textcoords="data", color=colour, fontsize=10.5, va="center",
-            fontweight="bold" if name.startswith("ivtp") and name != "ivtp-v" else "normal",
+            fontweight="bold" if _is_bold(name) else "normal",
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5}, zorder=6,
             arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.7, "alpha": 0.5, "shrinkB": 5},
         )  # fmt: skip

@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import modeling_ivtp
+from benchmarks.quality import checkpoint as checkpoints
 from benchmarks.quality import readme, report, retrain
 from benchmarks.quality.answer_log import AnswerLog
 from benchmarks.quality.checkpoint import check_world
@@ -334,7 +336,10 @@ def test_a_retrained_checkpoint_joins_the_results_of_the_one_it_came_from(
     shutil.copytree(checkpoint, again)
     told = json.loads((again / "generation_config.json").read_text())
     (again / "generation_config.json").write_text(json.dumps(told | {"retrained": True}))
+    kept = {"note": "what other commands wrote into the results"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | kept))
     assert evaluate(again, tmp_path, methods=["ivtp"], reference=checkpoint) == file
+    assert json.loads(file.read_text())["note"] == kept["note"]
     rows = json.loads(file.read_text())["rows"]
     assert [(row["method"], row["mode"]) for row in rows] == [
         ("unpruned", "inference"), ("ivtp", "inference"), ("ivtp", "retrained"),
@@ -502,6 +507,19 @@ def test_options_out_of_range_are_told(checkpoint: Path, tmp_path: Path, options
     with pytest.raises(ValueError, match=message):
         evaluate(checkpoint, tmp_path, **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_all_code_that_answers_is_fingerprinted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = Path(modeling_ivtp.__file__).parent
+    files = checkpoints.code_files()
+    assert {*(package / "model").glob("*.py"), *(package / "methods").glob("*.py")} < set(files)
+    assert {"methods.py", "examination.py"} <= {file.name for file in files if file.parent.name == "quality"}
+    before = checkpoints.code_fingerprint()
+    changed = tmp_path / "rollout.py"
+    changed.write_text((package / "model" / "rollout.py").read_text() + "\n")
+    others = [changed if file.name == changed.name else file for file in files]
+    monkeypatch.setattr(checkpoints, "code_files", lambda: others)
+    assert checkpoints.code_fingerprint() != before
 
 
 def test_what_is_no_checkpoint_is_told(tmp_path: Path) -> None:
