@@ -13,7 +13,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from PIL import Image
 
 from ..files.console import quiet
-from ..files.images import load_image
+from ..files.images import load_image, shortened
 from ..serving.answering import as_prompt
 from .answers import Answered
 from .data import Row
@@ -88,9 +88,11 @@ class Asker:
         if row.question is None:
             raise ValueError("the prompt is missing")
         if not isinstance(row.question, str):
-            raise ValueError(f"the prompt is no text, but {type(row.question).__name__} {row.question!r}")
+            raise ValueError(
+                f"the prompt is no text, but {type(row.question).__name__} {shortened(repr(row.question))}"
+            )
         if not is_text(row.question):
-            raise ValueError(f"the prompt holds half of a character: {row.question!r}")
+            raise ValueError(f"the prompt holds half of a character: {shortened(repr(row.question))}")
         return as_prompt(self._processor, row.question, len(row.images))
 
     def prepare(self, tasks: Sequence[Task]) -> Prepared:

@@ -17,6 +17,7 @@ import datasets
 from pyarrow.parquet import read_metadata
 
 from ..checkpoints.sources import is_hub_id
+from ..files.images import is_base64, shortened
 from .image_folder import ImageFolder
 from .tables import ArrowTable, Broken, JsonTable, Size, Table, is_text, split_of
 
@@ -146,7 +147,7 @@ class Data:
             if isinstance(value, Broken):
                 return Row(number, None, None, (), value.why)
         if name is not None and not is_text(str(name)):
-            return Row(number, None, None, (), f"the id holds half of a character: {name!r}")
+            return Row(number, None, None, (), f"the id holds half of a character: {shortened(repr(name))}")
         if isinstance(cell, list):
             images = [self._image(item, number, place) for place, item in enumerate(cell)]
         else:
@@ -165,7 +166,7 @@ class Data:
             return Stored(self, row, place)
         if not isinstance(cell, str):
             return None
-        if cell.startswith("data:") or "://" in cell:
+        if cell.startswith("data:") or "://" in cell or is_base64(cell):
             return cell
         try:
             return str(self._folder / Path(cell).expanduser())
@@ -238,11 +239,11 @@ def open_data(
     try:
         with _quiet():
             table, folder, left_out = _load(source, split, image_column)
-    except (OSError, ValueError):
-        raise
     except Exception as error:
         # `datasets` raises errors of its own for damaged files, and says why in their cause.
         why = error.__cause__ or error
+        if isinstance(error, (OSError, ValueError)) and "datasets dtype" not in str(error):
+            raise
         raise ValueError(f"{source} cannot be read as a data set ({type(why).__name__}: {why})") from error
     if limit is not None:
         table = table.part(0, limit)

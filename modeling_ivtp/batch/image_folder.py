@@ -14,6 +14,8 @@ from typing import Any
 from PIL import Image
 from pyarrow.parquet import read_schema
 
+from .tables import encoding_of
+
 # Pictures by their ending that Pillow may not read; each gets a row, and the row an error if it cannot be read.
 _OTHER_PICTURES = {
     ".arw", ".avif", ".cr2", ".cr3", ".dng", ".heic", ".heif", ".hif", ".jxl", ".nef", ".orf", ".psd", ".raf", ".raw",
@@ -133,8 +135,8 @@ def _column_names(table: Path) -> Iterable[str]:
 
 def _first_row(table: Path) -> Any:
     """Return the first row of JSON lines or of an array of rows."""
-    with open(table, "rb") as file:
-        text = file.read(_HEAD).decode("utf-8-sig", "replace").lstrip()
+    with open(table, encoding=encoding_of(table), errors="replace") as file:
+        text = file.read(_HEAD).lstrip()
     if text.startswith("["):
         return json.JSONDecoder().raw_decode(text[1:].lstrip())[0]
     return json.loads(text.partition("\n")[0])

@@ -6,10 +6,12 @@ import json
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -82,7 +84,8 @@ class ArrowTable:
 class JsonTable:
     """Files of JSON lines, one row in each, or files with one array of rows. Lines are read when they are needed.
 
-    Values keep their types: a question that is a number in one row does not change the others.
+    Values keep their types: a question that is a number in one row does not change the others. Files are UTF-8, UTF-16
+    or UTF-32, as JSON allows.
 
     Parameters
     ----------
@@ -114,14 +117,18 @@ class JsonTable:
 
     def _starts(self, number: int, file: Path) -> Iterator[int]:
         """Yield the rows' places: indices of an array, or offsets in the file."""
-        with open(file, "rb") as lines:
-            head = lines.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-        if head.startswith(b"["):
+        encoding = encoding_of(file)
+        with open(file, encoding=encoding, errors="replace") as lines:
+            is_array = lines.read(4096).lstrip().startswith("[")
+        if is_array or not encoding.startswith("utf-8"):
             try:
-                self._arrays[number] = json.loads(file.read_text(encoding="utf-8-sig"))
+                text = file.read_bytes().decode(encoding, "surrogatepass")
+                # Lines of other encodings are read at once: their ends are not single bytes.
+                array = json.loads(text) if is_array else [_parsed(line) for line in text.split("\n") if line.strip()]
             except ValueError as error:
                 raise ValueError(f"{file} is damaged: {error}") from error
-            yield from range(len(self._arrays[number]))
+            self._arrays[number] = array
+            yield from range(len(array))
             return
         with open(file, "rb") as lines:
             at = 0
@@ -196,9 +203,16 @@ def split_of(table: Table, split: str) -> Table:
     return table if (start, stop) == (0, len(table)) else table.part(start, stop)
 
 
-def _parsed(line: bytes) -> Any:
+def encoding_of(file: Path) -> str:
+    """Return the encoding of a JSON file, by its first bytes."""
+    with open(file, "rb") as content:
+        encoding = json.detect_encoding(content.read(4))
+    return "utf-8-sig" if encoding == "utf-8" else encoding
+
+
+def _parsed(line: bytes | str) -> Any:
     try:
-        return json.loads(line.removeprefix(b"\xef\xbb\xbf"))
+        return json.loads(line.removeprefix(b"\xef\xbb\xbf") if isinstance(line, bytes) else line)
     except (ValueError, RecursionError) as error:
         return Broken(f"its line is no JSON ({error})")
 
@@ -206,19 +220,47 @@ def _parsed(line: bytes) -> Any:
 def _sizes_for_bytes(column: pa.Array) -> Iterator[Any]:
     """Yield a column's values, with the `Size` of each stored file instead of its bytes, which stay unread."""
     kind = column.type
-    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-        yield from (None if size is None else Size(size) for size in pc.binary_length(column).to_pylist())
+    if pa.types.is_dictionary(kind):
+        yield from _sizes_for_bytes(column.dictionary_decode())
+    elif _is_any(kind, "binary", "large_binary", "fixed_size_binary", "binary_view"):
+        yield from (None if size is None else Size(size) for size in _lengths(column))
     elif pa.types.is_struct(kind):
         fields = [list(_sizes_for_bytes(column.field(place))) for place in range(kind.num_fields)]
         yield from (
             dict(zip([field.name for field in kind], values, strict=True)) for values in zip(*fields, strict=True)
         )
-    elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        inside = _sizes_for_bytes(column.flatten())
-        for length in pc.list_value_length(column).to_pylist():
-            yield None if length is None else [next(inside) for _ in range(length)]
+    elif _is_any(kind, "list", "large_list", "fixed_size_list"):
+        values, lengths = _list_values(column)
+        sizes = _sizes_for_bytes(values)
+        for length, valid in zip(lengths, column.is_valid().to_pylist(), strict=True):
+            items = [next(sizes) for _ in range(length)]
+            yield items if valid else None
     else:
         yield from column.to_pylist()
+
+
+def _is_any(kind: pa.DataType, *names: str) -> bool:
+    return any(getattr(pa.types, f"is_{name}")(kind) for name in names)
+
+
+def _lengths(column: pa.Array) -> list[int | None]:
+    """Return the bytes of each value."""
+    if not pa.types.is_binary_view(column.type):
+        return pc.binary_length(column).to_pylist()
+    # PyArrow cannot count views. Each is 16 bytes, of which the first four are the length.
+    views = np.frombuffer(column.buffers()[1], dtype=np.int32).reshape(-1, 4)
+    sizes = views[column.offset :, 0].tolist()
+    return [size if valid else None for size, valid in zip(sizes, column.is_valid().to_pylist(), strict=False)]
+
+
+def _list_values(column: pa.Array) -> tuple[pa.Array, list[int]]:
+    """Return the items of a column of lists, and how many each row has; unlike `flatten`, also where a row is null."""
+    if pa.types.is_fixed_size_list(column.type):
+        size = column.type.list_size
+        return column.values.slice(column.offset * size, len(column) * size), [size] * len(column)
+    offsets = column.offsets.to_pylist()
+    lengths = [stop - start for start, stop in pairwise(offsets)]
+    return column.values.slice(offsets[0], offsets[-1] - offsets[0]), lengths
 
 
 def is_text(value: str) -> bool:

@@ -11,6 +11,7 @@ import binascii
 import io
 import ipaddress
 import os
+import re
 import socket
 import threading
 import urllib.parse
@@ -54,6 +55,13 @@ MAX_SCANS = 100
 """Most scans of a stranger's progressive JPEG; each is work over the whole picture, however few bytes it has."""
 
 
+LONGEST_SHOWN = 250
+"""Characters of a source that an error repeats."""
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
+# JPEG, PNG, GIF, WEBP, and TIFF of either byte order.
+_BASE64_BEGINNINGS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "SUkqA", "TU0AK")
+
+
 def load_image(
     source: str | os.PathLike[str] | bytes | Image.Image,
     *,
@@ -70,7 +78,7 @@ def load_image(
     Parameters
     ----------
     source : str, path, bytes or PIL image
-        A file, an `http(s)://` address, a `data:` URL, a file's content, or an open picture.
+        A file, an `http(s)://` address, a `data:` URL, the base64 of a file, a file's content, or an open picture.
     timeout : float
         Seconds that a download may take, from the first lookup to the last byte.
     max_bytes : int
@@ -106,15 +114,28 @@ def load_image(
         if from_stranger and content.startswith(b"\xff\xd8") and content.count(b"\xff\xda") > MAX_SCANS:
             raise ValueError(f"{label} is a JPEG of more than {MAX_SCANS} scans")
         return _decode(io.BytesIO(content), label, max_pixels, formats)
+    if isinstance(source, str) and is_base64(source) and not from_stranger:
+        content = _data_url(f"data:;base64,{''.join(source.split())}", max_bytes)
+        return _decode(io.BytesIO(content), "the base64 text", max_pixels)
     if from_stranger:
         raise ValueError(f"{str(source)[:80]!r} is not an http, https or data URL; files of this machine are not read")
     path = Path(source).expanduser()
-    if not path.exists():
-        raise FileNotFoundError(f"there is no image {str(source)!r}")
+    if not os.path.exists(path):  # False also for a name that is too long, for which pathlib raises
+        raise FileNotFoundError(f"there is no image {shortened(repr(str(source)))}")
     if not path.is_file():
         raise ValueError(f"{source} is not a file")
     with open(path, "rb") as file:
         return _decode(file, str(source), max_pixels)
+
+
+def is_base64(text: str) -> bool:
+    """Tell whether a text is the base64 of a picture's file, as some data sets hold them, and no path."""
+    return len(text) >= 64 and text.startswith(_BASE64_BEGINNINGS) and _BASE64.fullmatch(text) is not None
+
+
+def shortened(text: str) -> str:
+    """Return a text for an error, cut if it is longer than a path or an address would be."""
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:100]}…{text[-60:]} ({len(text):,} characters)"
 
 
 def _decode(file: BinaryIO, label: str, max_pixels: int = MAX_PIXELS, allowed: Sequence[str] = FORMATS) -> Image.Image:
@@ -189,7 +210,9 @@ def _data_url(url: str, max_bytes: int) -> bytes:
 def _download(url: str, timeout: float, max_bytes: int, public_only: bool) -> bytes:
     """Download the content of an http(s) address, with one deadline for lookup, handshake, headers and body."""
     if url.split("://", 1)[0].lower() not in ("http", "https"):
-        raise ValueError(f"{url} is not supported; images come from files and from http, https and data URLs")
+        raise ValueError(
+            f"{shortened(url)} is not supported; images come from files and from http, https and data URLs"
+        )
     content: Future[bytes] = Future()
 
     def work() -> None:
