@@ -50,10 +50,6 @@ MAX_IMAGES = 32
 MAX_TEXT = 20_000
 MAX_BYTES = 20_000_000
 MAX_PIXELS = 16_000_000
-MAX_SHAPE = 20
-"""How many times as long as wide an image may be; the processor scales the short side."""
-LONG_SIDE = 2048
-"""Larger images are shrunk as soon as they are read, so that they do not wait for the model at full size."""
 MAX_SECONDS = 60
 """For fetching all images of a request."""
 MAX_NEW = 4096
@@ -179,10 +175,8 @@ class EndpointHandler:
         if left <= 0:
             raise ValueError(f"fetching the images took longer than {MAX_SECONDS} seconds")
         with self._opening:
-            image = _picture(source, min(15.0, left))
-            if max(image.size) > LONG_SIDE:
-                image.thumbnail((LONG_SIDE, LONG_SIDE))
-        return image
+            # Pictures do not wait for the model at full size.
+            return self.processor.as_seen(_picture(source, min(15.0, left)))
 
     def _generate(self, part: list[tuple[int, str, list[Any]]], settings: dict[str, Any]) -> list[dict[str, Any]]:
         with self._busy, torch.inference_mode():
@@ -333,10 +327,7 @@ def _picture(source: Any, seconds: float) -> Any:
         except (binascii.Error, ValueError) as error:
             raise ValueError("an image is an http(s) address, a data URL or base64; files are not read") from error
         source = f"data:image;base64,{source}"
-    image = load_image(source, timeout=seconds, max_bytes=MAX_BYTES, max_pixels=MAX_PIXELS, from_stranger=True)
-    if max(image.size) > MAX_SHAPE * min(image.size):
-        raise ValueError(f"the image is more than {MAX_SHAPE} times as long as wide")
-    return image
+    return load_image(source, timeout=seconds, max_bytes=MAX_BYTES, max_pixels=MAX_PIXELS, from_stranger=True)
 
 
 def _checked(given: Mapping[str, Any], patches: int) -> dict[str, Any]:

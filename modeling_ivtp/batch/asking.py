@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from PIL import Image
 
 from ..files.console import quiet
 from ..files.images import load_image, shortened
@@ -101,7 +100,8 @@ class Asker:
         for task in tasks:
             try:
                 sources = (image if isinstance(image, str) else image.read() for image in task.row.images)
-                pictures += [self._small(load_image(source)) for source in sources]
+                # A batch of photographs in full would be gigabytes.
+                pictures += [self._processor.as_seen(load_image(source)) for source in sources]
                 ready.append(task)
             except (ValueError, OSError, RuntimeError) as error:
                 failed.append(failure(task.row, _message(error)))
@@ -115,11 +115,6 @@ class Asker:
                 return_tensors="pt",
             )
         return Prepared(ready, inputs, failed)
-
-    def _small(self, image: Any) -> Any:
-        """Scale a picture to the size that the model sees: a batch of photographs in full would be gigabytes."""
-        scaled = self._processor.image_processor(image, do_rescale=False, do_normalize=False, return_tensors="np")
-        return Image.fromarray(scaled["pixel_values"][0].astype("uint8").transpose(1, 2, 0))
 
     def answer(self, tasks: Sequence[Task], prepared: Callable[[], Prepared] | None = None) -> list[Answered]:
         """Answer a batch.

@@ -6,6 +6,7 @@ context length C. `clip_spans` (B, S, 2) int64: for each prompt token the CLIP t
 is zeros on the left in both, which is also what left-padding an unknown input gives.
 """
 
+import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import AutoTokenizer, BatchFeature, LlavaProcessor, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import cached_file, logging
 
@@ -33,6 +35,9 @@ from .text_relevance import overlapping_spans
 
 logger = logging.get_logger(__name__)
 
+LONGEST = 100
+"""How many times as long as wide a picture is scaled; 34 MB at 336 pixels."""
+_OF_SIZE = {"size", "crop_size", "do_resize", "do_center_crop"}
 _HUB_ACCESS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
 
 
@@ -211,6 +216,8 @@ num_additional_image_tokens
             For what `LlavaProcessor` rejects, and for arguments after which a token has no place in the prompt
             (`text_pair`, `is_split_into_words`, `return_overflowing_tokens`).
         """
+        own_size = {*kwargs, *(kwargs.get("images_kwargs") or {})} & _OF_SIZE
+        images = images if own_size else self._crop_all(images)
         if self.clip_tokenizer is None or text is None:
             return super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
         text_kwargs = dict(kwargs.pop("text_kwargs", None) or {})
@@ -350,6 +357,37 @@ num_additional_image_tokens
         added = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         names = {self.image_token, *self.tokenizer.all_special_tokens, *added}
         return "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+
+    def crop_thin(self, image: Any) -> Any:
+        """Crop a long and thin picture, whose ends the model never sees, before it is scaled.
+
+        CLIP's processor scales the short edge to 336 pixels and then crops the middle: 1 x 20,000 pixels would become
+        336 x 6,720,000. From a PIL image more than `LONGEST` times as long as wide, as much is cut off at both ends as
+        leaves every pixel of the middle where it was.
+        """
+        size, crop = self.image_processor.size, self.image_processor.crop_size
+        edge = size.get("shortest_edge") if self.image_processor.do_resize else None
+        if not (isinstance(image, Image.Image) and edge and self.image_processor.do_center_crop):
+            return image
+        short, long = sorted(image.size)
+        # Where the length that is cut off scales to whole pixels, the middle does not move.
+        step = short // math.gcd(short, edge)
+        margin = (long - LONGEST * short) // 2 // step * step
+        if margin <= 0 or max(crop["height"], crop["width"]) > edge:
+            return image
+        left, top = (margin, 0) if image.width == long else (0, margin)
+        return image.crop((left, top, image.width - left, image.height - top))
+
+    def as_seen(self, image: Image.Image) -> Image.Image:
+        """Scale and crop a picture to the pixels that the model sees; to process it again changes nothing."""
+        cropped = self.crop_thin(image)
+        pixels = self.image_processor(cropped, do_rescale=False, do_normalize=False, return_tensors="np")
+        return Image.fromarray(pixels["pixel_values"][0].astype("uint8").transpose(1, 2, 0))
+
+    def _crop_all(self, images: Any) -> Any:
+        if isinstance(images, list | tuple):
+            return [self._crop_all(image) for image in images]
+        return self.crop_thin(images)
 
     def is_whole_prompt(self, text: str) -> bool:
         """Tell whether a text has role markers, so that it needs no chat template."""

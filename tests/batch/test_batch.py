@@ -774,8 +774,7 @@ def test_a_prompt_beyond_the_models_positions_is_an_error_row(capsys, sample, lo
 
 def test_a_large_picture_is_kept_as_small_as_the_model_sees_it(sample):
     image = Image.effect_noise((900, 400), 80).convert("RGB")
-    asker = Asker(sample.model, sample.processor, 5)
-    small = asker._small(image)
+    small = sample.processor.as_seen(image)
     side = sample.model.config.vision_config.image_size
     assert small.size == (side, side)
     pixels = [sample.processor.image_processor(item, return_tensors="pt")["pixel_values"] for item in (image, small)]
