@@ -261,6 +261,7 @@ def join_clip(model: Any, clip: ClipText) -> None:
     positions.position_ids = torch.arange(clip.text_config.max_position_embeddings, device=device)[None]
     model.config.clip_text_config = text.config
     body.clip_text_model, body.visual_projection = text, projection
+    body.guide.clip = clip.source
     body.train(body.training)
     if hasattr(model, "hf_device_map") and "" not in model.hf_device_map:
         for name in ("clip_text_model", "visual_projection"):

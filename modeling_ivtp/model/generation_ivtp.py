@@ -34,7 +34,8 @@ class PrunedGeneration:
         elif inputs_embeds is None:
             if (spans := kwargs.get("clip_spans")) is not None:
                 # Tokens after the prompt, such as an assistant's candidates, are no words of the person.
-                kwargs["clip_spans"] = nn.functional.pad(spans, (0, 0, 0, input_ids.shape[1] - spans.shape[1]))
+                later = input_ids.shape[1] - (spans.shape[1] if prompt is None else prompt)
+                kwargs["clip_spans"] = nn.functional.pad(spans, (0, 0, 0, later))
             if prompt is not None and input_ids.shape[1] > prompt:
                 kwargs["drafted"] = input_ids.shape[1] - prompt
             if next_sequence_length is not None and next_sequence_length < input_ids.shape[1]:
@@ -68,9 +69,12 @@ class PrunedGeneration:
             inputs_embeds=inputs.get("inputs_embeds"),
             attention_mask=mask,
             clip_input_ids=inputs.get("clip_input_ids"),
+            clip_spans=inputs.get("clip_spans"),
             past=0 if cache is None else int(cache.get_seq_length()),
             drafted=inputs.get("drafted", 0),
         )
+        prompt = self.model.with_question(prompt)
+        inputs["clip_input_ids"], inputs["clip_spans"] = prompt.clip_input_ids, prompt.clip_spans
         index = inputs["prompt_index"] = self.model.index_prompt(prompt, plan, _count_images(inputs))
         if cache is not None and prompt.past == 0 and plan.exact:
             self.model.language_model.allocate(cache, plan, index.sequence)
@@ -129,7 +133,9 @@ class PrunedGeneration:
         prompt = input_ids if embeds is None else embeds
         assert prompt is not None
         length = model_kwargs["prompt_length"] = prompt.shape[1]
-        if (spans := model_kwargs.get("clip_spans")) is not None and spans.shape[1] < length:
+        cache = model_kwargs.get(CACHE)
+        past = 0 if cache is None else int(cache.get_seq_length())
+        if past and (spans := model_kwargs.get("clip_spans")) is not None and spans.shape[1] < length:
             # Spans may cover the last words only: the tokens before them, say an earlier answer, have none.
             model_kwargs["clip_spans"] = nn.functional.pad(spans, (0, 0, length - spans.shape[1], 0))
         names = ("pixel_values", "mm_encoder_outputs") if expand_size > 1 and _count_images(model_kwargs) else ()

@@ -26,6 +26,7 @@ from .checkpoint_ivtp import load_llava, naming_damaged_weights, register_weight
 from .compat import CACHE, cache_argument, cache_of, one_cache
 from .configuration_ivtp import IVTPLlavaConfig, IVTPPruningConfig
 from .generation_ivtp import PrunedGeneration
+from .guide import InstructionGuide
 from .instruction_cache import InstructionCache
 from .labels import TEXT_TOWER, labelled
 from .language_ivtp import DECODERS
@@ -180,6 +181,7 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
         self.language_model = DECODERS[config.text_config.model_type]._from_config(config.text_config)
         self.instruction_cache = InstructionCache()
         self.prompt_graphs = PromptGraphs()
+        self.guide = InstructionGuide()
         if config.clip_text_config is not None:
             self.clip_text_model = CLIPTextModelWithProjection._from_config(config.clip_text_config)
             self.visual_projection = nn.Linear(
@@ -365,6 +367,11 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
         token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
+    def with_question(self, prompt: PromptInputs) -> PromptInputs:
+        """Return a prompt with the inputs that tell the question; see `InstructionGuide.complete`."""
+        guide: InstructionGuide | None = getattr(self, "guide", None)  # a stock model in our classes has none
+        return prompt if guide is None else guide.complete(self, prompt)
+
     def index_prompt(
         self, prompt: PromptInputs, plan: PruningPlan, images: int, known: PromptIndex | None = None
     ) -> PromptIndex:
@@ -455,6 +462,7 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
             input_ids, inputs_embeds, attention_mask, position_ids, clip_input_ids, clip_spans, past, drafted
         )
         if prompt_index is None or torch.compiler.is_compiling():
+            prompt = self.with_question(prompt)
             count = pixel_values.shape[0] if pixel_values is not None else len(encoded.pooler_output)
             prompt_index = self.index_prompt(prompt, plan, count, known=prompt_index)
         if prompt_index.sequence.valid is None and past == 0:
@@ -627,6 +635,15 @@ class IVTPLlavaForConditionalGeneration(
         )
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return result if return_dict else result.to_tuple()
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save as transformers does, with the processor that was loaded from beside the weights.
+
+        The model reads questions with it where inputs come without them, so it stays beside the weights.
+        """
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True) and self.model.has_text_tower:
+            self.model.guide.save(self, save_directory)
 
     def _targets(
         self,

@@ -31,6 +31,7 @@ from .instruction import (
     window_bounds,
     with_composed,
 )
+from .spelling import spell
 from .text_relevance import overlapping_spans
 
 logger = logging.get_logger(__name__)
@@ -262,6 +263,47 @@ num_additional_image_tokens
         outputs["clip_spans"] = _as_type_of(outputs["input_ids"], spans, 2)
         return outputs
 
+    def read_instruction(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> BatchFeature:
+        """Read the instruction from the tokens of prompts, for inputs that come without it.
+
+        The tokens are spelled out, not decoded and encoded again, so answers that were sampled token by token, or
+        appended to a prompt, move nothing.
+
+        Parameters
+        ----------
+        input_ids : int64 Tensor (B, S)
+            Prompts with their image placeholders expanded; answers may follow.
+        attention_mask : Tensor (B, S), optional
+            0 for padding.
+
+        Returns
+        -------
+        BatchFeature
+            `clip_input_ids` (B, W, C) and `clip_spans` (B, S, 2), int64, on the CPU.
+
+        Raises
+        ------
+        ValueError
+            Without a CLIP tokenizer.
+        """
+        if self.clip_tokenizer is None:
+            raise ValueError("read_instruction needs clip_tokenizer, and this processor has none.")
+        rows = input_ids.tolist()
+        valid = [[True] * len(row) for row in rows] if attention_mask is None else attention_mask.bool().tolist()
+        spelled = []
+        for row, present in zip(rows, valid, strict=True):
+            tokens = self.tokenizer.convert_ids_to_tokens(row)
+            spelled.append(spell([token or "" if here else "" for token, here in zip(tokens, present, strict=True)]))
+        texts, offsets = zip(*spelled, strict=True)
+        windows, spans = self._clip_inputs(texts, [[]] * len(rows), rows, offsets)
+        example = torch.empty(0)
+        return BatchFeature(
+            {
+                "clip_input_ids": _as_type_of(example, windows, _context_length(self.clip_tokenizer)),
+                "clip_spans": _as_type_of(example, spans, 2),
+            }
+        )
+
     def instruction_ranges(self, text: str) -> list[Range]:
         """Find what the person wrote in a prompt.
 
@@ -339,7 +381,10 @@ num_additional_image_tokens
             in_prompt = moved(covered, pieces, [(*one["span"], *one["new_span"]) for one in replacements[row]])
             tokens = self.tokenizer.convert_ids_to_tokens(input_ids[row])
             # Metaspace tokenizers begin a text with a mark of their own, whose range is the first character's.
-            own = [(0, 0) if token.strip("▁") == "" else pair for token, pair in zip(tokens, offsets[row], strict=True)]
+            own = [
+                (0, 0) if not (token or "").strip("▁") else pair
+                for token, pair in zip(tokens, offsets[row], strict=True)
+            ]
             windows.append([self._window(encoded["input_ids"][row][slice(*bound)]) for bound in bounds])
             spans.append(places(overlapping_spans(own, in_prompt), bounds, context))
         longest = max(1, *map(len, windows))

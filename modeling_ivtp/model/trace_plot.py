@@ -12,12 +12,14 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from importlib import import_module
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
+
+from .spelling import token_bytes
 
 if TYPE_CHECKING:
     try:  # an unguarded import, even this one, would count among what a checkpoint's code requires
@@ -202,7 +204,7 @@ def _characters(tokens: Sequence[Any]) -> tuple[str, list[list[Any]]]:
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     letters: list[tuple[str, list[Any]]] = []
     pending: list[Any] = []
-    for place, piece in enumerate(_token_bytes([token.text for token in tokens])):
+    for place, piece in enumerate(token_bytes([token.text for token in tokens])):
         token = tokens[place]
         if place and (re.fullmatch(r"<-?\d+>", token.text) or token.position != tokens[place - 1].position + 1):
             letters.append((" ", []))
@@ -212,33 +214,6 @@ def _characters(tokens: Sequence[Any]) -> tuple[str, list[list[Any]]]:
                 letters.append((letter, pending))
                 pending = []
     return "".join(letter for letter, _ in letters), [owners for _, owners in letters]
-
-
-def _token_bytes(texts: Sequence[str]) -> list[bytes]:
-    """Encode every token in UTF-8, however the tokenizer spells spaces and parts of characters."""
-    parts = [re.fullmatch("<0x([0-9A-Fa-f]{2})>", text) for text in texts]
-    plain = [
-        bytes.fromhex(part[1]) if part else text.replace("▁", " ").encode("utf-8", "replace")
-        for text, part in zip(texts, parts, strict=True)
-    ]
-    alphabet = _byte_alphabet()
-    if any(parts) or not all(letter in alphabet for text in texts for letter in text):
-        return plain
-    spelt = [bytes(alphabet[letter] for letter in text) for text in texts]
-    try:
-        b"".join(spelt).decode()
-    except UnicodeDecodeError:
-        # "café" is written in that alphabet too, but there it is no UTF-8
-        return spelt if any("Ġ" in text for text in texts) else plain
-    return spelt
-
-
-@cache
-def _byte_alphabet() -> dict[str, int]:
-    """Map characters to bytes by GPT-2's table, in which a space is `Ġ`."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {chr(256 + place): byte for place, byte in enumerate(others)}
 
 
 def _letters(text: MarkedText, weight: str) -> tuple[list[str], list[_Letter]]:

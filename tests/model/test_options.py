@@ -250,7 +250,7 @@ def test_a_sequence_beyond_the_sliding_window_is_refused():
 def test_spans_that_do_not_fit_the_prompt_are_refused(model):
     inputs = prompt([[3, "image", 7]])
     inputs["clip_spans"] = torch.zeros(1, 40, 2, dtype=torch.long)
-    with pytest.raises(ValueError, match="clip_spans covers 40 tokens; there are 26"):
+    with pytest.raises(ValueError, match="clip_spans covers 40 tokens of a prompt of 26"):
         model(**inputs)
     inputs["clip_spans"] = torch.zeros(2, 26, 2, dtype=torch.long)
     with pytest.raises(ValueError, match="clip_spans has shape"):

@@ -1,0 +1,145 @@
+"""The question, read from a prompt's tokens where the processor's `clip_*` inputs are missing or do not fit.
+
+Trainers and other clients drop inputs that they do not know, append an answer to a processed prompt, or move its
+padding. Then the model reads the question itself, with the tokenizers that lie beside its weights.
+"""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from .checkpoint_ivtp import is_open_clip
+from .processing_ivtp import IVTPLlavaProcessor
+from .prompt import PromptInputs
+from .pruner import Needs
+
+logger = logging.get_logger(__name__)
+
+
+class InstructionGuide:
+    """Completes prompts whose question is missing or misplaced; belongs to one model.
+
+    Attributes
+    ----------
+    clip : str or None
+        Where CLIP's tokenizer is, if `from_llava` joined a CLIP and the model's folder has none.
+    """
+
+    def __init__(self) -> None:
+        self.clip: str | None = None
+        self._source: str | None = None
+        self._processor: IVTPLlavaProcessor | None = None
+
+    def processor(self, model: Any) -> IVTPLlavaProcessor | None:
+        """Return the processor that lies beside a model's weights, loaded at first need; None if there is none.
+
+        Parameters
+        ----------
+        model : PreTrainedModel
+            `name_or_path` names its folder or Hub id.
+        """
+        source = str(model.name_or_path or "")
+        if source != self._source:
+            self._source, self._processor = source, self._load(source, model.config) if source else None
+        return self._processor
+
+    def _load(self, source: str, config: Any) -> IVTPLlavaProcessor | None:
+        clip = None if self.clip is None or is_open_clip(self.clip) else self.clip
+        access = {"revision": config._commit_hash} if getattr(config, "_commit_hash", None) else {}
+        try:
+            if clip is not None:
+                return IVTPLlavaProcessor.from_llava(source, clip_tokenizer=clip, **access)
+            processor = IVTPLlavaProcessor.from_pretrained(source, **access)
+        except (OSError, ValueError, TypeError) as error:
+            logger.info(f"{source} holds no processor that could read a question: {error}")
+            return None
+        return processor if processor.clip_tokenizer is not None else None
+
+    def complete(self, model: Any, prompt: PromptInputs) -> PromptInputs:
+        """Return a prompt with the question's `clip_input_ids` and `clip_spans`, read from `input_ids` if need be.
+
+        They are read where one is missing, where the spans cover another number of tokens than the prompt or the whole
+        conversation has, and where they lie on padding or on images. A prompt that needs none, or whose question
+        nobody can read, comes back as it is.
+
+        Parameters
+        ----------
+        model : IVTPLlavaModel
+        prompt : PromptInputs
+
+        Raises
+        ------
+        ValueError
+            If spans cannot be aligned with the prompt, and there is no processor beside the model's weights.
+        """
+        needs = model.pruner.needs
+        if torch.compiler.is_compiling() or prompt.input_ids is None or not _asks(needs, model.has_text_tower):
+            return prompt
+        missing = prompt.clip_input_ids is None and (needs.patch_embeds or needs.options.guidance == "clip")
+        missing |= prompt.clip_spans is None and needs.pseudo_cls
+        if not missing and _aligned(model, prompt):
+            return prompt
+        processor = self.processor(model)
+        if processor is not None:
+            return _read(processor, prompt)
+        if missing or prompt.past:
+            return prompt
+        assert prompt.clip_spans is not None
+        raise ValueError(
+            f"clip_spans covers {prompt.clip_spans.shape[1]} tokens of a prompt of {prompt.length}, or lies on padding "
+            "or images, so it cannot be aligned: the prompt was changed after the processor wrote it. Pass the "
+            "processor's inputs unchanged, leave clip_spans and clip_input_ids out, or save the processor beside the "
+            "model's weights (processor.save_pretrained), so that the model reads the question itself."
+        )
+
+    def save(self, model: Any, folder: str | os.PathLike[str]) -> None:
+        """Write the processor into a folder with the model's weights, unless one is there."""
+        if (Path(folder) / "clip_tokenizer").exists() or not Path(folder).is_dir():
+            return
+        if (processor := self.processor(model)) is not None:
+            processor.save_pretrained(folder)
+
+
+def _asks(needs: Needs, has_text_tower: bool) -> bool:
+    """Return whether a pruner goes by the question, and the model can compare it."""
+    if needs.patch_embeds:
+        return has_text_tower
+    if not needs.pseudo_cls or needs.options.guidance == "visual_cls":
+        return False
+    return has_text_tower or needs.options.guidance != "clip"
+
+
+def _aligned(model: Any, prompt: PromptInputs) -> bool:
+    """Return whether spans belong to the tokens of a prompt."""
+    spans = prompt.clip_spans
+    if spans is None:
+        return True
+    if spans.shape[1] == prompt.past + prompt.length:
+        spans = spans[:, prompt.past :]
+    if spans.shape[1] != prompt.length:
+        return False
+    if not model.training or prompt.attention_mask is None:
+        return True
+    # Collators that move the padding keep the length; looking costs a wait for the device.
+    wordless = model.placeholders(prompt.input_ids, None) | ~prompt.valid_tokens(spans.device)  # type: ignore[operator]
+    return not bool((spans.ne(0).any(-1) & wordless.to(spans.device)).any())
+
+
+def _read(processor: IVTPLlavaProcessor, prompt: PromptInputs) -> PromptInputs:
+    """Read the question of every row from its tokens."""
+    ids = prompt.input_ids
+    assert ids is not None
+    valid = prompt.valid_tokens(ids.device)
+    valid = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
+    if prompt.drafted:
+        valid = valid & (torch.arange(prompt.length, device=ids.device) < prompt.length - prompt.drafted)
+    question = processor.read_instruction(ids, valid)
+    return replace(
+        prompt,
+        clip_input_ids=question["clip_input_ids"].to(ids.device),
+        clip_spans=question["clip_spans"].to(ids.device),
+    )
