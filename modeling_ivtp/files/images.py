@@ -103,29 +103,32 @@ def load_image(
     """
     if isinstance(source, Image.Image):
         return _to_rgb(source, "the image", max_pixels)
-    formats = STRANGERS_FORMATS if from_stranger else FORMATS
-    if isinstance(source, bytes) or (isinstance(source, str) and (source.startswith("data:") or "://" in source)):
-        if isinstance(source, bytes):
-            content, label = source, "the image"
-        elif source.startswith("data:"):
-            content, label = _data_url(source, max_bytes), "the data URL"
-        else:
-            content, label = _download(source, timeout, max_bytes, from_stranger), source
-        if from_stranger and content.startswith(b"\xff\xd8") and content.count(b"\xff\xda") > MAX_SCANS:
-            raise ValueError(f"{label} is a JPEG of more than {MAX_SCANS} scans")
-        return _decode(io.BytesIO(content), label, max_pixels, formats)
-    if isinstance(source, str) and is_base64(source) and not from_stranger:
-        content = _data_url(f"data:;base64,{''.join(source.split())}", max_bytes)
-        return _decode(io.BytesIO(content), "the base64 text", max_pixels)
-    if from_stranger:
+    text = source.strip() if isinstance(source, str) else ""
+    if isinstance(source, bytes):
+        content, label = source, "the image"
+    elif text[:5].lower() == "data:":
+        content, label = _data_url(text, max_bytes), "the data URL"
+    elif "://" in text:
+        content, label = _download(text, timeout, max_bytes, from_stranger), shortened(text)
+    elif from_stranger:
         raise ValueError(f"{str(source)[:80]!r} is not an http, https or data URL; files of this machine are not read")
+    elif is_base64(text):
+        content, label = _data_url(f"data:;base64,{text}", max_bytes), "the base64 text"
+    else:
+        return _from_file(source, max_pixels)
+    if from_stranger and content.startswith(b"\xff\xd8") and content.count(b"\xff\xda") > MAX_SCANS:
+        raise ValueError(f"{label} is a JPEG of more than {MAX_SCANS} scans")
+    return _decode(io.BytesIO(content), label, max_pixels, STRANGERS_FORMATS if from_stranger else FORMATS)
+
+
+def _from_file(source: str | os.PathLike[str], max_pixels: int) -> Image.Image:
     path = Path(source).expanduser()
     if not os.path.exists(path):  # False also for a name that is too long, for which pathlib raises
         raise FileNotFoundError(f"there is no image {shortened(repr(str(source)))}")
     if not path.is_file():
         raise ValueError(f"{source} is not a file")
     with open(path, "rb") as file:
-        return _decode(file, str(source), max_pixels)
+        return _decode(file, str(source), max_pixels, FORMATS)
 
 
 def is_base64(text: str) -> bool:
@@ -138,7 +141,7 @@ def shortened(text: str) -> str:
     return text if len(text) <= LONGEST_SHOWN else f"{text[:100]}…{text[-60:]} ({len(text):,} characters)"
 
 
-def _decode(file: BinaryIO, label: str, max_pixels: int = MAX_PIXELS, allowed: Sequence[str] = FORMATS) -> Image.Image:
+def _decode(file: BinaryIO, label: str, max_pixels: int, allowed: Sequence[str]) -> Image.Image:
     if not file.read(1):
         raise ValueError(f"{label} is empty")
     file.seek(0)
@@ -158,7 +161,7 @@ def _decode(file: BinaryIO, label: str, max_pixels: int = MAX_PIXELS, allowed: S
         return _to_rgb(image, label, max_pixels)
 
 
-def _to_rgb(image: Image.Image, label: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def _to_rgb(image: Image.Image, label: str, max_pixels: int) -> Image.Image:
     width, height = image.size
     if width * height > max_pixels:
         raise ValueError(
@@ -199,20 +202,19 @@ def _data_url(url: str, max_bytes: int) -> bytes:
         raise ValueError(f"the data URL is larger than {max_bytes:,} bytes")
     if not comma:
         raise ValueError("the data URL has no comma before its data")
-    if not header.endswith(";base64"):
+    if not header.strip().lower().endswith(";base64"):
         return urllib.parse.unquote_to_bytes(payload)
     try:
-        return base64.b64decode(urllib.parse.unquote_to_bytes(payload), validate=True)
+        return base64.b64decode(b"".join(urllib.parse.unquote_to_bytes(payload).split()), validate=True)
     except binascii.Error as error:
         raise ValueError(f"the data URL is not valid base64: {error}") from error
 
 
 def _download(url: str, timeout: float, max_bytes: int, public_only: bool) -> bytes:
     """Download the content of an http(s) address, with one deadline for lookup, handshake, headers and body."""
+    label = shortened(url)
     if url.split("://", 1)[0].lower() not in ("http", "https"):
-        raise ValueError(
-            f"{shortened(url)} is not supported; images come from files and from http, https and data URLs"
-        )
+        raise ValueError(f"{label} is not supported; images come from files and from http, https and data URLs")
     content: Future[bytes] = Future()
 
     def work() -> None:
@@ -226,15 +228,16 @@ def _download(url: str, timeout: float, max_bytes: int, public_only: bool) -> by
     try:
         return content.result(timeout)
     except (TimeoutError, FutureTimeoutError, asyncio.TimeoutError, httpx.TimeoutException) as error:
-        raise TimeoutError(f"{url} took longer than {timeout:g} seconds") from error
+        raise TimeoutError(f"{label} took longer than {timeout:g} seconds") from error
     except httpx.RemoteProtocolError as error:
-        raise OSError(f"{url} gave no proper answer: {error}") from error
+        raise OSError(f"{label} gave no proper answer: {error}") from error
     except (httpx.HTTPError, httpx.InvalidURL, UnicodeError, OverflowError, socket.gaierror) as error:
-        raise OSError(f"{url} cannot be reached: {error}") from error
+        raise OSError(f"{label} cannot be reached: {error}") from error
 
 
 async def _fetch(url: str, max_bytes: int, public_only: bool) -> bytes:
     """Follow an address to its content."""
+    label = shortened(url)
     context = httpx.create_ssl_context()
     context.load_default_certs()  # those of the system, beside the ones httpx brings
     # Compressed, a few bytes could become gigabytes. A proxy would look names up where they cannot be checked.
@@ -249,27 +252,29 @@ async def _fetch(url: str, max_bytes: int, public_only: bool) -> bytes:
         for _ in range(MAX_REDIRECTS + 1):
             answer = await client.send(request, stream=True)
             if answer.next_request is None:
-                return await _body(answer, url, max_bytes)
+                return await _body(answer, label, max_bytes)
             # A redirect's own body may be endless; nobody reads it.
             await answer.aclose()
             request = answer.next_request
             if request.url.scheme not in ("http", "https"):
-                raise OSError(f"{url} answered {answer.status_code} with {request.url}, which is not allowed")
-        raise OSError(f"{url} answered {answer.status_code} more than {MAX_REDIRECTS} times")
+                raise OSError(
+                    f"{label} answered {answer.status_code} with {shortened(str(request.url))}, which is not allowed"
+                )
+        raise OSError(f"{label} answered {answer.status_code} more than {MAX_REDIRECTS} times")
 
 
-async def _body(answer: httpx.Response, url: str, max_bytes: int) -> bytes:
+async def _body(answer: httpx.Response, label: str, max_bytes: int) -> bytes:
     """Read an answer piece by piece, up to the limit."""
     if not answer.is_success:
-        raise OSError(f"{url} answered {answer.status_code} {answer.reason_phrase}")
+        raise OSError(f"{label} answered {answer.status_code} {answer.reason_phrase}")
     announced = answer.headers.get("Content-Length", "")
     if announced.isdigit() and int(announced) > max_bytes:
-        raise ValueError(f"{url} is {int(announced):,} bytes; at most {max_bytes:,} are downloaded")
+        raise ValueError(f"{label} is {int(announced):,} bytes; at most {max_bytes:,} are downloaded")
     content = bytearray()
     async for piece in answer.aiter_raw():
         content += piece
         if len(content) > max_bytes:
-            raise ValueError(f"{url} is larger than {max_bytes:,} bytes")
+            raise ValueError(f"{label} is larger than {max_bytes:,} bytes")
     return bytes(content)
 
 

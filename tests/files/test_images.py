@@ -285,6 +285,37 @@ def test_an_address_is_fetched_where_an_event_loop_runs(server):
     assert colour(asyncio.run(fetch())) == (200, 30, 40)
 
 
+@pytest.mark.parametrize("path", ["/wörld map.png", "/w%C3%B6rld%20map.png", "/image?name=a b|c"])
+def test_addresses_may_hold_any_letters_and_blanks(server, names, path):
+    assert colour(load_image(f" {server}{path}\n")) == (200, 30, 40)
+    names["xn--bcher-kva.test"] = [["127.0.0.1"]]
+    assert colour(stranger(f"HTTP://bücher.test:{server.rpartition(':')[2]}{path}")) == (200, 30, 40)
+
+
+def test_data_urls_may_have_line_breaks():
+    broken = base64.encodebytes(encoded(RED)).decode()
+    assert "\n" in broken.strip()
+    for url in (f"data:image/png;base64,{broken}", f" DATA:image/png;BASE64,\n{broken}", f"data:;base64,{broken}"):
+        for from_stranger in (False, True):
+            assert colour(load_image(url, from_stranger=from_stranger)) == (200, 30, 40)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "A" * 500_000,
+        "http://127.0.0.1:9/" + "x" * 500_000,
+        "ftp://" + "x" * 500_000,
+        "data:image/png;base64," + "#" * 500_000,
+    ],
+)
+@pytest.mark.parametrize("from_stranger", [False, True])
+def test_no_error_repeats_a_long_source(source, from_stranger):
+    with pytest.raises((ValueError, OSError)) as caught:
+        load_image(source, from_stranger=from_stranger)
+    assert len(str(caught.value)) < 600
+
+
 def test_every_format_named_is_one_of_pillows():
     Image.init()
     optional = {"AVIF", "WEBP", "JPEG2000"}
