@@ -1,9 +1,9 @@
-"""Attention maps (IVTP Eq. 2) for as long as they are needed: a few heads at a time, averaged, or never written at all.
+"""Products of vectors with attention maps (IVTP Eq. 2), without a whole map of all heads in memory.
 
-The layers' own output comes from the attention kernels of the model. What scoring needs besides is a vector times the
-head-averaged map. There are three ways to get it, and each is the fastest somewhere: on a CPU a layer's maps are made
-once, for its output and for scoring; on a GPU a kernel makes them tile by tile from queries and keys and keeps nothing
-(`fused_attention`); otherwise they are made anew, a few heads at a time.
+The layers' own output comes from the model's attention kernels. Scoring needs a vector times the head-averaged map,
+which is computed in three ways, each the fastest somewhere. On a CPU a layer's maps are computed once, for its output
+and for scoring. On a GPU a kernel computes them tile by tile and stores none (`fused_attention`). In all other cases
+they are computed again, a few heads at a time.
 """
 
 from collections.abc import Iterator
@@ -13,15 +13,17 @@ import torch
 from .fused_attention import fused_weighted_attention, is_served
 from .labels import SCORE, labelled
 
-# A head's attention map is built, used and dropped; this bounds how many float32 values of maps exist at a time.
 MAP_VALUES_CPU = 2**20
+"""Most float32 values of attention maps that exist at a time on a CPU."""
+
 MAP_VALUES_DEVICE = 2**26
+"""The same on other devices."""
 
 
 def weighted_attention(
     weights: torch.Tensor, query: torch.Tensor, key: torch.Tensor, scale: float, visible: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Row vectors times the head-averaged attention map of Eq. 2, `weights @ mean_h softmax(q_h k_h^T * scale)`.
+    """Multiply row vectors with the head-averaged map of Eq. 2: `weights @ mean_h softmax(q_h k_h^T * scale)`.
 
     Parameters
     ----------
@@ -32,6 +34,7 @@ def weighted_attention(
         H is a multiple of H_kv (grouped-query attention).
     scale : float
     visible : bool Tensor (B, M, Q, K), optional
+        Which keys each query attends to; default: all.
 
     Returns
     -------
@@ -46,12 +49,12 @@ def weighted_attention(
 def averaged_attention(
     query: torch.Tensor, key: torch.Tensor, scale: float, visible: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Rows of the head-averaged attention map of Eq. 2, for so few queries that they may be written.
+    """Compute rows of the head-averaged attention map of Eq. 2, for so few queries that they fit into memory.
 
     Parameters
     ----------
     query, key, scale, visible
-        As of `weighted_attention`.
+        As in `weighted_attention`.
 
     Returns
     -------
@@ -61,12 +64,12 @@ def averaged_attention(
 
 
 def _maps(query: torch.Tensor, key: torch.Tensor, scale: float, visible: torch.Tensor | None) -> Iterator[torch.Tensor]:
-    """Attention of some heads at a time: float32 (B, some heads, M, Q, K)."""
-    hidden = None if visible is None else ~visible[:, None]
+    """Yield the maps of some heads at a time: float32 (B, some heads, M, Q, K)."""
+    masked = None if visible is None else ~visible[:, None]
     for logits in map_heads(query.flatten(2, 3), key, scale):
         logits = logits.unflatten(2, query.shape[2:4])
-        if hidden is not None:
-            logits = logits.masked_fill_(hidden, float("-inf"))  # of nobody else's
+        if masked is not None:
+            logits = logits.masked_fill_(masked, float("-inf"))  # in place: nobody else holds these logits
         yield logits.softmax(-1, dtype=torch.float32)
 
 
@@ -75,7 +78,7 @@ def _over_heads(parts: list[torch.Tensor]) -> torch.Tensor:
 
 
 def map_heads(query: torch.Tensor, key: torch.Tensor, scale: float) -> Iterator[torch.Tensor]:
-    """Yield scaled products of queries and keys, as many heads at a time as memory is meant for.
+    """Yield scaled products of queries and keys, of as many heads at a time as `MAP_VALUES_...` allows.
 
     Parameters
     ----------
@@ -95,28 +98,31 @@ def map_heads(query: torch.Tensor, key: torch.Tensor, scale: float) -> Iterator[
     limit = MAP_VALUES_CPU if query.device.type == "cpu" else MAP_VALUES_DEVICE
     at_once = max(1, limit // max(1, batch * queries * keys))
     groups = max(1, at_once // repeats)
-    # Heads that share a key are rows of one product, so that no key is copied; as many of them as memory is meant for.
+    # Heads that share a key are rows of one product, so that no key is copied.
     sharing = min(repeats, at_once)
     for group in range(0, kv_heads, groups):
         part = key[:, group : group + groups].transpose(2, 3)
         for first in range(0, repeats, sharing):
-            there = query.unflatten(1, (kv_heads, repeats))[:, group : group + groups, first : first + sharing]
+            rows = query.unflatten(1, (kv_heads, repeats))[:, group : group + groups, first : first + sharing]
             # Scaled first: in half precision the products themselves may overflow.
-            logits = (there.flatten(2, 3) * scale) @ part
+            logits = (rows.flatten(2, 3) * scale) @ part
             yield logits.view(batch, -1, queries, keys)
 
 
 @labelled(SCORE)
 def add_heads(total: torch.Tensor, attention: torch.Tensor) -> None:
-    """Add maps (B, some heads, N, N) to a total (B, N, N): what scoring costs a layer that makes its maps anyway."""
-    for head in attention.unbind(1):  # a sum over heads first would write one map more
+    """Add maps (B, some heads, N, N) to a total (B, N, N), in place.
+
+    This is all that scoring costs a layer whose output comes from its maps anyway.
+    """
+    for head in attention.unbind(1):  # a sum over heads first would write one more map
         total += head
 
 
 def attend_with_map(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention without a mask, and its map averaged over heads: each head's map is made once and serves both.
+    """Compute attention without a mask, and its map averaged over heads, from one map of each head.
 
     Not differentiable.
 

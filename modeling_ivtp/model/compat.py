@@ -1,6 +1,6 @@
-"""What transformers calls the KV cache in arguments and outputs: `cache` since 5.24, `past_key_values` before.
+"""The name of the KV cache in transformers' arguments and outputs: `cache` since 5.24, `past_key_values` before.
 
-Either name works in a call of our models, whatever the version; calls of transformers go out under its own name.
+Our models accept both names under every version; calls of transformers use the version's own name.
 """
 
 import inspect
@@ -11,16 +11,16 @@ from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import LlamaModel
 
 CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
-"""This version's name."""
+"""The installed version's name."""
 
 
 def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
-    """The cache of a call, whichever name it came under.
+    """Return the cache of a call, whichever name it was passed under.
 
     Raises
     ------
     ValueError
-        If it came under both and they differ.
+        If both names were passed and differ.
     """
     if cache is not None and past_key_values is not None and cache is not past_key_values:
         raise ValueError("You cannot specify both cache and past_key_values: they are two names of one argument.")
@@ -41,5 +41,5 @@ def cache_argument(cache: Cache | None, past_key_values: Cache | None) -> Cache 
 
 
 def cache_of(outputs: Any) -> Any:
-    """The cache in the output of a model; None if there is none."""
+    """Return the cache in a model's output; None if there is none."""
     return getattr(outputs, CACHE)

@@ -1,7 +1,8 @@
-"""One recording: work that was launched once into a CUDA graph, and is done again on other inputs.
+"""CUDA graphs: work is captured when its shapes come again, and replayed on other inputs from then on.
 
-A graph is valid for tensors at the same addresses: inputs are copied to where it was recorded, outputs from where it
-leaves them. All recordings leave them in the same memory, so that many of them take little more than the largest.
+A graph is valid for tensors at the same addresses. So inputs are copied to where they were when it was captured, and
+outputs are copied from where it leaves them. All graphs leave their outputs in the same memory, so that many graphs
+take little more than the largest one.
 """
 
 import operator
@@ -18,16 +19,24 @@ from transformers.utils import logging
 
 from .replayable import computes_from_weights, is_patched
 
+logger = logging.get_logger(__name__)
+
 Function = Callable[..., Any]
-"""From tensors by name to a tree of tensors, as pytree knows them; launches, and never asks the device for a value."""
+"""From tensors by name to a tree of tensors, as pytree knows them; it must never ask the device for a value."""
+
+AUTOMATIC_SHARE = 64
+"""Graphs that nobody asked for take at most one part in so many of the GPU's memory."""
+
+_SIGHTINGS = 2
+"""How often shapes have to come until their work is captured."""
 
 _SPARE = 2**28
-"""Bytes by which the room for outputs is at most larger than was asked for."""
+"""Most bytes by which the memory for outputs exceeds what is needed."""
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Where a tensor lies in the memory of its type: the elements from `start`, in this shape."""
+    """Where a tensor lies in the memory of its type: the elements from `start` on, in this shape."""
 
     start: int
     shape: torch.Size
@@ -38,25 +47,25 @@ class _Piece:
 
 
 class Packing:
-    """How outputs lie one after the other, all of a type in one piece of memory, so that one copy takes them along.
+    """How outputs lie one after the other, all of a type in one tensor, so that one copy takes all of them.
 
     Parameters
     ----------
     outputs : tree of tensors and constants
-        Such as those to be packed, for their shapes and types.
+        An example, for its shapes and types.
     """
 
     def __init__(self, outputs: Any) -> None:
         self.leaves, self.form = tree_flatten(outputs)
         self.order: dict[torch.dtype, list[int]] = {}
         self.sizes: dict[torch.dtype, int] = {}
-        tensors = [place for place, leaf in enumerate(self.leaves) if isinstance(leaf, torch.Tensor)]
-        # Kernels read 16 bytes at a time: what would leave the next one askew comes last.
-        for place in sorted(tensors, key=lambda place: self.leaves[place].nbytes % 16 != 0):
-            shape, dtype = self.leaves[place].shape, self.leaves[place].dtype
+        tensors = [number for number, leaf in enumerate(self.leaves) if isinstance(leaf, torch.Tensor)]
+        # Kernels read 16 bytes at a time: a tensor after which the next one would not be aligned comes last.
+        for number in sorted(tensors, key=lambda number: self.leaves[number].nbytes % 16 != 0):
+            shape, dtype = self.leaves[number].shape, self.leaves[number].dtype
             start = self.sizes.get(dtype, 0)
-            self.leaves[place] = _Piece(start, shape, dtype)
-            self.order.setdefault(dtype, []).append(place)
+            self.leaves[number] = _Piece(start, shape, dtype)
+            self.order.setdefault(dtype, []).append(number)
             self.sizes[dtype] = start + shape.numel()
 
     @property
@@ -65,22 +74,22 @@ class Packing:
         return sum(size * dtype.itemsize for dtype, size in self.sizes.items())
 
     def pack(self, outputs: Any, memory: Mapping[torch.dtype, torch.Tensor]) -> None:
-        """Copy outputs into memory, of each type as much as `sizes` says."""
+        """Copy outputs into memory, which has `sizes` elements of each type."""
         leaves, _ = tree_flatten(outputs)
-        for dtype, places in self.order.items():
-            torch.cat([leaves[place].reshape(-1) for place in places], out=memory[dtype])
+        for dtype, numbers in self.order.items():
+            torch.cat([leaves[number].reshape(-1) for number in numbers], out=memory[dtype])
 
     def unpack(self, memory: Mapping[torch.dtype, torch.Tensor]) -> Any:
-        """The outputs that lie in memory: views of it."""
-        found = [leaf.of(memory) if isinstance(leaf, _Piece) else leaf for leaf in self.leaves]
-        return tree_unflatten(found, self.form)
+        """Return the outputs that lie in memory, as views of it."""
+        leaves = [leaf.of(memory) if isinstance(leaf, _Piece) else leaf for leaf in self.leaves]
+        return tree_unflatten(leaves, self.form)
 
 
 class SharedMemory:
-    """What the recordings of a device have in common: a pool for what they work on, room for what they put out.
+    """What the graphs of a device share: a pool for their work, and memory for their outputs.
 
-    Each starts when the one before is done with it, whatever streams they are run on. All are recorded on one stream,
-    for which libraries hold memory of their own.
+    Each graph starts when the one before has finished, whatever streams they run on. All are captured on one stream,
+    because libraries hold memory for each stream.
     """
 
     def __init__(self) -> None:
@@ -90,11 +99,11 @@ class SharedMemory:
         self._rooms: dict[torch.dtype, torch.Tensor] = {}
 
     def room(self, sizes: Mapping[torch.dtype, int], device: torch.device) -> dict[torch.dtype, torch.Tensor]:
-        """Room for as many elements of each type; what is too small is replaced, for recordings that follow."""
+        """Return memory for so many elements of each type, and replace what is too small for later graphs."""
         for dtype, size in sizes.items():
             if dtype not in self._rooms or self._rooms[dtype].numel() < size:
-                # More than is asked for, so that a little more the next time does not take as much again. Not made for
-                # inference alone, as it would be here: some prompts come in inference mode, and some without gradients.
+                # More than needed, so that a slightly larger graph does not take as much again. It must not be an
+                # inference tensor: some prompts come in inference mode, and some only without gradients.
                 with torch.inference_mode(False):
                     spare = min(size // 2, _SPARE // dtype.itemsize)
                     self._rooms[dtype] = torch.empty(size + spare, dtype=dtype, device=device)
@@ -102,7 +111,7 @@ class SharedMemory:
 
 
 class CapturedGraph:
-    """A function, recorded for inputs of some shapes.
+    """A function, captured for inputs of some shapes.
 
     Parameters
     ----------
@@ -120,7 +129,7 @@ class CapturedGraph:
         self.packing, self.memory, self.runs = packing, memory, 0
         self.outputs = memory.room(packing.sizes, next(iter(inputs.values())).device)
         self.graph = torch.cuda.CUDAGraph()
-        self.made_on = torch.cuda.current_stream()
+        self.stream = torch.cuda.current_stream()
         try:
             # Other threads may go on with work of their own meanwhile.
             with torch.cuda.graph(
@@ -128,51 +137,43 @@ class CapturedGraph:
             ):
                 packing.pack(function(**self.inputs), self.outputs)
         except BaseException:
-            torch.cuda.set_stream(self.made_on)  # PyTorch stays on the other one
+            torch.cuda.set_stream(self.stream)  # PyTorch stays on the other one
             raise
 
     def run(self, inputs: Mapping[str, torch.Tensor]) -> Any:
-        """Do the work on inputs of the same shapes; outputs that nothing overwrites."""
+        """Replay the work on inputs of the same shapes and return outputs that nothing overwrites."""
         stream = torch.cuda.current_stream()
         stream.wait_event(self.memory.free)
         self.runs += 1
         for name, value in inputs.items():
             self.inputs[name].copy_(value)
-        if stream != self.made_on:
-            for held in (*self.inputs.values(), *self.outputs.values()):
-                held.record_stream(stream)  # lest it is given away, when this is dropped, before the stream is done
+        if stream != self.stream:
+            # Otherwise their memory could be reused, once this graph is dropped, before the stream is done with it.
+            for tensor in (*self.inputs.values(), *self.outputs.values()):
+                tensor.record_stream(stream)
         self.graph.replay()
-        taken = {dtype: room.clone() for dtype, room in self.outputs.items()}
+        outputs = {dtype: room.clone() for dtype, room in self.outputs.items()}
         self.memory.free.record(stream)
-        return self.packing.unpack(taken)
-
-
-logger = logging.get_logger(__name__)
-
-AUTOMATIC_SHARE = 64
-"""Unasked, work is recorded that takes at most one part in so many of the GPU's memory."""
-
-_SIGHTS = 2
-"""How often shapes have to come until their work is recorded."""
+        return self.packing.unpack(outputs)
 
 
 class Graphs:
-    """The last shapes that came, and recordings for those that came before. Threads wait for each other.
+    """Captured graphs by the shapes of their inputs, and the shapes that came lately. Threads wait for each other.
 
     Parameters
     ----------
     limit : int
-        Recordings that are kept.
+        Graphs that are kept.
     automatic : bool, default False
-        Whether nobody asked for them: then work is recorded that is small beside the GPU's memory, of modules that
-        compute from their weights alone.
+        Whether nobody asked for graphs. Then only work that is small beside the GPU's memory is captured, of modules
+        whose weights alone decide what they compute.
     """
 
-    record, memory = CapturedGraph, SharedMemory
+    capture, memory = CapturedGraph, SharedMemory
 
     def __init__(self, limit: int, automatic: bool = False) -> None:
         self.limit, self.automatic = limit, automatic
-        self._busy = threading.RLock()
+        self._lock = threading.RLock()
         self.forget()
 
     def __deepcopy__(self, memo: Any) -> "Graphs":
@@ -182,21 +183,24 @@ class Graphs:
         return type(self), (self.limit, self.automatic)
 
     def __len__(self) -> int:
-        return len(self._recorded)
+        return len(self._captured)
 
     def forget(self) -> None:
-        """Drop all recordings, as the weights are not where they were."""
+        """Drop all graphs, because the weights are at other addresses."""
         self._seen: dict[Hashable, int] = {}
-        self._sights = _SIGHTS
+        self._sightings = _SIGHTINGS
         self._refused: set[Hashable] = set()
-        self._recorded: dict[Hashable, Any] = {}
+        self._captured: dict[Hashable, Any] = {}
         self._parts: list[nn.Module] = []
-        self._modules: list[tuple[Any, list[Any]]] = []
+        self._children: list[tuple[Any, list[Any]]] = []
         self._weights: list[tuple[Any, list[Any]]] = []
         self._memory: dict[torch.device, Any] = {}
 
-    def serve(self, inputs: Mapping[str, torch.Tensor]) -> bool:
-        """Whether work on these inputs can be replayed now: on one GPU, without gradients, autocast or a recording."""
+    def can_replay(self, inputs: Mapping[str, torch.Tensor]) -> bool:
+        """Return whether work on these inputs can be replayed.
+
+        They must be on one GPU, and neither gradients, autocast nor another capture may be active.
+        """
         devices = {value.device for value in inputs.values()}
         return (
             len(devices) == 1
@@ -207,63 +211,64 @@ class Graphs:
         )
 
     def run(
-        self, module: Any, what: Hashable, function: Function, inputs: Mapping[str, torch.Tensor], taken: int = 0
+        self,
+        module: Any,
+        variant: Hashable,
+        function: Function,
+        inputs: Mapping[str, torch.Tensor],
+        work_bytes: int = 0,
     ) -> Any:
-        """What a function makes of inputs, by replaying it.
+        """Replay a function on inputs, or capture it if its shapes came before.
 
         Parameters
         ----------
         module : Module
-            Whose weights the function reads: once one of them is another tensor, all recordings are dropped. With a
-            hook anywhere in it, or a forward of an instance's own, nothing is replayed, as those would not be called.
-        what : hashable
+            Whose weights the function reads. Once one of them is another tensor, all graphs are dropped. With a hook
+            anywhere in it, or a forward of an instance's own, nothing is replayed, because a graph would not call them.
+        variant : hashable
             Everything besides shapes that the function depends on.
         function : callable
         inputs : mapping of str to Tensor
-        taken : int, default 0
-            Bytes that the work and its outputs take besides the weights; the caller's estimate.
+        work_bytes : int, default 0
+            Estimate of the bytes that the work and its outputs take besides the weights.
 
         Returns
         -------
         any
-            Outputs that nothing overwrites. None: it is not replayed, or not yet; do the work.
+            Outputs that nothing overwrites. None: nothing ran, and the caller has to do the work.
         """
         shapes = tuple((name, value.shape, value.dtype, value.device) for name, value in inputs.items())
         device = next(iter(inputs.values())).device
         # A graph is of the current GPU, which need not be the model's.
-        there = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-        with self._busy, there:
-            key = (what, _switches(), shapes)
-            if not all(map(_unchanged, self._modules)) or not all(map(_in_place, self._weights)):
+        on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+        with self._lock, on_device:
+            key = (variant, _kernel_settings(), shapes)
+            if not all(map(_has_same_children, self._children)) or not all(map(_has_same_weights, self._weights)):
                 self.forget()
             if not self.limit or key in self._refused or is_patched([module, *self._parts]):
                 return None
-            recorded = self._recorded.pop(key, None)
-            if recorded is not None:
-                self._recorded[key] = recorded
-                return recorded.run(inputs)
-            sights = self._seen.pop(key, 0) + 1
-            if sights >= self._sights:
-                return self._first(module, key, function, inputs, taken)
-            self._seen[key] = sights
+            graph = self._captured.pop(key, None)
+            if graph is not None:
+                self._captured[key] = graph
+                return graph.run(inputs)
+            sightings = self._seen.pop(key, 0) + 1
+            if sightings >= self._sightings:
+                return self._run_and_capture(module, key, function, inputs, work_bytes)
+            self._seen[key] = sightings
             while len(self._seen) > 16 * max(1, self.limit):
                 del self._seen[next(iter(self._seen))]
             return None
 
-    def _first(
-        self, module: nn.Module, key: Hashable, function: Function, inputs: Mapping[str, torch.Tensor], taken: int
+    def _run_and_capture(
+        self, module: nn.Module, key: Hashable, function: Function, inputs: Mapping[str, torch.Tensor], work_bytes: int
     ) -> Any:
-        """Do the work and record it, where that can be."""
+        """Do the work and capture it. None: it cannot be captured, and did not run."""
         parts, device = list(module.modules()), next(iter(inputs.values())).device
         if is_patched(parts):
             return None
         if not self._weights:
-            # Without the module itself, which holds this.
-            self._parts = parts[1:]
-            self._modules = [(one._modules, list(one._modules.values())) for one in parts]
-            held = [tensors for one in parts for tensors in (one._parameters, one._buffers)]
-            self._weights = [(tensors, _addresses(tensors)) for tensors in held]
-        fits = not self.automatic or (computes_from_weights(module, device) and self.has_room(taken, device))
+            self._remember(parts)
+        fits = not self.automatic or (computes_from_weights(module, device) and self.has_room(work_bytes, device))
         if not fits or next(module.parameters(), None) is None:
             self._refuse(key)
             return None
@@ -273,26 +278,38 @@ class Graphs:
         try:
             outputs = self.warm_up(function, inputs, memory)
         except RuntimeError:
-            self._refuse(key)  # who called gets the error without graphs, too, if it was not memory that ran out
+            self._refuse(key)  # if it was not a lack of memory, the caller meets the same error without graphs
             return None
         try:
-            self._recorded[key] = self.record(function, inputs, Packing(outputs), memory)
+            self._captured[key] = self.capture(function, inputs, Packing(outputs), memory)
         except torch.OutOfMemoryError:
-            logger.warning("A prompt is not recorded as a CUDA graph, as memory ran out")
+            logger.warning("A prompt is not captured as a CUDA graph, as memory ran out")
             self._refuse(key)
-        except Exception as error:  # whatever it is, there is an answer
-            logger.warning(f"CUDA graphs are given up, as a recording failed: {error}")
+        except Exception as error:  # the outputs are there, whatever it is
+            logger.warning(f"CUDA graphs are given up, as capturing failed: {error}")
             self.limit = 0
             self.forget()
-        while len(self._recorded) > self.limit:
-            dropped = self._recorded.pop(next(iter(self._recorded)))
-            # Recording takes longer than running: what came and went unused is a reason to look longer at what comes.
-            self._sights = self._sights if dropped.runs else min(2 * self._sights, 1024)
+        while len(self._captured) > self.limit:
+            dropped = self._captured.pop(next(iter(self._captured)))
+            # Capturing takes longer than running: after an unused graph, shapes have to come more often.
+            self._sightings = self._sightings if dropped.runs else min(2 * self._sightings, 1024)
         return outputs
+
+    def _remember(self, parts: list[nn.Module]) -> None:
+        """Keep the parts of a module and where their weights are, to notice when they change."""
+        self._parts = parts[1:]  # without the module itself, which holds this object
+        self._children = [(part._modules, list(part._modules.values())) for part in parts]
+        tensors = [held for part in parts for held in (part._parameters, part._buffers)]
+        self._weights = [(held, _addresses(held)) for held in tensors]
+
+    def _refuse(self, key: Hashable) -> None:
+        if len(self._refused) >= 16 * max(1, self.limit):
+            self._refused.clear()
+        self._refused.add(key)
 
     @staticmethod
     def warm_up(function: Function, inputs: Mapping[str, torch.Tensor], memory: Any) -> Any:
-        """Libraries allocate when they are first called on a stream, which a recording does not allow."""
+        """Run once on the capturing stream: libraries allocate at a first call, which a capture does not allow."""
         memory.stream.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(memory.stream):
@@ -305,20 +322,15 @@ class Graphs:
         return outputs
 
     @staticmethod
-    def has_room(taken: int, device: torch.device) -> bool:
-        """Whether so many bytes are few beside a GPU's memory, and beside what of it is free."""
+    def has_room(work_bytes: int, device: torch.device) -> bool:
+        """Return whether so many bytes are few beside a GPU's memory, and beside what is free of it."""
         free, total = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return taken <= total // AUTOMATIC_SHARE and 8 * taken <= free + unused
-
-    def _refuse(self, key: Hashable) -> None:
-        if len(self._refused) >= 16 * max(1, self.limit):
-            self._refused.clear()
-        self._refused.add(key)
+        return work_bytes <= total // AUTOMATIC_SHARE and 8 * work_bytes <= free + unused
 
 
-def _switches() -> tuple[Hashable, ...]:
-    """What of PyTorch's settings decides which kernels are launched, and what kind of tensors come of it."""
+def _kernel_settings() -> tuple[Hashable, ...]:
+    """Return the PyTorch settings that decide which kernels run and what kind of tensors they make."""
     backends: Any = torch.backends
     return (
         torch.is_inference_mode_enabled(),
@@ -331,16 +343,16 @@ def _switches() -> tuple[Hashable, ...]:
     )
 
 
-def _unchanged(known: tuple[Any, list[Any]]) -> bool:
-    """Whether a module has the parts it had."""
-    there, before = known
-    return len(there) == len(before) and all(map(operator.is_, there.values(), before))
+def _has_same_children(known: tuple[Any, list[Any]]) -> bool:
+    """Return whether a module has the children that it had."""
+    children, before = known
+    return len(children) == len(before) and all(map(operator.is_, children.values(), before))
 
 
-def _in_place(known: tuple[Any, list[Any]]) -> bool:
-    """Whether the weights of a module are where they were."""
-    there, before = known
-    return _addresses(there) == before
+def _has_same_weights(known: tuple[Any, list[Any]]) -> bool:
+    """Return whether a module's weights are at the addresses where they were."""
+    weights, before = known
+    return _addresses(weights) == before
 
 
 def _addresses(tensors: Mapping[str, torch.Tensor | None]) -> list[int | None]:

@@ -1,8 +1,8 @@
-"""A kernel for what rollout asks of a layer: a vector times its head-averaged attention map, which is never written.
+"""A Triton kernel for rollout: a vector times a layer's head-averaged attention map, which is never stored.
 
-Two passes over tiles of the map (IVTP Eq. 2), both from queries and keys: the first finds the log-sum-exp of each
-query's row, as flash attention does; the second makes the normalised tiles again and adds up their columns, weighted.
-Both add in a fixed order, so the same inputs give the same bits.
+It passes twice over the tiles of the map (IVTP Eq. 2), which it computes from queries and keys. The first pass finds
+the log-sum-exp of each query's row, as flash attention does. The second computes the normalised tiles again and adds up
+their weighted columns. Both add in a fixed order, so the same inputs give the same bits.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from transformers.utils import logging
 try:
     import triton
     import triton.language as tl
-except ImportError:  # there is no build for every platform; PyTorch makes the maps there
+except ImportError:  # not every platform has a build; PyTorch computes the maps there
     triton = None
 
 logger = logging.get_logger(__name__)
@@ -25,21 +25,21 @@ _works: dict[tuple[Any, ...], bool] = {}
 
 
 def is_served(query: torch.Tensor, key: torch.Tensor) -> bool:
-    """Whether the kernel takes queries (B, H, ..., dh) and keys (B, H_kv, K, dh) here: on a GPU where it compiles."""
+    """Return whether the kernel takes queries (B, H, ..., dh) and keys (B, H_kv, K, dh), on a GPU where it compiles."""
     if triton is None or query.device.type != "cuda" or query.dtype not in _DTYPES or query.dtype != key.dtype:
         return False
     if query.shape[-1] > _WIDEST_HEAD:
         return False
     if torch.compiler.is_compiling():
-        return True  # what compiles this needs Triton as well
+        return True  # the compiler needs Triton, too
     kind = query.device.index, query.dtype, query.shape[-1]
     if kind not in _works:
-        _works[kind] = _tried(query.device, query.dtype, query.shape[-1])
+        _works[kind] = _compiles(query.device, query.dtype, query.shape[-1])
     return _works[kind]
 
 
-def _tried(device: torch.device, dtype: torch.dtype, width: int) -> bool:
-    """Run it once: without a C compiler, or on an old GPU, Triton can be imported and fails here."""
+def _compiles(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Run the kernel once: without a C compiler, or on an old GPU, Triton can be imported and fails here."""
     probe = torch.zeros(1, 1, 16, width, device=device, dtype=dtype)
     try:
         fused_weighted_attention(torch.zeros(1, 16, device=device), probe, probe, 1.0)
@@ -52,9 +52,9 @@ def _tried(device: torch.device, dtype: torch.dtype, width: int) -> bool:
 def fused_weighted_attention(
     weights: torch.Tensor, query: torch.Tensor, key: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Row vectors times the head-averaged attention map, `weights @ mean_h softmax(q_h k_h^T * scale)`.
+    """Multiply row vectors with the head-averaged map: `weights @ mean_h softmax(q_h k_h^T * scale)`.
 
-    Memory beside the result: float32 (B, H, Q) and (B, H, K).
+    It allocates float32 (B, H, Q) and (B, H, K) besides the result.
 
     Parameters
     ----------
@@ -72,11 +72,11 @@ def fused_weighted_attention(
     if query.device.type == "cuda" and not torch.compiler.is_compiling():
         # Triton launches on the current GPU, wherever the tensors are.
         with torch.cuda.device(query.device):
-            return _launched(weights, query, key, scale)
-    return _launched(weights, query, key, scale)
+            return _launch(weights, query, key, scale)
+    return _launch(weights, query, key, scale)
 
 
-def _launched(weights: torch.Tensor, query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
+def _launch(weights: torch.Tensor, query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
     batch, heads, queries, width = query.shape
     keys = key.shape[2]
     if query.stride(3) != 1:
@@ -97,11 +97,11 @@ def _launched(weights: torch.Tensor, query: torch.Tensor, key: torch.Tensor, sca
 if triton is not None:
 
     @triton.jit
-    def _tile(vectors, places, count, step, width, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-        """Vectors at some places, zero where there are none."""
+    def _tile(vectors, numbers, count, step, width, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Load the vectors of these numbers, zeros after the last one."""
         dims = tl.arange(0, WIDTH)
-        there = (places[:, None] < count) & (dims[None, :] < width)
-        return tl.load(vectors + places[:, None] * step + dims[None, :], mask=there, other=0.0)
+        present = (numbers[:, None] < count) & (dims[None, :] < width)
+        return tl.load(vectors + numbers[:, None] * step + dims[None, :], mask=present, other=0.0)
 
     @triton.jit
     def _row_totals(  # type: ignore[no-untyped-def]
@@ -109,7 +109,7 @@ if triton is not None:
         query_batch, query_head, query_step, key_batch, key_head, key_step,
         TILE: tl.constexpr, WIDTH: tl.constexpr,
     ):  # fmt: skip
-        """The log-sum-exp of a tile of rows."""
+        """Compute the log-sum-exp of a tile of rows."""
         part = tl.program_id(1)
         batch, head = part // heads, part % heads
         query += batch * query_batch + head * query_head
@@ -135,7 +135,7 @@ if triton is not None:
         query_batch, query_head, query_step, key_batch, key_head, key_step,
         TILE: tl.constexpr, WIDTH: tl.constexpr,
     ):  # fmt: skip
-        """The weighted sums of a tile of columns, for one head."""
+        """Compute the weighted sums of a tile of columns, for one head."""
         part = tl.program_id(1)
         batch, head = part // heads, part % heads
         query += batch * query_batch + head * query_head

@@ -10,29 +10,29 @@ from .replayable import computes_from_weights
 
 
 class InstructionCache:
-    """The last windows of instructions with their features.
+    """The features of the last windows of instructions.
 
-    A window is kept by its tokens alone, so rows and prompts that say the same share it. Everything is forgotten when
-    the text tower's weights change; layers of other libraries, whose output may change without their weights, are
-    never answered for. What PyTorch does not count as a change, writing through `.data`, needs a `clear()`.
+    A window is found by its tokens alone, so rows and prompts with the same words share it. All features are dropped
+    when the text tower's weights change. A tower with layers of other libraries is never cached, because their output
+    may change without their weights. PyTorch does not count writes through `.data`: call `clear()` after them.
 
     Parameters
     ----------
     limit : int, default 128
-        Windows that are kept at most, the last used ones; one takes C x P values, 77 x 768 for CLIP-L. 0 keeps none.
+        Most windows that are kept, the last used ones. One takes C x P values, 77 x 768 for CLIP-L. 0 keeps none.
     """
 
     def __init__(self, limit: int = 128) -> None:
         self.limit = limit
-        self._kept: dict[Hashable, torch.Tensor] = {}
-        self._made_by: Hashable = None
+        self._features: dict[Hashable, torch.Tensor] = {}
+        self._tower_state: Hashable = None
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._features)
 
     def clear(self) -> None:
-        """Forget everything."""
-        self._kept = {}
+        """Drop all features."""
+        self._features = {}
 
     def features(
         self,
@@ -41,12 +41,12 @@ class InstructionCache:
         windows: Sequence[tuple[int, ...]],
         encode: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
-        """Features of windows, computed for those that are not known.
+        """Return the features of windows, and compute those that are not known.
 
         Parameters
         ----------
         tower : Module
-            What `encode` runs.
+            The text tower that `encode` runs.
         ids : int64 Tensor (n, C)
         windows : sequence of tuple of int
             The same on the host, without padding.
@@ -58,30 +58,30 @@ class InstructionCache:
         Tensor (n, C, P)
             Zeros at padding.
         """
-        made_by = _state_of(tower) if self.limit else None
-        if made_by is None:
-            self.clear()  # adapters may be merged into the weights by the time they are gone
+        state = _state_of(tower) if self.limit else None
+        if state is None:
+            self.clear()  # adapters may be merged into the weights before the tower can be cached again
             return _padded(encode(ids[:, : max(map(len, windows))]), ids.shape[1])
-        if made_by != self._made_by:
+        if state != self._tower_state:
             self.clear()
-            self._made_by = made_by
-        # Features are padded to the width of their context, and computed in the type that autocast says.
+            self._tower_state = state
+        # Features are padded to the width of their context, and computed in the dtype that autocast sets.
         kind = ids.device.type
-        computed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        keys = [(window, ids.shape[1], ids.device, computed) for window in windows]
-        kept = {key: self._kept.get(key) for key in keys}
-        missing = [key for key, known in kept.items() if known is None]
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        keys = [(window, ids.shape[1], ids.device, dtype) for window in windows]
+        found = {key: self._features.get(key) for key in keys}
+        missing = [key for key, features in found.items() if features is None]
         if missing:
             rows = torch.stack([ids[keys.index(key)] for key in missing])
-            made = _padded(encode(rows[:, : max(len(window) for window, *_ in missing)]), ids.shape[1])
+            computed = _padded(encode(rows[:, : max(len(window) for window, *_ in missing)]), ids.shape[1])
             # Clones: a view would keep the features of all its neighbours alive.
-            kept |= dict(zip(missing, [one.clone() for one in made], strict=True))
-        for key, known in kept.items():
-            self._kept.pop(key, None)
-            self._kept[key] = known  # type: ignore[assignment]
-        for old in list(self._kept)[: max(0, len(self._kept) - self.limit)]:
-            self._kept.pop(old, None)
-        return torch.stack([kept[key] for key in keys])  # type: ignore[misc]
+            found |= dict(zip(missing, [features.clone() for features in computed], strict=True))
+        for key, features in found.items():
+            self._features.pop(key, None)
+            self._features[key] = features  # type: ignore[assignment]
+        for old in list(self._features)[: max(0, len(self._features) - self.limit)]:
+            self._features.pop(old, None)
+        return torch.stack([found[key] for key in keys])  # type: ignore[misc]
 
 
 def _padded(features: torch.Tensor, context: int) -> torch.Tensor:
@@ -89,9 +89,9 @@ def _padded(features: torch.Tensor, context: int) -> torch.Tensor:
 
 
 def _state_of(tower: Any) -> Hashable:
-    """What tells one state of a tower from another; None where nothing does."""
+    """Describe a tower's weights so that any change shows; None if a change might not show."""
     parameters = list(tower.parameters())
-    # Changes to inference tensors are not counted.
+    # PyTorch does not count changes of inference tensors.
     if not computes_from_weights(tower) or any(parameter.is_inference() for parameter in parameters):
         return None
     return tuple((parameter.data_ptr(), parameter.dtype, parameter._version) for parameter in parameters)

@@ -115,7 +115,7 @@ class PromptGraphs:
         window = getattr(text, "sliding_window", None)
         extra = 0 if window is not None and length + extra > window else extra
         inputs = _tensors(_padded(replace(prompt, attention_mask=mask), extra)) | _image_tensors(encoded)
-        if not self.graphs.serve(inputs):
+        if not self.graphs.can_replay(inputs):
             return None
         images = tuple(row.images for row in index.sequence.rows)
         needed = _prompt_bytes(model, images, length + extra, inputs["features"].dtype)
@@ -142,7 +142,7 @@ class PromptGraphs:
         wanted = {name for name, value in options.items() if value is not None and value is not False}
         if wanted - _HARMLESS or wanted & {"output_attentions", "output_hidden_states"}:
             return False
-        return self.graphs.serve(inputs)
+        return self.graphs.can_replay(inputs)
 
 
 def _runs_alone(prompt: PromptInputs, index: PromptIndex, cache: Cache | None, options: Mapping[str, Any]) -> bool:

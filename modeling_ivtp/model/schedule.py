@@ -1,4 +1,4 @@
-"""How many visual tokens stay behind which layer (IVTP Sec. 3.4 and 4.1).
+"""The number of visual tokens that stay after each layer (IVTP Sec. 3.4 and 4.1).
 
 The paper prunes every three layers from 576 to 64 tokens but does not print the counts in between. A constant keep
 ratio per group, with a hand-over of 120 between the stages, reproduces its FLOPs (Tables 3 and 9).
@@ -11,16 +11,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Group:
-    """Consecutive layers that are looked at together; pruning happens on the output of the last of them.
+    """Consecutive layers whose attention is rolled out together; tokens are dropped from the output of the last one.
 
     Attributes
     ----------
     first, last : int
         Layer numbers, 0-based, both inside the group.
     keep : int
-        Visual tokens of one image that stay behind `last`; the most, where a method adapts the count to the image.
+        Visual tokens of one image that stay after `last`; the largest number if a method adapts it to the image.
     middle : bool
-        Prune between attention and MLP of `last` instead of after it; in the vision tower only.
+        Drop between attention and MLP of `last` instead of after it; in the vision tower only.
     """
 
     first: int
@@ -31,7 +31,7 @@ class Group:
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """What stays of an image where.
+    """The number of tokens of an image that stay at each step.
 
     Attributes
     ----------
@@ -44,7 +44,7 @@ class PruningPlan:
     prompt : int or None
         Tokens that stay before the decoder. None: as many as there are.
     exact : bool
-        Whether every image keeps just so many; otherwise these are the most.
+        Whether every image keeps exactly these numbers; otherwise they are the largest possible ones.
     """
 
     patches: int
@@ -56,32 +56,32 @@ class PruningPlan:
 
     @property
     def encoded_tokens(self) -> int:
-        """What comes of an image before its prompt is looked at."""
+        """Tokens of one image after the tower and the choice among its features."""
         if self.features is not None:
             return self.features
         return self.tower[-1].keep if self.tower else self.patches
 
     @property
     def tower_tokens(self) -> int:
-        """What is handed to the language model, per image."""
+        """Tokens of one image that the language model gets."""
         return self.encoded_tokens if self.prompt is None else self.prompt
 
     @property
     def final_tokens(self) -> int:
-        """What is left of one image above the last pruned layer."""
+        """Tokens of one image that are left in the end."""
         return self.decoder[-1].keep if self.decoder else self.tower_tokens
 
     def tower_layer_tokens(self, num_layers: int) -> tuple[int, ...]:
-        """Patches of one image that each of the `num_layers` tower layers sees."""
+        """Return the patches of one image that each of the `num_layers` tower layers gets."""
         return _layer_tokens(self.tower, self.patches, num_layers)
 
     def decoder_layer_tokens(self, num_layers: int) -> tuple[int, ...]:
-        """Visual tokens of one image that each of the `num_layers` decoder layers sees, and its KV cache holds."""
+        """Return the visual tokens of one image that each of the `num_layers` decoder layers gets, and caches."""
         return _layer_tokens(self.decoder, self.tower_tokens, num_layers)
 
 
 def _layer_tokens(groups: Iterable[Group], tokens: int, num_layers: int) -> tuple[int, ...]:
-    """What each layer sees of `tokens` that come to the first; a group drops after its last layer."""
+    """Return how many tokens each layer gets when the first gets `tokens`; a group drops after its last layer."""
     counts: list[int] = []
     for group in groups:
         counts += [tokens] * (group.last + 1 - len(counts))
@@ -90,7 +90,7 @@ def _layer_tokens(groups: Iterable[Group], tokens: int, num_layers: int) -> tupl
 
 
 def geometric_schedule(start: int, end: int, groups: int) -> tuple[int, ...]:
-    """Token counts after each of `groups` groups: a constant keep ratio from `start` down to exactly `end`.
+    """Return token counts after each of `groups` groups: a constant keep ratio from `start` down to exactly `end`.
 
     Examples
     --------
@@ -122,7 +122,7 @@ def grouped(num_layers: int, layers_per_group: int | None, start: int, end: int,
 
 
 def plan_pruning(pruning: Any, patches: int, tower_layers: int, decoder_layers: int) -> PruningPlan | None:
-    """Lay out the groups of both stages for a model.
+    """Plan the groups of both stages for a model.
 
     Parameters
     ----------
@@ -149,22 +149,22 @@ def plan_pruning(pruning: Any, patches: int, tower_layers: int, decoder_layers: 
     handed_over = pruning.tower_tokens if pruning.tower_tokens is not None else round(1.875 * pruning.visual_tokens)
     handed_over = min(handed_over, patches)
     in_tower = tower_layers if pruning.tower_layers is None else pruning.tower_layers
-    for name, wanted, there in (
+    for name, layers, available in (
         ("tower_layers", in_tower, tower_layers),
         ("decoder_layers", pruning.decoder_layers, decoder_layers),
     ):
-        if wanted > there:
+        if layers > available:
             raise ValueError(
-                f"{name}={wanted}, but the model has only {there} such layers; allowed: 0 to {there}, as in "
-                f"from_pretrained(..., pruning={{{name!r}: {there}}})."
+                f"{name}={layers}, but the model has only {available} such layers; allowed: 0 to {available}, as in "
+                f"from_pretrained(..., pruning={{{name!r}: {available}}})."
             )
-    # A stage without layers drops nothing, so the other one has to lead to the budget.
-    needed = {patches} if in_tower == 0 else set()
-    needed |= {final} if pruning.decoder_layers == 0 else set()
-    if len(needed) > 1:
+    # A stage without layers drops nothing, so the other one has to reach the budget.
+    possible = {patches} if in_tower == 0 else set()
+    possible |= {final} if pruning.decoder_layers == 0 else set()
+    if len(possible) > 1:
         raise ValueError(f"visual_tokens={final} cannot be reached with tower_layers=0 and decoder_layers=0.")
-    if needed:
-        (required,) = needed
+    if possible:
+        (required,) = possible
         if pruning.tower_tokens is not None and handed_over != required:
             raise ValueError(
                 f"tower_tokens={pruning.tower_tokens} contradicts tower_layers={in_tower}, decoder_layers="

@@ -1,8 +1,8 @@
-"""Which words of the instruction speak of the image: Eq. 5 to 8 of the paper (Sec. 3.3) as pure functions on tensors.
+"""Relevance of the instruction's words to the image: Eq. 6 to 8 of the paper (Sec. 3.3) as functions on tensors.
 
-CLIP's text tower scores its own BPE tokens against the image (Eq. 6), the scores are carried over to the language
-model's tokens by the characters that both cover (Eq. 7), and the embeddings of those that pass a threshold are averaged
-into the pseudo CLS token (Eq. 8). Eq. 5, CLIP's text tower itself, is the model's business.
+CLIP's own BPE tokens are compared with the image (Eq. 6). Their scores are carried over to the language model's tokens
+by the characters that both cover (Eq. 7). The embeddings of the tokens that pass a threshold are averaged into the
+pseudo-CLS token (Eq. 8). The features of Eq. 5 come from CLIP's text tower, which the model runs.
 
 Shapes: B rows, M images of a row, T CLIP tokens of a row (all windows, flattened), S tokens of the prompt, P CLIP's
 projection width, d the language model's width.
@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-# Relevances are cosines, so 2**40 steps per unit keep them exact far below float32's resolution, and an int64 holds the
-# sum of four million of them.
 _STEPS = 2**40
+"""Fixed-point steps of a cosine: finer than float32, and an int64 holds the sum of four million of them."""
 
 
 def overlapping_spans(
@@ -50,7 +49,7 @@ def overlapping_spans(
 
 
 def token_relevance(text_features: Tensor, image_features: Tensor) -> Tensor:
-    """Visual relevance of CLIP's text tokens: c of Eq. 6, their cosine with the image embedding.
+    """Compute the visual relevance of CLIP's text tokens: c of Eq. 6, their cosine with the image embedding.
 
     Parameters
     ----------
@@ -65,8 +64,7 @@ def token_relevance(text_features: Tensor, image_features: Tensor) -> Tensor:
         Cosines, computed in float32 whatever the inputs' dtype; 0 for a zero vector.
     """
     text, images = normalize(text_features.float(), dim=-1), normalize(image_features.float(), dim=-1)
-    # Sums, not a matrix product: autocast and TF32 would compute that in fewer bits, and a row's result would depend on
-    # the batch around it.
+    # Sums, not a matrix product: autocast and TF32 would use fewer bits, and a row's result would depend on the batch.
     rows = [(text * image.unsqueeze(1)).sum(-1) for image in images.unbind(1)]
     return torch.stack(rows, dim=1) if rows else text.new_zeros(text.shape[0], 0, text.shape[1])
 
@@ -74,9 +72,8 @@ def token_relevance(text_features: Tensor, image_features: Tensor) -> Tensor:
 def map_relevance(relevance: Tensor, spans: Tensor) -> Tensor:
     """Carry the relevance from CLIP's tokens to the language model's: C of Eq. 7, the mean over each span.
 
-    The sums are taken in fixed point: integer addition is exact, so a row's result cannot depend on how many windows
-    the batch around it has, and it runs on every device and under deterministic algorithms, which a float64 cumsum does
-    not.
+    The sums are taken in fixed point. Integer addition is exact, so a row's result does not depend on the number of
+    windows in the batch. It also runs on every device and under deterministic algorithms, unlike a float64 cumsum.
 
     Parameters
     ----------
@@ -89,7 +86,7 @@ def map_relevance(relevance: Tensor, spans: Tensor) -> Tensor:
     Returns
     -------
     Tensor (B, M, S), float32
-        Mean cosine of each token's span, -inf where it has none. Not differentiable: it only serves the selection.
+        Mean cosine of each token's span, -inf where it has none. Not differentiable: it is used for choosing only.
     """
     sums = (relevance.float() * _STEPS).round().to(torch.int64).cumsum(-1)
     sums = torch.cat([sums.new_zeros(*sums.shape[:-1], 1), sums], dim=-1)
@@ -102,7 +99,7 @@ def map_relevance(relevance: Tensor, spans: Tensor) -> Tensor:
 
 
 def text_similarity(embeddings: Tensor, reference: Tensor, spans: Tensor) -> Tensor:
-    """Relevance without CLIP's text tower: cosine of the instruction's own embeddings with a visual reference.
+    """Compute relevance without CLIP's text tower: cosines of the instruction's own embeddings with the visual CLS.
 
     Parameters
     ----------
@@ -156,7 +153,7 @@ def key_tokens(relevance: Tensor, threshold: float) -> Tensor:
 
 
 def pseudo_cls(embeddings: Tensor, key_tokens: Tensor, fallback: Tensor) -> Tensor:
-    """Pseudo CLS token of each image: Eq. 8, the mean embedding of its key tokens, or the visual CLS if it has none.
+    """Make each image's pseudo-CLS token (Eq. 8): the mean embedding of its key tokens, or the visual CLS without any.
 
     Parameters
     ----------
@@ -174,7 +171,7 @@ def pseudo_cls(embeddings: Tensor, key_tokens: Tensor, fallback: Tensor) -> Tens
     """
     fallback = fallback.to(embeddings.dtype)
     accumulate = torch.promote_types(embeddings.dtype, torch.float32)
-    # One image at a time: a (B, M, S, d) tensor of long prompts with many images would not fit.
+    # One image at a time: a (B, M, S, d) tensor of long prompts with many images would not fit into memory.
     means = [
         embeddings.masked_fill(~keys.unsqueeze(-1), 0).sum(1, dtype=accumulate) / keys.sum(1, keepdim=True).clamp(min=1)
         for keys in key_tokens.unbind(1)

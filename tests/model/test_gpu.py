@@ -144,27 +144,27 @@ def test_replayed_prompts_give_the_same_answers(asked):
     assert len(plain.model.prompt_graphs.graphs) == 0
 
 
-def test_streams_take_turns_with_a_recording():
+def test_streams_take_turns_with_a_graph():
     model, plain = tiny_model().cuda(), tiny_model().cuda()
     plain.capture_prompts(0)
     inputs = [on_gpu(prompt([[3, "image", 7]], seed=seed)) for seed in range(8)]
-    expected = [plain(**one, use_cache=True).logits[:, -1].detach() for one in inputs]
+    expected = [plain(**batch, use_cache=True).logits[:, -1].detach() for batch in inputs]
     streams = [torch.cuda.Stream() for _ in range(4)]
     torch.cuda.synchronize()
     with torch.no_grad():
-        for one in inputs[:2]:
-            model(**one, use_cache=True)
-        told = []
-        for place, one in enumerate(inputs * 3):
-            with torch.cuda.stream(streams[place % 4]):
-                told.append(model(**one, use_cache=True).logits[:, -1])
+        for batch in inputs[:2]:
+            model(**batch, use_cache=True)
+        logits = []
+        for number, batch in enumerate(inputs * 3):
+            with torch.cuda.stream(streams[number % 4]):
+                logits.append(model(**batch, use_cache=True).logits[:, -1])
     torch.cuda.synchronize()
-    for found, right in zip(told, expected * 3, strict=True):
+    for found, right in zip(logits, expected * 3, strict=True):
         torch.testing.assert_close(found, right, atol=1e-4, rtol=0)
     assert len(model.model.prompt_graphs.graphs) == 2
 
 
-def test_a_recording_that_fails_leaves_nothing_behind(caplog):
+def test_a_capture_that_fails_leaves_nothing_behind(caplog):
     graphs, module = Graphs(4), torch.nn.Linear(4, 4).cuda()
     before = torch.cuda.current_stream()
 
@@ -175,10 +175,10 @@ def test_a_recording_that_fails_leaves_nothing_behind(caplog):
 
     hidden = torch.ones(2, 4, device="cuda")
     with torch.no_grad():
-        told = [graphs.run(module, "it", function, {"hidden": hidden}) for _ in range(3)]
-        assert told[0] is None
-        torch.testing.assert_close(told[1][0], module(hidden))
-        assert told[2] is None
+        outputs = [graphs.run(module, "it", function, {"hidden": hidden}) for _ in range(3)]
+        assert outputs[0] is None
+        torch.testing.assert_close(outputs[1][0], module(hidden))
+        assert outputs[2] is None
     assert graphs.limit == 0
     assert "CUDA graphs are given up" in caplog.text
     assert torch.cuda.current_stream() == before
@@ -196,7 +196,7 @@ def test_a_model_need_not_be_on_the_current_gpu():
     assert len(model.model.prompt_graphs.graphs) == 2
 
 
-def test_recordings_share_their_memory():
+def test_graphs_share_their_memory():
     model = tiny_model().cuda()
     with torch.no_grad():
         for length in range(8, 72, 8):
@@ -204,7 +204,7 @@ def test_recordings_share_their_memory():
                 model(**on_gpu(prompt([[4, "image", length]])), use_cache=True)
     graphs = model.model.prompt_graphs.graphs
     assert len(graphs) == 9
-    needed = [recorded.packing.nbytes for recorded in graphs._recorded.values()]
+    needed = [graph.packing.nbytes for graph in graphs._captured.values()]
     held = sum(room.nbytes for memory in graphs._memory.values() for room in memory._rooms.values())
     assert held < 2 * max(needed) < sum(needed)
 

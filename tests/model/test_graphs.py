@@ -1,7 +1,7 @@
 """Replayed prompts: what is replayed gives the answers of what is run, and what cannot be replayed is run.
 
-There is no GPU here: a stand-in for a CUDA graph does its work anew, from the inputs and into the outputs of the
-recording, which it overwrites as a graph does. `test_gpu.py` has the real ones.
+There is no GPU here: a stand-in for a CUDA graph computes again at each run, from the inputs and into the outputs that
+it was captured with, which it overwrites as a graph does. `test_gpu.py` has the real ones.
 """
 
 import copy
@@ -51,9 +51,9 @@ class StandinMemory(SharedMemory):
 
 
 class StandinGraphs(Graphs):
-    record, memory = Standin, StandinMemory
+    capture, memory = Standin, StandinMemory
 
-    def serve(self, inputs):
+    def can_replay(self, inputs):
         return not torch.is_grad_enabled()
 
     @staticmethod
@@ -61,40 +61,41 @@ class StandinGraphs(Graphs):
         return function(**inputs)
 
     @staticmethod
-    def has_room(taken, device):
-        return taken < 2**20
+    def has_room(work_bytes, device):
+        return work_bytes < 2**20
 
 
 class Baked(Standin):
-    """Knows nothing of Python when it runs, as a CUDA graph does not: only what was launched when it was made."""
+    """Runs no Python, as a CUDA graph does not: only the operations that were launched when it was captured."""
 
     def __init__(self, function, inputs, packing, memory):
-        told = {}
+        output = {}
 
         def launched(*values):
-            leaves, told["form"] = tree_flatten(function(**dict(zip(inputs, values, strict=True))))
-            told["constants"] = [None if isinstance(leaf, torch.Tensor) else (leaf,) for leaf in leaves]
+            leaves, output["form"] = tree_flatten(function(**dict(zip(inputs, values, strict=True))))
+            output["constants"] = [None if isinstance(leaf, torch.Tensor) else (leaf,) for leaf in leaves]
             return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
         # Tracing fails, too, where a value is asked for.
         traced = make_fx(launched, _allow_non_fake_inputs=True)(*inputs.values())
 
-        def again(**given):
-            tensors = iter(traced(*given.values()))
-            return tree_unflatten([next(tensors) if one is None else one[0] for one in told["constants"]], told["form"])
+        def replay(**values):
+            tensors = iter(traced(*values.values()))
+            leaves = [next(tensors) if constant is None else constant[0] for constant in output["constants"]]
+            return tree_unflatten(leaves, output["form"])
 
-        super().__init__(again, inputs, packing, memory)
+        super().__init__(replay, inputs, packing, memory)
 
 
 class BakedGraphs(StandinGraphs):
-    record = Baked
+    capture = Baked
 
 
 @pytest.fixture
 def model():
-    made = tiny_model()
-    made.model.prompt_graphs.graphs = StandinGraphs(8)
-    return made
+    model = tiny_model()
+    model.model.prompt_graphs.graphs = StandinGraphs(8)
+    return model
 
 
 def answer(model, inputs, **options):
@@ -102,12 +103,12 @@ def answer(model, inputs, **options):
 
 
 def replays(model):
-    return sum(recorded.runs for recorded in model.model.prompt_graphs.graphs._recorded.values())
+    return sum(graph.runs for graph in model.model.prompt_graphs.graphs._captured.values())
 
 
 def prompts_of(model):
-    """The shapes of the recorded prompts."""
-    keys = [key for key in model.model.prompt_graphs.graphs._recorded if key[0][0] == "prompt"]
+    """The shapes of the captured prompts."""
+    keys = [key for key in model.model.prompt_graphs.graphs._captured if key[0][0] == "prompt"]
     return [{name: tuple(shape) for name, shape, *_ in shapes} for *_, shapes in keys]
 
 
@@ -117,12 +118,12 @@ def test_answers_are_those_of_a_model_that_captures_nothing(model, rows):
     for seed in range(4):
         inputs = prompt(rows, seed=seed)
         assert torch.equal(answer(model, inputs), answer(plain, inputs))
-    # Images and prompts ran once, were recorded at the second time, and replayed from then on.
+    # Images and prompts ran once, were captured at the second time, and replayed from then on.
     assert len(model.model.prompt_graphs.graphs) == 2
     assert replays(model) == 2 * 2
 
 
-def test_other_shapes_are_recorded_apart(model):
+def test_other_shapes_are_captured_apart(model):
     for rows in (ROWS[:1], [[3, "image", 28]]):
         for seed in (1, 2):
             answer(model, prompt(rows, seed=seed))
@@ -132,7 +133,7 @@ def test_other_shapes_are_recorded_apart(model):
 @pytest.mark.parametrize("options", [{}, {"positions": "compact"}, {"pseudo_cls": "pool"}], ids=str)
 @pytest.mark.parametrize("after", [5, 6], ids=["whole", "padded"])
 @torch.no_grad()
-def test_prompts_of_many_lengths_share_a_recording(options, after):
+def test_prompts_of_many_lengths_share_a_graph(options, after):
     """With 16 patches and 4 tokens before them, prompts of 25 to 32 tokens are filled up to 32."""
     plain, model = tiny_model(**options), tiny_model(**options)
     model.model.prompt_graphs.graphs = StandinGraphs(8)
@@ -143,12 +144,12 @@ def test_prompts_of_many_lengths_share_a_recording(options, after):
         torch.testing.assert_close(ours.logits[:, -1], right.logits[:, -1], atol=5e-5, rtol=0)
         assert ours.logits.shape == right.logits.shape
         for layer, other in zip(ours.past_key_values.layers, right.past_key_values.layers, strict=True):
-            # What a shorter row is filled up with is any token.
+            # A shorter row is filled up with any token.
             mask = other.cache_index.key_mask
-            there = torch.ones_like(other.keys[:, 0, :, 0]) if mask is None else mask
-            for one, right_one in ((layer.keys, other.keys), (layer.values, other.values)):
+            present = torch.ones_like(other.keys[:, 0, :, 0]).bool() if mask is None else mask.bool()
+            for found, expected in ((layer.keys, other.keys), (layer.values, other.values)):
                 torch.testing.assert_close(
-                    one.transpose(1, 2)[there.bool()], right_one.transpose(1, 2)[there.bool()], atol=5e-5, rtol=0
+                    found.transpose(1, 2)[present], expected.transpose(1, 2)[present], atol=5e-5, rtol=0
                 )
             for name in ("stored", "dropped", "croppable"):
                 assert getattr(layer.cache_index, name) == getattr(other.cache_index, name)
@@ -201,18 +202,18 @@ def test_a_prompt_is_not_filled_up_beyond_a_window():
 def test_a_cache_is_its_owners(model):
     """The next prompt overwrites what the graph put out; an answer that goes on later must not see that."""
     plain, inputs = tiny_model(), [prompt(ROWS[:1], seed=seed) for seed in range(4)]
-    held = [model(**one, use_cache=True) for one in inputs]
-    expected = [plain(**one, use_cache=True) for one in inputs]
+    outputs = [model(**batch, use_cache=True) for batch in inputs]
+    expected = [plain(**batch, use_cache=True) for batch in inputs]
     step = torch.tensor([[9]])
-    for ours, right in zip(held, expected, strict=True):
+    for ours, right in zip(outputs, expected, strict=True):
         torch.testing.assert_close(ours.logits[:, -1], right.logits[:, -1], atol=1e-5, rtol=0)
         for layer, other in zip(ours.past_key_values.layers, right.past_key_values.layers, strict=True):
             torch.testing.assert_close(layer.keys, other.keys, atol=1e-5, rtol=0)
             assert layer.cache_index.dropped == other.cache_index.dropped
             assert layer.cache_index.croppable == other.cache_index.croppable
         logits = [
-            one(input_ids=step, past_key_values=out.past_key_values).logits
-            for one, out in ((model, ours), (plain, right))
+            llava(input_ids=step, past_key_values=output.past_key_values).logits
+            for llava, output in ((model, ours), (plain, right))
         ]
         torch.testing.assert_close(*logits, atol=1e-5, rtol=0)
 
@@ -221,19 +222,19 @@ def test_a_conversation_goes_on(model):
     plain = tiny_model()
     for seed in range(3):
         first, turn = prompt(ROWS[:1], seed=seed), prompt([[2, "image", 6]], seed=10 + seed)
-        told = []
-        for one in (model, plain):
-            cache = DynamicCache(config=one.config.text_config)
-            said = answer(one, first, past_key_values=cache)
-            ids = torch.cat([said, turn["input_ids"]], 1)
-            spans = torch.nn.functional.pad(turn["clip_spans"], (0, 0, said.shape[1], 0))
-            given = turn | {"input_ids": ids, "attention_mask": torch.ones_like(ids), "clip_spans": spans}
-            told.append(answer(one, given, past_key_values=cache))
-        assert torch.equal(*told)
+        answers = []
+        for llava in (model, plain):
+            cache = DynamicCache(config=llava.config.text_config)
+            before = answer(llava, first, past_key_values=cache)
+            ids = torch.cat([before, turn["input_ids"]], 1)
+            spans = torch.nn.functional.pad(turn["clip_spans"], (0, 0, before.shape[1], 0))
+            conversation = turn | {"input_ids": ids, "attention_mask": torch.ones_like(ids), "clip_spans": spans}
+            answers.append(answer(llava, conversation, past_key_values=cache))
+        assert torch.equal(*answers)
 
 
 @torch.no_grad()
-def test_options_are_part_of_what_is_recorded(model):
+def test_options_are_part_of_a_graphs_key(model):
     inputs, plain = prompt(ROWS), tiny_model()
     for _ in range(3):
         for budget in (4, 2):
@@ -284,11 +285,11 @@ def test_proposals_are_taken_back(model):
         lambda model: model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True),
     ],
 )
-def test_recordings_go_when_weights_do(model, change):
+def test_graphs_are_dropped_when_weights_change(model, change):
     for _ in range(2):
         answer(model, prompt(ROWS))
     assert len(model.model.prompt_graphs.graphs) == 2
-    held = [parameter.data for parameter in model.parameters()]  # so that no address is given again
+    held = [parameter.data for parameter in model.parameters()]  # so that no address is used again
     change(model)
     plain = tiny_model()
     assert torch.equal(answer(model, prompt(ROWS)), answer(plain, prompt(ROWS)))
@@ -296,7 +297,7 @@ def test_recordings_go_when_weights_do(model, change):
     assert held
 
 
-def test_the_last_recordings_are_kept(model):
+def test_the_last_graphs_are_kept(model):
     model.model.prompt_graphs.graphs.limit = 3
     for length in range(1, 41, 8):
         for _ in range(2):
@@ -304,7 +305,7 @@ def test_the_last_recordings_are_kept(model):
     assert len(model.model.prompt_graphs.graphs) == 3
 
 
-def test_a_copy_records_for_itself(model):
+def test_a_copy_captures_for_itself(model):
     for _ in range(2):
         answer(model, prompt(ROWS))
     copied = copy.deepcopy(model)
@@ -313,9 +314,9 @@ def test_a_copy_records_for_itself(model):
     assert len(pickle.loads(pickle.dumps(Graphs(5)))) == 0
 
 
-def test_a_failed_recording_is_told_and_given_up(model, caplog):
+def test_a_failed_capture_is_reported_and_given_up(model, caplog):
     class Failing(StandinGraphs):
-        def record(self, *args):
+        def capture(self, *args):
             raise RuntimeError("operation not permitted when stream is capturing")
 
     model.model.prompt_graphs.graphs, plain = Failing(8), tiny_model()
@@ -352,18 +353,18 @@ def test_the_replayed_baseline_is_stock_llava():
     for seed in range(3):
         inputs = {name: value for name, value in prompt(ROWS, seed=seed).items() if not name.startswith("clip_")}
         assert torch.equal(answer(replayed, inputs), answer(twin, inputs))
-    assert sum(recorded.runs for recorded in graphs._recorded.values()) == 2
+    assert sum(graph.runs for graph in graphs._captured.values()) == 2
 
 
 def test_threads_get_their_own_answers(model):
     plain = tiny_model()
     inputs = [prompt(ROWS[:1], seed=seed) for seed in range(12)]
-    expected = [answer(plain, one) for one in inputs]
-    for one in inputs[:2]:
-        answer(model, one)
+    expected = [answer(plain, batch) for batch in inputs]
+    for batch in inputs[:2]:
+        answer(model, batch)
     with ThreadPoolExecutor(4) as pool:
-        told = list(pool.map(lambda one: answer(model, one), inputs * 2))
-    assert all(torch.equal(*pair) for pair in zip(told, expected * 2, strict=True))
+        answers = list(pool.map(lambda batch: answer(model, batch), inputs * 2))
+    assert all(torch.equal(*pair) for pair in zip(answers, expected * 2, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -383,14 +384,14 @@ def test_a_part_with_other_weights_is_not_replayed(model, change):
     before = replays(model)
     assert before > 0
     inner = model.model
-    held = [parameter.data for parameter in inner.parameters()]  # so that no address is given again
+    held = [parameter.data for parameter in inner.parameters()]  # so that no address is used again
     change(inner)
     assert torch.equal(answer(model, prompt(ROWS, seed=5)), answer(tiny_model(), prompt(ROWS, seed=5)))
     assert replays(model) == 0
     assert held
 
 
-def test_another_attention_is_recorded_apart(model):
+def test_another_attention_is_captured_apart(model):
     inputs = prompt(ROWS)
     for _ in range(2):
         answer(model, inputs)
@@ -401,7 +402,7 @@ def test_another_attention_is_recorded_apart(model):
     assert len(model.model.prompt_graphs.graphs) == 4
 
 
-def test_other_kernels_are_recorded_apart(model):
+def test_other_kernels_are_captured_apart(model):
     inputs = prompt(ROWS)
     for _ in range(2):
         answer(model, inputs)
@@ -518,7 +519,7 @@ def test_a_text_tower_that_joins_is_asked():
         found = model(**inputs, use_cache=True).logits[:, -1]
         torch.testing.assert_close(found, whole(**inputs, use_cache=True).logits[:, -1], atol=1e-5, rtol=0)
     assert before == 2
-    assert len(model.model.prompt_graphs.graphs) == 2  # what was recorded before is gone
+    assert len(model.model.prompt_graphs.graphs) == 2  # earlier graphs were dropped
 
 
 def test_a_bias_that_joins_is_read(model):
@@ -541,7 +542,7 @@ def test_training_mode_is_run():
 
 
 @pytest.mark.parametrize("change", [lambda model: model.half().float(), lambda model: model.to("cpu")])
-def test_what_is_moved_or_cast_lets_go_of_its_recordings(model, change):
+def test_a_model_that_is_moved_or_cast_drops_its_graphs(model, change):
     for seed in range(3):
         answer(model, prompt(ROWS, seed=seed))
     assert len(model.model.prompt_graphs.graphs) == 2
@@ -551,36 +552,36 @@ def test_what_is_moved_or_cast_lets_go_of_its_recordings(model, change):
 
 
 def test_a_model_is_freed_without_a_search_for_cycles():
-    made = tiny_model()
-    made.model.prompt_graphs.graphs = StandinGraphs(8)
-    made.model.prompt_graphs.graphs.record = lambda *args: Packing(
+    model = tiny_model()
+    model.model.prompt_graphs.graphs = StandinGraphs(8)
+    model.model.prompt_graphs.graphs.capture = lambda *args: Packing(
         []
     )  # a stand-in holds the function, which a graph does not
     for seed in range(2):
-        answer(made, prompt(ROWS, seed=seed))
-    assert len(made.model.prompt_graphs.graphs) == 2
-    weight = weakref.ref(made.model.language_model.layers[0].mlp.down_proj.weight)
+        answer(model, prompt(ROWS, seed=seed))
+    assert len(model.model.prompt_graphs.graphs) == 2
+    weight = weakref.ref(model.model.language_model.layers[0].mlp.down_proj.weight)
     gc.collect()
     gc.disable()
     try:
-        del made
+        del model
         assert weight() is None
     finally:
         gc.enable()
 
 
-def test_more_shapes_than_are_kept_are_recorded_ever_less(model):
+def test_more_shapes_than_are_kept_are_captured_ever_less(model):
     model.model.prompt_graphs.graphs.limit = 2
-    made = []
-    original = StandinGraphs.record
-    model.model.prompt_graphs.graphs.record = lambda *args: made.append(1) or original(*args)
+    captured = []
+    original = StandinGraphs.capture
+    model.model.prompt_graphs.graphs.capture = lambda *args: captured.append(1) or original(*args)
     rounds = []
     for _ in range(8):
         for length in (4, 12, 20, 28):
             answer(model, prompt([[3, "image", length]]))
-        rounds.append(len(made))
+        rounds.append(len(captured))
     assert rounds[-1] - rounds[-4] <= 2
-    assert model.model.prompt_graphs.graphs._sights > 2
+    assert model.model.prompt_graphs.graphs._sightings > 2
 
 
 def test_rotary_embeddings_that_look_at_the_length_are_run(model):
@@ -620,9 +621,9 @@ def test_an_error_in_the_work_is_the_callers(model):
 
 @pytest.fixture
 def unasked():
-    made = tiny_model()
-    made.model.prompt_graphs.graphs = StandinGraphs(8, automatic=True)
-    return made
+    model = tiny_model()
+    model.model.prompt_graphs.graphs = StandinGraphs(8, automatic=True)
+    return model
 
 
 def test_unasked_small_work_is_replayed(unasked):
@@ -635,7 +636,9 @@ def test_unasked_small_work_is_replayed(unasked):
 def test_unasked_large_outputs_are_not(unasked, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        StandinGraphs, "has_room", staticmethod(lambda taken, device: asked.append(taken) or taken < 2**16)
+        StandinGraphs,
+        "has_room",
+        staticmethod(lambda work_bytes, device: asked.append(work_bytes) or work_bytes < 2**16),
     )
     plain = tiny_model()
     for seed in range(4):
@@ -648,7 +651,7 @@ def test_unasked_large_outputs_are_not(unasked, monkeypatch):
         answer(unasked, prompt(ROWS, seed=seed))
     assert prompts_of(unasked)
     # What it was said to take is what it puts out and some more.
-    images, prompts = (recorded.packing.nbytes for recorded in unasked.model.prompt_graphs.graphs._recorded.values())
+    images, prompts = (graph.packing.nbytes for graph in unasked.model.prompt_graphs.graphs._captured.values())
     assert images < asked[0]
     assert prompts < asked[1] < 4 * prompts
 
@@ -710,7 +713,7 @@ def test_outputs_are_packed_and_unpacked():
     for one, other in pairs:
         assert torch.equal(one, other)
         assert one.dtype == other.dtype
-    # What is a multiple of 16 bytes starts at one.
+    # A tensor of a multiple of 16 bytes starts at such a multiple.
     assert (found["turned"].data_ptr() - memory[torch.float32].data_ptr()) % 16 == 0
     assert (found["more"][1][0].data_ptr() - memory[torch.float32].data_ptr()) % 16 == 0
 
@@ -729,28 +732,28 @@ def cuda(monkeypatch):
 
 
 @torch.no_grad()
-def test_a_recording_calls_cuda_as_it_is(cuda):
+def test_a_capture_calls_cuda_as_it_is(cuda):
     graphs, module, hidden = Graphs(2, automatic=True), torch.nn.Linear(4, 4), torch.ones(2, 4)
     cuda.mem_get_info.return_value = (2**20, 2**20)
 
     def function(hidden):
         return {"out": module(hidden), "none": None}
 
-    told = [graphs.run(module, "it", function, {"hidden": hidden}, taken=64) for _ in range(4)]
-    assert told[0] is None
-    assert all(torch.equal(one["out"], module(hidden)) for one in told[1:])
+    outputs = [graphs.run(module, "it", function, {"hidden": hidden}, work_bytes=64) for _ in range(4)]
+    assert outputs[0] is None
+    assert all(torch.equal(output["out"], module(hidden)) for output in outputs[1:])
     assert cuda.graph.call_args.kwargs["capture_error_mode"] == "thread_local"
-    (recorded,) = graphs._recorded.values()
-    assert recorded.graph.replay.call_count == recorded.runs == 2
+    (captured,) = graphs._captured.values()
+    assert captured.graph.replay.call_count == captured.runs == 2
 
 
 @pytest.mark.parametrize(("free", "total"), [(2**20, 4095), (511, 2**20)])
 @torch.no_grad()
-def test_unasked_work_that_is_large_beside_a_gpu_is_not_recorded(cuda, free, total):
+def test_unasked_work_that_is_large_beside_a_gpu_is_not_captured(cuda, free, total):
     graphs, module, hidden = Graphs(2, automatic=True), torch.nn.Linear(4, 4), torch.ones(2, 4)
     cuda.mem_get_info.return_value = (free, total)
-    told = [graphs.run(module, "it", lambda hidden: [module(hidden)], {"hidden": hidden}, 64) for _ in range(3)]
-    assert told[0] is told[2] is None
+    outputs = [graphs.run(module, "it", lambda hidden: [module(hidden)], {"hidden": hidden}, 64) for _ in range(3)]
+    assert outputs[0] is outputs[2] is None
     assert not cuda.graph.called
     graphs.automatic = False
     graphs.forget()
@@ -760,11 +763,11 @@ def test_unasked_work_that_is_large_beside_a_gpu_is_not_recorded(cuda, free, tot
 
 
 @torch.no_grad()
-def test_a_recording_that_fails_gives_the_stream_back(cuda, caplog):
+def test_a_capture_that_fails_gives_the_stream_back(cuda, caplog):
     graphs, module, hidden = Graphs(2), torch.nn.Linear(4, 4), torch.ones(2, 4)
     cuda.graph.side_effect = RuntimeError("operation not permitted when stream is capturing")
-    told = [graphs.run(module, "it", lambda hidden: [module(hidden)], {"hidden": hidden}) for _ in range(2)]
-    assert torch.equal(told[1][0], module(hidden))
+    outputs = [graphs.run(module, "it", lambda hidden: [module(hidden)], {"hidden": hidden}) for _ in range(2)]
+    assert torch.equal(outputs[1][0], module(hidden))
     cuda.set_stream.assert_called_once_with(cuda.current_stream.return_value)
     assert "CUDA graphs are given up" in caplog.text
     assert graphs.limit == 0
@@ -772,7 +775,7 @@ def test_a_recording_that_fails_gives_the_stream_back(cuda, caplog):
 
 def test_memory_that_runs_out_refuses_one_prompt(model, caplog):
     class Full(StandinGraphs):
-        def record(self, function, inputs, packing, memory):
+        def capture(self, function, inputs, packing, memory):
             if inputs.get("input_ids") is not None and inputs["input_ids"].shape[0] > 1:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return Standin(function, inputs, packing, memory)
@@ -782,5 +785,5 @@ def test_memory_that_runs_out_refuses_one_prompt(model, caplog):
         for rows in (ROWS, ROWS[:1]):
             inputs = prompt(rows, seed=seed)
             assert torch.equal(answer(model, inputs), answer(plain, inputs))
-    assert caplog.text.count("not recorded as a CUDA graph") == 1
+    assert caplog.text.count("not captured as a CUDA graph") == 1
     assert len(model.model.prompt_graphs.graphs) == 3  # both batches' images, and the prompts of one row
