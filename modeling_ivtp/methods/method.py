@@ -76,7 +76,7 @@ class Method(Pruner):
 
     def schedule(self, config: Any, patches: int) -> PruningPlan:
         """What stays where for a budget below `patches`."""
-        raise self._silent("lays out what stays where")
+        raise self._missing("plans")
 
     def check_whole(self, option: str, least: int, most: int | None = None, optional: bool = False) -> None:
         """Refuse an option that is not a whole number in its range."""

@@ -1,8 +1,9 @@
-"""What a pruning method decides, and the steps at which the towers ask it.
+"""Pruners, which choose the visual tokens that stay, and the steps at which the model asks them.
 
-The towers run layers, gather what stays, and keep positions, masks and cache right; a *pruner* says what stays, or what
-is merged into what. It is asked at up to four steps, in this order: inside the vision tower, on the features of an
-image, on a prompt before the decoder, and inside the decoder. IVTP is one pruner, `modeling_ivtp.methods` has others.
+The model runs layers, gathers the tokens that stay, and keeps positions, masks and cache right. A *pruner* says which
+tokens stay, or which are merged into which. It is asked at up to four steps, in this order: inside the vision tower, on
+the features of an image, on a prompt before the decoder, and inside the decoder. IVTP is one pruner; the methods of
+`modeling_ivtp.methods` are others.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,23 +19,23 @@ from .schedule import Group, PruningPlan, plan_pruning
 from .visual_sequence import VisualSequence
 
 STAGES = ("tower", "features", "prompt", "decoder")
-"""The steps, in their order."""
+"""The names of the four steps, in their order."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What stays of the k visual tokens of every image; leading dimensions are those of the step.
+    """The tokens that stay of the k visual tokens of every image; leading dimensions are those of the step.
 
     Attributes
     ----------
     kept : int64 Tensor (..., k')
-        Which tokens, ascending. k stands for none, at the end, where an image keeps fewer than others.
+        Indices of the tokens, ascending. k stands for none, at the end, if an image keeps fewer than others.
     mixture : float32 Tensor (..., k', k) or None
-        What each of them becomes: weights of the tokens that stood before. None: they stay as they are.
+        What each of them becomes, as weights of the k tokens. None: they stay as they are.
     sizes : float32 Tensor (..., k') or None
-        How many patches each of them stands for, where a method counts that.
+        How many patches each of them stands for, if the pruner counts that.
     scores : float32 Tensor (..., k) or None
-        What was ranked; only to be looked at.
+        The scores that were ranked, for traces.
     ragged : bool
         Whether images may keep different numbers of tokens.
     """
@@ -46,16 +47,11 @@ class Choice:
     ragged: bool = False
 
     def of(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The tokens that stay: (..., k, d) to (..., k', d). In the place of none stands any."""
+        """Take the tokens that stay: (..., k, d) to (..., k', d), with any values where `kept` stands for none."""
         if self.mixture is not None:
             return self.mixture.to(tokens.device, tokens.dtype) @ tokens
         index = self.kept.to(tokens.device).clamp_max(tokens.shape[-2] - 1)
         return tokens.gather(-2, index[..., None].expand(*index.shape, tokens.shape[-1]))
-
-
-def full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Leaves autocast, whose fewer bits would decide what stays; there is none for tensors without data."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 @dataclass
@@ -68,9 +64,9 @@ class TowerStep:
     records : list of AttentionRecord
         Of the group's layers, lowest first; M is 1.
     patches : int64 Tensor (I, k)
-        Which patches the tokens are, or stand for.
+        The patches that the tokens are, or stand for.
     sizes : float32 Tensor (I, k) or None
-        What `Choice.sizes` said last.
+        The `Choice.sizes` of the group before.
     """
 
     group: Group
@@ -90,10 +86,12 @@ class FeatureStep:
     features : Tensor (I, k, D)
     patches : int64 Tensor (I, k)
     records : dict of int to AttentionRecord
-        Of the tower layers that the pruner decoder_records.
+        Of the tower layers in `Needs.recorded_layers`.
     pixel_values : Tensor (I, 3, height, width)
     grid : (int, int)
         Rows and columns of patches of a whole image.
+    project : callable
+        The projector, from (I, any, D) to (I, any, d).
     """
 
     keep: int
@@ -113,7 +111,7 @@ class FeatureStep:
         return self._projected
 
     def apply(self, choice: Choice) -> torch.Tensor:
-        """What the language model gets: (I, k', d)."""
+        """Return the chosen features in the language model's space: (I, k', d)."""
         if choice.mixture is None and self._projected is not None:
             return choice.of(self._projected)
         return self.project(choice.of(self.features))
@@ -121,18 +119,18 @@ class FeatureStep:
 
 @dataclass
 class PromptStep:
-    """A prompt with its images before the decoder.
+    """A prompt with its images, before the decoder.
 
     Attributes
     ----------
     keep : int
         Tokens of one image that are to stay.
     features : Tensor (B, M, k, d)
-        Projected.
+        In the language model's space.
     patch_embeds : Tensor (B, M, k, P) or None
-        The patches in CLIP's space, for a pruner that asks for them.
+        The patches in CLIP's space, if the pruner needs them.
     text_embeds : Tensor (B, W, P) or None
-        CLIP's embedding of each window of the instruction; None where no instruction came.
+        CLIP's embedding of each window of the instruction, if the pruner needs them.
     windows : bool Tensor (B, W) or None
         Which windows a row has.
     """
@@ -152,17 +150,17 @@ class DecoderStep:
     ----------
     group : Group
     records : list of AttentionRecord
-        Of the group's layers, lowest first, where the pruner `observes`.
+        Of the group's layers, lowest first, if the pruner needs a pseudo-CLS token.
     decoder_records : list of DecoderAttentionRecord
-        The same, where it does not.
+        The same, if it does not.
     hidden : Tensor (B, n, d)
         The group's output.
     sequence : VisualSequence
-        Where the visual tokens stand.
+        Where the visual tokens stand in it.
     sizes : float32 Tensor (B, M, k) or None
-        What `Choice.sizes` said last.
+        The `Choice.sizes` of the group before.
     state : any
-        What `Pruner.prepare` made of the prompt.
+        The result of `Pruner.prepare` for this prompt.
     """
 
     group: Group
@@ -176,13 +174,14 @@ class DecoderStep:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a pruner needs of the model, besides being asked.
+    """What a pruner needs of the model.
 
     Attributes
     ----------
     pseudo_cls : bool
-        A pseudo-CLS token runs through the decoder's groups; `options` says how it is made and aggregated.
+        A pseudo-CLS token runs through the decoder's groups, made and aggregated as `options` say.
     options : IVTPPruningConfig or None
+        The pruning options for the pseudo-CLS token.
     proportional_attention : bool
         The tower's attention counts a token as many times as the patches it stands for.
     recorded_layers : tuple of int
@@ -194,7 +193,7 @@ class Needs:
     compact_positions : bool
         Kept tokens are renumbered without gaps.
     all_projected : bool
-        The feature step looks at projected features, so dropped ones are projected, too.
+        The feature step reads projected features, so dropped ones are projected, too.
     """
 
     pseudo_cls: bool = False
@@ -208,7 +207,7 @@ class Needs:
 
 
 class Pruner:
-    """Base class of everything that chooses tokens: says what each step keeps. A pruner changes nothing by itself."""
+    """Base class of everything that chooses tokens. A pruner chooses at each step and changes nothing by itself."""
 
     @property
     def label(self) -> str:
@@ -221,45 +220,45 @@ class Pruner:
         return Needs()
 
     def plan(self, config: Any, patches: int) -> PruningPlan | None:
-        """What stays where, for images of `patches` tokens; None: everything.
+        """Plan how many tokens stay after each step, for images of `patches` tokens; None: all of them.
 
         Raises
         ------
         ValueError
             If the pruner does not fit the model.
         """
-        raise self._silent("plans")
+        raise self._missing("plans")
 
     def record(self, group: Group, layer: int) -> AttentionRecord:
-        """What a layer of a group of the tower, or of the decoder under observers, is to leave behind."""
+        """Make the record for a layer of a group of the tower, or of the decoder with a pseudo-CLS token."""
         return AttentionRecord(reference_only=True)
 
     def in_tower(self, step: TowerStep) -> Choice:
         """Choose at the top of a group of tower layers."""
-        raise self._silent("chooses in the tower")
+        raise self._missing("chooses in the tower")
 
     def in_features(self, step: FeatureStep) -> Choice:
         """Choose among the features of images."""
-        raise self._silent("chooses on features")
+        raise self._missing("chooses on features")
 
     def in_prompt(self, step: PromptStep) -> Choice:
         """Choose among the features of images for a prompt."""
-        raise self._silent("chooses on a prompt")
+        raise self._missing("chooses on a prompt")
 
     def prepare(self, sequence: VisualSequence, embeds: torch.Tensor) -> Any:
-        """What the decoder's steps are to know of the prompt's input embeddings (B, n, d)."""
+        """Derive from the prompt's input embeddings (B, n, d) what the decoder's steps need as `state`."""
         return None
 
     def in_decoder(self, step: DecoderStep) -> Choice:
         """Choose at the top of a group of decoder layers."""
-        raise self._silent("chooses in the decoder")
+        raise self._missing("chooses in the decoder")
 
-    def _silent(self, does: str) -> TypeError:
-        return TypeError(f"{type(self).__name__} never {does}.")
+    def _missing(self, action: str) -> TypeError:
+        return TypeError(f"{type(self).__name__} never {action}.")
 
 
 class PrunerWrapper(Pruner):
-    """A pruner that passes every question on to another one; base of those that only watch.
+    """A pruner that passes every question on to another one; base class of those that only watch.
 
     Parameters
     ----------
@@ -276,7 +275,7 @@ class PrunerWrapper(Pruner):
 
     @property
     def needs(self) -> Needs:
-        """The wrapped pruner's."""
+        """The wrapped pruner's needs."""
         return self.pruner.needs
 
     def plan(self, config: Any, patches: int) -> PruningPlan | None:
@@ -310,7 +309,7 @@ class PrunerWrapper(Pruner):
 
 @dataclass(frozen=True)
 class IVTPPruner(Pruner):
-    """What the pruning options of a model say.
+    """IVTP with a model's pruning options: keeps what matters most to CLS, then to the pseudo-CLS token.
 
     Attributes
     ----------
@@ -326,7 +325,7 @@ class IVTPPruner(Pruner):
 
     @property
     def needs(self) -> Needs:
-        """A pseudo-CLS token, and CLIP's embedding of the image where words are compared with it (Eq. 6)."""
+        """A pseudo-CLS token, and CLIP's embedding of the image if words are compared with it (Eq. 6)."""
         return Needs(
             pseudo_cls=True,
             options=self.options,
@@ -335,20 +334,25 @@ class IVTPPruner(Pruner):
         )
 
     def plan(self, config: Any, patches: int) -> PruningPlan | None:
-        """See `plan_pruning`."""
+        """Plan groups of layers; see `plan_pruning`."""
         layers = config.vision_config.num_hidden_layers, config.text_config.num_hidden_layers
         return plan_pruning(self.options, patches, *layers)
 
     def record(self, group: Group, layer: int) -> AttentionRecord:
-        """Rollout goes down through all tokens' rows; the top layer gives one row, and so does every other options."""
+        """Make a record: rollout needs all tracked rows of each layer but the top one, other aggregations one row."""
         return AttentionRecord(reference_only=layer == group.last or self.options.aggregation != "rollout")
 
     def in_tower(self, step: TowerStep) -> Choice:
-        """The patches that matter most to CLS."""
+        """Keep the patches that matter most to CLS."""
         scores, kept = decide(step.records, self.options.aggregation, step.group.keep)
         return Choice(kept[:, 0], scores=scores[:, 0])
 
     def in_decoder(self, step: DecoderStep) -> Choice:
-        """The visual tokens that matter most to the pseudo CLS."""
+        """Keep the visual tokens that matter most to the pseudo-CLS token."""
         scores, kept = decide(step.records, self.options.aggregation, step.group.keep)
         return Choice(kept, scores=scores)
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context without autocast, whose fewer bits would change choices; meta tensors have no autocast."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

@@ -19,7 +19,7 @@ from .schedule import Group, PruningPlan
 
 @dataclass
 class PrunedVisionOutput:
-    """What the pruned tower hands on.
+    """The output of the pruned tower.
 
     Attributes
     ----------
@@ -28,9 +28,9 @@ class PrunedVisionOutput:
     patches : int64 Tensor (I, k)
         Kept patches, 0 to N - 1 on the original grid, ascending.
     pooler_output : Tensor (I, d) or None
-        The last layer's CLS after `post_layernorm`; None where nobody asked for it and the tower did not run that far.
+        The last layer's CLS after `post_layernorm`; None if the tower did not run to its top.
     records : dict of int to AttentionRecord
-        Of the layers that the pruner decoder_records.
+        Of the layers in `Needs.recorded_layers`.
     """
 
     features: torch.Tensor
@@ -49,6 +49,7 @@ class GroupedCLIPAttention(CLIPAttention):
         record: AttentionRecord | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run CLIP's attention; a `record` is filled."""
         if record is None:
             return super().forward(hidden_states, attention_mask, **kwargs)
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
@@ -63,7 +64,7 @@ class GroupedCLIPAttention(CLIPAttention):
         )
         plain = attention_mask is None and not torch.is_grad_enabled()
         if plain and hidden_states.device.type == "cpu" and not record.reference_only:
-            # A CPU computes attention by way of its maps anyway: one that is made here is not made again for scoring.
+            # A CPU computes attention from its maps anyway; scoring reuses them.
             output, averaged = attend_with_map(query, key, value, self.scale)
             record.fill(averaged_map=averaged)
             return self.out_proj(output.flatten(2)), None
@@ -95,6 +96,7 @@ class CLIPEncoderLayer(modeling_clip.CLIPEncoderLayer):
         between: Callable[[torch.Tensor], torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
+        """Run CLIP's layer; `between` maps hidden states between attention and MLP."""
         if between is None:
             return super().forward(hidden_states, attention_mask, **kwargs)
         attended, _ = self.self_attn(self.layer_norm1(hidden_states), attention_mask, **kwargs)
@@ -104,18 +106,21 @@ class CLIPEncoderLayer(modeling_clip.CLIPEncoderLayer):
 
 @dataclass
 class _Pass:
-    """One pass of images through the tower: which patches are left, and what was kept of them on the way.
+    """One pass of images through the tower.
 
     Attributes
     ----------
     pruner : Pruner
     patches : int64 Tensor (I, k)
+        The patches that are left.
     scores : list of GroupScores or None
+        Each group's decision is appended.
     features : dict of int to Tensor (I, 1 + k, d)
-        Hidden states that are to be handed on, by their number.
+        Hidden states of the feature layers, by their number.
     sizes : float32 Tensor (I, k) or None
+        The last `Choice.sizes`.
     records : list of AttentionRecord
-        Of the group that is under way.
+        Of the current group's layers.
     """
 
     pruner: Pruner
@@ -126,13 +131,18 @@ class _Pass:
     records: list[AttentionRecord] = field(default_factory=list)
 
     def bias(self, hidden: torch.Tensor) -> torch.Tensor | None:
-        """What attention adds so that a token counts as many times as the patches it stands for: (I, 1, 1, 1 + k)."""
+        """Return the attention bias that counts a token as often as its patches: (I, 1, 1, 1 + k), or None."""
         if self.sizes is None or not self.pruner.needs.proportional_attention:
             return None
         return nn.functional.pad(self.sizes.log(), (1, 0)).to(hidden.dtype)[:, None, None]
 
+    def record(self, group: Group, layer: int) -> AttentionRecord:
+        """Start the record of a layer of the current group."""
+        self.records.append(self.pruner.record(group, layer))
+        return self.records[-1]
+
     def choose(self, group: Group) -> Choice:
-        """Ask the pruner at the top of a group, and leave out of everything but the layer's output what it does."""
+        """Ask the pruner at the top of a group, and drop from everything but the hidden states."""
         with torch.no_grad(), full_precision(self.patches.device), label(CHOOSE):
             choice = self.pruner.in_tower(TowerStep(group, self.records, self.patches, self.sizes))
         for record in self.records:
@@ -142,19 +152,23 @@ class _Pass:
         if self.scores is not None:
             self.scores.append(GroupScores("tower", group, self.patches, choice.scores, kept, choice.mixture))
         self.patches, self.sizes = kept, choice.sizes
-        self.features = {at: _left(feature, choice) for at, feature in self.features.items()}
+        self.features = {number: _apply(choice, feature) for number, feature in self.features.items()}
         return choice
 
-    def dropping(self, group: Group) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Asks the pruner when it is first called: gradient checkpointing calls it again in the backward pass."""
-        made: list[Choice] = []
+    def drop(self, group: Group) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Return the function that drops from hidden states at the top of a group.
 
-        def between(hidden: torch.Tensor) -> torch.Tensor:
-            if not made:
-                made.append(self.choose(group))
-            return _left(hidden, made[0])
+        The first call asks the pruner. Gradient checkpointing calls it again in the backward pass.
+        """
+        choice: Choice | None = None
 
-        return between
+        def drop_hidden(hidden: torch.Tensor) -> torch.Tensor:
+            nonlocal choice
+            if choice is None:
+                choice = self.choose(group)
+            return _apply(choice, hidden)
+
+        return drop_hidden
 
 
 class GroupedCLIPVisionModel(CLIPVisionModel):
@@ -180,7 +194,7 @@ class GroupedCLIPVisionModel(CLIPVisionModel):
         scores: list[GroupScores] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Encode images, dropping patches as a pruner says.
+        """Encode images, dropping the patches that a pruner does not keep.
 
         Parameters
         ----------
@@ -188,62 +202,74 @@ class GroupedCLIPVisionModel(CLIPVisionModel):
         pruner : Pruner, optional
             None: the stock forward and output.
         plan : PruningPlan, optional
-            What the pruner planned; needed with it.
+            The pruner's plan; needed with it.
         feature_layers : sequence of int, default (-2,)
             Which hidden states become features, counted as `hidden_states` does: 0 is the embedding output.
         to_the_top : bool, default True
-            Whether CLIP's embedding of the image is needed; otherwise the tower ends where nothing above is.
+            Whether CLIP's embedding of the image is needed; otherwise the tower ends at the last layer that is.
         scores : list of GroupScores, optional
             Each group's decision is appended.
 
         Returns
         -------
         PrunedVisionOutput, or the stock output without a `pruner`.
+
+        Raises
+        ------
+        ValueError
+            For a feature layer that the tower does not have.
         """
         if pruner is None or plan is None:
             return super().forward(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+        layers = self.encoder.layers
+        feature_numbers = [self._hidden_state(layer) for layer in feature_layers]
         hidden = self.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
         hidden = self.pre_layrnorm(hidden)
-        layers = self.encoder.layers
-        for layer in feature_layers:
-            if not -len(layers) <= layer + 1 <= len(layers) + 1:
-                raise ValueError(
-                    f"vision_feature_layer={layer}; the tower has hidden states {-len(layers) - 1} to {len(layers)}."
-                )
-        wanted = {layer % (len(layers) + 1) for layer in feature_layers}
         patches = torch.arange(hidden.shape[1] - 1, device=hidden.device).expand(hidden.shape[0], -1)
-        now = _Pass(pruner, patches, scores, {0: hidden} if 0 in wanted else {})
-        before = (patches.shape[1], *(group.keep for group in plan.tower))
-        tops = {group.last: group for group, tokens in zip(plan.tower, before, strict=False) if group.keep < tokens}
-        members = {index: group for group in tops.values() for index in range(group.first, group.last + 1)}
-        watched = {layer % len(layers): AttentionRecord(reference_only=True) for layer in pruner.needs.recorded_layers}
-        end = len(layers) if to_the_top else max({*wanted, *(last + 1 for last in (*tops, *watched))})
+        images = _Pass(pruner, patches, scores, {0: hidden} if 0 in feature_numbers else {})
+        tops, group_of = _dropping_groups(plan, patches.shape[1])
+        recorded = {layer % len(layers): AttentionRecord(reference_only=True) for layer in pruner.needs.recorded_layers}
+        end = len(layers) if to_the_top else max([*feature_numbers, *(last + 1 for last in (*tops, *recorded))])
         for index, layer in enumerate(layers[:end]):
             options: dict[str, Any] = {}
-            if (group := members.get(index)) is not None:
-                now.records.append(pruner.record(group, index))
-                options["record"] = now.records[-1]
-            elif index in watched:
-                options["record"] = watched[index]
+            if index in group_of:
+                options["record"] = images.record(group_of[index], index)
+            elif index in recorded:
+                options["record"] = recorded[index]
             top = tops.get(index)
             if top is not None and top.middle:
-                options["between"] = now.dropping(top)
-            hidden = layer(hidden, now.bias(hidden), **options, **kwargs)
+                options["between"] = images.drop(top)
+            hidden = layer(hidden, images.bias(hidden), **options, **kwargs)
             if top is not None and not top.middle:
-                hidden = now.dropping(top)(hidden)
-            if index + 1 in wanted:
-                now.features[index + 1] = hidden
-        ordered = [now.features[layer % (len(layers) + 1)] for layer in feature_layers]
+                hidden = images.drop(top)(hidden)
+            if index + 1 in feature_numbers:
+                images.features[index + 1] = hidden
+        features = [images.features[number] for number in feature_numbers]
         return PrunedVisionOutput(
-            features=ordered[0] if len(ordered) == 1 else torch.cat(ordered, dim=-1),
-            patches=now.patches,
+            features=features[0] if len(features) == 1 else torch.cat(features, dim=-1),
+            patches=images.patches,
             pooler_output=self.post_layernorm(hidden[:, 0]) if to_the_top else None,
-            records={layer: watched[layer % len(layers)] for layer in pruner.needs.recorded_layers},
+            records={layer: recorded[layer % len(layers)] for layer in pruner.needs.recorded_layers},
         )
 
+    def _hidden_state(self, layer: int) -> int:
+        """Return a hidden state's number, counted from 0, or refuse one that the tower does not have."""
+        layers = len(self.encoder.layers)
+        if not -layers - 1 <= layer <= layers:
+            raise ValueError(f"vision_feature_layer={layer}; the tower has hidden states {-layers - 1} to {layers}.")
+        return layer % (layers + 1)
 
-def _left(hidden: torch.Tensor, choice: Choice) -> torch.Tensor:
-    """CLS and what a choice leaves of patches: (I, 1 + k, d) to (I, 1 + k', d)."""
+
+def _dropping_groups(plan: PruningPlan, patches: int) -> tuple[dict[int, Group], dict[int, Group]]:
+    """Return the groups of the tower that drop anything, by their last layer, and by each of their layers."""
+    tokens = (patches, *(group.keep for group in plan.tower))
+    tops = {group.last: group for group, before in zip(plan.tower, tokens, strict=False) if group.keep < before}
+    group_of = {layer: group for group in tops.values() for layer in range(group.first, group.last + 1)}
+    return tops, group_of
+
+
+def _apply(choice: Choice, hidden: torch.Tensor) -> torch.Tensor:
+    """Keep CLS and the chosen patches: (I, 1 + k, d) to (I, 1 + k', d)."""
     if choice.mixture is None:
         index = nn.functional.pad(choice.kept.to(hidden.device) + 1, (1, 0))
         return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
