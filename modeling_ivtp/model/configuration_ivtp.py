@@ -1,4 +1,4 @@
-"""Configuration of IVTP-LLaVA: LLaVA's own, CLIP's text tower, and what to prune."""
+"""Configuration of IVTP-LLaVA: LLaVA's own, CLIP's text tower, and the pruning options."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
@@ -16,35 +16,35 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "pseudo_cls": ("propagate", "pool"),
     "positions": ("original", "compact"),
 }
+"""The allowed values of the options that are words."""
 
-
-# Saving adds the class that is saved; a page that is to load through every Auto class needs all of them.
 AUTO_MAP = {
     "AutoConfig": "configuration_ivtp.IVTPLlavaConfig",
     "AutoModel": "modeling_ivtp.IVTPLlavaForConditionalGeneration",
     "AutoModelForImageTextToText": "modeling_ivtp.IVTPLlavaForConditionalGeneration",
     "AutoModelForMultimodalLM": "modeling_ivtp.IVTPLlavaForConditionalGeneration",
 }
+"""Our classes by Auto class. Saving adds the saved class alone; a folder that loads through any of them needs all."""
 
 
 def is_whole(value: Any) -> bool:
-    """Whether it is a whole number, NumPy's among them."""
+    """Return whether a value is a whole number, one of NumPy's included."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
 class IVTPPruningConfig:
-    """What IVTP drops, where, and guided by what. Immutable: change it with `changed` or `model.set_pruning`.
+    """The pruning options of IVTP. Immutable: change them with `changed` or `model.set_pruning`.
 
     Attributes
     ----------
     enabled : bool, default True
         False runs stock LLaVA, operation for operation.
     visual_tokens : int, default 64
-        Visual tokens of one image that are left in the end. A number above what there is keeps all.
+        Visual tokens of one image that are left in the end. A number above the image's patches keeps all.
     tower_tokens : int or None, default None
-        Visual tokens that the vision tower hands to the language model. None: 1.875 x `visual_tokens` (120 for 64), at
-        most all; the ratio follows from the FLOPs in the paper's Tables 3 and 9.
+        Visual tokens that the vision tower hands over to the language model. None: 1.875 x `visual_tokens` (120 for
+        64), at most all; the ratio follows from the FLOPs in the paper's Tables 3 and 9.
     layers_per_group : int or None, default 3
         Layers that are rolled out together (Table 8). None: each stage is one group.
     tower_layers : int or None, default None
@@ -54,11 +54,11 @@ class IVTPPruningConfig:
     relevance_threshold : float, default 0.2
         The threshold tau of Eq. 8 on the cosine of Eq. 6.
     aggregation : {"rollout", "mean", "max", "multiply", "last"}, default "rollout"
-        How a group's attention maps become one: Eq. 3, the rows of Table 5, or the last layer alone (Table 4).
+        How a group's attention maps are combined: Eq. 3, the rows of Table 5, or the last layer alone (Table 4).
     guidance : {"clip", "mean_text", "text_similarity", "visual_cls"}, default "clip"
-        What the language model's reference token is made of (Table 6, from the last row to the first but one).
+        What the pseudo-CLS token is made of (Table 6, from the last row to the first but one).
     pseudo_cls : {"propagate", "pool"}, default "propagate"
-        Whether the reference token runs through the layers itself, or is pooled anew from the key words at each layer.
+        Whether the pseudo-CLS token runs through the layers itself, or is pooled from the key words at each layer.
     positions : {"original", "compact"}, default "original"
         Whether kept tokens keep their RoPE positions or are renumbered without gaps.
     strict : bool, default False
@@ -67,7 +67,7 @@ class IVTPPruningConfig:
     Raises
     ------
     ValueError
-        For a value outside what is allowed, naming both.
+        For a value that is not allowed; the message names it and the allowed ones.
     """
 
     enabled: bool = True
@@ -113,12 +113,12 @@ class IVTPPruningConfig:
 
     @classmethod
     def create(cls, value: Any = None, **changes: Any) -> "IVTPPruningConfig":
-        """Make a checked config from None (all defaults), a mapping or another config, with `changes` on top.
+        """Make a config from None (all defaults), a mapping or another config, with `changes` on top.
 
         Raises
         ------
         ValueError
-            For an unknown field, a value outside what is allowed, or a `value` that is none of these.
+            For an unknown option, a value that is not allowed, or a `value` of another type.
         """
         if value is None:
             options: dict[str, Any] = {}
@@ -136,11 +136,11 @@ class IVTPPruningConfig:
         return cls(**options)
 
     def to_dict(self) -> dict[str, Any]:
-        """The options as plain values, ready for JSON."""
+        """Return the options as plain values, ready for JSON."""
         return asdict(self)
 
     def changed(self, **changes: Any) -> "IVTPPruningConfig":
-        """A copy with `changes`, checked; raises ValueError as the class does."""
+        """Return a copy with `changes`; raises ValueError as the class does."""
         return type(self).create(self, **changes)
 
 
@@ -150,17 +150,17 @@ class IVTPLlavaConfig(LlavaConfig):
     Parameters
     ----------
     clip_text_config : CLIPTextConfig or dict, optional
-        CLIP's text tower; its `projection_dim` is the width in which words and image are compared (Eq. 6). None builds
-        the model without it: the visual CLS token then is the reference in the language model.
+        CLIP's text tower; its `projection_dim` is the width in which words and image are compared (Eq. 6). None: the
+        model has no text tower, and the visual CLS token takes the place of the pseudo-CLS token.
     pruning : IVTPPruningConfig or dict, optional
-        What to drop; default: the paper's setting for LLaVA-1.5, 576 to 64 tokens.
+        The pruning options; default: the paper's setting for LLaVA-1.5, 576 to 64 tokens.
     **kwargs
         Everything `LlavaConfig` takes.
 
     Raises
     ------
     ValueError
-        For an unknown pruning option or a value outside what is allowed.
+        For an unknown pruning option or a value that is not allowed.
     """
 
     model_type = "ivtp_llava"
@@ -179,7 +179,7 @@ class IVTPLlavaConfig(LlavaConfig):
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As in transformers; an official LLaVA folder counts as one of ours, which it is but for defaults."""
+        """Read a configuration as transformers does; a stock LLaVA's becomes ours with default pruning options."""
         config, rest = super().get_config_dict(*args, **kwargs)
         if config.get("model_type") == LlavaConfig.model_type:
             config["model_type"] = cls.model_type
@@ -193,16 +193,16 @@ class IVTPLlavaConfig(LlavaConfig):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "pruning" and not isinstance(value, IVTPPruningConfig):
-            # Some options given on top of a checkpoint's change those and leave the others.
-            known = self.__dict__.get("pruning")
-            if isinstance(known, IVTPPruningConfig) and isinstance(value, Mapping):
-                value = known.changed(**value)
+            # A mapping changes some of a checkpoint's options and leaves the others.
+            current = self.__dict__.get("pruning")
+            if isinstance(current, IVTPPruningConfig) and isinstance(value, Mapping):
+                value = current.changed(**value)
             else:
                 value = IVTPPruningConfig.create(value)
         super().__setattr__(name, value)
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as plain values, `pruning` included."""
+        """Return the configuration as plain values, `pruning` included."""
         output = super().to_dict()
         output["pruning"] = self.pruning.to_dict()
         return output
@@ -221,13 +221,13 @@ class IVTPLlavaConfig(LlavaConfig):
 
     @property
     def feature_depth(self) -> int:
-        """How many layers of the vision tower make the features that LLaVA reads: 23 of 24."""
+        """Number of layers of the vision tower below the features that LLaVA reads: 23 of 24."""
         layers = self.vision_feature_layer
         states = self.vision_config.num_hidden_layers + 1
         return max(layer % states for layer in ([layers] if isinstance(layers, int) else layers))
 
     def pruning_plan(self) -> PruningPlan | None:
-        """The groups of both stages for this model, or None when nothing is to be dropped.
+        """Plan the groups of both stages for this model; None when nothing is to be dropped.
 
         Raises
         ------

@@ -1,4 +1,9 @@
-"""Where the person speaks in a prompt: the role markers of chat formats, known ones and those a template reveals."""
+"""The instruction in a prompt: the characters that the person wrote, and the CLIP tokens that cover them.
+
+The first part finds the user turns by the role markers of chat formats, known ones and those that a chat template
+reveals. The second part divides CLIP's tokens of these turns into windows of its context length, and finds for each
+range of tokens its place in the windows (IVTP Eq. 7).
+"""
 
 import re
 from bisect import bisect_right
@@ -10,7 +15,9 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# Regular expressions of what opens and what closes a user turn: the formats of the LLaVA checkpoints on the Hub.
+Range = tuple[int, int]
+"""A half-open range of characters or tokens."""
+
 KNOWN_FORMATS = (
     (r"<\|im_start\|>user\b", r"<\|im_end\|>"),
     (r"<\|start_header_id\|>user<\|end_header_id\|>", r"<\|eot_id\|>"),
@@ -23,7 +30,11 @@ KNOWN_FORMATS = (
     (r"(?<!\w)User:", r"(?<!\w)Assistant:"),
     (r"(?<!\w)Human:", r"(?<!\w)Assistant:"),
 )
+"""Regular expressions of what opens and what closes a user turn in the formats of the LLaVA checkpoints on the Hub."""
+
 SYSTEM_INSIDE_TURN = r"<<SYS>>.*?<</SYS>>"
+"""A system prompt inside of a user turn, as a regular expression."""
+
 _NEVER = r"(?!)"
 
 
@@ -54,7 +65,7 @@ def _markers_of(text: str, opening: str, closing: str) -> list[tuple[bool, int, 
     found: list[tuple[bool, int, int]] = []
     closings = [match.span() for match in re.finditer(closing, text)]
     last = closings[-1][0] if closings else -1
-    # Where a word closes a turn in earnest, it follows a sentence or ends the prompt.
+    # A word that really closes a turn follows a sentence or ends the prompt.
     closed = max((start for start, end in closings if not _amid_words(text, start, end)), default=-1)
     for match in re.finditer(f"(?P<opening>{opening})|{closing}", text):
         start, end = match.span()
@@ -76,12 +87,12 @@ def _markers_of(text: str, opening: str, closing: str) -> list[tuple[bool, int, 
 
 
 def _amid_words(text: str, start: int, end: int) -> bool:
-    """Tell whether words surround a range: no sentence ends before it, and the text goes on after it."""
+    """Return whether words surround a range: no sentence ends before it, and the text goes on after it."""
     before = text[:start].rstrip(" \t")
     return before != "" and before[-1] not in "\n.!?>]。！？" and text[end:].strip() != ""
 
 
-def user_turns(text: str, formats: Sequence[tuple[str, str]]) -> list[tuple[int, int]]:
+def user_turns(text: str, formats: Sequence[tuple[str, str]]) -> list[Range]:
     """Find the user turns of a prompt between its role markers; a prompt without any is one turn."""
     markers = role_markers(text, formats)
     # A prompt that only closes a turn begins inside of it.
@@ -106,8 +117,8 @@ def template_markers(render: Callable[[list[Any], bool], str], special_tokens: s
     Returns
     -------
     (str, str) or None
-        Regular expressions of what stands before every user's words and of what follows them; None if the template
-        cannot render a plain conversation or sets no words before the user's.
+        Regular expressions of what stands before every user's words and of what follows them. None if the template
+        cannot render a plain conversation, or puts no words before the user's.
     """
     words = ["probequestion", "probeanswer", "probefollowup"]
     roles = ["user", "assistant", "user"]
@@ -116,7 +127,7 @@ def template_markers(render: Callable[[list[Any], bool], str], special_tokens: s
         try:
             whole = render(chat, True)
             answered = render(chat[:2], False)
-        except Exception as error:  # a template is a program and may raise whatever it likes
+        except Exception as error:  # a template is a program and may raise anything
             logger.info(f"The chat template cannot render a plain conversation: {error}")
             continue
         if re.findall("|".join(words), whole) == words:
@@ -128,17 +139,17 @@ def template_markers(render: Callable[[list[Any], bool], str], special_tokens: s
     # Special tokens count as one letter: "<s>[INST]" and "</s>[INST]" have "[INST]" in common.
     letters = re.compile(f"{special_tokens}|.", re.DOTALL)
     opening = "".join(reversed(_common_start(letters.findall(before)[::-1], letters.findall(again)[::-1])))
-    after = after.strip() or between  # a template need not know generation prompts
+    after = after.strip() or between  # a template need not have generation prompts
     closing = _common_start(letters.findall(between.lstrip()), letters.findall(after.lstrip()))
     if closing and len(closing[0]) > 1:
         closing = closing[:1]  # a special token closes the turn, whoever speaks next
     if not re.search(r"\w", opening):
         return None
-    return _marker(opening), _marker("".join(closing))
+    return _marker_pattern(opening), _marker_pattern("".join(closing))
 
 
-def _marker(text: str) -> str:
-    """Turn a role marker into a regular expression, free in its white space and never inside of a word."""
+def _marker_pattern(text: str) -> str:
+    """Turn a role marker into a regular expression that allows any white space and never matches inside of a word."""
     text = text.strip()
     if not re.search(r"\w", text):
         return _NEVER
@@ -146,18 +157,16 @@ def _marker(text: str) -> str:
     return (r"(?<!\w)" if re.match(r"\w", text) else "") + pattern + (r"(?!\w)" if re.search(r"\w$", text) else "")
 
 
-def _common_start(one: list[str], other: list[str]) -> list[str]:
-    return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]
+def _common_start(first: list[str], second: list[str]) -> list[str]:
+    pairs = takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
+    return [letter for letter, _ in pairs]
 
 
-Range = tuple[int, int]
-
-
-def with_composed(text: str, offsets: Iterable[Range]) -> list[Range]:
+def cover_combining(text: str, offsets: Iterable[Range]) -> list[Range]:
     """Extend CLIP's character ranges over the combining characters that its Unicode normalization left out.
 
-    "e" and a combining accent become one letter, whose range is then that of the "e". CLIP's tokens leave nothing but
-    white space uncovered, so whatever else is uncovered belongs to the token before it.
+    "e" and a combining accent become one letter, whose range is then that of the "e". CLIP's tokens leave only white
+    space uncovered, so any other uncovered character belongs to the token before it.
     """
     offsets = list(offsets)
     covered = bytearray(len(text))
@@ -171,7 +180,7 @@ def with_composed(text: str, offsets: Iterable[Range]) -> list[Range]:
     return extended
 
 
-def moved(
+def move_to_prompt(
     offsets: Sequence[Range], pieces: Sequence[Range], replacements: Sequence[tuple[int, int, int, int]]
 ) -> list[Range]:
     """Move ranges from the joined pieces of an instruction into the prompt with its placeholders expanded.
@@ -179,11 +188,11 @@ def moved(
     Parameters
     ----------
     offsets : sequence of (int, int)
-        Ranges in the pieces joined by one character each.
+        Ranges in the pieces, which are joined by one character each.
     pieces : sequence of (int, int)
         Ranges of the pieces in the prompt.
     replacements : sequence of (int, int, int, int)
-        Range of each placeholder in the prompt, and of what replaced it in the expanded prompt, ascending.
+        Range of each placeholder in the prompt, and of its replacement in the expanded prompt, ascending.
 
     Returns
     -------
@@ -191,17 +200,24 @@ def moved(
     """
     ends = [end for _, end, _, _ in replacements]
     growth = [0, *(new_end - end for _, end, _, new_end in replacements)]
-    joined, shifts, place = [], [], 0
+    starts, shifts, length = [], [], 0
     for start, end in pieces:
-        joined.append(place)
-        shifts.append(start + growth[bisect_right(ends, start)] - place)
-        place += end - start + 1
-    moves = [shifts[bisect_right(joined, start) - 1] for start, _ in offsets]
+        starts.append(length)
+        shifts.append(start + growth[bisect_right(ends, start)] - length)
+        length += end - start + 1
+    moves = [shifts[bisect_right(starts, start) - 1] for start, _ in offsets]
     return [(start + move, end + move) for (start, end), move in zip(offsets, moves, strict=True)]
 
 
 def window_bounds(words: Sequence[int | None], room: int) -> list[Range]:
-    """Divide CLIP's tokens into windows of at most `room`, between words where a word fits into one window."""
+    """Divide CLIP's tokens into windows of at most `room`, and cut only words that do not fit into one window.
+
+    Parameters
+    ----------
+    words : sequence of int or None
+        The number of each token's word.
+    room : int
+    """
     bounds, start = [], 0
     while len(words) - start > room:
         cut = start + room
@@ -212,20 +228,29 @@ def window_bounds(words: Sequence[int | None], room: int) -> list[Range]:
     return [*bounds, (start, len(words))] if words else []
 
 
-def places(spans: Sequence[Range], bounds: Sequence[Range], context: int) -> list[list[int]]:
-    """Turn ranges of CLIP's tokens into places in the row's windows, counted from the end.
+def window_spans(spans: Sequence[Range], bounds: Sequence[Range], context: int) -> list[list[int]]:
+    """Turn ranges of CLIP's tokens into ranges over the row's windows, counted from the end.
 
-    A range that crosses into another window is confined to the window that holds most of it, the first of equals.
+    A range that crosses into another window is limited to the window that holds most of it, the first of equals.
+
+    Parameters
+    ----------
+    spans : sequence of (int, int)
+        Ranges of CLIP's tokens; an empty one becomes [0, 0].
+    bounds : sequence of (int, int)
+        From `window_bounds`.
+    context : int
+        CLIP's context length C. A window holds its tokens after a start token.
     """
     starts = [start for start, _ in bounds]
-    found = []
+    ranges = []
     for first, last in spans:
         if first == last:
-            found.append([0, 0])
+            ranges.append([0, 0])
             continue
         touched = range(bisect_right(starts, first) - 1, bisect_right(starts, last - 1))
         window = max(touched, key=lambda number: min(last, bounds[number][1]) - max(first, bounds[number][0]))
         start, end = bounds[window]
         shift = (window - len(bounds)) * context + 1 - start
-        found.append([max(first, start) + shift, min(last, end) + shift])
-    return found
+        ranges.append([max(first, start) + shift, min(last, end) + shift])
+    return ranges

@@ -1,9 +1,9 @@
-"""The processor: stock LLaVA's, which also hands the model the instruction as CLIP's text tower reads it.
+"""The processor: stock LLaVA's, which also gives the model the instruction in CLIP's tokens.
 
-Two inputs come on top of `LlavaProcessor`'s. `clip_input_ids` (B, W, C) int64: the instruction in windows of CLIP's
-context length C. `clip_spans` (B, S, 2) int64: for each prompt token the CLIP tokens that share a character with it
-(paper, Eq. 7), as a half-open range over the row's W * C places counted from the end, (0, 0) for none. What is missing
-is zeros on the left in both, which is also what left-padding an unknown input gives.
+It adds two inputs to `LlavaProcessor`'s. `clip_input_ids` (B, W, C) int64 is the instruction in windows of CLIP's
+context length C. `clip_spans` (B, S, 2) int64 holds for each prompt token the CLIP tokens that share a character with
+it (IVTP Eq. 7), as a half-open range over the row's W * C tokens, counted from the end; (0, 0) stands for none. Shorter
+rows of both have zeros on the left, which is also what left-padding an unknown input gives.
 """
 
 import math
@@ -23,13 +23,13 @@ from .instruction import (
     KNOWN_FORMATS,
     SYSTEM_INSIDE_TURN,
     Range,
-    moved,
-    places,
+    cover_combining,
+    move_to_prompt,
     role_markers,
     template_markers,
     user_turns,
     window_bounds,
-    with_composed,
+    window_spans,
 )
 from .spelling import spell
 from .text_relevance import overlapping_spans
@@ -41,11 +41,21 @@ LONGEST = 100
 _OF_SIZE = {"size", "crop_size", "do_resize", "do_center_crop"}
 _HUB_ACCESS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
 
+_STOCK_ARGUMENTS = (
+    "image_processor",
+    "tokenizer",
+    "patch_size",
+    "vision_feature_select_strategy",
+    "chat_template",
+    "image_token",
+    "num_additional_image_tokens",
+)
+
 
 class _PresentComponents:
-    """`ProcessorMixin.get_attributes`, which leaves out the CLIP tokenizer for an instance that has none.
+    """`ProcessorMixin.get_attributes` without the CLIP tokenizer for an instance that has none.
 
-    The mixin checks, saves and prints every component it lists, and takes none of them for optional.
+    The mixin checks, saves and prints every component that it lists; none is optional for it.
     """
 
     def __get__(self, processor: ProcessorMixin | None, owner: type[ProcessorMixin]) -> Callable[[], list[str]]:
@@ -63,19 +73,19 @@ class IVTPLlavaProcessor(LlavaProcessor):
 num_additional_image_tokens
         As in `LlavaProcessor`.
     clip_tokenizer : fast tokenizer, optional
-        Tokenizer of CLIP's text tower, kept in its own folder `clip_tokenizer/` of a checkpoint. Without it the
-        processor is a stock `LlavaProcessor`.
+        Tokenizer of CLIP's text tower, in the folder `clip_tokenizer/` of a checkpoint. Without it the processor is a
+        stock `LlavaProcessor`.
     instruction_pattern : str, optional
-        Regular expression (`.` matches newlines too) for what in a prompt is the instruction: its first group, or the
-        whole match if it has none; every match counts. By default the user turns are found by the role markers of the
-        chat template, else by those of the known LLaVA formats; a prompt without role markers is all instruction.
-        Special tokens and image placeholders never are.
+        Regular expression (`.` matches newlines too) for the instruction in a prompt: its first group, or the whole
+        match if it has none; every match counts. By default the user turns are found by the role markers of the chat
+        template, else by those of the known LLaVA formats; a prompt without role markers is all instruction. Special
+        tokens and image placeholders never belong to it.
 
     Raises
     ------
     ValueError
-        If the CLIP tokenizer, or with it the language model's, cannot tell character offsets; if the CLIP tokenizer
-        lacks a start or end token or room between them; if `instruction_pattern` is not a regular expression.
+        If the CLIP tokenizer, or with it the language model's, has no character offsets; if the CLIP tokenizer lacks a
+        start or end token or room between them; if `instruction_pattern` is not a regular expression.
     """
 
     get_attributes = _PresentComponents()
@@ -127,8 +137,8 @@ num_additional_image_tokens
         llava : str or path
             Folder or Hub id of a LLaVA checkpoint.
         clip_tokenizer : fast tokenizer, str or path, optional
-            CLIP's tokenizer, or the folder or Hub id of a CLIP checkpoint. Default: the one of `llava`, if that is a
-            checkpoint of ours; a stock LLaVA has none.
+            CLIP's tokenizer, or the folder or Hub id of a CLIP checkpoint. Default: that of `llava`, if it is an IVTP
+            checkpoint; a stock LLaVA has none.
         instruction_pattern : str, optional
             As for the class.
         **kwargs
@@ -145,14 +155,8 @@ num_additional_image_tokens
         elif clip_tokenizer is None:
             clip_tokenizer = _stored_clip_tokenizer(llava, **kwargs)
         return cls(
-            image_processor=stock.image_processor,
-            tokenizer=stock.tokenizer,
+            **{name: getattr(stock, name) for name in _STOCK_ARGUMENTS},
             clip_tokenizer=clip_tokenizer,
-            patch_size=stock.patch_size,
-            vision_feature_select_strategy=stock.vision_feature_select_strategy,
-            chat_template=stock.chat_template,
-            image_token=stock.image_token,
-            num_additional_image_tokens=stock.num_additional_image_tokens,
             instruction_pattern=instruction_pattern,
         )
 
@@ -178,7 +182,7 @@ num_additional_image_tokens
             return super()._load_tokenizer_from_pretrained(
                 sub_processor_type, pretrained_model_name_or_path, subfolder=subfolder, **kwargs
             )
-        # The mixin would fall back to the language model's own tokenizer, and every relevance would be noise.
+        # The mixin would fall back to the language model's own tokenizer, and relevances would be noise.
         found = _stored_clip_tokenizer(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if found is None:
             logger.warning_once(
@@ -208,13 +212,13 @@ num_additional_image_tokens
         Returns
         -------
         BatchFeature
-            `LlavaProcessor`'s, and `clip_input_ids` (B, W, C) and `clip_spans` (B, S, 2), int64, as this file's head
-            describes them. They have the type of `input_ids`: tensors, arrays, or lists.
+            `LlavaProcessor`'s, and `clip_input_ids` (B, W, C) and `clip_spans` (B, S, 2), int64, as the module
+            describes them, of the type of `input_ids`: tensors, arrays or lists.
 
         Raises
         ------
         ValueError
-            For what `LlavaProcessor` rejects, and for arguments after which a token has no place in the prompt
+            For what `LlavaProcessor` rejects, and for options that leave a token without a range in the prompt
             (`text_pair`, `is_split_into_words`, `return_overflowing_tokens`).
         """
         own_size = {*kwargs, *(kwargs.get("images_kwargs") or {})} & _OF_SIZE
@@ -222,6 +226,7 @@ num_additional_image_tokens
         if self.clip_tokenizer is None or text is None:
             return super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
         text_kwargs = dict(kwargs.pop("text_kwargs", None) or {})
+        kwargs |= {"images": images, "text": text, "videos": videos, "audio": audio, "text_kwargs": text_kwargs}
         for name in ("text_pair", "is_split_into_words", "return_overflowing_tokens"):
             if value := kwargs.get(name) or text_kwargs.get(name):
                 raise ValueError(f"{name} is not possible together with a CLIP tokenizer, got {value!r}")
@@ -230,10 +235,8 @@ num_additional_image_tokens
                 "sanitize_control_tokens=True leaves no character offsets, so the instruction cannot be matched with "
                 "CLIP's tokens: pruning is guided by the image alone."
             )
-            return super().__call__(
-                images=images, text=text, videos=videos, audio=audio, text_kwargs=text_kwargs, **kwargs
-            )
-        wanted = {
+            return super().__call__(**kwargs)
+        returned = {
             output: any([kwargs.pop(option, False), text_kwargs.pop(option, False)])
             for output, option in (
                 ("offset_mapping", "return_offsets_mapping"),
@@ -241,23 +244,15 @@ num_additional_image_tokens
             )
         }
         text_kwargs["return_offsets_mapping"] = True
-        outputs = super().__call__(
-            images=images,
-            text=text,
-            videos=videos,
-            audio=audio,
-            text_kwargs=text_kwargs,
-            return_text_replacement_offsets=True,
-            **kwargs,
-        )
+        outputs = super().__call__(**kwargs, return_text_replacement_offsets=True)
         windows, spans = self._clip_inputs(
             [text] if isinstance(text, str) else text,
             outputs["text_replacement_offsets"],
             _as_list(outputs["input_ids"]),
             _as_list(outputs["offset_mapping"]),
         )
-        for output, keep in wanted.items():
-            if not keep:
+        for output, asked in returned.items():
+            if not asked:
                 del outputs[output]
         outputs["clip_input_ids"] = _as_type_of(outputs["input_ids"], windows, _context_length(self.clip_tokenizer))
         outputs["clip_spans"] = _as_type_of(outputs["input_ids"], spans, 2)
@@ -305,7 +300,7 @@ num_additional_image_tokens
         )
 
     def instruction_ranges(self, text: str) -> list[Range]:
-        """Find what the person wrote in a prompt.
+        """Find the characters of a prompt that the person wrote.
 
         Parameters
         ----------
@@ -369,7 +364,7 @@ num_additional_image_tokens
         encoded = self.clip_tokenizer(
             instructions,
             add_special_tokens=False,
-            split_special_tokens=True,  # what a person wrote is text, even where it looks like CLIP's end token
+            split_special_tokens=True,  # a person's words are text, even if they look like CLIP's end token
             return_offsets_mapping=True,
             verbose=False,
         )
@@ -377,8 +372,9 @@ num_additional_image_tokens
         windows, spans = [], []
         for row, pieces in enumerate(ranges):
             bounds = window_bounds(encoded.word_ids(row), context - 2)
-            covered = with_composed(instructions[row], encoded["offset_mapping"][row])
-            in_prompt = moved(covered, pieces, [(*one["span"], *one["new_span"]) for one in replacements[row]])
+            covered = cover_combining(instructions[row], encoded["offset_mapping"][row])
+            placeholders = [(*item["span"], *item["new_span"]) for item in replacements[row]]
+            in_prompt = move_to_prompt(covered, pieces, placeholders)
             tokens = self.tokenizer.convert_ids_to_tokens(input_ids[row])
             # Metaspace tokenizers begin a text with a mark of their own, whose range is the first character's.
             own = [
@@ -386,19 +382,19 @@ num_additional_image_tokens
                 for token, pair in zip(tokens, offsets[row], strict=True)
             ]
             windows.append([self._window(encoded["input_ids"][row][slice(*bound)]) for bound in bounds])
-            spans.append(places(overlapping_spans(own, in_prompt), bounds, context))
+            spans.append(window_spans(overlapping_spans(own, in_prompt), bounds, context))
         longest = max(1, *map(len, windows))
         return [[[0] * context] * (longest - len(row)) + row for row in windows], spans
 
     def _window(self, tokens: list[int]) -> list[int]:
-        """Frame at most C - 2 of CLIP's tokens with start and end token and pad them to C."""
+        """Put at most C - 2 of CLIP's tokens between start and end token and pad them to C."""
         clip = self.clip_tokenizer
         pad = clip.eos_token_id if clip.pad_token_id is None else clip.pad_token_id
         window = [clip.bos_token_id, *tokens, clip.eos_token_id]
         return window + [pad] * (_context_length(clip) - len(window))
 
     def _special_tokens(self) -> str:
-        """Give a regular expression for the special tokens of the prompt, image placeholders included."""
+        """Return a regular expression for the prompt's special tokens, image placeholders included."""
         added = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         names = {self.image_token, *self.tokenizer.all_special_tokens, *added}
         return "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
@@ -435,7 +431,7 @@ num_additional_image_tokens
         return self.crop_thin(images)
 
     def is_whole_prompt(self, text: str) -> bool:
-        """Tell whether a text has role markers, so that it needs no chat template."""
+        """Return whether a text has role markers, so that it needs no chat template."""
         return bool(role_markers(text, self._formats()))
 
     def split_at_images(self, text: str) -> list[str | None]:
@@ -450,13 +446,14 @@ num_additional_image_tokens
         return pieces[:-1]
 
     def _formats(self) -> list[tuple[str, str]]:
-        """Give the role markers of the chat templates, and `KNOWN_FORMATS` after them."""
-        template = self.chat_template or getattr(self.tokenizer, "chat_template", None) or {}
+        """Return the role markers of the chat templates, and `KNOWN_FORMATS` after them."""
+        templates = self.chat_template or getattr(self.tokenizer, "chat_template", None) or {}
+        known = self._markers_of_template
         formats = []
-        for one in [template] if isinstance(template, str) else template.values():
-            if one not in self._markers_of_template:
-                self._markers_of_template[one] = template_markers(partial(self._render, one), self._special_tokens())
-            if (markers := self._markers_of_template[one]) is not None:
+        for template in [templates] if isinstance(templates, str) else templates.values():
+            if template not in known:
+                known[template] = template_markers(partial(self._render, template), self._special_tokens())
+            if (markers := known[template]) is not None:
                 formats.append(markers)
         return [*formats, *KNOWN_FORMATS]
 
@@ -465,7 +462,7 @@ num_additional_image_tokens
 
 
 def _stored_clip_tokenizer(source: str | os.PathLike, *, subfolder: str = "", **kwargs: Any) -> Any:
-    """Load the CLIP tokenizer that a checkpoint of ours holds; None if there is none."""
+    """Load the CLIP tokenizer of an IVTP checkpoint; None if there is none."""
     folder = f"{subfolder}/clip_tokenizer" if subfolder else "clip_tokenizer"
     access = {name: kwargs[name] for name in (*_HUB_ACCESS, "revision") if name in kwargs}
     found = cached_file(
@@ -481,10 +478,11 @@ def _stored_clip_tokenizer(source: str | os.PathLike, *, subfolder: str = "", **
 
 def _check_tokenizers(tokenizer: Any, clip_tokenizer: Any) -> None:
     """Raise ValueError for tokenizers that an instruction cannot be aligned with."""
-    for name, one in (("clip_tokenizer", clip_tokenizer), ("tokenizer", tokenizer)):
-        if not isinstance(one, PreTrainedTokenizerBase) or not one.is_fast:
+    for name, value in (("clip_tokenizer", clip_tokenizer), ("tokenizer", tokenizer)):
+        if not isinstance(value, PreTrainedTokenizerBase) or not value.is_fast:
             raise ValueError(
-                f"{name} must be a fast tokenizer (one that knows character offsets), got {type(one).__name__}: {one!r}"
+                f"{name} must be a fast tokenizer (one that knows character offsets), "
+                f"got {type(value).__name__}: {value!r}"
             )
     if clip_tokenizer.bos_token_id is None or clip_tokenizer.eos_token_id is None:
         raise ValueError(f"clip_tokenizer must have a start and an end token, got {clip_tokenizer!r}")
@@ -495,7 +493,7 @@ def _check_tokenizers(tokenizer: Any, clip_tokenizer: Any) -> None:
 
 
 def _context_length(clip_tokenizer: Any) -> int:
-    """Give CLIP's context length; a tokenizer that was saved without one has an absurdly large number there."""
+    """Return CLIP's context length; a tokenizer that was saved without it has a huge number instead."""
     return int(clip_tokenizer.model_max_length) if clip_tokenizer.model_max_length < 1_000_000 else 77
 
 

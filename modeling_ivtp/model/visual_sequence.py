@@ -354,7 +354,7 @@ def locate_images(
 
 
 def _image_order(rows: tuple[RowCounts, ...]) -> list[list[int]] | None:
-    """Number the batch's images by row, as in `VisualSequence.order`; None if all rows have as many."""
+    """Return the numbers of each row's images, as in `VisualSequence.order`; None if all rows have as many."""
     most, images = max(row.images for row in rows), sum(row.images for row in rows)
     if images == most * len(rows):
         return None
