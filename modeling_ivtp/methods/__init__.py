@@ -1,6 +1,6 @@
-"""The systems that IVTP is compared with, on one engine: `with FastV(keep=64)(model): model.generate(...)`.
+"""The methods that IVTP is compared with, on one engine: `with FastV(keep=64)(model): model.generate(...)`.
 
-A system is one file here, a row in `METHODS`, and a row in `tests/methods/test_methods.py`.
+A method is one file here, a row in `METHODS`, and a row in `tests/methods/test_methods.py`.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ METHODS: dict[str, type[Method]] = {
         SparseVLM, PruMergePlus, VisionZip, DivPrune, CDPruner, LVPruningTopK, ATPSpatial,
     )
 }  # fmt: skip
-"""Every system by its name."""
+"""Every method by its name."""
 
 
 def make(name: str, keep: int, **options: Any) -> Method:
-    """A system by its name.
+    """Make a method by its name.
 
     Raises
     ------

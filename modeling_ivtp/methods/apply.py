@@ -1,4 +1,4 @@
-"""Applying systems to a model for a while: a stock LLaVA becomes one of ours, and everything is put back."""
+"""Applying methods to a model for a while. A stock LLaVA gets our classes meanwhile; afterwards all is as before."""
 
 from __future__ import annotations
 
@@ -21,39 +21,40 @@ from ..model.visual_sequence import VisualSequence
 
 @dataclass(frozen=True)
 class Applied(Pruner):
-    """Systems that were applied to one model, in the order of the stages at which they act.
+    """The methods that are applied to one model, in the order of the stages at which they act.
 
     Attributes
     ----------
     parts : tuple of (Pruner, stages, name)
+        Of each method.
     """
 
     parts: tuple[tuple[Pruner, tuple[str, ...], str], ...]
 
     def joined(self, pruner: Pruner, stages: tuple[str, ...], name: str) -> Applied:
-        """With one more system.
+        """Add a method.
 
         Raises
         ------
         ValueError
-            If it acts where another does, or between another's two stages.
+            If it acts at a stage of another method, or between another's two stages.
         """
         for _, others, other in self.parts:
-            spans = [range(STAGES.index(of[0]), STAGES.index(of[-1]) + 1) for of in (others, stages)]
+            spans = [range(STAGES.index(own[0]), STAGES.index(own[-1]) + 1) for own in (others, stages)]
             if set(spans[0]) & set(spans[1]):
                 raise ValueError(
                     f"{name} acts at {' and '.join(stages)}, where {other} acts already ({' and '.join(others)}); two "
-                    "systems at once must act at different stages."
+                    "methods at once must act at different stages."
                 )
         parts = sorted([*self.parts, (pruner, stages, name)], key=lambda part: STAGES.index(part[1][0]))
         return Applied(tuple(parts))
 
     def at(self, stage: str) -> Pruner | None:
-        """The system that acts at a stage."""
+        """Return the pruner that acts at a stage; None if no method does."""
         return next((pruner for pruner, stages, _ in self.parts if stage in stages), None)
 
     def plan(self, config: Any, patches: int) -> PruningPlan | None:
-        """Each system on what the one before leaves."""
+        """Plan each method on the tokens that the one before leaves."""
         whole, tokens, exact = PruningPlan(patches), patches, True
         for pruner, _, name in self.parts:
             plan = pruner.plan(config, tokens)
@@ -61,11 +62,11 @@ class Applied(Pruner):
                 continue
             if pruner.needs.recorded_layers and whole.tower:
                 raise ValueError(
-                    f"{name} reads the attention of the whole picture, and patches are dropped in the tower already."
+                    f"{name} reads the attention of the whole image, and patches are dropped in the tower already."
                 )
             if (pruner.needs.pseudo_cls or plan.prompt is not None) and not exact:
                 raise ValueError(
-                    f"{name} follows a system that keeps another number of every picture (adaptive=True); allowed: "
+                    f"{name} follows a method that adapts its number of tokens to the image (adaptive=True); allowed: "
                     "adaptive=False."
                 )
             whole = PruningPlan(
@@ -86,7 +87,7 @@ class Applied(Pruner):
 
     @property
     def needs(self) -> Needs:
-        """All needs of the parts; the method in the decoder brings the pseudo-CLS token's options."""
+        """All needs of the methods; the one in the decoder brings the pseudo-CLS token's options."""
         parts, decoder = [pruner.needs for pruner, _, _ in self.parts], self.at("decoder")
         in_decoder = Needs() if decoder is None else decoder.needs
         return Needs(
@@ -106,39 +107,39 @@ class Applied(Pruner):
         return pruner
 
     def record(self, group: Any, layer: int) -> Any:
-        """As the system says whose group it is."""
+        """Make the record that the method of this group needs."""
         for pruner, _, _ in self.parts:
             if pruner.needs.pseudo_cls or pruner.needs.proportional_attention or self.at("tower") is pruner:
                 return pruner.record(group, layer)
         return super().record(group, layer)
 
     def in_tower(self, step: TowerStep) -> Choice:
-        """Ask the system that acts here."""
+        """Ask the method that acts here."""
         return self._must("tower").in_tower(step)
 
     def in_features(self, step: FeatureStep) -> Choice:
-        """Ask the system that acts here."""
+        """Ask the method that acts here."""
         return self._must("features").in_features(step)
 
     def in_prompt(self, step: PromptStep) -> Choice:
-        """Ask the system that acts here."""
+        """Ask the method that acts here."""
         return self._must("prompt").in_prompt(step)
 
     def prepare(self, sequence: VisualSequence, embeds: torch.Tensor) -> Any:
-        """For the system in the decoder."""
+        """Prepare the method in the decoder."""
         decoder = self.at("decoder")
         return None if decoder is None else decoder.prepare(sequence, embeds)
 
     def in_decoder(self, step: DecoderStep) -> Choice:
-        """Ask the system that acts here."""
+        """Ask the method that acts here."""
         return self._must("decoder").in_decoder(step)
 
 
 @contextmanager
 def applied(model: Any, method: Any) -> Iterator[Any]:
-    """Let a system prune, and nothing else; undone when left, by an exception, too. The body gets the model.
+    """Prune a model with a method, and with nothing else, until the context is left; it yields the model.
 
-    The system belongs to the model, not to the thread: a model that several threads share needs a lock around this.
+    The method is applied to the model for all threads: a model that several threads share needs a lock around this.
 
     Parameters
     ----------
@@ -149,17 +150,17 @@ def applied(model: Any, method: Any) -> Iterator[Any]:
     Raises
     ------
     ValueError
-        If the system does not fit the model, or one that acts at the same stage is applied already. Nothing changes
-        then.
+        If the method does not fit the model, or another one acts at the same stage already. The model is then as
+        before.
     """
     llava = model.get_base_model() if hasattr(model, "get_base_model") else model
     with _as_ours(llava):
         inner, config = llava.model, llava.config
         before = inner.applied_pruner
-        now = (before or Applied(())).joined(method.bind(config), method.stages, method.name)
-        now.plan(config, config.num_patches)
-        _check_fits(now, method.name, inner, config)
-        inner.applied_pruner = now
+        pruner = (before or Applied(())).joined(method.bind(config), method.stages, method.name)
+        pruner.plan(config, config.num_patches)
+        _check_fits(pruner, method.name, inner, config)
+        inner.applied_pruner = pruner
         try:
             yield model
         finally:
@@ -170,10 +171,10 @@ def applied(model: Any, method: Any) -> Iterator[Any]:
 
 
 def _check_fits(pruner: Pruner, name: str, inner: Any, config: Any) -> None:
-    """Refuse what would only fail in the middle of a prompt."""
+    """Refuse now what would otherwise fail in the middle of a prompt."""
     if pruner.needs.patch_embeds and not inner.has_text_tower:
         raise ValueError(
-            f"{name} compares patches with the instruction and needs CLIP's text tower, which this model is without: "
+            f"{name} compares patches with the instruction and needs CLIP's text tower, which this model lacks: "
             "IVTPLlavaForConditionalGeneration.from_llava(..., clip=...) joins it."
         )
     layers, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
@@ -186,14 +187,14 @@ def _check_fits(pruner: Pruner, name: str, inner: Any, config: Any) -> None:
     attention = config.vision_config._attn_implementation
     if pruner.needs.proportional_attention and attention not in (None, "eager", "sdpa"):
         raise ValueError(
-            f'{name} weighs attention in the tower, which attn_implementation="{attention}" cannot; allowed: eager, '
+            f'{name} weights attention in the tower, which attn_implementation="{attention}" cannot; allowed: eager, '
             "sdpa."
         )
 
 
 @contextmanager
 def _as_ours(model: Any) -> Iterator[None]:
-    """Change the classes of a stock LLaVA's modules and configuration to ours for a while; ours are left alone."""
+    """Give a stock LLaVA's modules and configuration our classes for a while; an IVTP model is left alone."""
     if hasattr(type(getattr(model, "model", None)), "applied_pruner"):
         yield
         return
@@ -220,31 +221,31 @@ def _as_ours(model: Any) -> Iterator[None]:
     for layer in inner.vision_tower.encoder.layers:
         changes += [(layer, CLIPEncoderLayer), (layer.self_attn, GroupedCLIPAttention)]
     changes += [(layer.self_attn, DECODERS[decoder].attention_class) for layer in inner.language_model.layers]
-    stock = [(thing, type(thing)) for thing, _ in changes]
+    stock = [(part, type(part)) for part, _ in changes]
     added = {"pruning": IVTPPruningConfig(enabled=False), "clip_text_config": None}
     missing = [name for name in added if name not in vars(config)]
     try:
         for name in missing:
             config.__dict__[name] = added[name]
-        for thing, ours in changes:
-            thing.__class__ = ours
-        with _hooks_follow([thing for thing, _ in changes]):
+        for part, our_class in changes:
+            part.__class__ = our_class
+        with _hooks_call_our_forwards([part for part, _ in changes]):
             yield
     finally:
-        for thing, theirs in stock:
-            thing.__class__ = theirs
+        for part, stock_class in stock:
+            part.__class__ = stock_class
         for name in missing:
             config.__dict__.pop(name, None)
 
 
 @contextmanager
-def _hooks_follow(modules: list[Any]) -> Iterator[None]:
-    """accelerate's hooks (offload, devices) hold on to the forward of a module's former class; give them ours."""
-    held = [(module, vars(module)["_old_forward"]) for module in modules if "_old_forward" in vars(module)]
+def _hooks_call_our_forwards(modules: list[Any]) -> Iterator[None]:
+    """Give accelerate's hooks (offload, devices) the forwards of our classes: they keep those of the former ones."""
+    stock = [(module, vars(module)["_old_forward"]) for module in modules if "_old_forward" in vars(module)]
     try:
-        for module, _ in held:
+        for module, _ in stock:
             module._old_forward = type(module).forward.__get__(module)
         yield
     finally:
-        for module, forward in held:
+        for module, forward in stock:
             module._old_forward = forward

@@ -15,17 +15,17 @@ from .method import Method
 
 @dataclass(frozen=True)
 class CDPruner(Method):
-    """Picks the visual tokens that span most, each scaled with its relevance to the instruction.
+    """Picks the visual tokens with the largest determinant of similarity, scaled with relevance to the instruction.
 
-    Similarity is the cosine of projected features; relevance the cosine of a patch with the instruction in CLIP's
-    space, averaged over its windows and stretched to 0 … 1 within the image. The determinant's greedy maximum is found
-    by incremental Cholesky factors.
+    Similarity is the cosine of projected features. Relevance is the cosine of a patch with the instruction in CLIP's
+    space, averaged over the instruction's windows and stretched to 0 … 1 within the image. The determinant's greedy
+    maximum is found by incremental Cholesky factors.
 
     Parameters
     ----------
     negated : bool, default True
-        Whether relevance enters with its sign turned, as the authors' own code has it: CLIP's patches answer to what
-        they do not show.
+        Whether relevance is negated, as in the authors' own code: CLIP's patches are more similar to words that they do
+        not show.
     """
 
     negated: bool = True
@@ -39,11 +39,11 @@ class CDPruner(Method):
         self.check_flag("negated")
 
     def schedule(self, config: Any, patches: int) -> PruningPlan:
-        """All at once, before the decoder."""
+        """Plan one choice, before the decoder."""
         return PruningPlan(patches, prompt=self.keep)
 
     def in_prompt(self, step: PromptStep) -> Choice:
-        """Pick one after the other."""
+        """Pick one token after the other."""
         assert step.patch_embeds is not None
         assert step.text_embeds is not None
         assert step.windows is not None
@@ -60,16 +60,16 @@ class CDPruner(Method):
 
 
 def stretched(values: torch.Tensor) -> torch.Tensor:
-    """Values (..., k) between 0 and 1, none quite 0."""
+    """Stretch values (..., k) to 0 … 1, with none at exactly 0."""
     low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
     return (values - low + 1e-6) / (high - low + 1e-6)
 
 
 def most_spanning(kernel: torch.Tensor, keep: int) -> torch.Tensor:
-    """Greedy maximum of the determinant of a positive kernel (I, k, k): picks in their order, int64 (I, keep).
+    """Pick tokens greedily by the determinant of a positive kernel (I, k, k), in their order: int64 (I, keep).
 
-    What is left of a token's square length outside the span of those picked before is kept up to date; the token with
-    most of it is next, of equals the earlier.
+    Each token's squared length outside the span of the picked ones is kept up to date. The token with the largest one
+    is next, of equals the earlier.
     """
     kernel = kernel.double()
     images, tokens, _ = kernel.shape

@@ -22,23 +22,23 @@ class DivPrune(Method):
     requires: ClassVar[Needs] = Needs(all_projected=True)
 
     def schedule(self, config: Any, patches: int) -> PruningPlan:
-        """All at once, after the projector."""
+        """Plan one choice, after the projector."""
         return PruningPlan(patches, features=self.keep)
 
     def in_features(self, step: FeatureStep) -> Choice:
-        """Pick one after the other."""
+        """Pick one token after the other."""
         unit = normalize(step.projected.float(), dim=-1)
         return Choice(farthest(1 - unit @ unit.transpose(1, 2), step.keep).sort(1).values)
 
 
 def farthest(distance: torch.Tensor, keep: int) -> torch.Tensor:
-    """Greedy max-min picks from distances (I, k, k), in their order: int64 (I, keep).
+    """Pick tokens greedily by the max-min distance (I, k, k), in their order: int64 (I, keep).
 
     The first is the one whose nearest neighbour is farthest; of equals the earlier.
     """
     images, tokens, _ = distance.shape
-    nobody = torch.full((tokens,), float("inf"), device=distance.device).diag()
-    picked = [(distance + nobody.nan_to_num(0)).amin(-1).argmax(-1)]
+    itself = torch.full((tokens,), float("inf"), device=distance.device).diag()
+    picked = [(distance + itself.nan_to_num(0)).amin(-1).argmax(-1)]
     rows = torch.arange(images, device=distance.device)
     gap = distance[rows, picked[0]].clone()
     gap[rows, picked[0]] = float("-inf")

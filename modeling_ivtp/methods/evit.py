@@ -9,7 +9,7 @@ import torch
 
 from ..model.pruner import Choice, TowerStep
 from ..model.schedule import PruningPlan, geometric_schedule
-from .method import Method, after
+from .method import Method, groups_after
 from .selecting import cls_attention, one_hot, ranking
 
 
@@ -18,22 +18,22 @@ class EViT(Method):
     """Keeps, between attention and MLP of three layers, the patches that CLS attends to most.
 
     The others become one token, their sum weighted with that attention (Sec. 3.2). EViT acts at layers 4, 7 and 10 of
-    12; here at the same shares of the tower's depth, with one keep rate for all three. The fused token is the last of
-    the `keep`; it stands where the most attentive of the fused patches did.
+    12, and here at the same shares of the tower's depth, with one keep rate for all three. The fused token is one of
+    the `keep`. It takes the place of the most attentive of the fused patches.
     """
 
     name: ClassVar[str] = "evit"
     stages: ClassVar[tuple[str, ...]] = ("tower",)
 
     def schedule(self, config: Any, patches: int) -> PruningPlan:
-        """Three steps of one ratio."""
+        """Plan three steps of one ratio."""
         depth = config.feature_depth
         layers = tuple(dict.fromkeys(max(1, round(at * depth / 12)) - 1 for at in (4, 7, 10)))
         counts = geometric_schedule(patches, self.keep, len(layers))
-        return PruningPlan(patches, tower=after(layers, counts, middle=True))
+        return PruningPlan(patches, tower=groups_after(layers, counts, middle=True))
 
     def in_tower(self, step: TowerStep) -> Choice:
-        """The attentive patches and the fused one."""
+        """Keep the attentive patches and fuse the others."""
         attention = cls_attention(step.records[-1])
         tokens = attention.shape[-1]
         order = ranking(attention)

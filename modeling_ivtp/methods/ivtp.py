@@ -1,4 +1,4 @@
-"""IVTP itself, and its first stage alone (IVTP-V), as systems beside the others."""
+"""IVTP itself, and its first stage alone (IVTP-V), as methods beside the others."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .method import Method
 
 @dataclass(frozen=True)
 class IVTP(Method):
-    """The two stages of IVTP with a model's own options, at another budget.
+    """The two stages of IVTP with the model's own pruning options, at another budget.
 
     Parameters
     ----------
     options : dict, optional
-        Other fields of `IVTPPruningConfig` on top of the model's. A hand-over that the model fixes stays, unless it is
+        Fields of `IVTPPruningConfig` that replace the model's. A hand-over that the model fixes stays, unless it is
         below `keep`.
     """
 
@@ -36,7 +36,7 @@ class IVTP(Method):
             )
 
     def bind(self, config: Any) -> Pruner:
-        """IVTP as the model's options say."""
+        """Return IVTP's pruner with the model's options."""
         handed_over = config.pruning.tower_tokens
         if handed_over is not None and handed_over < self.keep:
             handed_over = None
@@ -52,7 +52,7 @@ class IVTPV(IVTP):
     stages: ClassVar[tuple[str, ...]] = ("tower",)
 
     def bind(self, config: Any) -> Pruner:
-        """IVTP without layers of the decoder."""
-        # The hand-over of a stage that is left out is none.
+        """Return IVTP's pruner without layers of the decoder."""
+        # Without the second stage there is no hand-over.
         fixed = {"decoder_layers": 0, "guidance": "visual_cls", "tower_tokens": None}
         return IVTP(self.keep, {**self.options, **fixed}, positions=self.positions).bind(config)

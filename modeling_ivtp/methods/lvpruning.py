@@ -1,4 +1,4 @@
-"""LVPruning's selection at inference (Sun et al., 2025; Sec. 3.3): three drops in the decoder by given scores."""
+"""LVPruning's selection at inference (Sun et al., 2025; Sec. 3.3): three drops in the decoder by a module's scores."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import torch
 
 from ..model.pruner import Choice, DecoderStep
 from ..model.schedule import PruningPlan
-from .method import Method, after
+from .method import Method, groups_after
 from .selecting import after_images, best_for_decoder
 
 Scorer = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""Scores visual tokens after a layer: of layer, visual (B, M, k, d), hidden (B, n, d) and text (B, M, n) bool makes
-(B, M, k)."""
+"""Scores (B, M, k) of visual tokens after a layer, from its number, their states (B, M, k, d), all states (B, n, d) and
+the text's mask (B, M, n)."""
 
 
 def cross_similarity(layer: int, visual: torch.Tensor, hidden: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    """A stand-in for the decision module that LVPruning learns: the cosine with the mean of the text."""
+    """Score by the cosine with the mean of the text, in place of the decision module that LVPruning learns."""
     weight = text.float() / text.sum(-1, keepdim=True).clamp_min(1)
     mean = torch.einsum("bmn,bnd->bmd", weight.to(hidden.device), hidden.float())
     return torch.nn.functional.cosine_similarity(visual.float(), mean[:, :, None], dim=-1)
@@ -32,11 +32,11 @@ class LVPruningTopK(Method):
     Parameters
     ----------
     keep : int
-        What is left in the end, (ρ − 0.4) N; ρ follows from it.
+        Tokens in the end, (ρ − 0.4) N; ρ follows from it.
     scores : callable, optional
         The decision module, see `Scorer`; default: `cross_similarity`, which is not learned.
     layers : tuple of int, optional
-        How many layers stand below each drop.
+        The number of layers before each drop; default: 1, 8 and 16 of 32.
     """
 
     scores: Scorer = cross_similarity
@@ -51,19 +51,19 @@ class LVPruningTopK(Method):
             raise ValueError(f"{self.name}: scores={self.scores!r}; allowed: a callable, see `Scorer`.")
 
     def schedule(self, config: Any, patches: int) -> PruningPlan:
-        """Equal steps of 0.2 of all patches, up from what is left in the end."""
+        """Plan equal steps of 0.2 of all patches, upwards from the tokens in the end."""
         tops = self.tops(config, (1, 8, 16))
         counts = [min(patches, round(self.keep + 0.2 * patches * above)) for above in range(len(tops) - 1, -1, -1)]
-        return PruningPlan(patches, decoder=after(tops, counts))
+        return PruningPlan(patches, decoder=groups_after(tops, counts))
 
     def in_decoder(self, step: DecoderStep) -> Choice:
-        """By the given scores."""
+        """Rank by the decision module's scores."""
         sequence = step.sequence
         text = after_images(sequence)
         scores = self.scores(step.group.last, sequence.visual(step.hidden), step.hidden, text)
         if scores.shape != sequence.columns.shape:
             raise ValueError(
-                f"{self.name}: scores made {tuple(scores.shape)}; allowed: {tuple(sequence.columns.shape)}, one for "
-                "each visual token."
+                f"{self.name}: scores returned {tuple(scores.shape)}; allowed: {tuple(sequence.columns.shape)}, one "
+                "for each visual token."
             )
         return best_for_decoder(step, scores.float())

@@ -1,4 +1,4 @@
-"""What all comparison systems share: options, and how a system is applied to a model for a while."""
+"""The base class of all methods: their options, how many tokens stay where, and how one is applied to a model."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ..model.schedule import Group, PruningPlan
 
 @dataclass(frozen=True)
 class Method(Pruner):
-    """A pruning system. Called with a model it is a context manager, inside of which it prunes, and nothing else does.
+    """A published pruning method. Called with a model, it returns a context in which it alone prunes this model.
 
     Parameters
     ----------
     keep : int
-        Visual tokens of one image that are left in the end. A number that is not below what there is keeps all.
+        Visual tokens of one image that are left in the end. A number of all patches or more keeps all.
     positions : {"original", "compact"}, default "original"
         Whether kept tokens keep their RoPE positions or are renumbered without gaps.
 
@@ -41,7 +41,7 @@ class Method(Pruner):
     name: ClassVar[str]
     requires: ClassVar[Needs] = Needs()
     stages: ClassVar[tuple[str, ...]]
-    """At which of the steps of `pruner.STAGES` it acts."""
+    """The steps of `pruner.STAGES` at which it acts."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -55,28 +55,47 @@ class Method(Pruner):
             raise ValueError(f"{self.name}: positions={self.positions!r}; allowed: original, compact.")
 
     def __call__(self, model: Any) -> AbstractContextManager[Any]:
-        """Apply the system to an IVTP or a stock LLaVA for a while; see `apply.applied`."""
+        """Return a context in which this method prunes an IVTP or a stock LLaVA; see `apply.applied`."""
         from .apply import applied
 
         return applied(model, self)
 
     @property
     def needs(self) -> Needs:
-        """What the class requires, and whether this one renumbers positions."""
+        """The needs of the class, and renumbered positions if this object's options say so."""
         return replace(self.requires, compact_positions=self.positions == "compact")
 
     def bind(self, config: Any) -> Pruner:
-        """The pruner for one model: defaults that depend on its depth are filled in."""
+        """Return the pruner for one model, with defaults that depend on its depth filled in."""
         return self
 
     def plan(self, config: Any, patches: int) -> PruningPlan | None:
-        """What stays where; None where `keep` is not below `patches`."""
+        """Plan how many tokens stay after each step; None if `keep` is not below `patches`."""
         plan = self.schedule(config, patches) if self.keep < patches else None
         return None if plan is None or plan.final_tokens >= patches else plan
 
     def schedule(self, config: Any, patches: int) -> PruningPlan:
-        """What stays where for a budget below `patches`."""
+        """Plan how many tokens stay after each step, for a budget below `patches`."""
         raise self._missing("plans")
+
+    def tops(self, config: Any, default: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the decoder layers (0-based) after which tokens are dropped: `layers`, or a default for 32 layers.
+
+        Raises
+        ------
+        ValueError
+            If the decoder does not have them.
+        """
+        depth = config.text_config.num_hidden_layers
+        numbers: tuple[int, ...] = vars(self)["layers"] or scaled_layers(default, 32, depth)
+        self.check_depth("layers", numbers, depth)
+        return tuple(number - 1 for number in numbers)
+
+    def check_depth(self, option: str, numbers: tuple[int, ...], depth: int) -> None:
+        """Refuse numbers of layers that a decoder of this depth does not have."""
+        if max(numbers) > depth:
+            value = vars(self)[option] or numbers
+            raise ValueError(f"{self.name}: {option}={value}; allowed: 1 to {depth}, the layers of this decoder.")
 
     def check_whole(self, option: str, least: int, most: int | None = None, optional: bool = False) -> None:
         """Refuse an option that is not a whole number in its range."""
@@ -93,17 +112,6 @@ class Method(Pruner):
         if not isinstance(getattr(self, option), bool):
             raise ValueError(f"{self.name}: {option}={getattr(self, option)!r}; allowed: True, False.")
 
-    def _check_layers_option(self) -> None:
-        layers: Any = vars(self)["layers"]
-        if layers is None:
-            return
-        given = isinstance(layers, (tuple, list)) and layers and all(is_whole(layer) and layer >= 1 for layer in layers)
-        if not given or list(layers) != sorted(set(layers)):
-            raise ValueError(
-                f"{self.name}: layers={layers!r}; allowed: ascending numbers from 1 on, such as (8, 16), or None."
-            )
-        object.__setattr__(self, "layers", tuple(int(layer) for layer in layers))
-
     def check_share(self, option: str, optional: bool = False) -> None:
         """Refuse an option that is not between 0 and 1."""
         value = getattr(self, option)
@@ -112,28 +120,20 @@ class Method(Pruner):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
             raise ValueError(f"{self.name}: {option}={value!r}; allowed: from 0 to 1{' or None' if optional else ''}.")
 
-    def tops(self, config: Any, default: tuple[int, ...]) -> tuple[int, ...]:
-        """The decoder layers after which a system of several steps drops: its `layers`, or a default for 32 layers.
-
-        Raises
-        ------
-        ValueError
-            If they are not there or not ascending.
-        """
-        depth = config.text_config.num_hidden_layers
-        numbers: tuple[int, ...] = vars(self)["layers"] or scaled_layers(default, 32, depth)
-        self.check_depth("layers", numbers, depth)
-        return tuple(number - 1 for number in numbers)
-
-    def check_depth(self, option: str, numbers: tuple[int, ...], there: int) -> None:
-        """Refuse numbers of layers that this decoder has not."""
-        if max(numbers) > there:
-            value = vars(self)[option] or numbers
-            raise ValueError(f"{self.name}: {option}={value}; allowed: 1 to {there}, the layers of this decoder.")
+    def _check_layers_option(self) -> None:
+        layers: Any = vars(self)["layers"]
+        if layers is None:
+            return
+        numbers = isinstance(layers, (tuple, list)) and all(is_whole(layer) and layer >= 1 for layer in layers)
+        if not numbers or not layers or list(layers) != sorted(set(layers)):
+            raise ValueError(
+                f"{self.name}: layers={layers!r}; allowed: ascending numbers from 1 on, such as (8, 16), or None."
+            )
+        object.__setattr__(self, "layers", tuple(int(layer) for layer in layers))
 
 
 def linear_schedule(start: int, end: int, steps: int) -> tuple[int, ...]:
-    """Counts after each of `steps` equal steps down from `start` to `end`.
+    """Return the counts after each of `steps` equal steps down from `start` to `end`.
 
     Examples
     --------
@@ -143,18 +143,18 @@ def linear_schedule(start: int, end: int, steps: int) -> tuple[int, ...]:
     return tuple(round(start + (end - start) * step / steps) for step in range(1, steps + 1))
 
 
-def after(layers: Sequence[int], counts: Sequence[int], *, middle: bool = False) -> tuple[Group, ...]:
-    """Groups of one layer each, with what stays behind it."""
+def groups_after(layers: Sequence[int], counts: Sequence[int], *, middle: bool = False) -> tuple[Group, ...]:
+    """Return groups of one layer each, with the number of tokens that stay after it."""
     return tuple(Group(layer, layer, count, middle) for layer, count in zip(layers, counts, strict=True))
 
 
 def single_layers(counts: tuple[int, ...], *, middle: bool = False) -> tuple[Group, ...]:
-    """A group of one layer for each count, from the first layer on."""
-    return after(range(len(counts)), counts, middle=middle)
+    """Return a group of one layer for each count, from the first layer on."""
+    return groups_after(range(len(counts)), counts, middle=middle)
 
 
 def scaled_layers(layers: tuple[int, ...], of: int, depth: int) -> tuple[int, ...]:
-    """Numbers of layers, of a decoder of `of` of them, at the same share of another's depth; at least one.
+    """Scale numbers of layers from a decoder of `of` layers to another depth, to 1 at least.
 
     Examples
     --------

@@ -11,25 +11,25 @@ from torch.nn.functional import normalize
 from ..model.pruner import Choice, FeatureStep, Needs
 from ..model.schedule import PruningPlan
 from .method import Method
-from .selecting import cls_attention, one_hot, patch_keys, ranking, together
+from .selecting import cls_attention, join_choices, one_hot, patch_keys, ranking
 
 
 @dataclass(frozen=True)
 class PruMergePlus(Method):
-    """Keeps the patches whose CLS attention is an outlier, and patches of a regular sample over the picture.
+    """Keeps the patches whose CLS attention is an outlier, and a regular sample of the other patches.
 
     Outliers lie above the third quartile by 1.5 times the distance of the quartiles, so their number adapts to the
-    picture. Each kept patch then takes in its nearest patches by the keys of all heads, weighted with their attention.
+    image. Each kept patch then takes in its nearest patches by the keys of all heads, weighted with their attention.
     Attention and keys are those of the tower's last layer, features those that LLaVA reads.
 
     Parameters
     ----------
     keep : int
-        Outliers come first, the most attended if there are more than `keep`; the sample fills up.
+        Outliers come first, the most attended ones if there are more than `keep`; the sample fills up.
     adaptive : bool, default False
-        True: the sample has three patches for every outlier, in regular steps, and `keep` is the most that stays.
+        True: the sample has three patches for every outlier, in regular steps, and `keep` is the largest number.
     neighbours : int, default 32
-        How many patches each one takes in.
+        The number of patches that each kept one takes in.
     """
 
     adaptive: bool = False
@@ -45,7 +45,7 @@ class PruMergePlus(Method):
         self.check_flag("adaptive")
 
     def schedule(self, config: Any, patches: int) -> PruningPlan:
-        """All at once, before the projector."""
+        """Plan one choice, before the projector."""
         return PruningPlan(patches, features=self.keep, exact=not self.adaptive)
 
     def in_features(self, step: FeatureStep) -> Choice:
@@ -54,14 +54,14 @@ class PruMergePlus(Method):
         attention = cls_attention(record)
         keys = normalize(patch_keys(record).float().transpose(1, 2).flatten(2), dim=-1)  # (I, k, H dh)
         chosen: list[tuple[torch.Tensor, torch.Tensor | None]] = []
-        for paid, key in zip(attention, keys, strict=True):
-            kept = outliers_and_sample(paid, step.keep, self.adaptive)
-            chosen.append((kept, take_in(paid, key, kept, self.neighbours)))
-        return together(chosen, attention.shape[1], attention.shape[:1])
+        for row, key in zip(attention, keys, strict=True):
+            kept = outliers_and_sample(row, step.keep, self.adaptive)
+            chosen.append((kept, take_in(row, key, kept, self.neighbours)))
+        return join_choices(chosen, attention.shape[1], attention.shape[:1])
 
 
 def outliers_and_sample(attention: torch.Tensor, keep: int, adaptive: bool) -> torch.Tensor:
-    """Which patches of one image stay, from what CLS pays them (k,): int64, ascending."""
+    """Choose the patches of one image by the attention of CLS to them (k,): int64, ascending."""
     tokens = len(attention)
     lower, upper = attention.quantile(torch.tensor([0.25, 0.75], device=attention.device)).unbind()
     number = min(keep, max(1, int((attention > upper + 1.5 * (upper - lower)).sum())))
@@ -77,9 +77,9 @@ def outliers_and_sample(attention: torch.Tensor, keep: int, adaptive: bool) -> t
 
 
 def take_in(attention: torch.Tensor, keys: torch.Tensor, kept: torch.Tensor, neighbours: int) -> torch.Tensor:
-    """What the kept patches of one image become: float32 (k', k).
+    """Return the mixture of one image's kept patches: float32 (k', k).
 
-    Itself, and its nearest patches weighted with what CLS pays them, kept ones among them.
+    Each is itself and its nearest patches, kept ones among them, weighted with the attention of CLS to them.
     """
     tokens = len(attention)
     mixture = one_hot(kept, tokens)

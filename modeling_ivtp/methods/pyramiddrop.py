@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from ..model.pruner import Choice, DecoderStep
 from ..model.schedule import PruningPlan, geometric_schedule
 from .fastv import received_from_last
-from .method import Method, after
+from .method import Method, groups_after
 from .selecting import best_for_decoder
 
 
@@ -16,13 +16,13 @@ from .selecting import best_for_decoder
 class PyramidDrop(Method):
     """Cuts the decoder into four equal stages and keeps one share of the visual tokens at the end of each but the last.
 
-    Ranked by the attention of the instruction's last token in the stage's last layer, averaged over heads; the share
-    is the one that leads to `keep`.
+    Tokens are ranked by the attention of the instruction's last token in the stage's last layer, averaged over heads.
+    The share is the one that leads to `keep`.
 
     Parameters
     ----------
     layers : tuple of int, optional
-        How many layers stand below each drop; default: 8, 16 and 24 of 32.
+        The number of layers before each drop; default: 8, 16 and 24 of 32.
     """
 
     layers: tuple[int, ...] | None = None
@@ -31,11 +31,11 @@ class PyramidDrop(Method):
     stages: ClassVar[tuple[str, ...]] = ("decoder",)
 
     def schedule(self, config: Any, patches: int) -> PruningPlan:
-        """One ratio for every stage."""
+        """Plan one ratio for every stage."""
         tops = self.tops(config, (8, 16, 24))
         counts = geometric_schedule(patches, self.keep, len(tops))
-        return PruningPlan(patches, decoder=after(tops, counts))
+        return PruningPlan(patches, decoder=groups_after(tops, counts))
 
     def in_decoder(self, step: DecoderStep) -> Choice:
-        """By the last token's attention."""
+        """Rank by the last token's attention."""
         return best_for_decoder(step, received_from_last(step))

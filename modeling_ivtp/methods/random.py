@@ -16,7 +16,7 @@ from .method import Method
 class Random(Method):
     """Keeps patches of the finished features at random.
 
-    The draw depends on a picture's own pixels and the seed, so a picture keeps the same patches in any batch.
+    The draw depends on an image's own pixels and the seed, so an image keeps the same patches in any batch.
 
     Parameters
     ----------
@@ -33,7 +33,7 @@ class Random(Method):
         self.check_whole("seed", 0)
 
     def schedule(self, config: Any, patches: int) -> PruningPlan:
-        """All at once, after the tower."""
+        """Plan one choice, after the tower."""
         return PruningPlan(patches, features=self.keep)
 
     def in_features(self, step: FeatureStep) -> Choice:
@@ -47,7 +47,7 @@ class Random(Method):
 
 
 def fingerprint(pixels: torch.Tensor) -> int:
-    """A number that tells pictures apart, from their pixels alone."""
+    """Compute a number from an image's pixels that differs between images."""
     bits = pixels.detach().float().cpu().contiguous().view(torch.int32).flatten().long()
-    place = torch.arange(1, len(bits) + 1) * 2_654_435_761 % 2**31
-    return int((bits * place % 2**31).sum())
+    factors = torch.arange(1, len(bits) + 1) * 2_654_435_761 % 2**31
+    return int((bits * factors % 2**31).sum())

@@ -1,4 +1,4 @@
-"""Tools of the comparison systems: ranking visual tokens, reading attention, and putting ragged choices together."""
+"""Functions that methods share: ranking visual tokens, reading attention, and joining the choices of single images."""
 
 from __future__ import annotations
 
@@ -12,63 +12,62 @@ from ..model.visual_sequence import VisualSequence
 
 
 def ranking(scores: torch.Tensor) -> torch.Tensor:
-    """Indices from the highest score (..., k) to the lowest; of equals the earlier one first."""
+    """Return the indices of scores (..., k) from the highest to the lowest; of equals the earlier one comes first."""
     return scores.sort(dim=-1, descending=True, stable=True).indices
 
 
-def best(scores: torch.Tensor, keep: int, there: torch.Tensor | None = None) -> Choice:
-    """The `keep` tokens with the highest scores, in spatial order; of equals the earlier one.
+def best(scores: torch.Tensor, keep: int, present: torch.Tensor | None = None) -> Choice:
+    """Choose the `keep` tokens with the highest scores, in spatial order; of equals the earlier one.
 
     Parameters
     ----------
     scores : float Tensor (..., k)
     keep : int
-    there : bool Tensor (..., k), optional
-        Which tokens there are, where images have different numbers of them.
+    present : bool Tensor (..., k), optional
+        Which tokens exist, if images have different numbers of them.
     """
-    if there is None:
+    if present is None:
         kept = ranking(scores)[..., :keep]
         return Choice(kept.sort(-1).values, scores=scores)
-    there = there.to(scores.device)
-    scores = scores.masked_fill(~there, float("-inf"))
+    present = present.to(scores.device)
+    scores = scores.masked_fill(~present, float("-inf"))
     order = ranking(scores)[..., :keep]
-    order = order.masked_fill(~there.gather(-1, order), scores.shape[-1])
+    order = order.masked_fill(~present.gather(-1, order), scores.shape[-1])
     return Choice(order.sort(-1).values, scores=scores, ragged=True)
 
 
 def best_for_decoder(step: DecoderStep, scores: torch.Tensor, keep: int | None = None) -> Choice:
-    """`best` for the visual tokens of a prompt, with scores (B, M, k)."""
+    """Choose the best visual tokens of a prompt by scores (B, M, k); see `best`."""
     sequence = step.sequence
     return best(scores, keep or step.group.keep, sequence.token_present if sequence.ragged else None)
 
 
 def cls_attention(record: AttentionRecord) -> torch.Tensor:
-    """What CLS pays each patch in a layer of the tower, averaged over heads: float32 (I, k)."""
+    """Return the attention of CLS to each patch in a layer of the tower, averaged over heads: float32 (I, k)."""
     return reference_row(record)[:, 0, 1:]
 
 
 def patch_keys(record: AttentionRecord) -> torch.Tensor:
-    """The patches' keys in a layer of the tower: (I, H, k, dh)."""
+    """Return the patches' keys in a layer of the tower: (I, H, k, dh)."""
     return record.key[:, :, 1:]
 
 
 def after_images(sequence: VisualSequence) -> torch.Tensor:
-    """The text tokens after each image, which are all that can attend to it: bool (B, M, n).
+    """Mark the text tokens after each image, which are the only ones that attend to it: bool (B, M, n).
 
-    Behind an image that ends its prompt there are none; its last token, which answers, stands in for them.
+    After an image that ends its prompt there are none; then the prompt's last token, which predicts the answer, counts.
     """
-    place = torch.arange(sequence.size, device=sequence.columns.device)
-    visual = torch.zeros(sequence.slots.shape[0], sequence.size + 1, dtype=torch.bool, device=place.device)
+    column = torch.arange(sequence.size, device=sequence.columns.device)
+    visual = torch.zeros(sequence.slots.shape[0], sequence.size + 1, dtype=torch.bool, device=column.device)
     visual = visual.scatter(1, sequence.columns.flatten(1), True)[:, :-1]
     text = ~visual if sequence.valid is None else ~visual & sequence.valid
     last = sequence.columns.masked_fill(~sequence.token_present, -1).amax(-1)
-    after = text[:, None] & (place > last[..., None]) & (place < sequence.prompt_end)
-    alone = ~after.any(-1, keepdim=True) & (place == sequence.prompt_end - 1)
-    return after | alone
+    after = text[:, None] & (column > last[..., None]) & (column < sequence.prompt_end)
+    return after | (~after.any(-1, keepdim=True) & (column == sequence.prompt_end - 1))
 
 
 def first_reader(sequence: VisualSequence) -> int:
-    """A column before which nothing stands after an image: those from it on are all whose attention matters."""
+    """Return the first column that may hold text after an image; earlier columns' attention is not needed."""
     if not sequence.counted or any(row.images > 1 for row in sequence.rows):
         return 0
     least = sequence.drafted + 1
@@ -77,15 +76,15 @@ def first_reader(sequence: VisualSequence) -> int:
     )
 
 
-def received(watch: DecoderAttentionRecord, sequence: VisualSequence, readers: torch.Tensor) -> torch.Tensor:
-    """What each visual token receives from tokens that read it, averaged over them and over heads.
+def received(record: DecoderAttentionRecord, sequence: VisualSequence, readers: torch.Tensor) -> torch.Tensor:
+    """Return the attention that each visual token receives, averaged over its readers and over heads.
 
     Parameters
     ----------
-    watch : DecoderAttentionRecord
+    record : DecoderAttentionRecord
     sequence : VisualSequence
     readers : bool Tensor (B, M, n)
-        Which tokens of the sequence count, for each image.
+        The tokens of the sequence whose attention counts, for each image.
 
     Returns
     -------
@@ -94,24 +93,24 @@ def received(watch: DecoderAttentionRecord, sequence: VisualSequence, readers: t
     first = first_reader(sequence)
     weights = readers[..., first:].float()
     weights = weights / weights.sum(-1, keepdim=True).clamp_min(1)
-    return on_visual(watch.attention(first, weights.to(watch.query.device)), sequence)
+    return on_visual(record.attention(first, weights.to(record.query.device)), sequence)
 
 
 def on_visual(values: torch.Tensor, sequence: VisualSequence) -> torch.Tensor:
-    """Values of columns (B, M, ..., n) at each image's own visual tokens: (B, M, ..., k); of none, of any."""
+    """Pick each image's visual tokens from values of columns: (B, M, ..., n) to (B, M, ..., k), any for absent ones."""
     index = sequence.columns.to(values.device).clamp_max(sequence.size - 1)
     while index.dim() < values.dim():
         index = index.unsqueeze(2)
     return values.gather(-1, index.expand(*values.shape[:-1], -1))
 
 
-def together(choices: Sequence[tuple[torch.Tensor, torch.Tensor | None]], tokens: int, shape: torch.Size) -> Choice:
-    """One choice of those of single images, which may keep different numbers.
+def join_choices(choices: Sequence[tuple[torch.Tensor, torch.Tensor | None]], tokens: int, shape: torch.Size) -> Choice:
+    """Join the choices of single images, which may keep different numbers.
 
     Parameters
     ----------
     choices : sequence of (int64 Tensor (k_i,), float32 Tensor (k_i, k) or None)
-        What each image keeps, ascending, and the mixtures of it.
+        The tokens that each image keeps, ascending, and their mixtures.
     tokens : int
         k.
     shape : Size
@@ -122,17 +121,17 @@ def together(choices: Sequence[tuple[torch.Tensor, torch.Tensor | None]], tokens
     kept = torch.full((len(choices), most), tokens, device=device)
     mixed = any(mixture is not None for _, mixture in choices)
     mixtures = torch.zeros(len(choices), most, tokens, device=device) if mixed else None
-    for row, (one, mixture) in enumerate(choices):
-        kept[row, : len(one)] = one
+    for row, (image, mixture) in enumerate(choices):
+        kept[row, : len(image)] = image
         if mixtures is not None:
-            mixtures[row, : len(one)] = one_hot(one, tokens) if mixture is None else mixture
+            mixtures[row, : len(image)] = one_hot(image, tokens) if mixture is None else mixture
     return Choice(
         kept.unflatten(0, shape),
         mixture=None if mixtures is None else mixtures.unflatten(0, shape),
-        ragged=any(len(one) != most for one, _ in choices),
+        ragged=any(len(image) != most for image, _ in choices),
     )
 
 
 def one_hot(kept: torch.Tensor, tokens: int) -> torch.Tensor:
-    """The mixture that changes nothing: float32 (..., k', k)."""
+    """Return the mixture that leaves the kept tokens as they are: float32 (..., k', k)."""
     return torch.nn.functional.one_hot(kept, tokens).float()

@@ -1,4 +1,4 @@
-"""SparseVLM (Zhang et al., ICML 2025): text raters, counts that go by rank, and recycling of what was dropped."""
+"""SparseVLM (Zhang et al., ICML 2025): text raters, counts by rank, and recycling of dropped tokens."""
 
 from __future__ import annotations
 
@@ -10,30 +10,31 @@ import torch
 from ..model.pruner import Choice, DecoderStep
 from ..model.schedule import PruningPlan, geometric_schedule
 from ..model.visual_sequence import VisualSequence
-from .method import Method, after
-from .selecting import after_images, first_reader, on_visual, one_hot, ranking, received, together
+from .method import Method, groups_after
+from .selecting import after_images, first_reader, join_choices, on_visual, one_hot, ranking, received
 
 RECYCLED, CLUSTERS = 0.3, 0.1
-"""Shares: of what is dropped, what is recycled; and of that, how many tokens it becomes."""
+"""The share of the dropped tokens that is recycled, and the share of these that clusters have."""
 
 
 @dataclass(frozen=True)
 class SparseVLM(Method):
-    """Drops after three layers of the decoder what the text that speaks of the picture attends to least.
+    """Drops after three decoder layers the visual tokens that the text about the image attends to least.
 
-    *Raters* are the text tokens after an image whose similarity with its visual tokens, before the decoder, is at
-    least the mean. Of L tokens, N = λ (L − rank) go, where rank is that of the raters' attention map. The paper tunes
-    λ; here it is what leads to the step's count at full rank, one rater each, so that raters who agree leave fewer. The
-    upper part of what goes is clustered by density peaks, and each cluster's mean stays, where its centre stood.
+    *Raters* are the text tokens after an image whose similarity with its visual tokens, before the decoder, is at least
+    the mean. Of L tokens, N = λ (L − rank) are dropped, where rank is that of the raters' attention map. The paper
+    tunes λ. Here λ leads to the step's count when the rank is the number of raters, so raters who agree leave fewer.
+    The upper part of the dropped tokens is clustered by density peaks. Each cluster's mean stays, in the place of its
+    centre.
 
     Parameters
     ----------
     layers : tuple of int, optional
-        How many layers stand below each drop; default: 3, 7 and 16 of 32.
+        The number of layers before each drop; default: 3, 7 and 16 of 32.
     adaptive : bool, default True
         False: every image keeps the same number.
     recycle : bool, default True
-        False: what goes is gone.
+        False: dropped tokens are not recycled.
     """
 
     layers: tuple[int, ...] | None = None
@@ -49,13 +50,13 @@ class SparseVLM(Method):
         self.check_flag("recycle")
 
     def schedule(self, config: Any, patches: int) -> PruningPlan:
-        """One ratio for every drop."""
+        """Plan one ratio for every drop."""
         tops = self.tops(config, (3, 7, 16))
         counts = geometric_schedule(patches, self.keep, len(tops))
-        return PruningPlan(patches, decoder=after(tops, counts), exact=not self.adaptive)
+        return PruningPlan(patches, decoder=groups_after(tops, counts), exact=not self.adaptive)
 
     def prepare(self, sequence: VisualSequence, embeds: torch.Tensor) -> torch.Tensor:
-        """The raters, by logical column: bool (B, M, S)."""
+        """Mark the raters by logical column: bool (B, M, S)."""
         raters = text_raters(sequence, embeds)
         full = torch.zeros(*raters.shape[:2], sequence.length + 1, dtype=torch.bool, device=raters.device)
         slots = sequence.slots[:, None].expand(-1, raters.shape[1], -1)
@@ -63,22 +64,23 @@ class SparseVLM(Method):
 
     def in_decoder(self, step: DecoderStep) -> Choice:
         """Rate, count, and recycle, image by image."""
-        sequence, watch = step.sequence, step.decoder_records[-1]
+        sequence, record = step.sequence, step.decoder_records[-1]
         raters = sequence.at_slots(step.state)
         if sequence.valid is not None:
             raters = raters & sequence.valid[:, None]
-        scores = received(watch, sequence, raters)
+        scores = received(record, sequence, raters)
         hidden = sequence.visual(step.hidden).float()
         first = first_reader(sequence)
         attention = None
         if self.adaptive:
-            rows = watch.attention_map(first)
+            rows = record.attention_map(first)
             attention = on_visual(rows[:, None].expand(-1, sequence.columns.shape[1], -1, -1), sequence)
-        there, tokens = sequence.token_present, sequence.columns.shape[2]
+        present, tokens = sequence.token_present, sequence.columns.shape[2]
+        whole = not sequence.ragged and bool(sequence.image_present.all())
         chosen: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         for row in range(scores.shape[0]):
             for image in range(scores.shape[1]):
-                count = int(there[row, image].sum()) if sequence.ragged or not sequence.image_present.all() else tokens
+                count = tokens if whole else int(present[row, image].sum())
                 if count == 0:
                     chosen.append((torch.zeros(0, dtype=torch.int64, device=scores.device), None))
                     continue
@@ -90,11 +92,11 @@ class SparseVLM(Method):
                 if mixture is not None:
                     mixture = torch.nn.functional.pad(mixture, (0, tokens - count))
                 chosen.append((kept, mixture))
-        return together(chosen, tokens, scores.shape[:2])
+        return join_choices(chosen, tokens, scores.shape[:2])
 
 
 def text_raters(sequence: VisualSequence, embeds: torch.Tensor) -> torch.Tensor:
-    """Text tokens after each image that are as similar to its visual tokens as the mean, or more: bool (B, M, n).
+    """Mark text tokens after each image whose similarity to its visual tokens is at least the mean: bool (B, M, n).
 
     Similarity is the softmax over the text of the products with each visual token, averaged over the visual tokens.
     """
@@ -102,19 +104,19 @@ def text_raters(sequence: VisualSequence, embeds: torch.Tensor) -> torch.Tensor:
     visual = sequence.visual(embeds).float()
     logits = torch.einsum("bmkd,bnd->bmkn", visual, embeds.float())
     share = logits.masked_fill(~after[:, :, None], float("-inf")).softmax(-1)
-    there = sequence.token_present[..., None].to(share.device)
-    similarity = (share.nan_to_num(0) * there).sum(2) / there.sum(2).clamp_min(1)
+    present = sequence.token_present[..., None].to(share.device)
+    similarity = (share.nan_to_num(0) * present).sum(2) / present.sum(2).clamp_min(1)
     mean = similarity.sum(-1, keepdim=True) / after.sum(-1, keepdim=True)
     return after & (similarity >= mean)
 
 
 def rank_of(attention: torch.Tensor) -> int:
-    """Rank of the raters' attention map (T, L), in float64."""
+    """Return the rank of the raters' attention map (T, L), computed in float64."""
     return int(torch.linalg.matrix_rank(attention.double()))
 
 
 def adapted(keep: int, tokens: int, rank: int, raters: int) -> int:
-    """L − λ (L − rank), with the λ that leaves `keep` where every rater has a say of its own."""
+    """Return L − λ (L − rank), with the λ that leaves `keep` tokens at full rank."""
     if rank >= raters or tokens <= raters:
         return keep
     scale = (tokens - keep) / (tokens - raters)
@@ -124,14 +126,14 @@ def adapted(keep: int, tokens: int, rank: int, raters: int) -> int:
 def sparsify(
     scores: torch.Tensor, hidden: torch.Tensor, keep: int, recycle: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What one image keeps: indices (k',), ascending, and their mixture (k', k) or None.
+    """Choose for one image: indices (k',), ascending, and their mixture (k', k) or None.
 
     Parameters
     ----------
     scores : float32 Tensor (k,)
     hidden : float32 Tensor (k, d)
     keep : int
-        Recycled ones included.
+        Tokens that stay, recycled ones included.
     recycle : bool
     """
     tokens = len(scores)
@@ -151,7 +153,7 @@ def sparsify(
 
 
 def recycled_tokens(tokens: int, keep: int) -> int:
-    """How many of `keep` tokens are recycled ones: the fewest that the shares allow, at least one; 0 if none fits."""
+    """Return how many of `keep` tokens are recycled: the fewest that the shares allow, at least 1; 0 if none fits."""
     for clusters in range(1, keep):
         recycled = int(RECYCLED * (tokens - keep + clusters))
         if recycled < clusters:
@@ -162,17 +164,17 @@ def recycled_tokens(tokens: int, keep: int) -> int:
 
 
 def density_peaks(points: torch.Tensor, clusters: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Clustering by density peaks with nearest neighbours: centres (clusters,), and the cluster of each point (n,).
+    """Cluster by density peaks with nearest neighbours: centres (clusters,), and the cluster of each point (n,).
 
-    A point is dense if its nearest neighbours, itself among them, are near; centres are dense and far from anything
-    denser. Of equal densities the earlier point counts as the denser.
+    A point is dense if its nearest neighbours, itself among them, are near. Centres are dense and far from all denser
+    points. Of equal densities the earlier point counts as denser.
     """
     number, width = points.shape
     distance = torch.cdist(points, points) / width**0.5
     nearest = distance.topk(clusters, largest=False).values
     density = (-nearest.square().mean(-1)).exp()
-    place = torch.arange(number, device=points.device)
-    denser = (density > density[:, None]) | ((density == density[:, None]) & (place < place[:, None]))
+    order = torch.arange(number, device=points.device)
+    denser = (density > density[:, None]) | ((density == density[:, None]) & (order < order[:, None]))
     apart = torch.where(denser, distance, distance.max()).amin(-1)
     centres = ranking(apart * density)[:clusters]
     member = distance[centres].argmin(0)

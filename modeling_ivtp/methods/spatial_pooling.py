@@ -14,24 +14,24 @@ from .method import Method
 
 @dataclass(frozen=True)
 class SpatialPooling(Method):
-    """Averages the tower's features over equal cells of the grid, as many as tokens are to stay.
+    """Averages the tower's features over `keep` equal cells of the grid.
 
-    The grid of cells is the squarest that has `keep` cells; cells divide the grid as adaptive average pooling does. A
-    cell's token stands where the middle patch of the cell does.
+    The grid of cells is the squarest that has `keep` cells; cells divide the grid of patches as adaptive average
+    pooling does. A cell's token takes the place of the patch in the middle of the cell.
     """
 
     name: ClassVar[str] = "spatial_pooling"
     stages: ClassVar[tuple[str, ...]] = ("features",)
 
     def schedule(self, config: Any, patches: int) -> PruningPlan:
-        """All at once, after the tower."""
+        """Plan one choice, after the tower."""
         if patches != config.num_patches:
             raise ValueError(f"{self.name} needs the whole grid of patches, and some are dropped before it already.")
         cells(self.keep, *config.grid)
         return PruningPlan(patches, features=self.keep)
 
     def in_features(self, step: FeatureStep) -> Choice:
-        """Average each cell; it depends on no image."""
+        """Average each cell; the mixture is the same for all images."""
         rows, columns = step.grid
         if step.patches.shape[1] != rows * columns:
             raise ValueError(
@@ -50,12 +50,12 @@ class SpatialPooling(Method):
 
 
 def cells(number: int, rows: int, columns: int) -> tuple[int, int]:
-    """The squarest grid of so many cells that fits: (rows of cells, columns of cells).
+    """Return the squarest grid of so many cells that fits: (rows of cells, columns of cells).
 
     Raises
     ------
     ValueError
-        If there is none.
+        If no grid fits.
     """
     fits = [
         (tall, number // tall)
@@ -77,17 +77,17 @@ def cells(number: int, rows: int, columns: int) -> tuple[int, int]:
 
 
 def bounds(size: int, parts: int) -> list[tuple[int, int]]:
-    """First and last-plus-one of each part, as adaptive average pooling cuts them."""
+    """Return first and last-plus-one of each part, as adaptive average pooling cuts them."""
     return [(part * size // parts, -(-(part + 1) * size // parts)) for part in range(parts)]
 
 
 def middles(size: int, parts: int) -> list[int]:
-    """The middle of each part."""
+    """Return the middle of each part."""
     return [(first + end - 1) // 2 for first, end in bounds(size, parts)]
 
 
 def pooling(size: int, parts: int, device: torch.device) -> torch.Tensor:
-    """Average over each part: float32 (parts, size)."""
+    """Return the matrix that averages over each part: float32 (parts, size)."""
     matrix = torch.zeros(parts, size, device=device)
     for part, (first, end) in enumerate(bounds(size, parts)):
         matrix[part, first:end] = 1 / (end - first)

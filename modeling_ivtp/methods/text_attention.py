@@ -1,7 +1,7 @@
 """Text-to-visual attention in the decoder, of one layer or fused over several, in one step or progressively.
 
-This is the method that a widespread summary describes under the name of IVTP. It is not IVTP: no vision tower, no
-rollout, no CLIP; it stands here to be compared with.
+A widespread summary describes this method under the name of IVTP. It is not IVTP: it has no vision tower, no rollout
+and no CLIP. It is here for comparison.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class TextAttention(Method):
     Parameters
     ----------
     layers : tuple of int, optional
-        How many layers stand below each drop, k or k1 and k2; default: 8 of 32. Progressive drops share one ratio.
+        The number of layers before each drop, k or k1 and k2; default: 8 of 32. Progressive drops share one ratio.
     fuse : int, default 1
-        How many layers up to each drop are fused.
+        The number of layers up to each drop that are fused.
     weights : tuple of float, optional
-        Weight of each of them, lowest layer first; default: all alike.
+        Weight of each of them, lowest layer first; default: equal weights.
     """
 
     layers: tuple[int, ...] | None = None
@@ -49,7 +49,7 @@ class TextAttention(Method):
             )
 
     def schedule(self, config: Any, patches: int) -> PruningPlan:
-        """One ratio for every drop."""
+        """Plan one ratio for every drop."""
         tops = self.tops(config, (8,))
         groups: list[Group] = []
         for top, count in zip(tops, geometric_schedule(patches, self.keep, len(tops)), strict=True):
@@ -63,25 +63,27 @@ class TextAttention(Method):
         return PruningPlan(patches, decoder=tuple(groups))
 
     def in_decoder(self, step: DecoderStep) -> Choice:
-        """By the fused attention of the text."""
+        """Rank by the fused attention of the text."""
         readers = after_images(step.sequence)
-        rows = [received(watch, step.sequence, readers) for watch in step.decoder_records]
+        rows = [received(record, step.sequence, readers) for record in step.decoder_records]
         return best_for_decoder(step, fused(rows, self.weights))
 
 
 def _are_weights(weights: Any, number: int) -> bool:
     if not isinstance(weights, (tuple, list)) or len(weights) != number:
         return False
-    if not all(isinstance(one, (int, float)) and not isinstance(one, bool) and 0 <= one < inf for one in weights):
+    if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in weights):
+        return False
+    if not all(0 <= value < inf for value in weights):
         return False
     return sum(weights) > 0
 
 
 def fused(rows: Sequence[torch.Tensor], weights: Sequence[float] | None) -> torch.Tensor:
-    """A weighted mean of several layers' rows."""
+    """Return the weighted mean of several layers' rows."""
     share = torch.tensor(weights or [1.0] * len(rows), dtype=torch.float32)
     share = share / share.sum()
     total = torch.zeros_like(rows[-1])
-    for one, row in zip(share.tolist(), rows, strict=True):
-        total = total + one * row.to(total.device)
+    for weight, row in zip(share.tolist(), rows, strict=True):
+        total = total + weight * row.to(total.device)
     return total

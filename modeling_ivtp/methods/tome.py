@@ -17,10 +17,11 @@ from .two_stage import TwoStage
 
 @dataclass(frozen=True)
 class ToMe(Method):
-    """Merges, between attention and MLP of every layer of the tower, the patches whose keys are most alike.
+    """Merges, between attention and MLP of every layer of the tower, the patches whose keys are most similar.
 
-    Bipartite soft matching over the head-averaged keys; a token is the mean of its patches, and attention counts it as
-    many times as it has patches (proportional attention). CLS takes part in the alternation but is never merged.
+    It uses bipartite soft matching over the head-averaged keys. A token is the mean of its patches, and attention
+    counts it as many times as it has patches (proportional attention). CLS takes part in the alternation but is never
+    merged.
     """
 
     name: ClassVar[str] = "tome"
@@ -28,7 +29,7 @@ class ToMe(Method):
     requires: ClassVar[Needs] = Needs(proportional_attention=True)
 
     def schedule(self, config: Any, patches: int) -> PruningPlan:
-        """As many merges at every layer; near the end no more than half of what is left can be merged."""
+        """Plan as many merges at every layer; near the end at most half of the tokens can be merged."""
         counts = halving_schedule(patches, self.keep, config.feature_depth)
         return PruningPlan(patches, tower=single_layers(counts, middle=True))
 
@@ -39,16 +40,16 @@ class ToMe(Method):
 
 @dataclass(frozen=True)
 class ToMePlus(TwoStage, ToMe):
-    """ToMe continued in the decoder's first layers, on the keys of the visual tokens, by whole layers.
+    """ToMe continued in the decoder's first layers, on the keys of the visual tokens, after whole layers.
 
-    Attention in the decoder is left as it is, so that its fast kernels and its cache serve merged tokens, too.
+    The decoder's attention is not proportional, so that its fast kernels and its cache serve merged tokens, too.
     """
 
     name: ClassVar[str] = "tome+"
     stages: ClassVar[tuple[str, ...]] = ("tower", "decoder")
 
     def schedule(self, config: Any, patches: int) -> PruningPlan:
-        """As many merges at every layer of a stage."""
+        """Plan as many merges at every layer of a stage."""
         handed_over = self.handed_over(patches)
         return PruningPlan(
             patches,
@@ -57,9 +58,9 @@ class ToMePlus(TwoStage, ToMe):
         )
 
     def in_decoder(self, step: DecoderStep) -> Choice:
-        """Match the visual tokens' keys; sizes start anew at one, since the tower's end with the features."""
-        watch = step.decoder_records[-1]
-        keys = watch.key[:, :, watch.past :].float().mean(1)  # (B, n, dh)
+        """Match the visual tokens' keys; sizes start at one again, since the tower's end with the features."""
+        record = step.decoder_records[-1]
+        keys = record.key[:, :, record.past :].float().mean(1)  # (B, n, dh)
         width = keys.shape[-1]
         images = step.sequence.columns.shape[1]
         keys = on_visual(keys.transpose(1, 2)[:, None].expand(-1, images, -1, -1), step.sequence).transpose(2, 3)
@@ -76,12 +77,12 @@ class ToMePlus(TwoStage, ToMe):
 
 
 def halving_schedule(start: int, end: int, steps: int) -> tuple[int, ...]:
-    """`linear_schedule`, but that no step takes more than half of what is there.
+    """Return a `linear_schedule` in which no step takes more than half of the tokens.
 
     Raises
     ------
     ValueError
-        If that many halvings do not reach `end`.
+        If so many halvings do not reach `end`.
 
     Examples
     --------
@@ -100,34 +101,36 @@ def halving_schedule(start: int, end: int, steps: int) -> tuple[int, ...]:
 
 
 def merge(metric: torch.Tensor, keep: int, sizes: torch.Tensor | None, *, first_goes: bool) -> Choice:
-    """Bipartite soft matching (Sec. 3.2): tokens alternate between two sets, and of the first set those most alike to
-    one of the second are merged into it.
+    """Merge tokens by bipartite soft matching (Sec. 3.2).
+
+    Tokens alternate between two sets. Those of the first set that are most similar to a token of the second are merged
+    into it.
 
     Parameters
     ----------
     metric : float Tensor (I, k, d)
-        What likeness is told by, as a cosine.
+        Vectors whose cosine is the similarity.
     keep : int
     sizes : float32 Tensor (I, k) or None
         How many patches each token stands for; None: one.
     first_goes : bool
-        Whether the first token belongs to the set that is merged away; where CLS stands before it, it does not.
+        Whether the first token belongs to the set that is merged away. It does not if CLS stands before it.
 
     Returns
     -------
     Choice
-        A merged token stands where that of the second set did.
+        A merged token takes the place of that of the second set.
     """
     images, tokens, _ = metric.shape
     go, stay = (slice(0, None, 2), slice(1, None, 2)) if first_goes else (slice(1, None, 2), slice(0, None, 2))
     unit = normalize(metric, dim=-1)
-    alike, partner = (unit[:, go] @ unit[:, stay].transpose(1, 2)).max(-1)
-    gone = ranking(alike)[:, : tokens - keep]
-    place = torch.arange(tokens, device=metric.device)
-    target = place.expand(images, -1).clone()
-    target.scatter_(1, place[go][gone], place[stay][partner.gather(1, gone)])
-    left = target == place
-    kept = place.expand(images, -1)[left].view(images, keep)
+    similarity, partner = (unit[:, go] @ unit[:, stay].transpose(1, 2)).max(-1)
+    gone = ranking(similarity)[:, : tokens - keep]
+    index = torch.arange(tokens, device=metric.device)
+    target = index.expand(images, -1).clone()
+    target.scatter_(1, index[go][gone], index[stay][partner.gather(1, gone)])
+    left = target == index
+    kept = index.expand(images, -1)[left].view(images, keep)
     row = (left.cumsum(1) - 1).gather(1, target)
     sizes = torch.ones(images, tokens, device=metric.device) if sizes is None else sizes
     mixture = torch.zeros(images, keep, tokens, device=metric.device).scatter_(1, row[:, None], sizes[:, None])

@@ -18,25 +18,25 @@ from .two_stage import TwoStage
 class TopK(Method):
     """Drops, at every layer of the tower, the patches that CLS attends to least; as many at each.
 
-    The paper gives the tower's FLOPs and not the schedule; equal steps come to them within 8% of the tower and 0.2% of
-    the whole.
+    The paper prints the tower's FLOPs and not the schedule. Equal steps reproduce them within 8% for the tower and 0.2%
+    for the whole model.
     """
 
     name: ClassVar[str] = "topk"
     stages: ClassVar[tuple[str, ...]] = ("tower",)
 
     def schedule(self, config: Any, patches: int) -> PruningPlan:
-        """Equal steps down the layers that make the features."""
+        """Plan equal steps over the layers below the features."""
         return PruningPlan(patches, tower=single_layers(linear_schedule(patches, self.keep, config.feature_depth)))
 
     def in_tower(self, step: TowerStep) -> Choice:
-        """By the CLS row of the layer's attention, averaged over heads."""
+        """Rank by the CLS row of the layer's attention, averaged over heads."""
         return best(cls_attention(step.records[-1]), step.group.keep)
 
 
 @dataclass(frozen=True)
 class TopKPlus(TwoStage, TopK):
-    """TopK continued in the decoder's first layers, still by visual similarity alone: with the image's own CLS."""
+    """TopK continued in the decoder's first layers, still by visual similarity alone: by the image's own CLS."""
 
     name: ClassVar[str] = "topk+"
     stages: ClassVar[tuple[str, ...]] = ("tower", "decoder")
@@ -45,7 +45,7 @@ class TopKPlus(TwoStage, TopK):
     )
 
     def schedule(self, config: Any, patches: int) -> PruningPlan:
-        """Equal steps in each of the two stages."""
+        """Plan equal steps in each of the two stages."""
         handed_over = self.handed_over(patches)
         return PruningPlan(
             patches,
@@ -54,5 +54,5 @@ class TopKPlus(TwoStage, TopK):
         )
 
     def in_decoder(self, step: DecoderStep) -> Choice:
-        """By the attention of the image's CLS, which travels along."""
+        """Rank by the attention of the image's CLS, which runs through the layers as the pseudo-CLS token."""
         return best(reference_row(step.records[-1])[..., 1:], step.group.keep)

@@ -1,4 +1,4 @@
-"""Systems that IVTP's Table 7 extends from the vision tower to the decoder, marked with a plus there."""
+"""Methods that IVTP's Table 7 extends from the vision tower to the decoder, marked with a plus there."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from .method import Method
 
 @dataclass(frozen=True)
 class TwoStage(Method):
-    """What such systems share: the hand-over between the stages, and how far the second one goes.
+    """The options of such methods: the hand-over between the stages, and the layers of the second one.
 
     Parameters
     ----------
     tower_tokens : int, optional
-        What the tower hands over; default: 1.875 times `keep`, as IVTP does.
+        Tokens that the tower hands over; default: 1.875 times `keep`, as in IVTP.
     decoder_layers : int, optional
-        Layers of the decoder that take part; default: as many as the model's own pruning, 12 of LLaVA-1.5.
+        Layers of the decoder that take part; default: those of the model's own pruning, 12 for LLaVA-1.5.
     """
 
     tower_tokens: int | None = None
@@ -29,20 +29,20 @@ class TwoStage(Method):
         self.check_whole("decoder_layers", 1, optional=True)
 
     def handed_over(self, patches: int) -> int:
-        """Tokens between the stages."""
+        """Return the number of tokens between the stages."""
         return min(patches, self.tower_tokens or round(1.875 * self.keep))
 
     def depth(self, config: Any) -> int:
-        """How many layers of the decoder take part.
+        """Return the number of decoder layers that take part.
 
         Raises
         ------
         ValueError
             If the model has fewer.
         """
-        there = config.text_config.num_hidden_layers
+        layers = config.text_config.num_hidden_layers
         if self.decoder_layers is None:
-            return min(there, config.pruning.decoder_layers or there)
-        if self.decoder_layers > there:
-            raise ValueError(f"{self.name}: decoder_layers={self.decoder_layers}; the decoder has {there} layers.")
+            return min(layers, config.pruning.decoder_layers or layers)
+        if self.decoder_layers > layers:
+            raise ValueError(f"{self.name}: decoder_layers={self.decoder_layers}; the decoder has {layers} layers.")
         return self.decoder_layers

@@ -18,8 +18,8 @@ from .selecting import best, cls_attention, one_hot, patch_keys
 class VisionZip(Method):
     """Keeps the patches that CLS attends to most in the tower's last layer but one, and merges the others into a few.
 
-    Contextual tokens are regular steps among the others; every other patch joins the one whose head-averaged key is
-    most alike, and the mean of those that joined is added to it. CLS itself is not handed over.
+    Contextual tokens are taken in regular steps from the others. Every other patch joins the one whose head-averaged
+    key is most similar, and the mean of those that joined is added to it. CLS itself is not handed over.
 
     Parameters
     ----------
@@ -38,11 +38,11 @@ class VisionZip(Method):
         self.check_whole("contextual", 0, self.keep, optional=True)
 
     def schedule(self, config: Any, patches: int) -> PruningPlan:
-        """All at once, before the projector."""
+        """Plan one choice, before the projector."""
         return PruningPlan(patches, features=self.keep)
 
     def in_features(self, step: FeatureStep) -> Choice:
-        """Dominant and contextual tokens."""
+        """Keep the dominant tokens and merge the others into the contextual ones."""
         record = step.records[-2]
         attention = cls_attention(record)
         keys = normalize(patch_keys(record).float().mean(1), dim=-1)

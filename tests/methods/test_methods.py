@@ -1,4 +1,4 @@
-"""Every system of `modeling_ivtp.methods` on the engine: one contract for all of them."""
+"""Every method of `modeling_ivtp.methods` on the engine: one contract for all of them."""
 
 import copy
 import re
@@ -17,7 +17,7 @@ from tests.support.masked import choices_of, masked_logits
 from tests.support.tiny import PATCHES, prompt, rows_alone, tiny_model
 
 ROWS = [[3, "image", 7], [5], [2, "image", 4, "image", 3], [1, "image", "image", 2]]
-SYSTEMS = {
+EXAMPLES = {
     "random": methods.Random(4),
     "topk": methods.TopK(4),
     "topk+": methods.TopKPlus(4),
@@ -42,9 +42,9 @@ EVERY = pytest.mark.parametrize("name", methods.METHODS)
 TOLERANCE = 1e-5
 
 
-def test_every_system_has_a_row_here():
-    assert list(SYSTEMS) == list(methods.METHODS)
-    assert all(SYSTEMS[name].name == name for name in SYSTEMS)
+def test_every_method_has_a_row_here():
+    assert list(EXAMPLES) == list(methods.METHODS)
+    assert all(EXAMPLES[name].name == name for name in EXAMPLES)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_prompt_and_decoding_agree_with_masks_alone(name, attention, cache):
     mask = torch.cat([inputs["attention_mask"], torch.ones_like(later)], 1)
     static = {"config": model.config.text_config, "max_cache_len": length + 6}
     past = DynamicCache() if cache == "dynamic" else StaticCache(**static)
-    with SYSTEMS[name](model):
+    with EXAMPLES[name](model):
         recorder, outputs = choices_of(
             model, inputs | {"position_ids": positions(mask)[:, :length], "past_key_values": past}
         )
@@ -83,21 +83,21 @@ def test_prompt_and_decoding_agree_with_masks_alone(name, attention, cache):
             )
             logits.append(step.logits)
             end += count
-    there = torch.from_numpy(alive)
-    assert (torch.cat(logits, 1) - expected)[there].abs().max() <= TOLERANCE
+    present = torch.from_numpy(alive)
+    assert (torch.cat(logits, 1) - expected)[present].abs().max() <= TOLERANCE
 
 
 @EVERY
 @torch.no_grad()
 def test_as_many_tokens_stay_as_were_asked_for(name, model):
-    with SYSTEMS[name](model):
+    with EXAMPLES[name](model):
         plan = model.model.plan()
         trace = model.explain(**prompt(ROWS))
     kept = [len(image.groups[-1].kept) for image in trace.images]
     if plan.exact:
-        assert kept == [SYSTEMS[name].keep] * 5
+        assert kept == [EXAMPLES[name].keep] * 5
     else:
-        assert all(1 <= count <= SYSTEMS[name].keep for count in kept)
+        assert all(1 <= count <= EXAMPLES[name].keep for count in kept)
     assert all((image.groups[-1].kept.diff() > 0).all() for image in trace.images)
 
 
@@ -105,7 +105,7 @@ def test_as_many_tokens_stay_as_were_asked_for(name, model):
 @torch.no_grad()
 def test_another_choice_gives_other_logits(name, model):
     inputs = prompt(ROWS[:1])
-    with SYSTEMS[name](model):
+    with EXAMPLES[name](model):
         recorder, outputs = choices_of(model, inputs)
         last = [*recorder.tower, *recorder.prompted, *recorder.decoder][-1]
         whole = last.candidates.flatten()
@@ -119,7 +119,7 @@ def test_another_choice_gives_other_logits(name, model):
 @torch.no_grad()
 def test_a_batch_gives_what_its_rows_give_alone(name, model):
     inputs = prompt(ROWS)
-    with SYSTEMS[name](model):
+    with EXAMPLES[name](model):
         together = model(**inputs, position_ids=positions(inputs["attention_mask"])).logits[:, -1]
         for row, single in enumerate(rows_alone(inputs, ROWS)):
             alone = model(**single).logits[:, -1]
@@ -132,7 +132,7 @@ def test_beams_and_static_caches_answer_as_rows_alone_do(name, options, model):
     inputs = prompt(ROWS[::2])
     settings = {"max_new_tokens": 5, "do_sample": False} | options
     number = options.get("num_return_sequences", 1)
-    with SYSTEMS[name](model):
+    with EXAMPLES[name](model):
         together = model.generate(**inputs, **settings)[:, -5:]
         for row, single in enumerate(rows_alone(inputs, ROWS[::2])):
             alone = model.generate(**single, **settings)[:, -5:]
@@ -140,7 +140,7 @@ def test_beams_and_static_caches_answer_as_rows_alone_do(name, options, model):
 
 
 def snapshot(model):
-    """Everything that applying a system must leave as it was."""
+    """Everything that applying a method must leave as it was."""
     modules = {name: (type(module), type(module).forward, set(vars(module))) for name, module in model.named_modules()}
     weights = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
     return modules, weights, type(model.config), copy.deepcopy(vars(model.config)), model.config.to_dict()
@@ -169,7 +169,7 @@ def test_the_model_is_as_before_afterwards(name, raising, model):
     inputs = prompt(ROWS[:1])
     logits = model(**inputs).logits
     try:
-        with SYSTEMS[name](model) as inside:
+        with EXAMPLES[name](model) as inside:
             assert inside is model
             assert not torch.equal(model(**inputs).logits, logits) or name == "ivtp"
             if raising:
@@ -186,21 +186,21 @@ def test_a_stock_llava_is_pruned_alike_and_left_as_it_was(name, model, stock):
     settings = {"max_new_tokens": 4, "do_sample": False}
     stock.generate(**inputs, **settings)  # which leaves traces of its own in any model
     before, unpruned = snapshot(stock), stock(**inputs).logits
-    system = SYSTEMS[name]
+    method = EXAMPLES[name]
     if name in ("ivtp", "ivtp-v"):  # a stock model has no options of its own, and LLaVA-1.5's do not fit six layers
         own = {"layers_per_group": 2, "decoder_layers": 4, "tower_tokens": model.pruning_config.tower_tokens}
-        system = type(system)(4, own)
+        method = type(method)(4, own)
     elif name in ("topk+", "tome+"):
-        system = type(system)(4, decoder_layers=4)
-    with system(stock):
+        method = type(method)(4, decoder_layers=4)
+    with method(stock):
         theirs = stock.generate(**inputs, **settings)
     assert snapshot(stock) == before
     assert torch.equal(stock(**inputs).logits, unpruned)
-    with system(model):
+    with method(model):
         assert torch.equal(model.generate(**inputs, **settings), theirs)
 
 
-def test_a_system_that_needs_clip_says_so(stock, model):
+def test_a_method_that_needs_clip_says_so(stock, model):
     message = r"cdpruner compares patches.*from_llava\(\.\.\., clip=\.\.\.\)"
     with pytest.raises(ValueError, match=message), methods.CDPruner(4)(stock):
         pass
@@ -208,7 +208,7 @@ def test_a_system_that_needs_clip_says_so(stock, model):
         model(**without_clip(prompt(ROWS[:1])))
 
 
-def test_systems_at_different_stages_are_composed_in_order(model):
+def test_methods_at_different_stages_are_composed_in_order(model):
     inputs = prompt(ROWS)
     with methods.FastV(4)(model), methods.DivPrune(9)(model):
         trace = model.explain(**inputs)
@@ -227,13 +227,13 @@ def test_systems_at_different_stages_are_composed_in_order(model):
         (methods.FastV(8), methods.SparseVLM(4), "sparsevlm acts at decoder, where fastv acts already"),
         (methods.IVTP(8), methods.FastV(4), "fastv acts at decoder, where ivtp acts already"),
         (methods.IVTP(8), methods.DivPrune(4), "divprune acts at features, where ivtp acts already"),
-        (methods.TopK(8), methods.VisionZip(4), "visionzip reads the attention of the whole picture"),
+        (methods.TopK(8), methods.VisionZip(4), "visionzip reads the attention of the whole image"),
         (methods.TopK(8), methods.SpatialPooling(4), "spatial_pooling needs the whole grid"),
         (methods.PruMergePlus(8), methods.CDPruner(4), None),
-        (methods.PruMergePlus(8, adaptive=True), methods.CDPruner(4), "cdpruner follows a system that keeps another"),
+        (methods.PruMergePlus(8, adaptive=True), methods.CDPruner(4), "cdpruner follows a method that adapts"),
     ],
 )
-def test_systems_that_get_in_each_others_way_are_refused(first, second, message, model):
+def test_methods_that_get_in_each_others_way_are_refused(first, second, message, model):
     if message is None:
         with first(model), second(model):
             assert model.explain(**prompt(ROWS[:1])).final_tokens == (second.keep,)
@@ -316,7 +316,7 @@ def test_what_an_assistant_proposes_does_not_choose(name, how, model):
         if row[-1] != "image":
             # A word again, so that there is something to look up; after an image it is image tokens.
             inputs["input_ids"][:, -1] = inputs["input_ids"][:, 0]
-        with SYSTEMS[name](model):
+        with EXAMPLES[name](model):
             seen = []
             prepare = VisualSequence.keep
 
@@ -337,8 +337,8 @@ def test_what_an_assistant_proposes_does_not_choose(name, how, model):
 
 def test_a_conversation_about_pictures_that_keep_different_numbers(model):
     inputs = prompt([["image", 3, "image", 4]], seed=9)
-    system = methods.PruMergePlus(12, adaptive=True, neighbours=3)
-    with system(model):
+    method = methods.PruMergePlus(12, adaptive=True, neighbours=3)
+    with method(model):
         counts = [len(one) for one in model.model.get_image_features(inputs["pixel_values"]).pooler_output]
         assert counts[0] > counts[1]
         cache = DynamicCache(config=model.config.text_config)
@@ -351,13 +351,13 @@ def test_a_conversation_about_pictures_that_keep_different_numbers(model):
 @pytest.mark.parametrize("name", ["fastv", "topk", "divprune"])
 def test_a_stock_llava_under_accelerates_hooks(name, model, stock, tmp_path):
     inputs = without_clip(prompt(ROWS))
-    with SYSTEMS[name](model):
+    with EXAMPLES[name](model):
         expected = model(**inputs).logits
     offloaded = copy.deepcopy(stock)
     places = {"model.vision_tower": "cpu", "model.multi_modal_projector": "cpu", "lm_head": "cpu"}
     dispatch_model(offloaded, places | {"model.language_model": "disk"}, offload_dir=str(tmp_path), force_hooks=True)
     unpruned = offloaded(**inputs).logits
-    with SYSTEMS[name](offloaded):
+    with EXAMPLES[name](offloaded):
         assert torch.equal(offloaded(**inputs).logits, expected)
     assert torch.equal(offloaded(**inputs).logits, unpruned)
 
@@ -376,16 +376,16 @@ def test_the_models_own_options_have_no_say_inside(model):
     before = model.pruning_config
     with methods.FastV(4)(model):
         for change in (lambda: model.set_pruning(visual_tokens=8), lambda: model.pruning(enabled=False).__enter__()):
-            with pytest.raises(ValueError, match=r"Another system prunes this model"):
+            with pytest.raises(ValueError, match=r"Another method prunes this model"):
                 change()
     assert model.pruning_config == before
-    with methods.FastV(PATCHES)(model), pytest.raises(ValueError, match="the system applied keeps all 16 patches"):
+    with methods.FastV(PATCHES)(model), pytest.raises(ValueError, match="the method applied keeps all 16 patches"):
         model.explain(**prompt(ROWS[:1]))
 
 
 def test_scores_of_another_shape_are_refused(model):
-    system = methods.LVPruningTopK(4, scores=lambda layer, visual, hidden, text: visual.mean(-1)[..., :3])
-    with system(model), pytest.raises(ValueError, match=r"scores made \(1, 1, 3\); allowed: \(1, 1, 16\)"):
+    method = methods.LVPruningTopK(4, scores=lambda layer, visual, hidden, text: visual.mean(-1)[..., :3])
+    with method(model), pytest.raises(ValueError, match=r"scores returned \(1, 1, 3\); allowed: \(1, 1, 16\)"):
         model(**prompt(ROWS[:1]))
 
 
@@ -396,7 +396,7 @@ def test_numpys_whole_numbers_are_whole(model):
 def test_what_the_towers_attention_cannot_weigh(model, monkeypatch):
     monkeypatch.setattr(model.config.vision_config, "_attn_implementation_internal", "flash_attention_2")
     with (
-        pytest.raises(ValueError, match=r"tome weighs attention in the tower.*allowed: eager, sdpa"),
+        pytest.raises(ValueError, match=r"tome weights attention in the tower.*allowed: eager, sdpa"),
         methods.ToMe(4)(model),
     ):
         pass
@@ -425,12 +425,12 @@ def test_a_budget_of_all_keeps_all(name, model):
         assert torch.equal(logits, model(**inputs).logits)
 
 
-def test_the_documented_example_is_a_system(model):
+def test_the_documented_example_is_a_method(model):
     page = (Path(methods.__file__).parent / "README.md").read_text()
     (example,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "class " in block]
-    there: dict = {}
-    exec(example, there)
-    with there["LargestNorm"](4)(model):
+    names: dict = {}
+    exec(example, names)
+    with names["LargestNorm"](4)(model):
         trace = model.explain(**prompt(ROWS))
     assert trace.final_tokens == (4,) * 5
     rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]

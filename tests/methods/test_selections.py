@@ -1,4 +1,4 @@
-"""What systems choose, against plain NumPy loops: on tiny random models and on the trained miniature."""
+"""Methods choose as plain NumPy loops do: on tiny random models and on the trained miniature."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +15,7 @@ from modeling_ivtp.methods.sparsevlm import adapted, recycled_tokens, text_rater
 from modeling_ivtp.methods.spatial_pooling import cells
 from modeling_ivtp.methods.tome import halving_schedule
 from modeling_ivtp.serving.answering import load_model
-from tests.methods.test_methods import ROWS, SYSTEMS
+from tests.methods.test_methods import EXAMPLES, ROWS
 from tests.support.selections import BY_IMAGE, BY_ROW, array, raters
 from tests.support.tiny import prompt, tiny_model
 
@@ -34,23 +34,22 @@ def miniature():
 
 def watch_choices(monkeypatch, pruner, step_name, compare):
     """Compare every choice a pruner makes at one of its steps."""
-    seen = []
-    ask = getattr(type(pruner), step_name)
+    choices = []
+    choose = getattr(type(pruner), step_name)
 
-    def asked(self, step):
-        choice = ask(self, step)
+    def choose_and_compare(self, step):
+        choice = choose(self, step)
         compare(self, step, choice)
-        seen.append(choice)
+        choices.append(choice)
         return choice
 
-    monkeypatch.setattr(type(pruner), step_name, asked)
-    return seen
+    monkeypatch.setattr(type(pruner), step_name, choose_and_compare)
+    return choices
 
 
 def assert_same(choice, at, expected):
     kept, mixture = expected
-    mine = array(choice.kept[at])
-    np.testing.assert_array_equal(mine[: len(kept)], kept)
+    np.testing.assert_array_equal(array(choice.kept[at])[: len(kept)], kept)
     if mixture is not None:
         weights = array(choice.mixture[at])[: len(kept)]
         np.testing.assert_allclose(weights[:, : mixture.shape[1]], mixture, rtol=1e-4, atol=1e-6)
@@ -59,10 +58,10 @@ def assert_same(choice, at, expected):
 
 
 def compare_with_numpy(name, step_name):
-    def compare(method, step, choice):
+    def compare(pruner, step, choice):
         if (name, step_name) in BY_IMAGE:
             for image in range(len(choice.kept)):
-                assert_same(choice, image, BY_IMAGE[name, step_name](method, step, image))
+                assert_same(choice, image, BY_IMAGE[name, step_name](pruner, step, image))
             return
         rows, most = choice.kept.shape[:2]
         present = torch.ones(rows, most, dtype=torch.bool)
@@ -71,7 +70,7 @@ def compare_with_numpy(name, step_name):
         for row in range(rows):
             for image in range(most):
                 if present[row, image]:
-                    assert_same(choice, (row, image), BY_ROW[name, step_name](method, step, row, image))
+                    assert_same(choice, (row, image), BY_ROW[name, step_name](pruner, step, row, image))
 
     return compare
 
@@ -79,27 +78,27 @@ def compare_with_numpy(name, step_name):
 @pytest.mark.parametrize(("name", "step"), CHECKED)
 @torch.no_grad()
 def test_choices_on_random_tensors_equal_numpy_loops(name, step, monkeypatch):
-    model, system = tiny_model(), SYSTEMS[name]
-    seen = watch_choices(monkeypatch, system, step, compare_with_numpy(name, step))
+    model, method = tiny_model(), EXAMPLES[name]
+    choices = watch_choices(monkeypatch, method, step, compare_with_numpy(name, step))
     inputs = prompt([["image", 9], [3, "image", 5]] if name == "cdpruner" else ROWS)
-    with system(model):
+    with method(model):
         model(**inputs)
-    assert seen
+    assert choices
 
 
 @pytest.mark.parametrize(("name", "step"), CHECKED)
 @torch.no_grad()
 def test_choices_on_the_trained_miniature_equal_numpy_loops(name, step, miniature, monkeypatch):
     model, inputs = miniature
-    system = methods.make(name, 16)
-    seen = watch_choices(monkeypatch, system, step, compare_with_numpy(name, step))
-    with system(model):
+    method = methods.make(name, 16)
+    choices = watch_choices(monkeypatch, method, step, compare_with_numpy(name, step))
+    with method(model):
         model(**inputs)
-    assert seen
+    assert choices
 
 
 def test_a_choice_that_is_off_by_one_token_is_noticed(monkeypatch):
-    model, system = tiny_model(), methods.FastV(4)
+    model, method = tiny_model(), methods.FastV(4)
 
     def shifted(self, step):
         choice = methods.PyramidDrop.in_decoder(self, step)
@@ -107,13 +106,13 @@ def test_a_choice_that_is_off_by_one_token_is_noticed(monkeypatch):
         return choice
 
     monkeypatch.setattr(methods.FastV, "in_decoder", shifted)
-    watch_choices(monkeypatch, system, "in_decoder", compare_with_numpy("fastv", "in_decoder"))
-    with pytest.raises(AssertionError), system(model):
+    watch_choices(monkeypatch, method, "in_decoder", compare_with_numpy("fastv", "in_decoder"))
+    with pytest.raises(AssertionError), method(model):
         model(**prompt(ROWS))
 
 
 @torch.no_grad()
-def test_raters_are_the_text_that_is_like_the_picture(monkeypatch):
+def test_raters_are_the_text_that_is_similar_to_the_image(monkeypatch):
     model, seen = tiny_model(), []
     prepare = methods.SparseVLM.prepare
     monkeypatch.setattr(
@@ -145,7 +144,7 @@ def test_recycled_tokens_are_a_tenth_of_three_tenths():
     assert recycled_tokens(5, 4) == 0
 
 
-def test_random_patches_go_by_picture_and_seed():
+def test_random_patches_depend_on_image_and_seed():
     model, inputs = tiny_model(), prompt([["image", 2], ["image", 2]])
     kept = {}
     for seed in (0, 1):
@@ -158,11 +157,11 @@ def test_random_patches_go_by_picture_and_seed():
     assert fingerprint(inputs["pixel_values"][0]) != fingerprint(inputs["pixel_values"][0].flip(0))
 
 
-def test_random_patches_cover_the_picture_evenly():
+def test_random_patches_cover_the_image_evenly():
     model = tiny_model()
-    pictures = torch.randn(300, 3, 56, 56, generator=torch.Generator().manual_seed(1))
+    images = torch.randn(300, 3, 56, 56, generator=torch.Generator().manual_seed(1))
     with methods.Random(4)(model), torch.no_grad():
-        counts = model.model.get_image_features(pictures).kept_patches.flatten().bincount(minlength=16)
+        counts = model.model.get_image_features(images).kept_patches.flatten().bincount(minlength=16)
     assert (counts - 75).abs().max() < 4.5 * (300 * 0.25 * 0.75) ** 0.5
 
 

@@ -97,7 +97,7 @@ def test_where_it_fails_pytorch_takes_over(monkeypatch, caplog):
         raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
 
     monkeypatch.setattr(fused_attention, "fused_weighted_attention", failing)
-    assert not fused_attention._tried(torch.device("cpu"), torch.float16, 64)
+    assert not fused_attention._compiles(torch.device("cpu"), torch.float16, 64)
     assert "Scoring falls back to PyTorch on cpu" in caplog.text
 
 

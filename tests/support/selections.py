@@ -1,8 +1,8 @@
-"""What each system of `modeling_ivtp.methods` is to keep, from its paper's equations, as plain NumPy loops.
+"""The choices of each method of `modeling_ivtp.methods`, from its paper's equations, as plain NumPy loops.
 
-Every function gets what the engine hands the system at one moment, and says which tokens of one image stay, ascending,
-and what they become: weights of all tokens that were there, or None where they stay as they are. Of equal scores the
-earlier token counts as the higher.
+Every function gets the step that the engine asks the method at. It returns the tokens of one image that stay,
+ascending, and what they become: weights of all tokens before, or None if they stay as they are. Of equal scores the
+earlier token counts as the higher one.
 """
 
 from collections.abc import Callable
@@ -40,16 +40,16 @@ def cls_row(record: Any, image: int) -> np.ndarray:
     return np.mean([softmax(key[h] @ query[h] * record.scale) for h in range(len(key))], axis=0)[1:]
 
 
-def topk(method: Any, moment: Any, image: int) -> Result:
-    return top(cls_row(moment.records[-1], image), moment.group.keep), None
+def topk(method: Any, step: Any, image: int) -> Result:
+    return top(cls_row(step.records[-1], image), step.group.keep), None
 
 
-def evit(method: Any, moment: Any, image: int) -> Result:
+def evit(method: Any, step: Any, image: int) -> Result:
     """Sec. 3.2: x_fused = sum over the inattentive tokens of a_i x_i."""
-    attention = cls_row(moment.records[-1], image)
+    attention = cls_row(step.records[-1], image)
     order = np.argsort(-attention, kind="stable")
-    attentive, inattentive = order[: moment.group.keep - 1], order[moment.group.keep - 1 :]
-    kept = np.sort(order[: moment.group.keep])
+    attentive, inattentive = order[: step.group.keep - 1], order[step.group.keep - 1 :]
+    kept = np.sort(order[: step.group.keep])
     rows = []
     for token in kept:
         row = np.zeros(len(attention))
@@ -61,25 +61,25 @@ def evit(method: Any, moment: Any, image: int) -> Result:
     return kept, np.stack(rows)
 
 
-def tome(method: Any, moment: Any, image: int) -> Result:
-    keys = array(moment.records[-1].key)[image].mean(0)[1:]
-    sizes = np.ones(len(keys)) if moment.sizes is None else array(moment.sizes)[image]
+def tome(method: Any, step: Any, image: int) -> Result:
+    keys = array(step.records[-1].key)[image].mean(0)[1:]
+    sizes = np.ones(len(keys)) if step.sizes is None else array(step.sizes)[image]
     # CLS is token 0 of the tower's alternation, so that patch 0 is the first of set B.
-    return matching(keys, moment.group.keep, sizes, a=list(range(1, len(keys), 2)), b=list(range(0, len(keys), 2)))
+    return matching(keys, step.group.keep, sizes, a=list(range(1, len(keys), 2)), b=list(range(0, len(keys), 2)))
 
 
 def matching(metric: np.ndarray, keep: int, sizes: np.ndarray, a: list[int], b: list[int]) -> Result:
-    """Bipartite soft matching: each of A draws one edge to its likest of B; the r likest edges are merged."""
+    """Bipartite soft matching: each of A draws an edge to the most similar of B; the r best edges are merged."""
     metric = unit(metric)
     edges = []
-    for one in a:
-        likeness = [float(metric[one] @ metric[other]) for other in b]
-        edges.append((max(likeness), one, b[int(np.argmax(likeness))]))
+    for token in a:
+        similarity = [float(metric[token] @ metric[other]) for other in b]
+        edges.append((max(similarity), token, b[int(np.argmax(similarity))]))
     edges.sort(key=lambda edge: -edge[0])
     groups = {token: [token] for token in range(len(metric))}
-    for _, one, other in edges[: len(metric) - keep]:
-        groups[other].append(one)
-        del groups[one]
+    for _, token, partner in edges[: len(metric) - keep]:
+        groups[partner].append(token)
+        del groups[token]
     kept = np.array(sorted(groups))
     mixture = np.zeros((keep, len(metric)))
     for row, token in enumerate(kept):
@@ -88,11 +88,11 @@ def matching(metric: np.ndarray, keep: int, sizes: np.ndarray, a: list[int], b: 
     return kept, mixture
 
 
-def spatial_pooling(method: Any, moment: Any, image: int) -> Result:
+def spatial_pooling(method: Any, step: Any, image: int) -> Result:
     """Adaptive average pooling: cell (i, j) of n x n covers floor(i R / n) to ceil((i + 1) R / n)."""
-    rows, columns = moment.grid
-    tall = max(t for t in range(1, int(moment.keep**0.5) + 1) if moment.keep % t == 0)
-    wide = moment.keep // tall
+    rows, columns = step.grid
+    tall = max(t for t in range(1, int(step.keep**0.5) + 1) if step.keep % t == 0)
+    wide = step.keep // tall
     found = []
     for i in range(tall):
         for j in range(wide):
@@ -104,36 +104,36 @@ def spatial_pooling(method: Any, moment: Any, image: int) -> Result:
                     row[y * columns + x] = 1 / (len(ys) * len(xs))
             found.append((((ys[0] + ys[-1]) // 2) * columns + (xs[0] + xs[-1]) // 2, row))
     found.sort(key=lambda cell: cell[0])
-    return np.array([place for place, _ in found]), np.stack([row for _, row in found])
+    return np.array([middle for middle, _ in found]), np.stack([row for _, row in found])
 
 
-def prumerge(method: Any, moment: Any, image: int) -> Result:
-    record = moment.records[-1]
+def prumerge(method: Any, step: Any, image: int) -> Result:
+    record = step.records[-1]
     attention = cls_row(record, image)
     keys = unit(array(record.key)[image, :, 1:].transpose(1, 0, 2).reshape(len(attention), -1))
     q1, q3 = np.quantile(attention, 0.25), np.quantile(attention, 0.75)
     outliers = int((attention > q3 + 1.5 * (q3 - q1)).sum())
-    number = min(moment.keep, max(1, outliers))
+    number = min(step.keep, max(1, outliers))
     stays = set(top(attention, number).tolist())
     rest = [patch for patch in range(len(attention)) if patch not in stays]
-    total = min(moment.keep, 4 * number) if method.adaptive else moment.keep
-    for step in range(total - number):
-        stays.add(rest[(2 * step + 1) * len(rest) // (2 * (total - number))])
+    total = min(step.keep, 4 * number) if method.adaptive else step.keep
+    for index in range(total - number):
+        stays.add(rest[(2 * index + 1) * len(rest) // (2 * (total - number))])
     kept = np.array(sorted(stays))
     mixture = eye(kept, len(attention))
     for row, patch in enumerate(kept):
-        likeness = keys @ keys[patch]
-        others = [other for other in np.argsort(-likeness, kind="stable") if other != patch]
+        similarity = keys @ keys[patch]
+        others = [other for other in np.argsort(-similarity, kind="stable") if other != patch]
         for other in others[: method.neighbours]:
             mixture[row, other] += attention[other]
     return kept, mixture
 
 
-def visionzip(method: Any, moment: Any, image: int) -> Result:
-    record = moment.records[-2]
+def visionzip(method: Any, step: Any, image: int) -> Result:
+    record = step.records[-2]
     attention, keys = cls_row(record, image), unit(array(record.key)[image].mean(0)[1:])
-    contextual = round(moment.keep * 10 / 64) if method.contextual is None else method.contextual
-    dominant = top(attention, moment.keep - contextual)
+    contextual = round(step.keep * 10 / 64) if method.contextual is None else method.contextual
+    dominant = top(attention, step.keep - contextual)
     rest = [patch for patch in range(len(attention)) if patch not in dominant]
     targets = [rest[i * (len(rest) // contextual)] for i in range(contextual)]
     joined: dict[int, list[int]] = {target: [] for target in targets}
@@ -148,29 +148,29 @@ def visionzip(method: Any, moment: Any, image: int) -> Result:
     return kept, mixture
 
 
-def divprune(method: Any, moment: Any, image: int) -> Result:
-    features = unit(array(moment.projected)[image])
+def divprune(method: Any, step: Any, image: int) -> Result:
+    features = unit(array(step.projected)[image])
     distance = 1 - features @ features.T
     tokens = len(features)
     nearest = [min(distance[i, j] for j in range(tokens) if j != i) for i in range(tokens)]
     picked = [int(np.argmax(nearest))]
-    while len(picked) < moment.keep:
+    while len(picked) < step.keep:
         gaps = [-np.inf if i in picked else min(distance[i, j] for j in picked) for i in range(tokens)]
         picked.append(int(np.argmax(gaps)))
     return np.sort(picked), None
 
 
-def cdpruner(method: Any, moment: Any, row: int, image: int) -> Result:
+def cdpruner(method: Any, step: Any, row: int, image: int) -> Result:
     """The greedy maximum of det(L_S), each step by the determinants themselves."""
-    patches, text = unit(array(moment.patch_embeds)[row, image]), unit(array(moment.text_embeds)[row])
-    windows = [w for w in range(len(text)) if moment.windows[row, w]]
+    patches, text = unit(array(step.patch_embeds)[row, image]), unit(array(step.text_embeds)[row])
+    windows = [w for w in range(len(text)) if step.windows[row, w]]
     relevance = np.array([np.mean([patch @ text[w] for w in windows]) for patch in patches])
     relevance = -relevance if method.negated else relevance
     relevance = (relevance - relevance.min() + 1e-6) / (relevance.max() - relevance.min() + 1e-6)
-    features = unit(array(moment.features)[row, image])
+    features = unit(array(step.features)[row, image])
     kernel = relevance[:, None] * (features @ features.T) * relevance[None]
     picked: list[int] = []
-    while len(picked) < moment.keep:
+    while len(picked) < step.keep:
         gain = []
         for token in range(len(kernel)):
             chosen = [*picked, token]
@@ -183,17 +183,17 @@ def cdpruner(method: Any, moment: Any, row: int, image: int) -> Result:
 class Reader:
     """One layer's attention over the prompt of one row, head by head, causal and without padding."""
 
-    def __init__(self, watch: Any, sequence: Any, row: int) -> None:
-        self.query, self.key = array(watch.query)[row], array(watch.key)[row]
+    def __init__(self, record: Any, sequence: Any, row: int) -> None:
+        self.query, self.key = array(record.query)[row], array(record.key)[row]
         self.key = np.repeat(self.key, len(self.query) // len(self.key), axis=0)
-        self.past, self.scale = watch.past, watch.scale
-        self.there = np.ones(self.key.shape[1], dtype=bool)
+        self.past, self.scale = record.past, record.scale
+        self.valid = np.ones(self.key.shape[1], dtype=bool)
         if sequence.valid is not None:
-            self.there[self.past :] = array(sequence.valid)[row]
+            self.valid[self.past :] = array(sequence.valid)[row]
 
     def attention(self, column: int) -> np.ndarray:
         """Mean over heads of what a column pays the sequence's columns."""
-        sees = self.there & (np.arange(self.key.shape[1]) <= self.past + column)
+        sees = self.valid & (np.arange(self.key.shape[1]) <= self.past + column)
         rows = []
         for query, key in zip(self.query, self.key, strict=True):
             logits = np.where(sees, key @ query[column] * self.scale, -np.inf)
@@ -206,7 +206,7 @@ def visual_columns(sequence: Any, row: int, image: int) -> np.ndarray:
     return columns[columns < sequence.size]
 
 
-def text_behind(sequence: Any, row: int, image: int) -> list[int]:
+def text_after(sequence: Any, row: int, image: int) -> list[int]:
     visual = set(array(sequence.columns)[row].flatten().tolist())
     valid = None if sequence.valid is None else array(sequence.valid)[row]
     last = visual_columns(sequence, row, image).max()
@@ -214,36 +214,36 @@ def text_behind(sequence: Any, row: int, image: int) -> list[int]:
     return text or [sequence.size - 1]
 
 
-def fastv(method: Any, moment: Any, row: int, image: int) -> Result:
-    reader = Reader(moment.decoder_records[-1], moment.sequence, row)
-    received = reader.attention(moment.sequence.size - 1)[visual_columns(moment.sequence, row, image)]
-    return top(received, moment.group.keep), None
+def fastv(method: Any, step: Any, row: int, image: int) -> Result:
+    reader = Reader(step.decoder_records[-1], step.sequence, row)
+    received = reader.attention(step.sequence.size - 1)[visual_columns(step.sequence, row, image)]
+    return top(received, step.group.keep), None
 
 
-def text_attention(method: Any, moment: Any, row: int, image: int) -> Result:
-    weights = method.weights or [1.0] * len(moment.decoder_records)
-    text = text_behind(moment.sequence, row, image)
+def text_attention(method: Any, step: Any, row: int, image: int) -> Result:
+    weights = method.weights or [1.0] * len(step.decoder_records)
+    text = text_after(step.sequence, row, image)
     total = 0
-    for weight, watch in zip(weights, moment.decoder_records, strict=True):
-        reader = Reader(watch, moment.sequence, row)
+    for weight, record in zip(weights, step.decoder_records, strict=True):
+        reader = Reader(record, step.sequence, row)
         total = total + weight / sum(weights) * np.mean([reader.attention(column) for column in text], axis=0)
-    return top(total[visual_columns(moment.sequence, row, image)], moment.group.keep), None
+    return top(total[visual_columns(step.sequence, row, image)], step.group.keep), None
 
 
 def raters(sequence: Any, embeds: np.ndarray, row: int, image: int) -> list[int]:
     """Text tokens whose mean softmaxed product with the visual tokens is at least the mean."""
-    text, visual = text_behind(sequence, row, image), visual_columns(sequence, row, image)
+    text, visual = text_after(sequence, row, image), visual_columns(sequence, row, image)
     share = np.mean([softmax(embeds[text] @ embeds[column]) for column in visual], axis=0)
-    return [column for column, one in zip(text, share, strict=True) if one >= share.mean()]
+    return [column for column, similarity in zip(text, share, strict=True) if similarity >= share.mean()]
 
 
-def sparsevlm(method: Any, moment: Any, row: int, image: int) -> Result:
-    sequence, columns = moment.sequence, visual_columns(moment.sequence, row, image)
+def sparsevlm(method: Any, step: Any, row: int, image: int) -> Result:
+    sequence, columns = step.sequence, visual_columns(step.sequence, row, image)
     slots = array(sequence.slots)[row]
-    rating = [c for c in range(sequence.size) if slots[c] < sequence.length and moment.state[row, image, slots[c]]]
-    reader = Reader(moment.decoder_records[-1], sequence, row)
+    rating = [c for c in range(sequence.size) if slots[c] < sequence.length and step.state[row, image, slots[c]]]
+    reader = Reader(step.decoder_records[-1], sequence, row)
     rated = np.stack([reader.attention(column)[columns] for column in rating])
-    scores, tokens, keep = rated.mean(0), len(columns), min(moment.group.keep, len(columns))
+    scores, tokens, keep = rated.mean(0), len(columns), min(step.group.keep, len(columns))
     rank = np.linalg.matrix_rank(rated)
     if method.adaptive and rank < len(rating) < tokens:
         keep = max(1, tokens - round((tokens - keep) / (tokens - len(rating)) * (tokens - rank)))
@@ -260,7 +260,7 @@ def sparsevlm(method: Any, moment: Any, row: int, image: int) -> Result:
         return np.sort(order[:keep]), None
     stays = order[: keep - clusters]
     pool = np.sort(order[keep - clusters :][: int(0.3 * (tokens - keep + clusters))])
-    points = array(moment.hidden)[row][columns[pool]]
+    points = array(step.hidden)[row][columns[pool]]
     distance = np.array([[np.linalg.norm(p - q) for q in points] for p in points]) / points.shape[1] ** 0.5
     density = np.array([np.exp(-np.mean(np.sort(line)[:clusters] ** 2)) for line in distance])
     apart = []
@@ -279,34 +279,34 @@ def sparsevlm(method: Any, moment: Any, row: int, image: int) -> Result:
     return kept, np.stack([rows[token] for token in kept])
 
 
-def tome_plus(method: Any, moment: Any, row: int, image: int) -> Result:
-    watch = moment.decoder_records[-1]
-    keys = array(watch.key)[row].mean(0)[watch.past :][visual_columns(moment.sequence, row, image)]
-    sizes = np.ones(len(keys)) if moment.sizes is None else array(moment.sizes)[row, image]
-    return matching(keys, moment.group.keep, sizes, a=list(range(0, len(keys), 2)), b=list(range(1, len(keys), 2)))
+def tome_plus(method: Any, step: Any, row: int, image: int) -> Result:
+    record = step.decoder_records[-1]
+    keys = array(record.key)[row].mean(0)[record.past :][visual_columns(step.sequence, row, image)]
+    sizes = np.ones(len(keys)) if step.sizes is None else array(step.sizes)[row, image]
+    return matching(keys, step.group.keep, sizes, a=list(range(0, len(keys), 2)), b=list(range(1, len(keys), 2)))
 
 
-def lvpruning(method: Any, moment: Any, row: int, image: int) -> Result:
-    hidden = array(moment.hidden)[row]
-    mean = hidden[text_behind(moment.sequence, row, image)].mean(0)
-    visual = hidden[visual_columns(moment.sequence, row, image)]
-    return top(unit(visual) @ unit(mean), moment.group.keep), None
+def lvpruning(method: Any, step: Any, row: int, image: int) -> Result:
+    hidden = array(step.hidden)[row]
+    mean = hidden[text_after(step.sequence, row, image)].mean(0)
+    visual = hidden[visual_columns(step.sequence, row, image)]
+    return top(unit(visual) @ unit(mean), step.group.keep), None
 
 
-def atp(method: Any, moment: Any, row: int, image: int) -> Result:
+def atp(method: Any, step: Any, row: int, image: int) -> Result:
     """Eq. 3 and 4, and a uniform sample of the grid that always stays."""
-    watch, columns = moment.decoder_records[-1], visual_columns(moment.sequence, row, image)
-    reader = Reader(watch, moment.sequence, row)
+    record, columns = step.decoder_records[-1], visual_columns(step.sequence, row, image)
+    reader = Reader(record, step.sequence, row)
     logits = np.zeros(len(columns))
     for query, key in zip(reader.query, reader.key, strict=True):
-        products = query[columns] @ key[reader.past + columns].T * watch.scale
+        products = query[columns] @ key[reader.past + columns].T * record.scale
         logits += products.mean(0) / len(reader.query)
-    cross = np.mean([reader.attention(column)[columns] for column in text_behind(moment.sequence, row, image)], axis=0)
+    cross = np.mean([reader.attention(column)[columns] for column in text_after(step.sequence, row, image)], axis=0)
     score = (logits + cross) / 2
-    number = round(method.spatial * moment.group.keep)
-    sample = [(2 * step + 1) * len(columns) // (2 * number) for step in range(number)]
+    number = round(method.spatial * step.group.keep)
+    sample = [(2 * index + 1) * len(columns) // (2 * number) for index in range(number)]
     order = [token for token in np.argsort(-score, kind="stable") if token not in sample]
-    return np.sort([*sample, *order[: moment.group.keep - number]]), None
+    return np.sort([*sample, *order[: step.group.keep - number]]), None
 
 
 BY_IMAGE: dict[tuple[str, str], Callable[..., Result]] = {
@@ -320,7 +320,7 @@ BY_IMAGE: dict[tuple[str, str], Callable[..., Result]] = {
     ("visionzip", "in_features"): visionzip,
     ("divprune", "in_features"): divprune,
 }
-"""Systems whose moments are of images."""
+"""Methods at steps of single images."""
 
 BY_ROW: dict[tuple[str, str], Callable[..., Result]] = {
     ("cdpruner", "in_prompt"): cdpruner,
@@ -332,4 +332,4 @@ BY_ROW: dict[tuple[str, str], Callable[..., Result]] = {
     ("lvpruning-topk", "in_decoder"): lvpruning,
     ("atp-spatial", "in_decoder"): atp,
 }
-"""Systems whose moments are of the rows of a batch."""
+"""Methods at steps of the rows of a batch."""
