@@ -347,7 +347,7 @@ def test_masks_equal_physical_absence(
 @pytest.mark.parametrize("positions", ["original", "compact"])
 @pytest.mark.parametrize("pseudo_cls", ["propagate", "pool"])
 @pytest.mark.parametrize("guidance", ["clip", "mean_text", "visual_cls"])
-def test_an_observer_is_the_last_token_of_a_prompt_that_ends_with_its_image(
+def test_the_pseudo_cls_is_the_last_token_of_a_prompt_that_ends_with_its_image(
     model: SimpleNamespace, positions: str, pseudo_cls: str, guidance: str
 ) -> None:
     """Importance of every decoder group, with the attention maps of transformers for that shorter prompt."""
@@ -358,18 +358,18 @@ def test_an_observer_is_the_last_token_of_a_prompt_that_ends_with_its_image(
         result = reference.decoder_reference(model, **inputs, pruning=pruning)
         _, entering, _ = run_physically(model, inputs, result.selection, pruning)
         for image in result.images:
-            end, observer, maps, groups = image.columns[-1] + 1, image.pseudo_cls, [], iter(image.decoder)
+            end, token, maps, groups = image.columns[-1] + 1, image.pseudo_cls, [], iter(image.decoder)
             for index, layer in enumerate(language.layers[:4]):
                 columns, x = entering[index]
                 if pseudo_cls == "pool" and image.key_columns:
-                    observer = x[0, torch.isin(columns, torch.tensor(image.key_columns))].mean(0)
+                    token = x[0, torch.isin(columns, torch.tensor(image.key_columns))].mean(0)
                 before = columns[columns < end]
-                prompt = torch.cat([x[0, : len(before)], observer[None]])[None]
+                prompt = torch.cat([x[0, : len(before)], token[None]])[None]
                 where = torch.cat([before, torch.tensor([end])]) if positions == "original" else None
                 options = attention_inputs(language, prompt, where)
                 normed = layer.input_layernorm(prompt)
                 maps.append(layer.self_attn(normed, **options)[1][0].double().mean(0))
-                observer = layer(prompt, **options)[0, -1]
+                token = layer(prompt, **options)[0, -1]
                 if index % 2:
                     group = next(groups)
                     at = torch.searchsorted(before, torch.as_tensor(image.columns[group.candidates]))
@@ -394,7 +394,7 @@ def test_pool_and_propagate_part_at_the_second_layer(model: SimpleNamespace) -> 
     assert not np.allclose(first[1].images[0].decoder[0].importance, second[1].images[0].decoder[0].importance)
 
 
-def test_observers_change_no_real_token(model: SimpleNamespace) -> None:
+def test_pseudo_cls_tokens_change_no_real_token(model: SimpleNamespace) -> None:
     inputs = make_inputs("ttItqqt", "tIqtIqqtt")
     with torch.no_grad():
         chosen = reference.decoder_reference(model, **inputs)

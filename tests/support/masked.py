@@ -1,7 +1,7 @@
-"""Given choices applied with masks alone: full-length sequences, no cache, nothing gathered.
+"""The engine's choices, applied with masks alone: full-length sequences, no cache, nothing gathered.
 
-A token that was dropped is never seen again; one that others were merged into is overwritten where it stands. What was
-chosen is taken as given, so this judges the engine alone: gathering, positions, masks, cache, batches.
+A dropped token is never seen again; a token that others were merged into is overwritten where it stands. The choices
+are taken from the engine, so this checks everything else: gathering, positions, masks, cache, batches.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from tests.support.reference import attend, decoder_layer, project
 
 
 def choices_of(model: Any, inputs: dict[str, Any]) -> tuple[TraceRecorder, Any]:
-    """What the engine chose for a prompt, and its output."""
+    """The engine's choices for a prompt, and its output."""
     recorder = TraceRecorder()
     return recorder, model(**inputs, recorder=recorder, use_cache=True)
 
@@ -30,12 +30,12 @@ class _Slots:
         """One step on several lists of states (N, d), in place."""
         candidates, kept = scores.candidates[at].cpu(), scores.kept[at].cpu()
         assert (candidates[candidates >= 0] == torch.from_numpy(np.flatnonzero(self.alive))).all()
-        there = candidates >= 0
+        present = candidates >= 0
         if scores.mixture is not None:
-            mixture = scores.mixture[at][: int((kept >= 0).sum())][:, there]
+            mixture = scores.mixture[at][: int((kept >= 0).sum())][:, present]
             for state in states:
-                state[kept[kept >= 0]] = mixture.to(state.dtype) @ state[candidates[there]]
-            self.sizes[kept[kept >= 0]] = (mixture != 0).float() @ self.sizes[candidates[there]]
+                state[kept[kept >= 0]] = mixture.to(state.dtype) @ state[candidates[present]]
+            self.sizes[kept[kept >= 0]] = (mixture != 0).float() @ self.sizes[candidates[present]]
         self.alive[:] = False
         self.alive[kept[kept >= 0].numpy()] = True
 

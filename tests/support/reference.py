@@ -342,8 +342,8 @@ def decode_row(
     """Stage 2 (Sec. 3.3) on the embeddings (S, d) of one row; fills in ``image.decoder``.
 
     Returns the final hidden states (S, d) and, for every layer and after the last one, which columns exist (S,).
-    The pseudo CLS tokens are *observers*: rows S, S + 1, ... of the matrices, but for RoPE and A_mask (Eq. 2) right
-    after their images.
+    The pseudo-CLS tokens are rows S, S + 1, ... of the matrices; for RoPE and A_mask (Eq. 2) they stand right after
+    their images.
     """
     bounds = stage_groups(pruning, pruning.decoder_layers, len(language.layers))
     schedules = [geometric_schedule(len(image.kept), pruning.visual_tokens, len(bounds)) for image in images]
@@ -356,8 +356,8 @@ def decode_row(
     for index, layer in enumerate(language.layers):
         alive.append(exists.copy())
         if pruning.pseudo_cls == "pool":
-            observers = [x[im.key_columns].mean(0) if im.key_columns else x[length + m] for m, im in enumerate(images)]
-            x = torch.cat([x[:length], *(observer[None] for observer in observers)])
+            pooled = [x[im.key_columns].mean(0) if im.key_columns else x[length + m] for m, im in enumerate(images)]
+            x = torch.cat([x[:length], *(token[None] for token in pooled)])
         positions = rope_positions(pruning.positions, exists, valid, position_ids, ends)
         cos, sin = language.rotary_emb(x[None], position_ids=torch.as_tensor(positions[None], device=x.device))
         x, attention_map, norms = decoder_layer(layer, x, causal_visibility(exists, ends), cos[0], sin[0])
@@ -376,7 +376,7 @@ def decode_row(
 def rope_positions(
     how: str, exists: np.ndarray, valid: np.ndarray, position_ids: np.ndarray, ends: Iterable[int]
 ) -> np.ndarray:
-    """RoPE positions of the S columns and the observers after them; an observer has that of the column ``end``.
+    """RoPE positions of the S columns and the pseudo-CLS tokens after them, which have that of the column ``end``.
 
     "original": the positions of the unpruned sequence. "compact": how many valid tokens still exist before the column.
     """
@@ -387,9 +387,9 @@ def rope_positions(
 
 
 def causal_visibility(exists: np.ndarray, ends: Sequence[int]) -> np.ndarray:
-    """A_mask of Eq. 2 as ``visible[query, key]`` for S columns and the observers after them.
+    """A_mask of Eq. 2 as ``visible[query, key]`` for S columns and the pseudo-CLS tokens after them.
 
-    A column sees what exists up to itself. An observer sees what exists before the end of its image, and itself;
+    A column sees what exists up to itself. A pseudo-CLS token sees what exists before the end of its image, and itself;
     nothing else sees it. A query that would see nothing (padding) sees itself, for a finite softmax; nobody reads it.
     """
     length, total = len(exists), len(exists) + len(ends)

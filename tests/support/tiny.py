@@ -21,7 +21,7 @@ def tiny_config(
     context: int = CONTEXT,
     **pruning: Any,
 ) -> IVTPLlavaConfig:
-    """Images of 4x4 patches, six layers in each tower, pruning 16 -> 9 -> 4 unless told otherwise."""
+    """Images of 4x4 patches, six layers in each tower, pruning 16 -> 9 -> 4 unless `pruning` sets other counts."""
     clip_text = {
         "hidden_size": width,
         "intermediate_size": 2 * width,
@@ -166,8 +166,8 @@ def _clip_inputs(asked: list[list[bool]], generator: torch.Generator) -> dict[st
 
 def image_features(outputs: Any) -> torch.Tensor:
     """The features of all images in an output, one patch after the other (transformers 5.24 lists them by image)."""
-    told = outputs.image_hidden_states
-    return told.flatten(0, -2) if isinstance(told, torch.Tensor) else torch.cat(list(told))
+    features = outputs.image_hidden_states
+    return features.flatten(0, -2) if isinstance(features, torch.Tensor) else torch.cat(list(features))
 
 
 def rows_alone(inputs: dict[str, torch.Tensor], rows: list[list[Any]]) -> list[dict[str, torch.Tensor]]:
