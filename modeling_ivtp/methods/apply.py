@@ -13,6 +13,7 @@ from transformers import LlavaForConditionalGeneration
 from ..model.configuration_ivtp import IVTPLlavaConfig, IVTPPruningConfig
 from ..model.language_ivtp import DECODERS
 from ..model.modeling_ivtp import IVTPLlavaForConditionalGeneration, IVTPLlavaModel
+from ..model.prompt_graphs import PromptGraphs
 from ..model.pruner import STAGES, Choice, DecoderStep, FeatureStep, Needs, PromptStep, Pruner, TowerStep
 from ..model.schedule import PruningPlan
 from ..model.vision_ivtp import CLIPEncoderLayer, GroupedCLIPAttention, GroupedCLIPVisionModel
@@ -222,11 +223,12 @@ def _as_ours(model: Any) -> Iterator[None]:
         changes += [(layer, CLIPEncoderLayer), (layer.self_attn, GroupedCLIPAttention)]
     changes += [(layer.self_attn, DECODERS[decoder].attention_class) for layer in inner.language_model.layers]
     stock = [(part, type(part)) for part, _ in changes]
-    added = {"pruning": IVTPPruningConfig(enabled=False), "clip_text_config": None}
-    missing = [name for name in added if name not in vars(config)]
+    options = {"pruning": IVTPPruningConfig(enabled=False), "clip_text_config": None}
+    missing = [name for name in options if name not in vars(config)]
     try:
         for name in missing:
-            config.__dict__[name] = added[name]
+            config.__dict__[name] = options[name]
+        inner.__dict__["prompt_graphs"] = PromptGraphs(0)
         for part, our_class in changes:
             part.__class__ = our_class
         with _hooks_call_our_forwards([part for part, _ in changes]):
@@ -236,6 +238,7 @@ def _as_ours(model: Any) -> Iterator[None]:
             part.__class__ = stock_class
         for name in missing:
             config.__dict__.pop(name, None)
+        inner.__dict__.pop("prompt_graphs", None)
 
 
 @contextmanager
