@@ -15,9 +15,17 @@ from modeling_ivtp.checkpoints.clip_bpe import clip_tokenizer_from_open_clip
 
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
+{%- set content = message['content'] -%}
+{%- set parts = [{'type': 'text', 'text': content}] if content is string else content -%}
 {%- if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif -%}
-{%- for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor -%}
-{%- for part in message['content'] if part['type'] == 'text' %}{{ part['text'] + ' ' }}{% endfor -%}
+{%- for part in parts if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor -%}
+{%- if message['role'] == 'assistant' -%}
+{%- generation -%}
+{%- for part in parts if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{{ eos_token }}
+{%- endgeneration -%}
+{%- else -%}
+{%- for part in parts if part['type'] == 'text' %}{{ part['text'] + ' ' }}{% endfor -%}
+{%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif -%}
 """

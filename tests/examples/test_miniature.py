@@ -47,6 +47,25 @@ def test_it_answers_questions_about_scenes_it_has_never_seen(loaded, options, le
     assert sum(right) / len(right) >= least
 
 
+def test_its_template_takes_plain_text_and_marks_the_answer(loaded):
+    """As `assistant_only_loss` needs it: what a trainer masks is what the miniature was taught to say."""
+    _, processor = loaded
+    question, answer = "Is there a cup?", "yes"
+    parts = [{"type": "image"}, {"type": "text", "text": question}]
+    chats = [
+        [{"role": "user", "content": parts}, {"role": "assistant", "content": content}]
+        for content in (answer, [{"type": "text", "text": answer}])
+    ]
+    texts = [processor.apply_chat_template(chat) for chat in chats]
+    assert texts == [f"USER: <image>\n{question} ASSISTANT: {answer}</s>"] * 2
+    assert processor.apply_chat_template(chats[0][:1], add_generation_prompt=True) == texts[0].removesuffix(" yes</s>")
+    plain = processor.tokenizer.apply_chat_template(
+        chats[0], return_dict=True, return_assistant_tokens_mask=True, tokenize=True
+    )
+    taught = [token for token, kept in zip(plain["input_ids"], plain["assistant_masks"], strict=True) if kept]
+    assert processor.tokenizer.convert_ids_to_tokens(taught) == ["▁yes", "</s>"]
+
+
 def test_a_checkpoint_without_code_names_none(tmp_path: Path):
     (tmp_path / "modeling.py").write_text("")
     (tmp_path / "inner").mkdir()
