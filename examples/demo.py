@@ -1,4 +1,4 @@
-"""Draw a scene the miniature has never seen, ask it three questions, and see what is kept for each of them.
+"""Draw a scene that the miniature has never seen, ask three questions about it, and show what each of them keeps.
 
     python -m examples.demo
 
@@ -26,18 +26,18 @@ TYPES = (("colour",), RELATIONS, ("corner", "existence"))
 
 
 def choose_questions(scene: Scene) -> list[Question]:
-    """A colour, a relation and a place, each about other objects if the scene allows."""
+    """Choose questions about a colour, a relation and a place, each about other objects if the scene allows."""
     chosen: list[Question] = []
     for types in TYPES:
-        asked = questions(scene, types=types, style="plain")
-        used = {number for one in chosen for number in one.subjects + one.sources}
-        asked.sort(key=lambda one: len(used & {*one.subjects, *one.sources}))
-        chosen += asked[:1]
+        candidates = questions(scene, types=types, style="plain")
+        used = {number for question in chosen for number in question.subjects + question.sources}
+        candidates.sort(key=lambda question: len(used & {*question.subjects, *question.sources}))
+        chosen += candidates[:1]
     return chosen
 
 
 def ask(model: Any, processor: Any, scene: Scene, question: Question, repeats: int) -> list[Kept]:
-    """The answers to one question, unpruned and at every budget."""
+    """Answer one question, unpruned and at every budget."""
     inputs = answering.prepare(model, processor, [Image.fromarray(scene.pixels)], question.prompt)
     answers = []
     for tokens in (None, *BUDGETS):
@@ -53,36 +53,36 @@ def ask(model: Any, processor: Any, scene: Scene, question: Question, repeats: i
 
 
 def table(question: Question, answers: list[Kept]) -> Table:
-    """What was said to a question, and what it cost."""
-    made = Table(title=f"{question.text}  ({question.answer})", title_justify="left", title_style="bold")
+    """List the answers to a question and what they cost."""
+    rows = Table(title=f"{question.text}  ({question.answer})", title_justify="left", title_style="bold")
     for column in ("visual tokens", "layer-averaged", "KV cache", "seconds"):
-        made.add_column(column, justify="right")
-    made.add_column("answer")
+        rows.add_column(column, justify="right")
+    rows.add_column("answer")
     for kept in answers:
         answer = kept.answer
-        made.add_row(
+        rows.add_row(
             str(answer.visual_tokens[0]), f"{answer.layer_averaged_tokens:.0f}", f"{answer.kv_bytes / 1e6:.2f} MB",
             f"{answer.seconds:.3f}", answer.text + ("" if kept.right else "  (wrong)"),
         )  # fmt: skip
-    return made
+    return rows
 
 
 def main(
     out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("out/demo.png"),
     scene: Annotated[int, typer.Option(help="Which scene of the test, 0 to 999999999.")] = 113,
     model: Annotated[Path, typer.Option(help="The miniature, or one trained like it.")] = MINIATURE,
-    repeats: Annotated[int, typer.Option(min=0, help="Runs timed for each answer; the median is told.")] = 5,
+    repeats: Annotated[int, typer.Option(min=0, help="Timed runs of each answer; the median is shown.")] = 5,
 ) -> None:
     """Run the demonstration."""
     torch.set_num_threads(os.cpu_count() or 1)
     loaded, processor = answering.load_model(model, device="cpu", dtype="float32")
     drawn = draw_scene("test", scene, side=loaded.config.vision_config.image_size)
-    asked = [(one, ask(loaded, processor, drawn, one, repeats)) for one in choose_questions(drawn)]
+    asked = [(question, ask(loaded, processor, drawn, question, repeats)) for question in choose_questions(drawn)]
     for question, answers in asked:
         Console().print(table(question, answers))
     out.parent.mkdir(parents=True, exist_ok=True)
     draw(drawn, asked).savefig(out)
-    print(f"Open {out}: what is kept of the same picture for each question.")
+    print(f"Open {out} to see what each question keeps of the same picture.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The demonstration's picture: one row a question, and what was kept of the scene to answer it."""
+"""The demonstration's picture: a row for each question, with what was kept of the scene to answer it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from modeling_ivtp.serving.answering import Answer
 
 _INK, _MUTED, _RIGHT, _WRONG = "#1c2128", "#656d76", "#1a7f37", "#cf222e"
 _GAP = 3
-"""Pixels between a thing and its frame."""
+"""Pixels between an object and its frame."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """An answer, the patches it was given from, and whether it is right."""
+    """An answer, the patches that it rests on, and whether it is right."""
 
     patches: list[int]
     answer: Answer
@@ -26,9 +26,9 @@ class Kept:
 
 
 def draw(scene: Scene, asked: Sequence[tuple[Question, Sequence[Kept]]]) -> Figure:
-    """A row of panels for every question: the whole picture, then what was kept at each budget.
+    """Draw a row of panels for every question: the whole picture, then what was kept at each budget.
 
-    Things that a question is about and answered from are framed.
+    The objects that a question is about, and those that its answer rests on, are framed.
 
     Parameters
     ----------
@@ -58,9 +58,9 @@ def draw(scene: Scene, asked: Sequence[tuple[Question, Sequence[Kept]]]) -> Figu
                 corner, wide, high = (x0 - _GAP, y0 - _GAP), x1 - x0 + 2 * _GAP, y1 - y0 + 2 * _GAP
                 axes.add_patch(Rectangle(corner, wide, high, fill=False, edgecolor="white", linewidth=2))
             answer = kept.answer
-            told = f"{'' if column else 'all '}{answer.visual_tokens[0]} visual tokens"
+            count = f"{'' if column else 'all '}{answer.visual_tokens[0]} visual tokens"
             y = (bottom - 0.24) / height
-            figure.text(left / width, y, told, color=_MUTED, fontsize=11)
+            figure.text(left / width, y, count, color=_MUTED, fontsize=11)
             figure.text(
                 (left + side) / width, y, answer.text, color=_RIGHT if kept.right else _WRONG, fontsize=13,
                 fontweight="bold", ha="right",

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -253,12 +253,15 @@ def _lines(
     families, letters = _letters(text, weight)
     font = plot_module("matplotlib.font_manager").FontProperties(family=families, size=points, weight=weight)
     measure = plot_module("matplotlib.textpath").text_to_path.get_text_width_height_descent
+    length = cache(lambda run: measure(run, font, False)[0])
 
     def fits(line: Sequence[_Letter]) -> bool:
-        return sum(gap + measure(run, font, False)[0] for gap, run, _ in _runs(line, points)) <= width
+        return sum(gap + length(run) for gap, run, _ in _runs(line, points)) <= width
 
     lines: list[slice] = []
     for piece in _BREAKABLE.finditer("".join(letter for letter, _ in letters)):
+        if len(lines) > most:
+            break
         step = len(piece[0]) if fits(letters[slice(*piece.span())]) else 1
         for end in range(piece.start() + step, piece.end() + 1, step):
             if lines and fits(letters[lines[-1].start : end]):

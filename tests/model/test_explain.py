@@ -1,4 +1,4 @@
-"""`explain` tells what was kept and why, from the pass that `generate` makes."""
+"""`explain` shows what was kept and why, from the pass that `generate` makes."""
 
 import json
 

@@ -48,8 +48,8 @@ def draw(figure):
         assert box.x1 <= figure.bbox.x1
         assert box.y1 <= figure.bbox.y1
     panels = [axes.bbox.padded(-1.5) for axes in figure.axes]
-    for one, other in [*combinations(boxes + panels, 2)]:
-        assert not one.overlaps(other), (one, other)
+    for box, other in [*combinations(boxes + panels, 2)]:
+        assert not box.overlaps(other), (box, other)
     return np.asarray(canvas.buffer_rgba())
 
 

@@ -40,7 +40,7 @@ def test_key_tokens_join_to_words(texts, key, expected):
 
 @pytest.mark.parametrize("word", ["Describe", "Transcribe.", "Photosynthesis?"])
 def test_a_question_of_one_word_stays_one_word(word):
-    """Behind the line break after the image its first token has no mark of a space."""
+    """After the line break that follows the image, its first token has no mark of a space."""
     tokenizer = llama_tokenizer()
     tokens = tokenizer.convert_ids_to_tokens(tokenizer(f"USER: <image>\n{word} ASSISTANT:").input_ids)
     pieces = tokens[tokens.index("<0x0A>") + 1 : tokens.index("▁ASSISTANT:")]
