@@ -5,7 +5,6 @@ matplotlib is imported when a figure is drawn, so that a checkpoint's code loads
 
 from __future__ import annotations
 
-import codecs
 import io
 import math
 import os
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from .spelling import token_bytes
+from .spelling import spell
 
 if TYPE_CHECKING:
     try:  # an unguarded import, even this one, would count among what a checkpoint's code requires
@@ -201,18 +200,15 @@ def _characters(tokens: Sequence[Any]) -> tuple[str, list[list[Any]]]:
     Tokens that are not neighbours in the prompt are set apart, and so are token numbers, `<id>`. Otherwise a space
     stands where the tokenizer put its mark: the first word of a line has none, however many tokens it is cut into.
     """
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    letters: list[tuple[str, list[Any]]] = []
-    pending: list[Any] = []
-    for place, piece in enumerate(token_bytes([token.text for token in tokens])):
+    text, ranges = spell([token.text for token in tokens])
+    letters: list[tuple[str, list[Any]]] = [(letter, []) for letter in text]
+    for token, (first, end) in zip(tokens, ranges, strict=True):
+        for _, owners in letters[first:end]:
+            owners.append(token)
+    for place in range(len(tokens) - 1, 0, -1):
         token = tokens[place]
-        if place and (re.fullmatch(r"<-?\d+>", token.text) or token.position != tokens[place - 1].position + 1):
-            letters.append((" ", []))
-        for byte in piece:
-            pending.append(token)
-            for letter in decoder.decode(bytes([byte])):
-                letters.append((letter, pending))
-                pending = []
+        if re.fullmatch(r"<-?\d+>", token.text) or token.position != tokens[place - 1].position + 1:
+            letters.insert(ranges[place][0], (" ", []))
     return "".join(letter for letter, _ in letters), [owners for _, owners in letters]
 
 
