@@ -73,11 +73,14 @@ def flops(
 def _checkpoint_config(model: str) -> Any:
     """Read the configuration of a checkpoint without its weights."""
     from modeling_ivtp.checkpoints.llava_source import read_config
-    from modeling_ivtp.checkpoints.sources import local_folder
+    from modeling_ivtp.checkpoints.sources import HubOptions, local_folder
     from modeling_ivtp.model.configuration_ivtp import IVTPLlavaConfig
 
     folder = local_folder(model)
-    return IVTPLlavaConfig.from_pretrained(model) if folder is None else read_config(folder, model, quantized=True)
+    if folder is None:
+        HubOptions().check(model)
+        return IVTPLlavaConfig.from_pretrained(model)
+    return read_config(folder, model, quantized=True)
 
 
 def _parts_table(count: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from typing import Annotated
 
 import typer
@@ -24,6 +26,22 @@ def serve(
         raise ImportError("a server needs FastAPI and uvicorn: pip install 'ivtp-llava[serve]'") from error
     from modeling_ivtp.serving.server import build, load_handler
 
-    handler = load_handler(model, revision)
-    typer.echo(f"serving {model} at http://{host}:{port}/v1")
-    uvicorn.run(build(handler, model), host=host, port=port, log_level="warning")
+    # Loading takes minutes; whether the port is free is known before.
+    with _bound(host, port) as listener:
+        handler = load_handler(model, revision)
+        typer.echo(f"serving {model} at http://{host}:{port}/v1")
+        config = uvicorn.Config(build(handler, model), host=host, port=port, log_level="warning")
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """Return a socket bound to an address, on which nobody listens yet."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        if os.name != "nt":  # on Windows the option would share a port that is taken
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise OSError(f"port {port} of {host} cannot be used: {error.strerror or error}") from error
+    return listener

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import HfApi, get_repo_discussions, snapshot_download
-from huggingface_hub.errors import NotASafetensorsRepoError
+from huggingface_hub import HfApi, get_repo_discussions, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, RepositoryNotFoundError
 
 from .weights import INDEX_FILE, SINGLE_FILE, WEIGHT_PATTERNS, Checkpoint, TensorInfo, dtype_named, no_safetensors
 
@@ -38,8 +38,25 @@ class HubOptions:
     cache_dir: str | os.PathLike[str] | None = None
     local_files_only: bool = False
 
+    def check(self, repo: str) -> None:
+        """Raise OSError at once if a repository is neither cached nor on the Hub, where a download would try again."""
+        cache = None if self.cache_dir is None else Path(self.cache_dir)
+        if self.local_files_only or try_to_load_from_cache(repo, "config.json", cache, self.revision) is not None:
+            return
+        try:
+            HfApi(token=self.token).model_info(repo, revision=self.revision, timeout=10)
+        except RepositoryNotFoundError as error:
+            raise FileNotFoundError(
+                f"{repo} is neither a folder here nor a repository on the Hugging Face Hub that you may read"
+            ) from error
+        except HfHubHTTPError:
+            return  # the download says what is wrong
+        except Exception as error:
+            raise OSError(f"{repo} is no folder here, and the Hugging Face Hub cannot be reached: {error}") from error
+
     def snapshot(self, repo: str, patterns: Iterable[str], revision: str | None = None) -> Path:
         """Download the files of a Hub repository that match `patterns`, and return their local folder."""
+        self.check(repo)
         return Path(
             snapshot_download(
                 repo,
@@ -138,6 +155,7 @@ def open_checkpoint(
     if folder is not None:
         return Checkpoint.from_folder(folder, str(source)), folder
     repo = str(source)
+    options.check(repo)
     if headers_only and not options.local_files_only:
         return hub_headers(repo, options), options.snapshot(repo, extra)
     folder = options.snapshot(repo, (*WEIGHT_PATTERNS, *extra))

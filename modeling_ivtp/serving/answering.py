@@ -15,7 +15,7 @@ import torch
 from jinja2 import TemplateError
 
 from ..checkpoints.llava_source import check_loading_info, read_config
-from ..checkpoints.sources import local_folder, naming_damaged_file
+from ..checkpoints.sources import HubOptions, local_folder, naming_damaged_file
 from ..checkpoints.weights import check_weights
 from ..files.console import quiet
 from ..model.compat import cache_of
@@ -94,6 +94,8 @@ def load_model(
             # Without a config.json transformers would build a 7B model of random numbers.
             read_config(folder, str(model), quantized=True)
             check_weights(folder)
+        else:
+            HubOptions().check(str(model))
         source = model if folder is None else folder
         # transformers' own error for wrong shapes only refers to a report; `check_loading_info` says what is in it.
         loaded, info = IVTPLlavaForConditionalGeneration.from_pretrained(

@@ -7,19 +7,17 @@ of a class of remote code. The server offers chat completions with images and no
 import importlib.util
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
-from huggingface_hub import snapshot_download
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..checkpoints.llava_source import read_config
-from ..checkpoints.sources import local_folder
+from ..checkpoints.sources import HubOptions, local_folder
 from ..files import images
 from ..files.shipped import shipped
 from .schema import ChatRequest, Completion, Error, ErrorAnswer, Model, ModelList, explain_errors
@@ -43,7 +41,7 @@ def load_handler(model: str | os.PathLike[str], revision: str | None = None) -> 
     OSError, ValueError
         If there is no such checkpoint, or it cannot be loaded.
     """
-    folder = local_folder(model) or Path(snapshot_download(str(model), revision=revision))
+    folder = local_folder(model) or HubOptions(revision).snapshot(str(model), ["*"])
     read_config(folder, str(model), quantized=True)
     sys.modules.setdefault("handler_images", images)
     spec = importlib.util.spec_from_file_location("ivtp_endpoint_handler", shipped("hub_cards/handler.py"))

@@ -163,6 +163,7 @@ def test_a_published_tag_is_downloaded_as_safetensors_and_knows_its_activation(t
         asked.append((repo, options["allow_patterns"]))
         return str(tmp_path)
 
+    monkeypatch.setattr(sources.HubOptions, "check", lambda *_: None)
     monkeypatch.setattr(sources, "snapshot_download", snapshot)
     clip = load_clip_text(f"open_clip:{registered_model}/openai", activation="gelu")
     assert asked == [("somebody/tiny", ["open_clip_model.safetensors"])]
@@ -179,6 +180,7 @@ def test_a_repository_without_safetensors_is_read_from_the_hubs_own_conversion(t
     small.mkdir()
     (weights / "config.json").rename(small / "config.json")
     folders = {None: small, "refs/pr/8": weights}
+    monkeypatch.setattr(sources.HubOptions, "check", lambda *_: None)
     monkeypatch.setattr(sources, "snapshot_download", lambda repo, revision, **_: str(folders[revision]))
     request = SimpleNamespace(git_reference="refs/pr/8")
     monkeypatch.setattr(sources, "get_repo_discussions", lambda repo, **_: iter([request]))

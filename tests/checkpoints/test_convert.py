@@ -217,6 +217,7 @@ def test_a_dry_run_of_hub_repositories_downloads_headers_alone(parent, made, mon
         }
         return SimpleNamespace(files_metadata={"model.safetensors": SimpleNamespace(tensors=infos)})
 
+    monkeypatch.setattr(sources.HubOptions, "check", lambda *_: None)
     monkeypatch.setattr(sources, "snapshot_download", snapshot)
     monkeypatch.setattr(sources.HfApi, "get_safetensors_metadata", headers)
     plan = convert("owner/llava", "owner/clip", parent / "out", dry_run=True, pruning=PRUNING)

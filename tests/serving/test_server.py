@@ -3,6 +3,8 @@
 import base64
 import json
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -190,6 +192,32 @@ def test_a_request_that_is_too_large_is_cut_off(client: Any) -> None:
 def test_the_command_says_what_is_missing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["serve", str(tmp_path / "nowhere")]) == 1
     assert "neither a folder here nor the name of a repository" in capsys.readouterr().err
+
+
+def test_a_taken_port_is_noticed_before_the_model_is_loaded(
+    capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("modeling_ivtp.serving.server.load_handler", lambda *_: pytest.fail("loaded"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", str(ROOT / "examples" / "miniature"), "--port", str(port)]) == 1
+    assert f"port {port} of 127.0.0.1 cannot be used: Address already in use" in capsys.readouterr().err
+    assert main(["serve", str(ROOT / "examples" / "miniature"), "--host", "203.0.113.1"]) == 1
+    assert "port 8000 of 203.0.113.1 cannot be used" in capsys.readouterr().err
+
+
+def test_the_command_serves(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "ivtp_cli", "serve", str(ROOT / "examples" / "miniature"), "--port", str(port)]
+    with subprocess.Popen(command, cwd=ROOT) as process:
+        try:
+            transport = httpx.HTTPTransport(retries=8)
+            with httpx.Client(transport=transport, timeout=120) as client:
+                assert client.get(f"http://127.0.0.1:{port}/health").json() == {"status": "ok"}
+        finally:
+            process.terminate()
+    assert process.returncode in (0, -15)
 
 
 def test_transformers_own_server_does_not_take_classes_of_remote_code(tmp_path: Path) -> None:
