@@ -70,12 +70,13 @@ NAMES = {
     "Recorded": "CapturedGraph",
     "TowerMoment": "TowerStep",
     "Wrapped": "PrunerWrapper",
-    "behind": "after",
+    "behind": "groups_after",
     "behind_images": "after_images",
     "byte_count": "files.sizes.byte_count",
     "human_bytes": "files.sizes.human_bytes",
     "layer_runs": "cache_spans",
     "read_prompt": "index_prompt",
+    "together": "join_choices",
 }
 """Classes, functions and constants: old name, new name; with a path where they left their module."""
 ATTRIBUTES = {

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from .._moved import old_names
 from ..model.pruner import Choice, DecoderStep
 from ..model.rollout import AttentionRecord, DecoderAttentionRecord, reference_row
 from ..model.visual_sequence import VisualSequence
@@ -135,3 +136,6 @@ def join_choices(choices: Sequence[tuple[torch.Tensor, torch.Tensor | None]], to
 def one_hot(kept: torch.Tensor, tokens: int) -> torch.Tensor:
     """Return the mixture that leaves the kept tokens as they are: float32 (..., k', k)."""
     return torch.nn.functional.one_hot(kept, tokens).float()
+
+
+__getattr__ = old_names(__name__)

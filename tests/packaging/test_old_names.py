@@ -113,6 +113,20 @@ def test_an_old_module_holds_what_it_held(old: str) -> None:
         module.nowhere  # noqa: B018
 
 
+@pytest.mark.parametrize(
+    ("module", "old"), [("method", "behind"), ("selecting", "behind_images"), ("selecting", "together")]
+)
+def test_a_module_that_stayed_knows_its_old_names(module: str, old: str) -> None:
+    place = import_module(f"modeling_ivtp.methods.{module}")
+    with pytest.warns(
+        FutureWarning, match=rf"methods\.{module}\.{old} is now modeling_ivtp\.methods\.{module}\.{NAMES[old]};"
+    ):
+        found = getattr(place, old)
+    assert found is getattr(place, NAMES[old])
+    with pytest.raises(AttributeError, match="has no attribute 'nowhere'"):
+        place.nowhere  # noqa: B018
+
+
 def test_the_warning_points_at_the_line_with_the_old_name() -> None:
     sys.modules.pop("modeling_ivtp.token_budget", None)
     with pytest.warns(FutureWarning) as module:
