@@ -212,7 +212,9 @@ def take_images(output: Any, order: list[int]) -> Any:
     chosen: dict[str, Any] = {"pooler_output": [output.pooler_output[image] for image in order]}
     # Of images that keep different numbers, the one that kept most may be among those that are left out.
     most = max(len(image) for image in chosen["pooler_output"])
-    for name, cut in (("kept_patches", True), ("cls_features", False), ("image_embeds", False), ("patch_embeds", True)):
+    # Names, and whether there is one value for each patch.
+    names = {"kept_patches": True, "patch_embeds": True, "cls_features": False, "image_embeds": False}
+    for name, cut in (names | {"last_hidden_state": False}).items():
         if (value := getattr(output, name, None)) is not None:
             value = value[torch.tensor(order, device=value.device)]
             chosen[name] = value[:, :most] if cut else value

@@ -249,6 +249,9 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
         recorder : TraceRecorder, optional
             Collects what `explain` shows.
 
+        **kwargs
+            As in LLaVA: `return_dict`, and `output_hidden_states` for the tower's, each with the patches left there.
+
         Returns
         -------
         IVTPImageFeatures; LLaVA's own output where pruning is off.
@@ -271,8 +274,13 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
             )
         layers = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
         feature_layers = (layers,) if isinstance(layers, int) else tuple(layers)
-        return_dict = kwargs.pop("return_dict", True)
-        kwargs.pop("output_hidden_states", None)
+        return_dict = kwargs.pop("return_dict", None)
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        if kwargs.pop("output_attentions", None):
+            raise ValueError(
+                "output_attentions=True: under pruning each layer's attention map has another size. Use "
+                "model.explain(...) to see what was kept and why, or switch pruning off: model.pruning(enabled=False)."
+            )
 
         def encode(pixel_values: torch.Tensor) -> IVTPImageFeatures:
             return self._encode_images(pixel_values, plan, feature_layers, recorder, kwargs)
@@ -327,6 +335,8 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
             choice, patches, features = choose_features(pruner, step, recorder)
         return IVTPImageFeatures(
             pooler_output=_trimmed(features, patches < plan.patches) if choice and choice.ragged else list(features),
+            last_hidden_state=vision.last_hidden_state,
+            hidden_states=vision.hidden_states,
             kept_patches=patches,
             cls_features=cls,
             image_embeds=None if vision.pooler_output is None else self.visual_projection(vision.pooler_output),
@@ -469,7 +479,7 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
             prompt = replace(prompt, attention_mask=None)  # where nothing is padded, no layer has to look for it
         if encoded is None:
             assert pixel_values is not None
-            encoded = self.get_image_features(pixel_values, recorder=recorder, **images)
+            encoded = self.get_image_features(pixel_values, recorder=recorder, return_dict=True, **images)
         _check_encoded(encoded, plan)
         outputs = None
         if recorder is None:

@@ -31,12 +31,18 @@ class PrunedVisionOutput:
         The last layer's CLS after `post_layernorm`; None if the tower did not run to its top.
     records : dict of int to AttentionRecord
         Of the layers in `Needs.recorded_layers`.
+    last_hidden_state : Tensor (I, 1 + k, d)
+        The output of the last layer that ran.
+    hidden_states : tuple of Tensor (I, 1 + k', d) or None
+        The embeddings and every layer's output, each with the patches that were left there.
     """
 
     features: torch.Tensor
     patches: torch.Tensor
     pooler_output: torch.Tensor | None
     records: Mapping[int, AttentionRecord]
+    last_hidden_state: torch.Tensor
+    hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
 class GroupedCLIPAttention(CLIPAttention):
@@ -192,6 +198,7 @@ class GroupedCLIPVisionModel(CLIPVisionModel):
         feature_layers: Sequence[int] = (-2,),
         to_the_top: bool = True,
         scores: list[GroupScores] | None = None,
+        output_hidden_states: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Encode images, dropping the patches that a pruner does not keep.
@@ -209,6 +216,8 @@ class GroupedCLIPVisionModel(CLIPVisionModel):
             Whether CLIP's embedding of the image is needed; otherwise the tower ends at the last layer that is.
         scores : list of GroupScores, optional
             Each group's decision is appended.
+        output_hidden_states : bool, default False
+            Whether to return the output of every layer; the tower then runs to its top.
 
         Returns
         -------
@@ -220,6 +229,8 @@ class GroupedCLIPVisionModel(CLIPVisionModel):
             For a feature layer that the tower does not have.
         """
         if pruner is None or plan is None:
+            if output_hidden_states:  # by default, the configuration decides
+                kwargs["output_hidden_states"] = output_hidden_states
             return super().forward(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
         layers = self.encoder.layers
         feature_numbers = [self._hidden_state(layer) for layer in feature_layers]
@@ -229,7 +240,9 @@ class GroupedCLIPVisionModel(CLIPVisionModel):
         images = _Pass(pruner, patches, scores, {0: hidden} if 0 in feature_numbers else {})
         tops, group_of = _dropping_groups(plan, patches.shape[1])
         recorded = {layer % len(layers): AttentionRecord(reference_only=True) for layer in pruner.needs.recorded_layers}
-        end = len(layers) if to_the_top else max([*feature_numbers, *(last + 1 for last in (*tops, *recorded))])
+        states = [hidden] if output_hidden_states else []
+        whole = to_the_top or output_hidden_states
+        end = len(layers) if whole else max([*feature_numbers, *(last + 1 for last in (*tops, *recorded))])
         for index, layer in enumerate(layers[:end]):
             options: dict[str, Any] = {}
             if index in group_of:
@@ -244,12 +257,16 @@ class GroupedCLIPVisionModel(CLIPVisionModel):
                 hidden = images.drop(top)(hidden)
             if index + 1 in feature_numbers:
                 images.features[index + 1] = hidden
+            if output_hidden_states:
+                states.append(hidden)
         features = [images.features[number] for number in feature_numbers]
         return PrunedVisionOutput(
             features=features[0] if len(features) == 1 else torch.cat(features, dim=-1),
             patches=images.patches,
             pooler_output=self.post_layernorm(hidden[:, 0]) if to_the_top else None,
             records={layer: recorded[layer % len(layers)] for layer in pruner.needs.recorded_layers},
+            last_hidden_state=hidden,
+            hidden_states=tuple(states) if output_hidden_states else None,
         )
 
     def _hidden_state(self, layer: int) -> int:

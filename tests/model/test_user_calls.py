@@ -51,6 +51,24 @@ def test_the_bare_model_is_there_by_its_name(model, tmp_path):
     assert not hasattr(IVTPLlavaModel.from_pretrained(tmp_path), "lm_head")
 
 
+def test_image_features_are_what_stock_llava_returns(model, inputs):
+    pixels = inputs["pixel_values"]
+    encoded = model.model.get_image_features(pixels, output_hidden_states=True)
+    with model.pruning(enabled=False):
+        stock = model.model.get_image_features(pixels, output_hidden_states=True)
+    assert len(encoded.hidden_states) == len(stock.hidden_states) == 7
+    assert [state.shape[1] - 1 for state in encoded.hidden_states] == [16, 16, 13, 13, 11, 11, 9]
+    assert torch.equal(encoded.hidden_states[0], stock.hidden_states[0])
+    assert torch.equal(encoded.last_hidden_state, encoded.hidden_states[-1])
+    assert model.model.get_image_features(pixels).last_hidden_state.shape == (2, 10, 32)
+    assert isinstance(model.model.get_image_features(pixels, return_dict=False), tuple)
+    model.config.return_dict = False
+    assert isinstance(model.model.get_image_features(pixels), tuple)
+    assert isinstance(model(**inputs), tuple)
+    with pytest.raises(ValueError, match=r"output_attentions=True: under pruning .* model\.explain"):
+        model.model.get_image_features(pixels, output_attentions=True)
+
+
 def test_image_tokens_are_never_targets(model, inputs):
     labels = with_labels(inputs)
     assert (labels == IMAGE_TOKEN).any()
