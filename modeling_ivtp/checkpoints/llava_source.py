@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from transformers import LlavaConfig
+from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
+from ..model.adapter import adapter_message
 from ..model.checkpoint_ivtp import warn_of_another_clip
 from ..model.configuration_ivtp import IVTPLlavaConfig
 from ..model.language_ivtp import DECODERS
@@ -48,7 +50,9 @@ def read_config(folder: Path, llava: str, *, quantized: bool = False) -> Any:
         values = json.loads((folder / "config.json").read_text())
         model_type = values.get("model_type")
     except FileNotFoundError:
-        raise FileNotFoundError(f"{llava} has no config.json") from None
+        adapter = folder / ADAPTER_CONFIG_NAME
+        message = adapter_message(llava, adapter) if adapter.is_file() else f"{llava} has no config.json"
+        raise FileNotFoundError(message) from None
     except (ValueError, AttributeError) as error:
         raise ValueError(f"config.json of {llava} is not a JSON object: {error}") from error
     if model_type not in MODEL_TYPES:

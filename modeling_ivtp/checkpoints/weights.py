@@ -19,6 +19,9 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
+
+from ..model.adapter import adapter_message
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -153,7 +156,7 @@ class Checkpoint:
         if (folder / SINGLE_FILE).is_file():
             return cls(source, _read_header(folder / SINGLE_FILE), folder)
         if not (folder / INDEX_FILE).is_file():
-            raise ValueError(no_safetensors(source, (path.name for path in folder.iterdir())))
+            raise ValueError(no_safetensors(source, [path.name for path in folder.iterdir()], folder))
         shards = _read_index(folder / INDEX_FILE)
         tensors: dict[str, TensorInfo] = {}
         for file, names in shards.items():
@@ -186,8 +189,10 @@ def check_weights(folder: Path) -> None:
             _check_promised(folder / file, promised, set(weights.keys()))
 
 
-def no_safetensors(source: str, files: Iterable[str]) -> str:
-    """Return the message about a folder or repository without safetensors weights."""
+def no_safetensors(source: str, files: Collection[str], folder: Path | None = None) -> str:
+    """Return the message about a repository, or a local `folder`, without safetensors weights among its files."""
+    if ADAPTER_CONFIG_NAME in files:
+        return adapter_message(source, None if folder is None else folder / ADAPTER_CONFIG_NAME)
     others = sorted(name for name in files if name.endswith((".bin", ".pt", ".pth", ".h5", ".msgpack")))
     found = f"only {', '.join(others[:3])}" if others else "no weights at all"
     return (

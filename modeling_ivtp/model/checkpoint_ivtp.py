@@ -20,6 +20,7 @@ from transformers.conversion_mapping import (
 from transformers.models.clip.configuration_clip import CLIPConfig, CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPPreTrainedModel, CLIPTextModel, CLIPTextModelWithProjection
 
+from .adapter import naming_adapter
 from .configuration_ivtp import IVTPLlavaConfig
 from .language_ivtp import DECODERS
 
@@ -157,7 +158,8 @@ def read_clip(
         return reader(clip, activation=activation, **hub | {"revision": revision})
     folder = Path(clip).expanduser()
     source = folder if folder.is_dir() else clip
-    config: Any = AutoConfig.from_pretrained(source, trust_remote_code=False, **hub)
+    with naming_adapter(source, **hub):
+        config: Any = AutoConfig.from_pretrained(source, trust_remote_code=False, **hub)
     if config.model_type != CLIPConfig.model_type:
         raise ValueError(
             f"{clip} is of model_type {config.model_type!r}; CLIP's text tower comes from one of type 'clip'"

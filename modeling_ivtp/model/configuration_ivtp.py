@@ -8,6 +8,7 @@ from typing import Any
 from transformers import LlavaConfig
 from transformers.models.clip.configuration_clip import CLIPTextConfig
 
+from .adapter import naming_adapter
 from .schedule import PruningPlan, plan_pruning
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -180,14 +181,18 @@ class IVTPLlavaConfig(LlavaConfig):
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """Read a configuration as transformers does; a stock LLaVA's becomes ours with default pruning options."""
-        config, rest = super().get_config_dict(*args, **kwargs)
+        source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        with naming_adapter(source, **kwargs):
+            config, rest = super().get_config_dict(*args, **kwargs)
+            if not config:
+                # transformers would build LLaVA-1.5-7B from the defaults.
+                raise FileNotFoundError(f"{source} has no config.json")
         if config.get("model_type") == LlavaConfig.model_type:
             config["model_type"] = cls.model_type
         if config.get("model_type", cls.model_type) != cls.model_type:
-            where = args[0] if args else "The configuration"
             raise ValueError(
-                f"{where} is of model_type {config['model_type']!r}; allowed: {LlavaConfig.model_type!r} (LLaVA-1.5 in "
-                f"transformers' format) and {cls.model_type!r}."
+                f"{source or 'The configuration'} is of model_type {config['model_type']!r}; allowed: "
+                f"{LlavaConfig.model_type!r} (LLaVA-1.5 in transformers' format) and {cls.model_type!r}."
             )
         return config, rest
 

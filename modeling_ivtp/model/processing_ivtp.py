@@ -19,6 +19,7 @@ from PIL import Image
 from transformers import AutoTokenizer, BatchFeature, LlavaProcessor, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import cached_file, logging
 
+from .adapter import HUB_ACCESS, naming_adapter
 from .instruction import (
     KNOWN_FORMATS,
     SYSTEM_INSIDE_TURN,
@@ -39,7 +40,6 @@ logger = logging.get_logger(__name__)
 LONGEST = 100
 """How many times as long as wide a picture is scaled; 34 MB at 336 pixels."""
 _OF_SIZE = {"size", "crop_size", "do_resize", "do_center_crop"}
-_HUB_ACCESS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
 
 _STOCK_ARGUMENTS = (
     "image_processor",
@@ -148,10 +148,12 @@ num_additional_image_tokens
         -------
         IVTPLlavaProcessor
         """
-        stock = LlavaProcessor.from_pretrained(llava, **kwargs)
+        with naming_adapter(llava, **kwargs):
+            stock = LlavaProcessor.from_pretrained(llava, **kwargs)
         if isinstance(clip_tokenizer, (str, os.PathLike)):
-            access = {name: kwargs[name] for name in _HUB_ACCESS if name in kwargs}
-            clip_tokenizer = AutoTokenizer.from_pretrained(clip_tokenizer, **access)
+            access = {name: kwargs[name] for name in HUB_ACCESS if name in kwargs}
+            with naming_adapter(clip_tokenizer, **access):
+                clip_tokenizer = AutoTokenizer.from_pretrained(clip_tokenizer, **access)
         elif clip_tokenizer is None:
             clip_tokenizer = _stored_clip_tokenizer(llava, **kwargs)
         return cls(
@@ -168,7 +170,8 @@ num_additional_image_tokens
             raise ValueError(
                 f"IVTPLlavaProcessor.from_llava joins a CLIP tokenizer, got clip_tokenizer={kwargs['clip_tokenizer']!r}"
             )
-        return super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
+        with naming_adapter(pretrained_model_name_or_path, **kwargs):
+            return super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
 
     @classmethod
     def _load_tokenizer_from_pretrained(
@@ -464,7 +467,7 @@ num_additional_image_tokens
 def _stored_clip_tokenizer(source: str | os.PathLike, *, subfolder: str = "", **kwargs: Any) -> Any:
     """Load the CLIP tokenizer of an IVTP checkpoint; None if there is none."""
     folder = f"{subfolder}/clip_tokenizer" if subfolder else "clip_tokenizer"
-    access = {name: kwargs[name] for name in (*_HUB_ACCESS, "revision") if name in kwargs}
+    access = {name: kwargs[name] for name in (*HUB_ACCESS, "revision") if name in kwargs}
     found = cached_file(
         source,
         "tokenizer_config.json",
