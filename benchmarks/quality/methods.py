@@ -17,7 +17,7 @@ import torch
 from benchmarks.quality.world import Question, Scene, oracle_order
 from benchmarks.quality.world.draws import Draws
 from modeling_ivtp.methods import METHODS, make
-from modeling_ivtp.model.modeling_ivtp import IVTPImageFeatures
+from modeling_ivtp.model.outputs import IVTPImageFeatures
 from modeling_ivtp.model.pruner import IVTPPruner, Needs, Pruner
 from modeling_ivtp.model.rollout import reference_row
 from modeling_ivtp.model.schedule import PruningPlan

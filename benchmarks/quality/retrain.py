@@ -22,7 +22,7 @@ from benchmarks.quality.loop import TrainingRun, cosine_rate, drawn_ahead, optim
 from benchmarks.quality.world import SIDE, Question, Scene, draw_scene, questions
 from modeling_ivtp import IVTPLlavaConfig
 from modeling_ivtp.files.folder import check_target, new_folder
-from modeling_ivtp.model.generation_ivtp import take_images
+from modeling_ivtp.model.outputs import take_images
 from modeling_ivtp.serving.answering import load_model, set_budget
 
 _FIRST = 500_000_000

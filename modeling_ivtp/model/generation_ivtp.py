@@ -8,6 +8,7 @@ from torch import nn
 from transformers.masking_utils import create_masks_for_generate
 
 from .compat import CACHE
+from .outputs import take_images
 from .prompt import PromptInputs
 from .pruned_cache import is_pruned, release
 
@@ -205,17 +206,3 @@ def _reordered(images: Any, order: list[int]) -> Any:
     if isinstance(images, torch.Tensor):
         return images[torch.tensor(order, device=images.device)]
     return {kind: None if output is None else take_images(output, order) for kind, output in images.items()}
-
-
-def take_images(output: Any, order: list[int]) -> Any:
-    """Take the encoder outputs of some images, which may repeat."""
-    chosen: dict[str, Any] = {"pooler_output": [output.pooler_output[image] for image in order]}
-    # Of images that keep different numbers, the one that kept most may be among those that are left out.
-    most = max(len(image) for image in chosen["pooler_output"])
-    # Names, and whether there is one value for each patch.
-    names = {"kept_patches": True, "patch_embeds": True, "cls_features": False, "image_embeds": False}
-    for name, cut in (names | {"last_hidden_state": False}).items():
-        if (value := getattr(output, name, None)) is not None:
-            value = value[torch.tensor(order, device=value.device)]
-            chosen[name] = value[:, :most] if cut else value
-    return type(output)(**chosen)

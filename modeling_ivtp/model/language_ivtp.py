@@ -111,16 +111,7 @@ class GroupedDecoder:
         self._refuse(attention_mask, kwargs)
         wanted = kwargs.pop("output_hidden_states", None)
         wanted = getattr(model.config, "output_hidden_states", False) if wanted is None else wanted
-        use_cache = model.config.use_cache if use_cache is None else use_cache
-        if model.training and getattr(model, "gradient_checkpointing", False):
-            if visual is None:
-                raise ValueError(
-                    "Gradient checkpointing runs without the cache that holds the start of this conversation: train on "
-                    "whole conversations, or disable it with gradient_checkpointing_disable()."
-                )
-            use_cache, cache = False, None  # as transformers does: the backward pass would write it again
-        if use_cache and cache is None:
-            cache = DynamicCache(config=model.config)
+        cache = self._cache_of_pass(cache, use_cache, visual)
         logical = inputs_embeds.shape[1] if visual is None else visual.sequence.length
         past = 0 if cache is None else cache.get_seq_length()
         self._check_window(past, logical)
@@ -140,6 +131,19 @@ class GroupedDecoder:
             hidden_states=None if states is None else states.with_last(hidden),
             kept_tokens=kept_tokens,
         )
+
+    def _cache_of_pass(self, cache: Cache | None, use_cache: bool | None, visual: VisualPrompt | None) -> Cache | None:
+        """Return the cache that a pass writes; gradient checkpointing takes none."""
+        model: Any = self
+        use_cache = model.config.use_cache if use_cache is None else use_cache
+        if model.training and getattr(model, "gradient_checkpointing", False):
+            if visual is None:
+                raise ValueError(
+                    "Gradient checkpointing runs without the cache that holds the start of this conversation: train on "
+                    "whole conversations, or disable it with gradient_checkpointing_disable()."
+                )
+            return None  # as transformers does: the backward pass would write it again
+        return DynamicCache(config=model.config) if use_cache and cache is None else cache
 
     def allocate(self, cache: Cache, plan: PruningPlan, sequence: VisualSequence) -> None:
         """Allocate an empty static cache for what a prompt keeps and for the answer; see `pruned_cache.allocate`.
@@ -435,3 +439,24 @@ DECODERS: dict[str, Any] = {
     "mistral": GroupedMistralModel,
     "qwen2": GroupedQwen2Model,
 }
+
+
+def check_architecture(config: Any) -> None:
+    """Refuse towers that pruning cannot serve, before anything is built."""
+    vision, text, clip = config.vision_config, config.text_config, config.clip_text_config
+    if vision.model_type != "clip_vision_model":
+        raise ValueError(
+            f"vision_config.model_type={vision.model_type!r}: pruning needs a vision tower with a CLS token; allowed: "
+            "'clip_vision_model'."
+        )
+    if text.model_type not in DECODERS:
+        raise ValueError(f"text_config.model_type={text.model_type!r}; allowed: {', '.join(sorted(DECODERS))}.")
+    if clip is not None and clip.model_type != "clip_text_model":
+        raise ValueError(f"clip_text_config.model_type={clip.model_type!r}; allowed: 'clip_text_model'.")
+    layers = config.vision_feature_layer
+    for layer in [layers] if isinstance(layers, int) else layers:
+        if not -vision.num_hidden_layers - 1 <= layer <= vision.num_hidden_layers:
+            raise ValueError(
+                f"vision_feature_layer={layer}; allowed: {-vision.num_hidden_layers - 1} to {vision.num_hidden_layers}."
+            )
+    config.pruning_plan()

@@ -4,20 +4,18 @@ import copy
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPTextModelWithProjection
 from transformers.models.llava.modeling_llava import (
     LlavaCausalLMOutputWithPast,
     LlavaForConditionalGeneration,
     LlavaModel,
-    LlavaModelOutputWithPast,
     LlavaMultiModalProjector,
     LlavaPreTrainedModel,
 )
@@ -29,7 +27,8 @@ from .generation_ivtp import PrunedGeneration
 from .guide import InstructionGuide
 from .instruction_cache import InstructionCache
 from .labels import TEXT_TOWER, labelled
-from .language_ivtp import DECODERS
+from .language_ivtp import DECODERS, check_architecture
+from .outputs import IMAGES, IVTPImageFeatures, check_encoded, model_output, training_targets, trimmed
 from .prompt import PromptIndex, PromptInputs, build_prompt, choose_features, index_prompt
 from .prompt_graphs import MAX_GRAPHS, PromptGraphs
 from .pruner import Choice, FeatureStep, IVTPPruner, Pruner
@@ -37,49 +36,8 @@ from .schedule import PruningPlan
 from .trace import PruningTrace, TraceRecorder
 from .vision_ivtp import GroupedCLIPVisionModel, PrunedVisionOutput
 
-IMAGES = "image_outputs" if "image_outputs" in LlavaModelOutputWithPast.__dataclass_fields__ else "image_hidden_states"
-"""The name of the images in LLaVA's outputs: the former since transformers 5.24."""
-
-
 CHOOSING = ("clip_text_model", "visual_projection")
 """Parts of the model that serve nothing but the choice of tokens."""
-
-
-@dataclass
-class IVTPImageFeatures(BaseModelOutputWithPooling):
-    """Features of images from which patches were dropped.
-
-    Attributes
-    ----------
-    pooler_output : list of Tensor (k, d)
-        Kept patches of each image, projected for the language model.
-    kept_patches : int64 Tensor (I, k)
-        Their numbers, 0 to N - 1; N fills up an image that keeps fewer than others.
-    cls_features : Tensor (I, d)
-        The CLS token, projected the same way.
-    image_embeds : Tensor (I, P) or None
-        CLIP's embedding of the image (Eq. 6).
-    patch_embeds : Tensor (I, k, P) or None
-        The kept patches in CLIP's space, for a method that compares them with the instruction.
-    """
-
-    kept_patches: torch.Tensor | None = None
-    cls_features: torch.Tensor | None = None
-    image_embeds: torch.Tensor | None = None
-    patch_embeds: torch.Tensor | None = None
-
-
-@dataclass
-class IVTPLlavaModelOutputWithPast(LlavaModelOutputWithPast):
-    """LLaVA's output, with the columns of the prompt that went through the whole decoder.
-
-    Attributes
-    ----------
-    kept_tokens : bool Tensor (B, S) or None
-        None: all.
-    """
-
-    kept_tokens: torch.Tensor | None = None
 
 
 class IVTPLlavaPreTrainedModel(LlavaPreTrainedModel):
@@ -175,7 +133,7 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
 
     def __init__(self, config: Any) -> None:
         LlavaPreTrainedModel.__init__(self, config)
-        _check_architecture(config)
+        check_architecture(config)
         self.vision_tower = GroupedCLIPVisionModel._from_config(config.vision_config)
         self.multi_modal_projector = LlavaMultiModalProjector(config)
         self.language_model = DECODERS[config.text_config.model_type]._from_config(config.text_config)
@@ -334,7 +292,7 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
             cls = self.multi_modal_projector(vision.features[:, :1])[:, 0]
             choice, patches, features = choose_features(pruner, step, recorder)
         return IVTPImageFeatures(
-            pooler_output=_trimmed(features, patches < plan.patches) if choice and choice.ragged else list(features),
+            pooler_output=trimmed(features, patches < plan.patches) if choice and choice.ragged else list(features),
             last_hidden_state=vision.last_hidden_state,
             hidden_states=vision.hidden_states,
             kept_patches=patches,
@@ -452,18 +410,11 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
         # Without an image there is nothing to plan: a decoding step costs no more than this look.
         plan = None if pixel_values is None and encoded is None else self.plan()
         if plan is None:
-            options = {"mm_encoder_outputs": mm_encoder_outputs} if mm_encoder_outputs is not None else {}
-            return super().forward(
-                input_ids=input_ids,
-                pixel_values=pixel_values,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                inputs_embeds=inputs_embeds,
-                **{CACHE: cache},
-                **images,
-                **options,
-                **kwargs,
-            )
+            if mm_encoder_outputs is not None:
+                kwargs["mm_encoder_outputs"] = mm_encoder_outputs
+            tokens = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+            tokens |= {"inputs_embeds": inputs_embeds, "pixel_values": pixel_values, CACHE: cache}
+            return super().forward(**tokens, **images, **kwargs)
         if pixel_values is not None and encoded is not None:
             raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
         return_dict = kwargs.pop("return_dict", None)
@@ -480,13 +431,13 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
         if encoded is None:
             assert pixel_values is not None
             encoded = self.get_image_features(pixel_values, recorder=recorder, return_dict=True, **images)
-        _check_encoded(encoded, plan)
+        check_encoded(encoded, plan)
         outputs = None
         if recorder is None:
             outputs = self.prompt_graphs.replay_prompt(self, prompt, prompt_index, encoded, cache, kwargs)
         if outputs is None:
             outputs = self.decode_prompt(prompt, prompt_index, encoded, cache, recorder, **kwargs)
-        return _wrapped(outputs, encoded, self.config.return_dict if return_dict is None else return_dict)
+        return model_output(outputs, encoded, self.config.return_dict if return_dict is None else return_dict)
 
     def decode_prompt(
         self,
@@ -634,7 +585,8 @@ class IVTPLlavaForConditionalGeneration(
         if labels is not None:
             for name in ("mm_encoder_outputs", "recorder"):
                 kwargs.pop(name, None)
-            targets = self._targets(labels, kwargs.pop("shift_labels", None), outputs, input_ids, inputs_embeds)
+            images = self.model.placeholders(input_ids, inputs_embeds)
+            targets = training_targets(labels, kwargs.pop("shift_labels", None), images, outputs)
             loss = self.loss_function(logits=logits, vocab_size=self.config.text_config.vocab_size, **targets, **kwargs)
         result = LlavaCausalLMOutputWithPast(
             loss=loss,
@@ -654,26 +606,6 @@ class IVTPLlavaForConditionalGeneration(
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True) and self.model.has_text_tower:
             self.model.guide.save(self, save_directory)
-
-    def _targets(
-        self,
-        labels: torch.Tensor,
-        shift_labels: torch.Tensor | None,
-        outputs: Any,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor | None,
-    ) -> dict[str, torch.Tensor]:
-        """Return the labels without image tokens, which nobody says, and without what dropped tokens would predict."""
-        ignored = self.model.placeholders(input_ids, inputs_embeds)
-        kept = getattr(outputs, "kept_tokens", None)
-        if kept is not None:
-            ignored = ignored | ~nn.functional.pad(kept[:, :-1], (1, 0), value=True).to(ignored.device)
-        ignored = ignored.to(labels.device)
-        targets = {"labels": labels.masked_fill(ignored, -100)}
-        if shift_labels is not None:
-            shifted = nn.functional.pad(ignored[:, 1:], (0, 1), value=False)
-            targets["shift_labels"] = shift_labels.masked_fill(shifted.to(shift_labels.device), -100)
-        return targets
 
     @torch.no_grad()
     def explain(self, processor: Any = None, **inputs: Any) -> PruningTrace:
@@ -754,55 +686,6 @@ class IVTPLlavaForConditionalGeneration(
         if limit and not automatic and (len(devices) != 1 or not devices[0].startswith("cuda")):
             raise ValueError(f"CUDA graphs need the whole model on one GPU; it is on {', '.join(devices)}.")
         self.model.prompt_graphs = PromptGraphs(limit, automatic)
-
-
-def _wrapped(outputs: Any, encoded: IVTPImageFeatures, return_dict: bool) -> Any:
-    """Turn the decoder's output into the model's."""
-    result = IVTPLlavaModelOutputWithPast(
-        last_hidden_state=outputs.last_hidden_state,
-        hidden_states=outputs.hidden_states,
-        attentions=None,
-        kept_tokens=outputs.kept_tokens,
-        **{CACHE: cache_of(outputs)},
-        **{IMAGES: encoded if IMAGES == "image_outputs" else torch.cat(encoded.pooler_output)},
-    )
-    return result if return_dict else result.to_tuple()
-
-
-def _check_encoded(encoded: Any, plan: PruningPlan) -> None:
-    """Refuse images that were encoded under other pruning options."""
-    kept = getattr(encoded, "kept_patches", None)
-    if kept is None or kept.shape[1] > plan.encoded_tokens or (kept.shape[1] < plan.encoded_tokens and plan.exact):
-        raise ValueError(
-            f"mm_encoder_outputs holds {'all' if kept is None else kept.shape[1]} patches of an image, the options "
-            f"in force {plan.encoded_tokens}: encode it with get_image_features under the same pruning options."
-        )
-
-
-def _trimmed(features: torch.Tensor, present: torch.Tensor) -> list[torch.Tensor]:
-    """Cut the features (I, k, d) of each image after its last one that is present (bool (I, k))."""
-    return [image[:count] for image, count in zip(features, present.sum(1).tolist(), strict=True)]
-
-
-def _check_architecture(config: Any) -> None:
-    """Refuse towers that pruning cannot serve, before anything is built."""
-    vision, text, clip = config.vision_config, config.text_config, config.clip_text_config
-    if vision.model_type != "clip_vision_model":
-        raise ValueError(
-            f"vision_config.model_type={vision.model_type!r}: pruning needs a vision tower with a CLS token; allowed: "
-            "'clip_vision_model'."
-        )
-    if text.model_type not in DECODERS:
-        raise ValueError(f"text_config.model_type={text.model_type!r}; allowed: {', '.join(sorted(DECODERS))}.")
-    if clip is not None and clip.model_type != "clip_text_model":
-        raise ValueError(f"clip_text_config.model_type={clip.model_type!r}; allowed: 'clip_text_model'.")
-    layers = config.vision_feature_layer
-    for layer in [layers] if isinstance(layers, int) else layers:
-        if not -vision.num_hidden_layers - 1 <= layer <= vision.num_hidden_layers:
-            raise ValueError(
-                f"vision_feature_layer={layer}; allowed: {-vision.num_hidden_layers - 1} to {vision.num_hidden_layers}."
-            )
-    config.pruning_plan()
 
 
 register_weight_names()
