@@ -1,4 +1,4 @@
-"""What a second process is worth to `ivtp batch` on this machine's CPUs, and what is left when it is killed ten times.
+"""Speed of `ivtp batch` with a second process on this machine's CPUs, and its results when it is killed ten times.
 
 python -m benchmarks.batch_scaling
 """
@@ -36,14 +36,16 @@ from modeling_ivtp.speed.bench import machine
 
 _TWO = "two processes of one thread"
 _KINDS = (("of one thread", 1, 1), ("of all threads", 1, None), (_TWO, 2, 1))
-"""What is timed by turns, the number of processes, and the threads of each. Two of one thread use as many cores as one
-of all does on two: the first ratio tells what a second process is worth, the second what it is worth here."""
+"""The runs that are timed by turns, with the number of processes and the threads of each (None: all).
+
+The ratio to one process of one thread is the gain of a second process; the ratio to one process of all threads is its
+gain on this machine, where both use the same cores."""
 
 NEW_TOKENS, BATCH, SHARD, MEMORY = 8, 8, 16, "2GB"
 
 
 def write_data(folder: Path, rows: int) -> Path:
-    """A data set of drawn scenes, each with one question: a JSONL file and its pictures."""
+    """Write a data set of drawn scenes, each with one question: a JSONL file and its pictures."""
     (folder / "pictures").mkdir(parents=True)
     lines = []
     for number, (scene, question) in enumerate(sample_questions("validation", rows)):
@@ -54,10 +56,10 @@ def write_data(folder: Path, rows: int) -> Path:
 
 
 def command(data: Path, model: Path, out: Path, processes: int) -> list[str]:
-    """The command of a run with so many processes."""
+    """Return the command of a run with a number of processes."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    # The name is accelerate's for processes of any kind; a free port lets runs follow each other at once.
+    # accelerate calls several processes of any kind "multi_gpu"; port 0 is a free one, so that runs can follow at once.
     launch += ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else ["--cpu"]
     batch = ["-m", "modeling_ivtp.cli", "batch", "--model", str(model), "--data", str(data), "--out", str(out)]
     batch += ["--device", "cpu", "--dtype", "float32", "--max-new-tokens", str(NEW_TOKENS), "--memory", MEMORY]
@@ -65,22 +67,22 @@ def command(data: Path, model: Path, out: Path, processes: int) -> list[str]:
 
 
 def start(arguments: list[str], threads: int | None = 1) -> subprocess.Popen[bytes]:
-    """A run whose processes have so many threads each; None: as many as PyTorch takes."""
-    told = {} if threads is None else {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    environment = os.environ | told
+    """Start a run whose processes have `threads` threads each; None: as many as PyTorch takes."""
+    limits = {} if threads is None else {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    environment = os.environ | limits
     return subprocess.Popen(
         arguments, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
     )
 
 
 def timed(arguments: list[str], out: Path, threads: int | None = 1) -> dict[str, float]:
-    """Run to the end, with so many threads in each process.
+    """Time a run to its end, with `threads` threads in each process.
 
     Returns
     -------
     dict
-        `seconds` of the whole command, and `answering` from the first claim of a shard to the last file, which leaves
-        out imports and loading.
+        `seconds` of the whole command, and of `answering`: from the first claim of a shard to the last file, without
+        imports and loading.
     """
     began, claimed = time.time(), 0.0
     process = start(arguments, threads)
@@ -89,22 +91,22 @@ def timed(arguments: list[str], out: Path, threads: int | None = 1) -> dict[str,
             claimed = time.time()
         time.sleep(0.01)
     ended = time.time()
-    _, said = process.communicate()
+    _, errors = process.communicate()
     if process.returncode:
-        raise ValueError(f"the run failed: {said.decode()[-500:]}")
+        raise ValueError(f"the run failed: {errors.decode()[-500:]}")
     last = max(path.stat().st_mtime for path in out.glob("answers-*.parquet"))
     return {"seconds": ended - began, "answering": last - claimed}
 
 
 def kill(process: subprocess.Popen[bytes]) -> int:
-    """SIGKILL to the launcher and every process below it; returns how many were alive."""
+    """Send SIGKILL to the launcher and every process below it, and return how many were alive."""
     try:
         parent = psutil.Process(process.pid)
         family = [parent, *parent.children(recursive=True)]
     except psutil.NoSuchProcess:
         family = []
-    for one in family:
-        one.kill()
+    for member in family:
+        member.kill()
     psutil.wait_procs(family)
     process.communicate()
     return len(family)
@@ -113,15 +115,15 @@ def kill(process: subprocess.Popen[bytes]) -> int:
 def killed(
     data: Path, model: Path, out: Path, rows: int, kills: int, undisturbed: Mapping[str, float], seed: int
 ) -> dict[str, Any]:
-    """Kill a run of two processes at random moments, then let it end.
+    """Kill a run of two processes at random moments, then let it finish.
 
-    Three of ten kills come at any moment from the start to where an undisturbed run begins to answer, the others at any
-    moment after a new row is there, soon enough that all of them come before the last row.
+    Three of ten kills come at a random moment before an undisturbed run would begin to answer, the others at a random
+    moment after a new row is on disk, soon enough that all kills come before the last row.
 
     Parameters
     ----------
     undisturbed : mapping
-        What `timed` says of such a run.
+        The result of `timed` for such a run.
     """
     draws, moments, shards = random.Random(seed), [], -(-rows // SHARD)
     arguments = command(data, model, out, 2)
@@ -142,58 +144,58 @@ def killed(
 
 
 def answered(out: Path, rows: int, shards: int) -> int:
-    """Rows that are on disk, in finished files and in journals."""
+    """Count the rows on disk, in finished files and in journals."""
     return Counter(OutFolder(out), rows, SHARD, shards).done() if out.is_dir() else 0
 
 
 def same(first: Path, second: Path) -> bool:
-    """Whether two runs left the same files, byte for byte."""
+    """Return whether two runs left the same files, byte for byte."""
     names = [sorted(path.name for path in out.iterdir()) for out in (first, second)]
     _, differing, odd = filecmp.cmpfiles(first, second, names[0], shallow=False)
     return names[0] == names[1] and not differing and not odd
 
 
 def measure(model: Path, rows: int, pairs: int, kills: int, seed: int) -> dict[str, Any]:
-    """Time one process of one thread, one of all, and two of one by turns, and kill a run of two."""
+    """Time one process of one thread, one of all threads, and two of one thread by turns; kill a run of two."""
     with tempfile.TemporaryDirectory() as folder:
         data = write_data(Path(folder) / "data", rows)
         reference = Path(folder) / "reference"
-        # Also reads the data into the cache of `datasets`, which later runs find.
+        # This run also reads the data into the cache of `datasets`, from which later runs read.
         undisturbed = timed(command(data, model, reference, 2), reference)
         times, agree = [], []
         for pair in range(pairs):
-            of_pair = {}
+            runs = {}
             for kind, processes, threads in _KINDS if pair % 2 == 0 else reversed(_KINDS):
                 out = Path(folder) / f"{pair}-{kind.replace(' ', '-')}"
-                of_pair[kind] = timed(command(data, model, out, processes), out, threads)
+                runs[kind] = timed(command(data, model, out, processes), out, threads)
                 agree.append(same(reference, out))
-                print(f"turn {pair + 1} of {pairs}, {kind}: {of_pair[kind]}", file=sys.stderr)
-            times.append(of_pair)
+                print(f"turn {pair + 1} of {pairs}, {kind}: {runs[kind]}", file=sys.stderr)
+            times.append(runs)
         out = Path(folder) / "killed"
-        told = killed(data, model, out, rows, kills, undisturbed, seed) if kills else {"kills": []}
+        found = killed(data, model, out, rows, kills, undisturbed, seed) if kills else {"kills": []}
         numbers = pq.read_table(out)["row"].to_pylist() if kills else []
         return {
             "pairs": times,
             "all_runs_wrote_the_same_bytes": all(agree),
-            "killed": told
+            "killed": found
             | {"same_bytes_as_undisturbed": same(reference, out), "every_row_once": numbers == list(range(rows))}
             if kills
-            else told,
+            else found,
         }
 
 
 def ratios(pairs: list[Mapping[str, Any]], kind: str, what: str) -> list[float]:
-    """How much faster two processes are than one of some kind, in each pair."""
+    """Return how many times faster two processes are than one of a kind, for each pair."""
     return [pair[kind][what] / pair[_TWO][what] for pair in pairs]
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """The results, for people."""
-    machine_, pairs, told = results["machine"], results["pairs"], results["killed"]
-    versions = ", ".join(f"{name} {number}" for name, number in machine_["versions"].items())
+    """Return the page of the results."""
+    host, pairs, killed_run = results["machine"], results["pairs"], results["killed"]
+    versions = ", ".join(f"{name} {number}" for name, number in host["versions"].items())
     lines = [
         f"# Batches by two processes, {results['date']}\n",
-        f"{machine_['device']}, {machine_['cpus']} CPUs, load average {results['load']:.2f} "
+        f"{host['device']}, {host['cpus']} CPUs, load average {results['load']:.2f} "
         f"before; {versions}; the miniature in float32, {results['rows']} rows, batches of up to {BATCH}.\n",
         f"`{results['command']}`\n",
     ]
@@ -208,23 +210,23 @@ def markdown(results: Mapping[str, Any]) -> str:
         header = ("", "one process", "s", f"{_TWO}, s", f"times as fast, median of {len(pairs)} turns (least to most)")
         agreed = "same bytes" if results["all_runs_wrote_the_same_bytes"] else "NOT the same bytes"
         lines += [markdown_table(header, rows), f"All runs wrote the {agreed}.\n"]
-    if told["kills"]:
-        once = "every row once" if told["every_row_once"] else "NOT every row once"
-        bytes_ = "the bytes" if told["same_bytes_as_undisturbed"] else "NOT the bytes"
-        there = ", ".join(str(one["rows"]) for one in told["kills"])
+    if kills := killed_run["kills"]:
+        once = "every row once" if killed_run["every_row_once"] else "NOT every row once"
+        bytes_ = "the bytes" if killed_run["same_bytes_as_undisturbed"] else "NOT the bytes"
+        rows_done = ", ".join(str(kill["rows"]) for kill in kills)
         lines.append(
-            f"Killed {len(told['kills'])} times at random with SIGKILL, launcher and both processes, when {there} rows "
-            f"were there: it ended with {once} and {bytes_} of an undisturbed run.\n"
+            f"Killed {len(kills)} times at random with SIGKILL, launcher and both processes, with {rows_done} rows on "
+            f"disk: it ended with {once} and {bytes_} of an undisturbed run.\n"
         )
     return "\n".join(lines)
 
 
 def main(
     model: Annotated[Path, typer.Option(help="The checkpoint.")] = MINIATURE,
-    rows: Annotated[int, typer.Option(min=2, help="Of the data set.")] = 1024,
+    rows: Annotated[int, typer.Option(min=2, help="Rows of the data set.")] = 1024,
     pairs: Annotated[int, typer.Option(min=0, help="Runs of one process and of two, by turns.")] = 3,
-    kills: Annotated[int, typer.Option(min=0, help="Times a run is killed.")] = 10,
-    seed: Annotated[int, typer.Option(help="Of the moments.")] = 0,
+    kills: Annotated[int, typer.Option(min=0, help="How often a run is killed.")] = 10,
+    seed: Annotated[int, typer.Option(help="Seed of the moments.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
 ) -> None:
     """Measure, and write batch-DATE.json and batch-DATE.md."""

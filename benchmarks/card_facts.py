@@ -1,9 +1,9 @@
-"""What the model cards say in numbers, from what was counted and measured: hub_cards/NAME/facts.json and README.md.
+"""The numbers of the model cards, counted and measured: hub_cards/NAME/facts.json and README.md.
 
     python -m benchmarks.card_facts
 
-Costs come from counting what each recipe's configuration executes; accuracies from the newest results of the quality
-benchmark on the checkpoint that the card is for. Nothing in a card is typed.
+Costs are counted by running each recipe's configuration without data; accuracies come from the newest results of the
+quality benchmark on the card's checkpoint. No number in a card is typed by hand.
 """
 
 import json
@@ -25,11 +25,11 @@ CARDS = ROOT / "hub_cards"
 RESULTS = ROOT / "benchmarks" / "results"
 COMMAND = "python -m benchmarks.card_facts"
 TEXT_TOKENS = 64
-"""Of the prompt whose cost the cards tell: LLaVA's words around a question of a sentence or two."""
+"""Text tokens of the prompt whose cost the cards state: LLaVA's template around a question of a sentence or two."""
 
 
 def costs(recipes: Mapping[int, Recipe]) -> dict[str, Any]:
-    """What one image and its prompt cost unpruned and at every budget, as executed."""
+    """Count the cost of one image and its prompt, unpruned and at every budget, as executed."""
     config = next(iter(recipes.values())).config()
     rows = []
     for budget in (None, *sorted(recipes, reverse=True)):
@@ -37,30 +37,32 @@ def costs(recipes: Mapping[int, Recipe]) -> dict[str, Any]:
             found = count_named(config, "unpruned", config.num_patches, text_tokens=TEXT_TOKENS)
         else:
             found = count_named(recipes[budget].config(), "ivtp", budget, text_tokens=TEXT_TOKENS)
-        told = found.to_dict()
+        counts = found.to_dict()
         rows.append(
             {
                 "visual_tokens": budget,
-                "final_tokens": told["final_tokens"],
-                "layer_averaged_tokens": round(told["layer_averaged_tokens"], 1),
-                "tflops": float(f"{told['total_tflops']:.4g}"),
-                "kv_cache_bytes": told["kv_cache_bytes"],
+                "final_tokens": counts["final_tokens"],
+                "layer_averaged_tokens": round(counts["layer_averaged_tokens"], 1),
+                "tflops": float(f"{counts['total_tflops']:.4g}"),
+                "kv_cache_bytes": counts["kv_cache_bytes"],
             }
         )
     return {"text_tokens": TEXT_TOKENS, "cache_dtype": "float16", "command": COMMAND, "rows": rows}
 
 
 def quality(checkpoint: Path) -> dict[str, Any] | None:
-    """What the newest results say of a checkpoint; None if it was never examined here."""
-    of = checkpoint_fingerprint(checkpoint)
+    """Return the accuracies of a checkpoint from its newest results; None if it was never evaluated here."""
+    fingerprint = checkpoint_fingerprint(checkpoint)
     for file in reversed(results_in(RESULTS)):
         results = json.loads(file.read_text())
-        if results["checkpoint"] == of:
-            return _told(results, file) | {"weights": Checkpoint.from_folder(checkpoint, str(checkpoint)).digest()}
+        if results["checkpoint"] == fingerprint:
+            return _accuracies(results, file) | {
+                "weights": Checkpoint.from_folder(checkpoint, str(checkpoint)).digest()
+            }
     return None
 
 
-def _told(results: Mapping[str, Any], file: Path) -> dict[str, Any]:
+def _accuracies(results: Mapping[str, Any], file: Path) -> dict[str, Any]:
     rows = [
         {name: row[name] for name in ("method", "visual_tokens", "accuracy", "interval")}
         for row in results["rows"]

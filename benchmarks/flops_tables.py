@@ -1,4 +1,4 @@
-"""The FLOPs tables of the papers beside what the systems built here execute: benchmarks/results/flops.md.
+"""The papers' FLOPs tables beside the FLOPs that this code executes: benchmarks/results/flops.md.
 
 python -m benchmarks.flops_tables
 """
@@ -30,7 +30,7 @@ TABLES_1_AND_2 = {
     "ivtp": (8.2, 15.6),
 }
 NOTES = """\
-What differs, and why:
+Deviations and their reasons:
 
 - Table 3 is printed to a tenth, which at 128 text tokens is 3.6%: 2.76 would be printed as 2.8, 2.97 as 3.0.
 - The paper leaves out the patch embedding and the projector and counts 23 of the tower's 24 layers; stock LLaVA in
@@ -50,7 +50,7 @@ Other papers' figures, of which no table is made here:
 
 
 def beside(executed: float, printed: float, digits: int) -> str:
-    """What is executed, what was printed, and the deviation."""
+    """Format executed and printed TFLOPs, with the deviation."""
     return f"{executed:.{digits}f} / {printed:.{digits}f} ({executed / printed - 1:+.1%})"
 
 
@@ -69,7 +69,7 @@ def main() -> None:
     third = [
         [
             name,
-            *(beside(total(name, text=text), one, 2) for text, one in zip((128, 256, 512, 1024), printed, strict=True)),
+            *(beside(total(name, text=text), value, 2) for text, value in zip(TEXT_TOKENS, printed, strict=True)),
         ]
         for name, printed in TABLE_3.items()
     ]

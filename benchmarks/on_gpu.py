@@ -1,10 +1,10 @@
-"""Everything about speed that needs a GPU, in one run that needs nothing but the repository.
+"""All speed measurements that need a GPU, in one run that needs only the repository.
 
 python -m benchmarks.on_gpu --out FOLDER
 
 Runs the GPU tests, then `ivtp bench` on LLaVA-1.5-7B's shape with random weights: prefills over batches, with and
-without CUDA graphs; whole answers; pruning off; growth over prompt lengths; all of it compiled. What is finished is
-written at once: a run may be cut short.
+without CUDA graphs; whole answers; pruning off; growth over prompt lengths; everything compiled. The results of each
+step are written at once, so the run may be interrupted.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 
 _SHAPE = ("--shape", "llava-1.5-7b", "--dtype", "bfloat16")
 _COMPILED_TEST = "cuda_graphs_of"
-"""The test that compiles prompt and steps, which takes longer than all others."""
+"""The test that compiles prompts and decoding steps, which takes longer than all others."""
 
 
 def _repeated(option: str, *values: int | str) -> list[str]:
@@ -51,14 +51,14 @@ STEPS: dict[str, list[str]] = {
 
 
 def main() -> int:
-    """Run the steps; the number of those that failed."""
+    """Run the steps, and return how many failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--steps", nargs="+", choices=list(STEPS), default=list(STEPS))
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     failed = 0
-    for step in asked.steps:
-        out = ["--out", str(asked.out / step)] if "bench" in STEPS[step] else []
+    for step in arguments.steps:
+        out = ["--out", str(arguments.out / step)] if "bench" in STEPS[step] else []
         start = time.monotonic()
         status = subprocess.run([sys.executable, "-m", *STEPS[step], *out]).returncode
         failed += status != 0

@@ -1,4 +1,4 @@
-"""Answers on disk as they come, so that an interrupted evaluation goes on where it was."""
+"""A log of answers on disk, from which an interrupted evaluation continues."""
 
 import hashlib
 import json
@@ -11,13 +11,13 @@ from modeling_ivtp.speed.stopwatch import Taken
 
 
 class AnswerLog:
-    """A file of lines, one for each row and batch; a line that was cut off by an interruption is asked again.
+    """A file of lines, one for each row and batch; a line that an interruption cut off is asked again.
 
     Parameters
     ----------
     folder : Path
     settings : dict
-        What the answers depend on; another evaluation has another file.
+        Everything that the answers depend on; an evaluation with other settings has another file.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
@@ -31,12 +31,12 @@ class AnswerLog:
         whole = 0
         for line in self._file:
             try:
-                told = json.loads(line)
+                entry = json.loads(line)
             except ValueError:
                 break
             if not line.endswith(b"\n"):
                 break
-            self._answers[told["row"]][told["batch"]] = (told["said"], Taken(*told["taken"]))
+            self._answers[entry["row"]][entry["batch"]] = (entry["said"], Taken(*entry["taken"]))
             whole += len(line)
         self._file.truncate(whole)
         return self
@@ -45,21 +45,21 @@ class AnswerLog:
         self._file.close()
 
     def has(self, row: str, batch: int) -> bool:
-        """Whether a row has answered a batch."""
+        """Return whether a row has answered a batch."""
         return batch in self._answers[row]
 
-    def add(self, row: str, batch: int, said: list[str], taken: Taken) -> None:
-        """Note what a row said to a batch."""
-        line = {"row": row, "batch": batch, "taken": astuple(taken), "said": said}
-        self._file.write(json.dumps(line).encode() + b"\n")
+    def add(self, row: str, batch: int, answers: list[str], taken: Taken) -> None:
+        """Log a row's answers to a batch, and the seconds that they took."""
+        entry = {"row": row, "batch": batch, "taken": astuple(taken), "said": answers}
+        self._file.write(json.dumps(entry).encode() + b"\n")
         self._file.flush()
-        self._answers[row][batch] = (said, taken)
+        self._answers[row][batch] = (answers, taken)
 
     def answers(self, row: str) -> tuple[list[str], Taken]:
-        """All answers of a row in order, and what they took."""
-        parts = [part for _, part in sorted(self._answers[row].items())]
-        return [one for said, _ in parts for one in said], sum((taken for _, taken in parts), Taken())
+        """Return all answers of a row in order, and the seconds that they took."""
+        batches = [batch for _, batch in sorted(self._answers[row].items())]
+        return [answer for answers, _ in batches for answer in answers], sum((taken for _, taken in batches), Taken())
 
     def finished(self) -> None:
-        """The results are written: the file goes."""
+        """Delete the file, once the results are written."""
         self.path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""From the states of training to a checkpoint that anyone loads.
+"""Assembly of a checkpoint that anyone can load from the states of training.
 
 python -m benchmarks.quality.assemble --clip out/miniature/clip --llava out/miniature/llava --out out/miniature/model
 """
@@ -23,7 +23,7 @@ from modeling_ivtp.files.folder import new_folder
 
 
 def assemble(teacher: Teacher, speaker: Speaker) -> IVTPLlavaForConditionalGeneration:
-    """One IVTP-LLaVA of both stages; the features' normalisation becomes part of the projector."""
+    """Build one IVTP-LLaVA of both stages; the features' normalisation becomes part of the projector."""
     tokenizer = decoder_tokenizer()
     config = IVTPLlavaConfig(
         vision_config=vision_config().to_dict(),
@@ -52,28 +52,28 @@ def assemble(teacher: Teacher, speaker: Speaker) -> IVTPLlavaForConditionalGener
 
 
 def load_speaker(folder: Path) -> Speaker:
-    """What stages 2 and 3 trained."""
+    """Load what stages 2 and 3 trained."""
     speaker = Speaker(decoder_config(len(decoder_tokenizer())), vision_config().hidden_size)
     speaker.load_state_dict(saved_weights(folder))
     return speaker.eval()
 
 
 def leave_out_code(folder: Path) -> None:
-    """Make a checkpoint that loads with this package alone: a copy of the code inside it would grow old unseen."""
+    """Remove the code from a checkpoint, which then loads with this package alone: a copy would grow old unnoticed."""
     for file in folder.glob("*.py"):
         file.unlink()
     for file in folder.rglob("*.json"):
-        told = json.loads(file.read_text())
-        if _forget(told, "auto_map"):
-            file.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n")
+        content = json.loads(file.read_text())
+        if _remove(content, "auto_map"):
+            file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def _forget(told: Any, name: str) -> bool:
-    """Drop an entry wherever it is; whether there was one."""
-    if not isinstance(told, dict):
+def _remove(content: Any, name: str) -> bool:
+    """Remove an entry at any depth, and return whether there was one."""
+    if not isinstance(content, dict):
         return False
-    found = told.pop(name, None) is not None
-    return any([found, *(_forget(value, name) for value in told.values())])
+    found = content.pop(name, None) is not None
+    return any([found, *(_remove(value, name) for value in content.values())])
 
 
 def main(
@@ -82,9 +82,9 @@ def main(
     out: Annotated[Path, typer.Option(help="The checkpoint to write.")],
     dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
     code: Annotated[
-        bool, typer.Option(help="Write the code beside the weights, for who loads it without this package.")
+        bool, typer.Option(help="Write the code beside the weights, so that it loads without this package.")
     ] = True,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
 ) -> None:
     """Write the checkpoint with code and processor."""
     if dtype not in ("float16", "bfloat16", "float32"):

@@ -1,10 +1,10 @@
-"""Makes the sprite sheet of the quality world from the npm package it comes from.
+"""Build the sprite sheet of the quality world from the npm package of the drawings.
 
     npm pack emoji-datasource-google@16.0.0
     python -m benchmarks.quality.build_sprites emoji-datasource-google-16.0.0.tgz
 
 Writes `world/sprites.png`, `world/sprites.json` and, from the two photographs in `examples/images`, `world/grounds.png`
-(a PNG, because decoders of JPEG do not agree to the last bit and scenes must be the same everywhere).
+(a PNG, because JPEG decoders do not agree to the last bit and scenes must be the same everywhere).
 """
 
 import argparse
@@ -22,7 +22,7 @@ WORLD = Path(__file__).parent / "world"
 PHOTOGRAPHS = Path(__file__).parents[2] / "examples" / "images"
 COLUMNS, SPRITE, GROUND = 8, 64, 224
 
-# name, plural, code point; kinds that a person tells apart at 28 pixels and names with one word.
+# Name, plural, code point: kinds that a person can tell apart at 28 pixels and name with one word.
 KINDS = """
 dog dogs 1f436|cat cats 1f431|horse horses 1f40e|pig pigs 1f437|elephant elephants 1f418|zebra zebras 1f993
 monkey monkeys 1f435|frog frogs 1f438|penguin penguins 1f427|owl owls 1f989|duck ducks 1f986|bee bees 1f41d
@@ -42,16 +42,18 @@ dress dresses 1f457|snowman snowmen 26c4|ladder ladders 1fa9c
 
 
 def kinds() -> list[dict[str, str]]:
-    """The rows of the index, in the order of the sheet."""
+    """Return the rows of the index, in the order of the sheet."""
     rows = [row.split() for line in KINDS.split("\n") for row in line.split("|") if row]
     return [{"name": name, "plural": plural, "codepoint": code} for name, plural, code in rows]
 
 
 def sprite_sheet(package: Path) -> Image.Image:
-    """The drawings, unchanged, `COLUMNS` to a row.
+    """Arrange the drawings, unchanged, `COLUMNS` to a row.
 
-    Raises:
-        ValueError: the package is not the one this sheet is made from.
+    Raises
+    ------
+    ValueError
+        If the package is not the one this sheet is made from.
     """
     content = package.read_bytes()
     if (found := hashlib.sha256(content).hexdigest()) != SHA256:
@@ -69,7 +71,7 @@ def sprite_sheet(package: Path) -> Image.Image:
 
 
 def grounds() -> Image.Image:
-    """Square middles of the photographs, side by side, small: as grounds they are blurred anyway."""
+    """Cut squares out of the photographs and put them side by side, small: as grounds they are blurred anyway."""
     strip = Image.new("RGB", (2 * GROUND, GROUND))
     for place, name in enumerate(("astronaut.jpg", "coffee.jpg")):
         photograph = Image.open(PHOTOGRAPHS / name).convert("RGB")
@@ -81,6 +83,7 @@ def grounds() -> Image.Image:
 
 
 def main() -> None:
+    """Write sheet, index and grounds."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("package", type=Path, help=f"{PACKAGE}, as `npm pack` fetches it")
     sheet = sprite_sheet(parser.parse_args().package)

@@ -1,4 +1,4 @@
-"""Texts for CLIP's text tower: captions and questions, read whole or up to some word, and what they name there."""
+"""Texts for CLIP's text tower: captions and questions, read whole or up to a word, and the kinds that they name."""
 
 import re
 from dataclasses import dataclass
@@ -23,7 +23,8 @@ class Texts:
     ends : int64 Tensor (B,)
         The token at which each text is read: the end token, or a word's.
     names : bool Tensor (B, kinds)
-        At the end token, all kinds that the text names; at a word, the kind that this word names.
+        All kinds that the text names, for a text read at the end token; the kind that the word names, for one read
+        at a word.
     """
 
     input_ids: torch.Tensor
@@ -42,20 +43,20 @@ def _kinds_by_word() -> dict[str, int]:
 
 
 def texts_of(scenes: list[Scene], draw: np.random.Generator, question_share: float = 0.4) -> Texts:
-    """A caption or a question of each scene, read whole or, half of them, at one of its words.
+    """Draw a caption or a question of each scene; half of them are read whole, half at one of their words.
 
-    Eq. 6 compares single words with the image and counts those above a threshold as visible. On the web's billions of
-    captions that comes by itself; here it is asked for: read at a word, a text matches the images that show what this
-    word names, and no image if it names nothing. Questions take part without their answers, so that their wording is
-    known to the tower.
+    Eq. 6 compares single words with the image and counts those above a threshold as visible. From the web's billions of
+    captions CLIP learns that by itself; here it is trained: a text read at a word matches the images that show what
+    this word names, and no image if it names nothing. Questions take part without their answers, so that the tower
+    knows their wording.
     """
     texts = []
     for scene in scenes:
-        asked = None
+        text = None
         if draw.random() < question_share:
-            one = questions(scene, 1, variant=int(draw.integers(1 << 30)))[0]
-            asked = one.text if one.subjects else None
-        texts.append(asked or caption(scene, variant=int(draw.integers(1 << 30))))
+            question = questions(scene, 1, variant=int(draw.integers(1 << 30)))[0]
+            text = question.text if question.subjects else None
+        texts.append(text or caption(scene, variant=int(draw.integers(1 << 30))))
     encoded = _tokenizer()(  # type: ignore[operator]
         texts, padding="max_length", truncation=True, max_length=LENGTH, return_offsets_mapping=True
     )

@@ -1,4 +1,4 @@
-"""What the commands of the benchmark share: a mistake of the person's, or a stop, is one line and no traceback."""
+"""A runner for the benchmark's commands that reports a user's mistake, or a stop, in one line without traceback."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ from benchmarks.quality.loop import Stopped
 
 
 def run(main: Callable[..., Any]) -> None:
-    """Run a command with the arguments it was called with."""
+    """Run a command with the arguments of the command line."""
     try:
         typer.run(main)
     except Stopped as stopped:

@@ -1,4 +1,4 @@
-"""Batches of questions before a model, and what each row of the table costs it."""
+"""A model's answers to a batch of questions under every row, and the cost of each row."""
 
 import hashlib
 import time
@@ -20,13 +20,13 @@ from modeling_ivtp.speed.stopwatch import Stopwatch, Taken
 
 @dataclass
 class Asked:
-    """What the questions of an evaluation were.
+    """The questions of an evaluation.
 
     Attributes
     ----------
     questions : list of Question
     text_tokens, windows : list of int
-        Of each prompt: tokens without the image, and windows of its instruction for CLIP's text tower.
+        For each prompt: tokens without the image, and windows of its instruction for CLIP's text tower.
     """
 
     questions: list[Question] = field(default_factory=list)
@@ -35,7 +35,7 @@ class Asked:
 
 
 class Examination:
-    """A model before a batch of questions: answers of any row, encoding every image as rarely as can be.
+    """A batch of questions for a model, which any row answers; an image is encoded once for all rows that can share it.
 
     Parameters
     ----------
@@ -43,9 +43,9 @@ class Examination:
     processor : IVTPLlavaProcessor
     asked : sequence of (Scene, Question)
     first : int
-        Number of the first of them among all questions.
+        Number of the first question among all questions.
     seed : int
-        Of random patches.
+        Seed of random patches.
     """
 
     def __init__(
@@ -66,22 +66,22 @@ class Examination:
 
     @torch.no_grad()
     def answers(self, row: Row) -> tuple[list[str], Taken]:
-        """What the model says, and what it took; of a shared encoding every row bears the whole."""
+        """Return a row's answers and the seconds they took; a shared encoding counts fully for every row."""
         watch = Stopwatch()
         with row.applied(self.model), watch.watching(self.model):
             image, shared = self._image(row)
             watch.restart()
             start = time.perf_counter()
-            said = self._generate(**image)
-            now = time.perf_counter()
-        own = Taken(now - start, (watch.first_token or now) - start, watch.selection)
-        return said, own + shared
+            answers = self._generate(**image)
+            end = time.perf_counter()
+        own = Taken(end - start, (watch.first_token or end) - start, watch.selection)
+        return answers, own + shared
 
     def _image(self, row: Row) -> tuple[dict[str, Any], Taken]:
-        """What `generate` gets of the images, and what it took to make."""
+        """Return the images' part of `generate`'s inputs, and the seconds it took to make."""
         plan = row.plan(self.model.config)
         if plan is None:
-            # Stock LLaVA encodes for itself, operation for operation.
+            # Stock LLaVA encodes the images itself, operation for operation.
             return {"pixel_values": self._grey() if row.blind else self.pixels}, Taken()
         encoded, taken = self._encode(row, plan)
         return {"mm_encoder_outputs": {"image": encoded}}, taken
@@ -99,7 +99,7 @@ class Examination:
             encoded = inner.image_outputs(unsealed(vision), plan, self.pixels)
             seconds = time.perf_counter() - start
             return encoded, taken + Taken(seconds, seconds, seconds)
-        # What prunes in the decoder alone, or by the question alone, gets of the tower what all such methods get.
+        # Methods that prune in the decoder alone, or by the question alone, share one encoding.
         choice = (
             (row.system, row.visual_tokens, *row.options.items())
             if plan.tower and row.system
@@ -123,9 +123,9 @@ class Examination:
         if key not in self._encoded:
             watch, start = Stopwatch(), time.perf_counter()
             with watch.watching(self.model):
-                made = make()
+                result = make()
             seconds = time.perf_counter() - start
-            self._encoded[key] = made, Taken(seconds, seconds, watch.selection)
+            self._encoded[key] = result, Taken(seconds, seconds, watch.selection)
         return self._encoded[key]
 
     def _grey(self) -> torch.Tensor:
@@ -140,25 +140,24 @@ class Examination:
 
 
 def row_signature(row: Row, config: Any) -> str:
-    """Names what a row computes, so that two rows of the same options are one computation."""
-    of = (
+    """Return the name of a row's computation: rows of the same options are computed once."""
+    options = (
         (row.system, row.visual_tokens, *row.options.items())
         if row.system
         else sorted(row.pruning(config).to_dict().items())
     )
-    told = repr((row.chooser, row.blind, of))
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
+    return hashlib.sha256(repr((row.chooser, row.blind, options)).encode()).hexdigest()[:16]
 
 
 def row_cost(row: Row, config: Any, asked: Asked) -> dict[str, Any]:
-    """Tokens and FLOPs of a row: `tflops`, `final_tokens`, `layer_averaged_tokens`.
+    """Return tokens and FLOPs of a row: `tflops`, `final_tokens`, `layer_averaged_tokens`.
 
-    FLOPs by the paper's counting rule (`modeling_ivtp.flops.formula`): the layers and the head over the prompt, not the
-    patch embedding, the projector and the few tokens of the answer.
+    FLOPs follow the paper's counting rule (`modeling_ivtp.flops.formula`): layers and head over the prompt, without
+    patch embedding, projector and the few tokens of the answer.
     """
     plan, pruner, layers = row.plan(config), row.pruner(config), config.text_config.num_hidden_layers
     visual = (plan or PruningPlan(config.num_patches)).decoder_layer_tokens(layers)
-    # What is chosen for the decoder is no work of the tower's: it sees all patches, up to its top where CLS is asked.
+    # Choosers run after the tower, which sees all patches, and runs to its top where CLS chooses.
     tower, depth = PruningPlan(config.num_patches), config.feature_depth
     if row.chooser.startswith("cls-topk"):
         depth = config.vision_config.num_hidden_layers

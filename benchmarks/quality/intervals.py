@@ -1,4 +1,4 @@
-"""How sure an accuracy and a difference of accuracies are: the bootstrap over questions."""
+"""Intervals of accuracies and of their differences: the bootstrap over questions."""
 
 import numpy as np
 
@@ -7,15 +7,15 @@ LEVEL = 0.95
 
 
 def bootstrap_interval(values: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float]:
-    """The 95% percentile interval of a mean.
+    """Return the 95% percentile interval of a mean.
 
-    A resample of n questions is fully told by how often each distinct value was drawn, and these counts are
-    multinomial: so counts are drawn, not questions, which is the same distribution and takes no time.
+    The mean of a resample depends only on how often each distinct value was drawn, and these counts are multinomial.
+    So counts are drawn instead of questions: the distribution is the same, and it takes no time.
 
     Parameters
     ----------
     values : Tensor-like (n,)
-        One number per question, of few distinct ones.
+        One number per question, with few distinct values.
     resamples : int
     seed : int
 
@@ -26,7 +26,7 @@ def bootstrap_interval(values: np.ndarray, *, resamples: int = RESAMPLES, seed: 
     Raises
     ------
     ValueError
-        Without any question.
+        If there is no question.
     """
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or not len(values):
@@ -39,7 +39,7 @@ def bootstrap_interval(values: np.ndarray, *, resamples: int = RESAMPLES, seed: 
 
 
 def paired_interval(right: np.ndarray, reference: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
-    """The 95% interval of the difference of two accuracies on the same questions, question by question.
+    """Return the 95% interval of the difference of two accuracies on the same questions, paired by question.
 
     Parameters
     ----------
@@ -49,7 +49,7 @@ def paired_interval(right: np.ndarray, reference: np.ndarray, *, seed: int = 0) 
     Raises
     ------
     ValueError
-        If these are not the same questions.
+        If the numbers of questions differ.
     """
     right, reference = np.asarray(right), np.asarray(reference)
     if right.shape != reference.shape:

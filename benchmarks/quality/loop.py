@@ -1,7 +1,7 @@
-"""A training loop that can be stopped at any moment and goes on where it was.
+"""A training loop that can be stopped at any moment and continued later.
 
-Data is drawn from the step number alone, so nothing but weights, optimizer and step has to be kept. They are written
-once a minute, next to the last state and then over it, in safetensors.
+Data is drawn from the step number alone, so only weights, optimizers and step have to be kept. They are written once a
+minute in safetensors, to a file beside the last state that then replaces it.
 """
 
 import itertools
@@ -24,7 +24,7 @@ SAVE_SECONDS = 60.0
 
 
 class Stopped(Exception):
-    """Training was asked to stop; its state is on disk."""
+    """Training was stopped by a signal; its state is on disk."""
 
 
 class TrainingRun:
@@ -35,10 +35,10 @@ class TrainingRun:
     folder : Path
         Gets `state.safetensors` and `log.jsonl`.
     modules : Module
-        Everything with weights to keep, trained or not.
+        All modules whose weights are kept, trained or not.
     optimizers : list of Optimizer
     settings : dict
-        What the stage depends on; a state that was written with other settings is refused.
+        Everything that the stage depends on; a state with other settings is refused.
     """
 
     def __init__(
@@ -57,11 +57,11 @@ class TrainingRun:
 
     @property
     def state_file(self) -> Path:
-        """Where the state is."""
+        """The file of the state."""
         return self.folder / "state.safetensors"
 
     def save(self) -> None:
-        """Write the state; a full disk or a stop leaves the one before."""
+        """Write the state; on a full disk, or when stopped, the state before stays."""
         tensors = {f"weights.{name}": value.contiguous() for name, value in self.modules.state_dict().items()}
         scalars: dict[str, Any] = {}
         for number, optimizer in enumerate(self.optimizers):
@@ -72,23 +72,22 @@ class TrainingRun:
                         tensors[key] = value.contiguous()
                     else:
                         scalars[key] = value
-        told = {"step": self.step, "seconds": self.seconds, "settings": self.settings, "scalars": scalars}
+        run = {"step": self.step, "seconds": self.seconds, "settings": self.settings, "scalars": scalars}
         beside = self.state_file.with_suffix(".partial")
         try:
-            save_file(tensors, beside, {"run": json.dumps(told)})
+            save_file(tensors, beside, {"run": json.dumps(run)})
             os.replace(beside, self.state_file)
         finally:
             beside.unlink(missing_ok=True)
 
     def _load(self) -> None:
         with safe_open(self.state_file, framework="pt") as file:
-            told = json.loads(file.metadata()["run"])
-            if told["settings"] != self.settings:
-                changed = [
-                    k for k in {*told["settings"], *self.settings} if told["settings"].get(k) != self.settings.get(k)
-                ]
+            run = json.loads(file.metadata()["run"])
+            before = run["settings"]
+            if before != self.settings:
+                changed = [k for k in {*before, *self.settings} if before.get(k) != self.settings.get(k)]
                 raise ValueError(
-                    f"{self.state_file} was trained with other settings ({', '.join(sorted(changed))}); take another "
+                    f"{self.state_file} was trained with other settings ({', '.join(sorted(changed))}); choose another "
                     "folder, or the settings it was begun with."
                 )
             names = file.keys()
@@ -98,24 +97,24 @@ class TrainingRun:
                 state: dict[int, dict[str, Any]] = {}
                 prefix = f"optimizer.{number}."
                 found = {n: file.get_tensor(n) for n in names if n.startswith(prefix)}
-                found |= {n: value for n, value in told["scalars"].items() if n.startswith(prefix)}
+                found |= {n: value for n, value in run["scalars"].items() if n.startswith(prefix)}
                 for key, value in found.items():
                     index, name = key.removeprefix(prefix).split(".", 1)
                     state.setdefault(int(index), {})[name] = value
                 optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        self.step, self.seconds = told["step"], told["seconds"]
+        self.step, self.seconds = run["step"], run["seconds"]
 
     def train(
         self, steps: int, one_step: Callable[[int], dict[str, float]], *, title: str, log_every: int = 20
     ) -> None:
-        """Run `one_step(step)` until `steps` are done, showing progress, saving every minute.
+        """Run `one_step(step)` until `steps` are done, with a progress bar; the state is saved every minute.
 
         Parameters
         ----------
         steps : int
-            Where the stage ends.
+            Number of steps of the stage.
         one_step : callable
-            Makes one optimizer step and returns what to log; means over `log_every` steps are logged.
+            Makes one optimizer step and returns values to log; their means over `log_every` steps are logged.
         title : str
         log_every : int, default 20
 
@@ -124,37 +123,37 @@ class TrainingRun:
         Stopped
             After SIGINT or SIGTERM, once the state is written.
         """
-        asked: list[int] = []
+        signals: list[int] = []
         handlers = {
-            s: signal.signal(s, lambda number, _: asked.append(number)) for s in (signal.SIGINT, signal.SIGTERM)
+            s: signal.signal(s, lambda number, _: signals.append(number)) for s in (signal.SIGINT, signal.SIGTERM)
         }
         columns = (
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TimeRemainingColumn(), TextColumn("{task.fields[told]}"),
+            TimeRemainingColumn(), TextColumn("{task.fields[values]}"),
         )  # fmt: skip
         saved = time.monotonic()
         since: dict[str, list[float]] = {}
         try:
             with Progress(*columns) as progress:
-                task = progress.add_task(title, total=steps, completed=self.step, told="")
+                task = progress.add_task(title, total=steps, completed=self.step, values="")
                 while self.step < steps:
                     start = time.monotonic()
-                    told = one_step(self.step)
+                    values = one_step(self.step)
                     self.step += 1
                     self.seconds += time.monotonic() - start
-                    for name, value in told.items():
+                    for name, value in values.items():
                         since.setdefault(name, []).append(value)
                     if self.step % log_every == 0 or self.step == steps:
-                        means = {name: sum(values) / len(values) for name, values in since.items()}
+                        means = {name: sum(logged) / len(logged) for name, logged in since.items()}
                         since = {}
                         self._log(means)
                         shown = "  ".join(f"{name} {value:.3g}" for name, value in means.items())
-                        progress.update(task, completed=self.step, told=shown)
-                    if asked or time.monotonic() - saved > SAVE_SECONDS:
+                        progress.update(task, completed=self.step, values=shown)
+                    if signals or time.monotonic() - saved > SAVE_SECONDS:
                         self.save()
                         saved = time.monotonic()
-                    if asked:
-                        raise Stopped(f"{title} stopped at step {self.step} of {steps}; run it again to go on.")
+                    if signals:
+                        raise Stopped(f"{title} stopped at step {self.step} of {steps}; run it again to continue.")
             self.save()
         finally:
             for number, handler in handlers.items():
@@ -167,16 +166,16 @@ class TrainingRun:
 
 
 def saved_weights(folder: Path, module: str = "") -> dict[str, torch.Tensor]:
-    """Weights of a training's state, of one module of it or of all.
+    """Read the weights of a training state, of one module or of all.
 
     Raises
     ------
     FileNotFoundError
-        If there is none.
+        If there is no state.
     """
     file = folder / "state.safetensors"
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is not there: run the stage before first (make miniature runs all of them).")
+        raise FileNotFoundError(f"{file} is missing: run the stage before it first (make miniature runs all of them).")
     prefix = f"weights.{module}"
     with safe_open(file, framework="pt") as state:
         names = [name for name in state.keys() if name.startswith(prefix)]  # noqa: SIM118
@@ -186,12 +185,12 @@ def saved_weights(folder: Path, module: str = "") -> dict[str, torch.Tensor]:
 def drawn_ahead(draw: Callable[[int], Any], first: int, ahead: int = 4) -> Iterator[Any]:
     """Yield `draw(first)`, `draw(first + 1)`, …, drawn in a thread while the caller trains on a GPU.
 
-    On a CPU whose cores all train, a thread more makes the others wait for each other: there they take turns.
+    Without a GPU batches are drawn when asked for: all cores train, and one more thread would slow them down.
 
     Parameters
     ----------
     draw : callable
-        Makes the batch of a step.
+        Draws the batch of a step.
     first : int
     ahead : int, default 4
         How many batches may wait.
@@ -219,7 +218,7 @@ def drawn_ahead(draw: Callable[[int], Any], first: int, ahead: int = 4) -> Itera
 
 
 def cosine_rate(step: int, steps: int, warm_up: int = 100) -> float:
-    """Factor on the learning rate: linear warm-up, then down to a twentieth along a cosine."""
+    """Return the factor on the learning rate: a linear warm-up, then a cosine down to a twentieth."""
     if step < warm_up:
         return (step + 1) / warm_up
     done = (step - warm_up) / max(1, steps - warm_up)
@@ -227,14 +226,14 @@ def cosine_rate(step: int, steps: int, warm_up: int = 100) -> float:
 
 
 def set_up(seed: int, threads: int) -> torch.device:
-    """Seed, CPU threads, and the GPU if there is one."""
+    """Set seed and CPU threads, and return the device: a GPU if there is one."""
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def optimizers_of(module: torch.nn.Module, muon: float = 0.02, adam: float = 2e-3) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices, AdamW for all else, with their peak learning rates."""
+    """Build the optimizers: Muon for the layers' matrices, AdamW for the rest, with their peak learning rates."""
     matrices = [p for name, p in module.named_parameters() if p.dim() == 2 and ".layers." in name]
     inside = {id(p) for p in matrices}
     rest = [p for p in module.parameters() if id(p) not in inside]
@@ -245,15 +244,15 @@ def optimizers_of(module: torch.nn.Module, muon: float = 0.02, adam: float = 2e-
 
 
 def optimize(
-    module: torch.nn.Module, optimizers: list[torch.optim.Optimizer], told: dict[str, torch.Tensor], rate: float
+    module: torch.nn.Module, optimizers: list[torch.optim.Optimizer], losses: dict[str, torch.Tensor], rate: float
 ) -> dict[str, float]:
-    """One step down `told["loss"]` with `rate` of the peak learning rates; what was told, as numbers."""
+    """Make one step down `losses["loss"]` at `rate` of the peak learning rates, and return all losses as numbers."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = optimizer.defaults["lr"] * rate
         optimizer.zero_grad()
-    told["loss"].backward()
+    losses["loss"].backward()
     torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
     for optimizer in optimizers:
         optimizer.step()
-    return {name: float(value.detach()) for name, value in told.items()}
+    return {name: float(value.detach()) for name, value in losses.items()}

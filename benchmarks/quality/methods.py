@@ -1,9 +1,9 @@
-"""The rows of the quality benchmark: how each method comes to the visual tokens it hands to the decoder.
+"""The rows of the quality benchmark: how each method chooses the visual tokens of the decoder.
 
 IVTP and its ablations are options of the model; the systems it is compared with are those of `modeling_ivtp.methods`.
-An oracle, and CLS on top of the whole tower, choose once, before the decoder, among the features of an image that was
-encoded whole; the model then runs as after a vision tower that had kept just these patches, so that positions, masks
-and cache are the same code for every row.
+Choosers (chance, the attention of CLS, an oracle) choose once, before the decoder, among the features of a whole image.
+The model then runs as if its vision tower had kept just these patches, so that positions, masks and cache are the same
+code for every row.
 """
 
 import copy
@@ -30,23 +30,23 @@ _RANDOM_PATCHES = 3
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table.
+    """A row of the table.
 
     Attributes
     ----------
     method : str
     visual_tokens : int
-        Final count per image.
+        Visual tokens of one image in the last layers.
     options : mapping
-        Pruning options on top of the checkpoint's own, or the system's.
+        Pruning options on top of the checkpoint's own, or the options of the system.
     chooser : str
         One of `CHOOSERS`, which picks patches of the whole image; "": the model itself prunes.
     system : str
-        Name of a system of `modeling_ivtp.methods` that prunes; "": the model's own options do.
+        Name of the system of `modeling_ivtp.methods` that prunes; "": the model's own options prune.
     blind : bool
-        Show a grey image instead.
+        Show a grey image instead of the scene.
     table : str
-        The paper's table that the row belongs to; "": the main comparison.
+        The paper's table to which the row belongs; "": the main comparison.
     """
 
     method: str
@@ -59,27 +59,27 @@ class Row:
 
     @property
     def key(self) -> str:
-        """Names the row in a file."""
+        """The name of the row in a file."""
         return f"{self.method}@{self.visual_tokens}"
 
     def pruning(self, config: Any) -> Any:
-        """The pruning options in force: IVTPPruningConfig."""
+        """Return the pruning options in force: IVTPPruningConfig."""
         return config.pruning.changed(**self.options)
 
     def pruner(self, config: Any) -> Pruner:
-        """What prunes."""
+        """Return the pruner of the row."""
         if self.system:
             return make(self.system, self.visual_tokens, **self.options).bind(config)
         return IVTPPruner(self.pruning(config))
 
     def applied(self, model: Any) -> AbstractContextManager[Any]:
-        """Have it prune a model for a while."""
+        """Return a context in which a model prunes as the row says."""
         if self.system:
             return make(self.system, self.visual_tokens, **self.options)(model)
         return model.pruning(**self.options)
 
     def plan(self, config: Any) -> PruningPlan | None:
-        """What each layer keeps; None where nothing is dropped.
+        """Return what each layer keeps; None where nothing is dropped.
 
         Raises
         ------
@@ -90,7 +90,7 @@ class Row:
 
 
 def main_rows(config: Any, budgets: Sequence[int] = BUDGETS) -> list[Row]:
-    """No pruning, blind, and every method at every budget below the number of patches."""
+    """List the main rows: no pruning, blind, and every method at every budget below the number of patches."""
     whole = config.num_patches
     off = {"enabled": False}
     rows = [Row("unpruned", whole, off), Row("blind", whole, off, blind=True)]
@@ -103,21 +103,22 @@ def main_rows(config: Any, budgets: Sequence[int] = BUDGETS) -> list[Row]:
 
 
 def variants(config: Any) -> list[tuple[str, dict[str, Any]]]:
-    """Systems with other options than their papers', where those do not suit a small model.
+    """List systems with other options than their papers', where those do not suit a small model.
 
-    The miniature's CLIP has patches that answer to what they show; its second layer does not know yet what is asked.
+    CDPruner negates the similarity of patches and words, but the patches of the miniature's CLIP do match the words for
+    what they show. FastV prunes after the second layer, where the miniature does not know yet what is asked.
     """
     return [("cdpruner", {"negated": False}), ("fastv", {"layer": config.text_config.num_hidden_layers // 2})]
 
 
 def system_rows(config: Any, budgets: Sequence[int] = BUDGETS) -> tuple[list[Row], dict[str, str]]:
-    """Every system of `modeling_ivtp.methods`, at every budget: IVTP itself by its options, as in the main rows.
+    """List every system of `modeling_ivtp.methods` at every budget; IVTP is taken from the main rows.
 
     Returns
     -------
     rows : list of Row
     skipped : dict
-        Rows that do not fit the model, with the reason.
+        Rows that do not fit the model, each with the reason.
     """
     rows, skipped = [], {}
     own = {row.key: row for row in main_rows(config, budgets) if row.method in ("ivtp", "ivtp-v")}
@@ -138,25 +139,25 @@ def system_rows(config: Any, budgets: Sequence[int] = BUDGETS) -> tuple[list[Row
 
 
 def ablation_rows(config: Any, budgets: Sequence[int] = (64,)) -> tuple[list[Row], dict[str, str]]:
-    """The paper's Tables 4, 5, 6 and 8 and the readings it leaves open, each at every budget.
+    """List the paper's Tables 4, 5, 6 and 8 and the options it leaves open, each at every budget.
 
     Returns
     -------
     rows : list of Row
     skipped : dict
-        Settings that do not fit the model's layers, with the reason.
+        Settings that do not fit the model's layers, each with the reason.
     """
     settings: list[tuple[str, dict[str, Any]]] = [
         ("Table 4", {"aggregation": "last"}),
         ("Table 4", {"layers_per_group": 1}),
         ("Table 4", {"aggregation": "rollout"}),
         *(("Table 5", {"aggregation": how}) for how in ("mean", "max", "multiply")),
-        *(("Table 6", {"guidance": what}) for what in ("visual_cls", "mean_text", "text_similarity", "clip")),
+        *(("Table 6", {"guidance": guide}) for guide in ("visual_cls", "mean_text", "text_similarity", "clip")),
         *(("Table 8", {"layers_per_group": size}) for size in (2, 3, 4, 6, None)),
         *(("pseudo CLS", {"pseudo_cls": how}) for how in ("propagate", "pool")),
         *(("positions", {"positions": how}) for how in ("original", "compact")),
         *(("threshold", {"relevance_threshold": tau}) for tau in (0.0, 0.1, 0.2, 0.3, 0.4)),
-        *(("hand-over", {"tower_tokens": handed}) for handed in (96, 192, 288) if handed < config.num_patches),
+        *(("hand-over", {"tower_tokens": number}) for number in (96, 192, 288) if number < config.num_patches),
     ]
     rows, skipped = [], {}
     for tokens in budgets:
@@ -176,12 +177,12 @@ def ablation_rows(config: Any, budgets: Sequence[int] = (64,)) -> tuple[list[Row
 
 
 def _ivtp(tokens: int, **options: Any) -> dict[str, Any]:
-    # Strict: a question that cannot guide is an error here, never a quietly weaker method.
+    # Strict: a question that cannot guide is an error here, not a silently weaker method.
     return {"enabled": True, "visual_tokens": tokens, "tower_tokens": None, "strict": True} | options
 
 
 def _chosen(tokens: int) -> dict[str, Any]:
-    # The hand-over to a decoder that drops nothing; no stage of the model chooses, so no question is asked of it.
+    # The chosen patches are handed over to a decoder that drops nothing; the model itself chooses nothing.
     return {
         "enabled": True,
         "visual_tokens": tokens,
@@ -196,7 +197,7 @@ def _chosen(tokens: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class WholeImages:
-    """Images of which nothing was dropped.
+    """Encoded images from which nothing was dropped.
 
     Attributes
     ----------
@@ -212,7 +213,7 @@ class WholeImages:
     cls_attention: torch.Tensor
 
     def keep(self, order: torch.Tensor, tokens: int) -> IVTPImageFeatures:
-        """The first `tokens` patches of an order (I, N), in spatial order, as the vision tower would hand them over."""
+        """Return the first `tokens` patches of an order (I, N), in spatial order, as the vision tower would."""
         kept = order[:, :tokens].sort(dim=1).values.to(self.features.device)
         features = self.features.gather(1, kept[..., None].expand(-1, -1, self.features.shape[-1]))
         return IVTPImageFeatures(pooler_output=list(features), kept_patches=kept, cls_features=self.cls_features)
@@ -235,13 +236,13 @@ def encode_whole(model: Any, pixel_values: torch.Tensor) -> WholeImages:
 
 @torch.no_grad()
 def see_whole(model: Any, pixel_values: torch.Tensor) -> PrunedVisionOutput:
-    """Run the tower on whole images and keep the records of every layer that some method on the features needs."""
-    watched = {layer for system in METHODS.values() for layer in system.requires.recorded_layers}
-    return _see(model, pixel_values, tuple(sorted(watched)))
+    """Run the tower on whole images, recording every layer that some method on the features needs."""
+    recorded = {layer for system in METHODS.values() for layer in system.requires.recorded_layers}
+    return _see(model, pixel_values, tuple(sorted(recorded)))
 
 
 def unsealed(vision: PrunedVisionOutput) -> PrunedVisionOutput:
-    """The same with records of its own: a system lets go of them once it has chosen."""
+    """Return a copy with records of its own, because a method empties the records once it has chosen."""
     return replace(vision, records={layer: copy.copy(record) for layer, record in vision.records.items()})
 
 
@@ -258,13 +259,13 @@ def _see(model: Any, pixel_values: torch.Tensor, layers: tuple[int, ...]) -> Pru
 
 @dataclass(frozen=True)
 class _RecordingPruner(Pruner):
-    """Drops nothing and records what layers of the tower attend to."""
+    """A pruner that drops nothing and records layers of the tower."""
 
     layers: tuple[int, ...]
 
     @property
     def needs(self) -> Needs:
-        """Records of the layers."""
+        """The records of these layers."""
         return Needs(recorded_layers=self.layers)
 
 

@@ -13,7 +13,7 @@ PRUNING = {"layers_per_group": 2, "decoder_layers": 8}
 
 
 def vision_config() -> CLIPVisionConfig:
-    """ViT of 8 layers at 336 pixels."""
+    """Return the configuration of the vision tower: a ViT of 8 layers at 336 pixels."""
     return CLIPVisionConfig(
         hidden_size=WIDTH,
         intermediate_size=4 * WIDTH,
@@ -27,7 +27,7 @@ def vision_config() -> CLIPVisionConfig:
 
 
 def clip_text_config() -> CLIPTextConfig:
-    """CLIP's text tower over its real vocabulary of 49408."""
+    """Return the configuration of CLIP's text tower, with its real vocabulary of 49408."""
     return CLIPTextConfig(
         hidden_size=TEXT_WIDTH,
         intermediate_size=4 * TEXT_WIDTH,
@@ -40,7 +40,7 @@ def clip_text_config() -> CLIPTextConfig:
 
 
 def decoder_config(vocabulary: int) -> LlamaConfig:
-    """LLaMA of 12 layers; the long RoPE period suits 24 rows of 24 patches."""
+    """Return the configuration of the decoder: a LLaMA of 12 layers, its RoPE period long enough for 576 patches."""
     return LlamaConfig(
         hidden_size=WIDTH,
         intermediate_size=512,

@@ -1,4 +1,4 @@
-"""The paper's Tables 1 and 7 in shape: all systems at one budget, and what the decoder's stage adds to the tower's."""
+"""Tables in the paper's shape: all systems at one budget (Table 1), and what the decoder's stage adds (Table 7)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,35 +8,35 @@ from benchmarks.quality.plots import flops_unit, label
 from modeling_ivtp.files.tables import markdown_table
 
 STAGES = (("topk", "topk+"), ("tome", "tome+"), ("ivtp-v", "ivtp"))
-"""Systems in the vision tower, and the same continued in the decoder."""
+"""Systems in the vision tower alone, each with the one that continues it in the decoder."""
 
 Row = Mapping[str, Any]
 
 
 def percent(share: float | None) -> str:
-    """A share in %, or a dash."""
+    """Format a share in %, or a dash for None."""
     return "–" if share is None else f"{100 * share:.1f}"
 
 
 def with_interval(row: Row) -> str:
-    """Accuracy and half its interval, in %."""
+    """Format a row's accuracy and half its interval, in %."""
     low, high = row["interval"]
     return f"{percent(row['accuracy'])} ± {50 * (high - low):.1f}"
 
 
 def table_1(main: Sequence[Row], budget: int, questions: int, types: Sequence[str]) -> str:
-    """Every system at one budget: final and layer-averaged tokens, computation, choosing, types, accuracy.
+    """Return the table of all systems at one budget: tokens, computation, choosing, types, accuracy.
 
     Parameters
     ----------
     main : sequence of mapping
         Rows of the main comparison.
     budget : int
-        Visual tokens in the end.
+        Visual tokens in the last layers.
     questions : int
-        How many were asked.
+        Number of questions.
     types : sequence of str
-        Columns.
+        Question types, a column each.
     """
     rows = [row for row in main if row["visual_tokens"] == budget or row["method"] in ("unpruned", "blind")]
     unit, per_tflop = flops_unit(main)
@@ -66,7 +66,7 @@ def table_1(main: Sequence[Row], budget: int, questions: int, types: Sequence[st
 
 
 def selection(row: Row, questions: int) -> str:
-    """What choosing took of one question, in ms, and its share of the prefill."""
+    """Format the time of choosing for one question, in ms, and its share of the prefill."""
     taken, prefill = row.get("selection_seconds"), row.get("prefill_seconds")
     if not prefill or row["method"] in ("unpruned", "blind"):
         return ""
@@ -74,14 +74,14 @@ def selection(row: Row, questions: int) -> str:
 
 
 def table_7(main: Sequence[Row], right: Mapping[str, Any]) -> str:
-    """Vision only beside vision and language, with what the decoder's stage adds, paired.
+    """Return the table of vision alone beside vision and language, with the paired difference.
 
     Parameters
     ----------
     main : sequence of mapping
         Rows of the main comparison.
     right : mapping of str to bool array
-        Which of the questions that count each row answers, by `METHOD@TOKENS`.
+        Right and wrong for each row on the questions that count, by `METHOD@TOKENS`.
     """
     found = {(row["method"], row["visual_tokens"]): row for row in main if row["mode"] == "inference"}
     unit, per_tflop = flops_unit(main)

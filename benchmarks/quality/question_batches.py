@@ -1,4 +1,4 @@
-"""Pictures and their questions for a step of training, with what is asked of the decoder on the way to an answer."""
+"""Pictures and questions for a training step, with the places the decoder is to find on the way to an answer."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -25,22 +25,22 @@ from benchmarks.quality.world import (
 
 UNKNOWN = -100
 _FIRST = 1_000_000
-"""The CLIP's training has the scenes before."""
+"""Index of the first scene; the ones before are those of CLIP's training."""
 BLANK_SHARE = 0.03
-"""Share of grey pictures among those with questions: who sees nothing learns to guess, no better than chance."""
+"""Share of grey pictures among those with questions: a model that sees nothing learns to guess at chance."""
 
 
 @dataclass
 class Pictures:
-    """Pictures of one step.
+    """The pictures of a step.
 
     Attributes
     ----------
     pixels : float32 Tensor (B, 3, side, side)
     window : tuple of int
-        Row and column of the whole grid at which the scenes' first patch stands.
+        Row and column of the scenes' first patch in the whole grid.
     shown : int64 Tensor (B, N, 2)
-        Kind and colour of each patch; their number where there is nothing.
+        Kind and colour of each patch; the number of kinds or colours where there is nothing.
     """
 
     pixels: torch.Tensor
@@ -49,7 +49,7 @@ class Pictures:
 
     @property
     def patches(self) -> torch.Tensor:
-        """Which patches of a whole picture the scenes fill: int64 (N,)."""
+        """The patches of a whole picture that the scenes fill: int64 (N,)."""
         side = self.pixels.shape[-1] // PATCH
         rows, columns = (torch.arange(start, start + side) for start in self.window)
         return (rows[:, None] * GRID + columns).flatten()
@@ -57,14 +57,14 @@ class Pictures:
 
 @dataclass
 class Named(Pictures):
-    """Pictures, and what is known of every kind in them.
+    """Pictures, with the properties of every kind in them.
 
     Attributes
     ----------
     words : int64 Tensor (kinds,)
         The decoder's token for each kind.
     known : dict of str to int64 Tensor (B, kinds)
-        By the names of `NAMING`; `UNKNOWN` where a kind is not there, or more than once.
+        Properties by the names of `NAMING`; `UNKNOWN` where a kind is missing, or there more than once.
     """
 
     words: torch.Tensor
@@ -73,22 +73,22 @@ class Named(Pictures):
 
 @dataclass
 class Asked(Pictures):
-    """Pictures and their questions.
+    """Pictures with their questions.
 
     Attributes
     ----------
     lead : int64 Tensor (L,)
         The prompt's tokens before the picture.
     tokens : int64 Tensor (B, Q, T)
-        What comes after it: question, answer, end; padded on the right.
+        The tokens after the picture: question, answer, end; padded on the right.
     answers : int64 Tensor (B, Q)
-        The token that predicts the answer; then come the answer and the end.
+        Place of the token that predicts the answer; the answer and the end follow.
     types : int64 Tensor (B, Q)
     nouns : int64 Tensor (B, Q)
-        The last token of the first noun.
+        Place of the last token of the first noun.
     named, source : int64 Tensor (B, Q, 2)
-        Row and column of the thing the noun names and of the one the answer is read from; `UNKNOWN` where it is none
-        or not one.
+        Row and column of the object that the noun names and of the one that the answer is read from; `UNKNOWN` where
+        there is no such object, or not exactly one.
     """
 
     lead: torch.Tensor
@@ -101,7 +101,7 @@ class Asked(Pictures):
 
 
 def words_of_kinds() -> list[int]:
-    """The decoder's token for each kind."""
+    """Return the decoder's token for each kind."""
     tokenizer = decoder_tokenizer()
     return [tokenizer(f" {kind.name}")["input_ids"][-1] for kind in kinds()]
 
@@ -109,7 +109,7 @@ def words_of_kinds() -> list[int]:
 def _pictures(
     draw: np.random.Generator, first: int, size: int, side: int, crowded: bool = False
 ) -> tuple[list[Scene], dict[str, Any]]:
-    """Scenes that stand somewhere in the whole grid, and the fields of `Pictures`."""
+    """Draw scenes that stand somewhere in the whole grid, and return them with the fields of `Pictures`."""
     scenes = [draw_scene("train", first + row, side=side, crowded=crowded) for row in range(size)]
     free = GRID - side // PATCH
     window = int(draw.integers(free + 1)), int(draw.integers(free + 1))
@@ -122,7 +122,7 @@ def _pictures(
 
 
 def name_all(step: int, size: int, *, side: int = SIDE) -> Named:
-    """Draw the scenes of a step, to be asked about every kind by its bare name; arguments as of `ask`."""
+    """Draw the scenes of a step for questions about every kind by its bare name; arguments as in `ask`."""
     scenes, pictures = _pictures(np.random.Generator(np.random.PCG64([17, step])), _FIRST + step * 64, size, side)
     known = {name: torch.full((size, len(kinds())), UNKNOWN) for name in NAMING} | {
         "there": torch.zeros(size, len(kinds()), dtype=torch.long)
@@ -149,20 +149,20 @@ def ask(
     style: str = "full",
     crowded: bool = False,
 ) -> Asked:
-    """Draw the scenes of a step; another step never draws the same ones.
+    """Draw the scenes of a step and questions about them; no two steps draw the same scenes.
 
     Parameters
     ----------
     step : int
     size, number : int
-        Pictures, and questions about each.
+        Number of pictures, and of questions about each.
     types : tuple of str
     side : int
-        Of the scenes in pixels; smaller ones stand somewhere in the whole grid.
+        Side of the scenes in pixels; smaller ones stand somewhere in the whole grid.
     style : {"full", "plain", "terse"}
-        With idle words, without, or in the fewest words.
+        Sentences with idle words, without them, or the fewest words.
     crowded : bool
-        Scenes with little ground between the objects, or none.
+        Draw scenes with little ground between the objects, or none.
     """
     tokenizer = decoder_tokenizer()
     draw = np.random.Generator(np.random.PCG64([11, step]))
@@ -171,10 +171,12 @@ def ask(
     for scene in scenes:
         variant = int(draw.integers(1 << 30))
         of_scene = questions(scene, number, types=types, variant=variant, style=style)
-        if not of_scene:  # a small scene may have nothing to relate, but something is there or not
+        if not of_scene:  # a small scene may have nothing to relate, but existence can always be asked
             of_scene = questions(scene, number, types=["existence"], variant=variant, style=style)
         asked += [(scene, of_scene[index % len(of_scene)]) for index in range(number)]
-    encoded = tokenizer([f"{one.prompt} {one.answer}</s>" for _, one in asked], return_offsets_mapping=True)
+    encoded = tokenizer(
+        [f"{question.prompt} {question.answer}</s>" for _, question in asked], return_offsets_mapping=True
+    )
     image = encoded["input_ids"][0].index(tokenizer.convert_tokens_to_ids("<image>"))
     after = [ids[image + 1 :] for ids in encoded["input_ids"]]
     tokens = torch.zeros(len(asked), max(map(len, after)), dtype=torch.long)
@@ -186,7 +188,7 @@ def ask(
         nouns[row] = max(at for at, start in enumerate(starts) if start < span.stop)
     window = pictures["window"]
     places = torch.tensor(
-        [[_place(scene, thing, window) for thing in _named_and_source(scene, one)] for scene, one in asked]
+        [[_place(scene, thing, window) for thing in _named_and_source(scene, question)] for scene, question in asked]
     )
     shape = size, number
     blank = torch.from_numpy(draw.random(size) < BLANK_SHARE)
@@ -197,7 +199,7 @@ def ask(
         lead=torch.tensor(encoded["input_ids"][0][:image]),
         tokens=tokens.unflatten(0, shape),
         answers=torch.tensor([len(ids) - 3 for ids in after]).unflatten(0, shape),
-        types=torch.tensor([TYPES.index(one.type) for _, one in asked]).unflatten(0, shape),
+        types=torch.tensor([TYPES.index(question.type) for _, question in asked]).unflatten(0, shape),
         nouns=nouns.unflatten(0, shape),
         named=places[:, 0].unflatten(0, shape),
         source=places[:, 1].unflatten(0, shape),
@@ -205,12 +207,12 @@ def ask(
 
 
 def _named_and_source(scene: Scene, question: Question) -> tuple[int | None, int | None]:
-    """Numbers of the thing that the question's first noun names and of the one its answer is read from."""
+    """Return the numbers of the object that the question's first noun names and of the one its answer is read from."""
     subjects = question.subjects
     if question.type == "larger":
         noun = next(span for span in question.spans if span.role == "object")
         words = question.text[noun.start : noun.stop].lower(), question.answer
-        first, second = (next(one for one in subjects if scene.objects[one].name == word) for word in words)
+        first, second = (next(thing for thing in subjects if scene.objects[thing].name == word) for word in words)
         return first, second
     named = subjects[0] if len(subjects) == 1 else None
     return named, question.sources[0] if question.sources else named

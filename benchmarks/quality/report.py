@@ -1,8 +1,8 @@
-"""What an evaluation says: the JSON of record, a table for people, and the paper's Fig. 3 and 4.
+"""The report of an evaluation: JSON for the record, a page with tables, and the paper's Fig. 3 and 4.
 
     python -m benchmarks.quality.report benchmarks/results/quality-DATE.json --headline existence --headline colour
 
-tells results again, with another headline or newer plots, without asking the model anything.
+writes results again, with another headline or newer pages and plots, without asking the model anything.
 """
 
 import io
@@ -39,41 +39,41 @@ def _metric() -> Any:
     return evaluate.load(str(METRIC), keep_in_memory=True)
 
 
-def right_answers(said: Sequence[str], wanted: Sequence[str]) -> np.ndarray:
-    """Whether the first word of each answer is the wanted one, bool (n,), by the `evaluate` metric `exact_word`."""
-    return np.array(_metric().compute(predictions=list(said), references=list(wanted))["right"], dtype=bool)
+def right_answers(answers: Sequence[str], references: Sequence[str]) -> np.ndarray:
+    """Return where the first word of an answer is the right one, bool (n,), by the `evaluate` metric `exact_word`."""
+    return np.array(_metric().compute(predictions=list(answers), references=list(references))["right"], dtype=bool)
 
 
 def pack(right: np.ndarray) -> str:
-    """Yes and no for every question, as hexadecimal digits."""
+    """Pack right and wrong for every question into hexadecimal digits."""
     return np.packbits(right).tobytes().hex()
 
 
 def unpack(packed: str, number: int) -> np.ndarray:
-    """What `pack` packed: bool (number,)."""
+    """Unpack the digits of `pack`: bool (number,)."""
     return np.unpackbits(np.frombuffer(bytes.fromhex(packed), dtype=np.uint8), count=number).astype(bool)
 
 
 def describe_questions(questions: Sequence[Question], headline: Sequence[str]) -> dict[str, Any]:
-    """How many there are of each type and held-out kind, which make the accuracy, and what guessing would reach."""
+    """Count questions by type and held-out kind, with the types that count and the accuracy of guessing."""
     types = list(dict.fromkeys(question.type for question in questions))
-    counted = [question.type for question in questions if question.type in headline]
+    in_headline = [question.type for question in questions if question.type in headline]
     return {
         "types": {kind: sum(question.type == kind for question in questions) for kind in types},
         "headline": [kind for kind in types if kind in headline],
-        "chance": sum(map(chance, counted)) / max(1, len(counted)),
+        "chance": sum(map(chance, in_headline)) / max(1, len(in_headline)),
         "chance_by_type": {kind: chance(kind) for kind in types},
         "held_out": {kind: sum(question.held_out == kind for question in questions) for kind in ("pair", "triple")},
     }
 
 
 def counted(asked: Mapping[str, Any]) -> int:
-    """How many questions make the accuracy."""
+    """Return how many questions count for the accuracy."""
     return sum(asked["types"][kind] for kind in asked["headline"])
 
 
 def joined(before: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of earlier evaluations of the same questions with new ones in their places."""
+    """Merge rows of earlier evaluations of the same questions with new ones, which replace those of the same name."""
 
     def name(row: Mapping[str, Any]) -> tuple[Any, ...]:
         return tuple(row[part] for part in _SAME)
@@ -84,20 +84,20 @@ def joined(before: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]
 def summarised(
     rows: Sequence[Mapping[str, Any]], questions: Sequence[Question], headline: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Rows with accuracy, intervals, and the parts by type and by held-out kind.
+    """Add accuracy, intervals, and the parts by type and by held-out kind to rows.
 
     Parameters
     ----------
     rows : sequence of mapping
-        With `right`, packed, of all questions.
+        Rows with `right`: right and wrong for all questions, packed.
     questions : sequence of Question
     headline : sequence of str
-        Types that make `accuracy`, `interval` and `difference`.
+        Types that count for `accuracy`, `interval` and `difference`.
 
     Raises
     ------
     ValueError
-        If no question is of the headline.
+        If no question is of the headline's types.
     """
     types = np.array([question.type for question in questions])
     kinds = np.array([question.held_out or "seen" for question in questions])
@@ -106,21 +106,21 @@ def summarised(
         raise ValueError(f"No question is of the headline's types ({', '.join(headline)}); ask more questions.")
     reference = unpruned_of(rows)
     base = None if reference is None else unpack(reference["right"], len(types))
-    done = []
+    summaries = []
     for row in rows:
         right = unpack(row["right"], len(types))
-        told = dict(row) | {
+        summary = dict(row) | {
             "accuracy": float(right[main].mean()),
             "interval": list(bootstrap_interval(right[main])),
             "by_type": {kind: _share(right, types == kind) for kind in dict.fromkeys(types.tolist())},
             "by_held_out": {kind: _share(right, main & (kinds == kind)) for kind in ("seen", "pair", "triple")},
         }
         if base is not None:
-            told["difference"] = float(right[main].mean() - base[main].mean())
-            told["difference_interval"] = list(paired_interval(right[main], base[main]))
-        told["right"] = told.pop("right")
-        done.append(told)
-    return done
+            summary["difference"] = float(right[main].mean() - base[main].mean())
+            summary["difference_interval"] = list(paired_interval(right[main], base[main]))
+        summary["right"] = summary.pop("right")  # long, so last
+        summaries.append(summary)
+    return summaries
 
 
 def _share(right: np.ndarray, among: np.ndarray) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def _share(right: np.ndarray, among: np.ndarray) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages that results depend on."""
+    """Return the versions of Python and of the packages that results depend on."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -140,7 +140,7 @@ def versions() -> dict[str, str]:
 
 
 def machine(model: Any) -> dict[str, Any]:
-    """Where it ran."""
+    """Describe the machine on which the model ran."""
     device = model.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
@@ -153,14 +153,14 @@ def machine(model: Any) -> dict[str, Any]:
 
 
 def results_file(folder: Path, date: str, identity: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
-    """Where results go, and what is there: another evaluation's results are never written over.
+    """Return the file for results and what it holds so far; another evaluation's results are never overwritten.
 
     Parameters
     ----------
     folder : Path
     date : str
     identity : mapping
-        Entries of the results that must be the same for rows to stand in one file.
+        Entries of the results that rows in one file have in common.
     """
     number = 1
     while True:
@@ -174,18 +174,18 @@ def results_file(folder: Path, date: str, identity: Mapping[str, Any]) -> tuple[
 
 
 def latest_results(folder: Path, identity: Mapping[str, Any]) -> tuple[Path, dict[str, Any]] | None:
-    """The newest results with this identity, of whatever day; None if there are none."""
+    """Find the newest results with this identity, of any date; None if there are none."""
     files = reversed(results_in(folder))
     return next(((file, found) for file in files if _is_of(found := _read(file), identity)), None)
 
 
 def results_in(folder: Path) -> list[Path]:
-    """All results, the newest last; by name, because a clone gives files the time of the clone."""
+    """List all results, the newest last, by name: a clone gives files the time of the clone."""
     return sorted(folder.glob("quality-*.json"), key=lambda file: file.stem)
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """Results; empty if the file is not JSON."""
+    """Read results; empty if the file is not JSON."""
     try:
         return dict(json.loads(file.read_text()))
     except ValueError:
@@ -197,12 +197,12 @@ def _is_of(results: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
 
 
 def write(file: Path, results: Mapping[str, Any]) -> None:
-    """Write JSON, table (.md) and plots (.png); each is whole or the one before stays.
+    """Write JSON, page (.md) and plots (.png); each is written completely, or the file before stays.
 
     Raises
     ------
     OSError
-        If there is no room.
+        If the disk is full.
     """
     write_atomically(file, (json.dumps(results, indent=1) + "\n").encode())
     write_atomically(file.with_suffix(".md"), markdown(results).encode())
@@ -217,12 +217,12 @@ def write(file: Path, results: Mapping[str, Any]) -> None:
 
 
 def retold(results: Mapping[str, Any], headline: Sequence[str]) -> dict[str, Any]:
-    """The same answers under another headline.
+    """Summarise the same answers under another headline.
 
     Raises
     ------
     ValueError
-        For an unknown question type, or results of another world, whose questions were others.
+        For an unknown question type, or results of another world, which has other questions.
     """
     if unknown := sorted(set(headline) - set(TYPES)):
         raise ValueError(f"Unknown question type(s) {', '.join(unknown)}; allowed: {', '.join(TYPES)}.")
@@ -237,7 +237,7 @@ def retold(results: Mapping[str, Any], headline: Sequence[str]) -> dict[str, Any
 
 
 def write_atomically(file: Path, content: bytes) -> None:
-    """Replace a file in one step; on a full disk the old one stays and nothing else."""
+    """Replace a file in one step; on a full disk the old one stays, and nothing else."""
     beside = file.with_name(f".{file.name}.partial")
     try:
         with beside.open("wb") as new:
@@ -250,7 +250,7 @@ def write_atomically(file: Path, content: bytes) -> None:
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """The tables, for people."""
+    """Return the page with all tables."""
     rows, asked = results["rows"], results["questions"]
     main = [row for row in rows if not row["table"]]
     unit, per_tflop = flops_unit(rows)
@@ -258,7 +258,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"# Quality, {results['date']}\n",
         f"{results['checkpoint_name']} (`{results['checkpoint']}`), {results['sample']['number']} held-out questions, "
         f"{LEVEL:.0%} bootstrap intervals over questions; guessing would reach {asked['chance']:.1%}. "
-        f"Accuracy counts: {', '.join(asked['headline'])}.\n",
+        f"Types that count for the accuracy: {', '.join(asked['headline'])}.\n",
         "## Accuracy in %\n",
         accuracy_table(main),
         "## Difference to unpruned in points, paired\n",
@@ -271,8 +271,9 @@ def markdown(results: Mapping[str, Any]) -> str:
         ]
     if any("selection_seconds" in row for row in main):
         parts.append(
-            "Choosing: ms of one question, and its share of the prefill, in batches; blank: not timed. Final counts "
-            "alone flatter systems that prune late: look at the layer-averaged ones and the computation.\n"
+            "Choosing: ms of one question, and the share of the prefill, in batches; blank: not timed. The final "
+            "number of tokens alone flatters systems that prune late: compare layer-averaged tokens and computation, "
+            "too.\n"
         )
     if stages := table_7(main, _right(main, results)):
         parts += ["## In the vision tower alone, and in the decoder too (Table 7's shape), in %\n", stages]
@@ -309,12 +310,12 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def accuracy_table(main: Sequence[Mapping[str, Any]]) -> str:
-    """Methods against budgets: accuracy and half its interval, in %."""
+    """Return the table of methods against budgets: accuracy and half its interval, in %."""
     return _by_budget(main, with_interval)
 
 
 def _right(main: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Which of the questions that count each row answers."""
+    """Return right and wrong for each row on the questions that count, by `METHOD@TOKENS`."""
     sample, headline = results["sample"], results["questions"]["headline"]
     types = [question.type for _, question in sample_questions(sample["split"], sample["number"], side=sample["side"])]
     counts = np.isin(types, headline)
@@ -326,7 +327,7 @@ def _right(main: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> dic
 
 
 def _survival(followed: Mapping[str, Any]) -> str:
-    """Shares of questions that have a patch of every object left, by step, and accuracy with and without."""
+    """Return the tables of questions whose objects all have a patch left, by step, and of accuracy with and without."""
     methods = followed["methods"]
     types = next(iter(methods.values()))["steps"][0]["by_type"]
     steps = [
@@ -349,7 +350,7 @@ def _survival(followed: Mapping[str, Any]) -> str:
 
 
 def _seeds(other: Mapping[str, Any], main: Sequence[Mapping[str, Any]]) -> str:
-    """Accuracy under both seeds, and whether they put the methods in the same order."""
+    """Return the table of accuracies under both seeds, and whether they put the methods in the same order."""
     own = {(row["method"], row["visual_tokens"]): row["accuracy"] for row in main if row["mode"] == "inference"}
     compared = [
         row | {"mode": "inference", "own": own[row["method"], row["visual_tokens"]]}
@@ -357,20 +358,20 @@ def _seeds(other: Mapping[str, Any], main: Sequence[Mapping[str, Any]]) -> str:
         if (row["method"], row["visual_tokens"]) in own
     ]
     disagree = {tokens: found["disagree"] for tokens, found in other["budgets"].items() if found["disagree"]}
-    told = [
+    lists = [
         f"at {tokens} tokens " + ", ".join(f"{one} and {two}" for one, two in pairs)
         for tokens, pairs in disagree.items()
     ]
     number = sum(len(found["open"]) for found in other["budgets"].values())
     verdict = (
-        f"The seeds do **not** agree on the order of: {'; '.join(told)}." if told else "The seeds agree on the order."
+        f"The seeds do **not** agree on the order of: {'; '.join(lists)}." if lists else "The seeds agree on the order."
     )
     return (
         f"Accuracy in % of this seed and of another one (`{other['checkpoint']}`), trained "
         f"{other.get('note') or 'alike'}, on the same world:\n\n"
         + _by_budget(compared, lambda row: f"{percent(row['own'])} / {percent(row['accuracy'])}")
-        + f"\n{verdict} Pairs of methods at one budget that differ by less than their intervals under a seed, and are "
-        f"not ordered: {number}.\n"
+        + f"\n{verdict} Pairs of methods at one budget whose difference is within its interval under a seed, so that "
+        f"they are not ordered: {number}.\n"
     )
 
 
@@ -398,10 +399,10 @@ def _by_budget(rows: Sequence[Mapping[str, Any]], cell: Callable[[Mapping[str, A
 def main(
     file: Annotated[Path, typer.Argument(help="The results, a JSON file.")],
     headline: Annotated[
-        list[str] | None, typer.Option(help="Types that make the accuracy. Default: as before.")
+        list[str] | None, typer.Option(help="Types that count for the accuracy. Default: as before.")
     ] = None,
 ) -> None:
-    """Tell results again."""
+    """Write results again."""
     results = json.loads(file.read_text())
     write(file, retold(results, headline or results["questions"]["headline"]))
     print(file.with_suffix(".md").read_text())

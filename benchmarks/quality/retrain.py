@@ -1,9 +1,9 @@
-"""The paper's second mode: the decoder is fine-tuned with pruning on, at one budget, and so learns from what is left.
+"""The paper's second mode: the decoder is fine-tuned with pruning on, at one budget, and learns to use what is left.
 
     python -m benchmarks.quality.retrain --model examples/miniature --visual-tokens 16 --state out/retrain-16 \\
         --out out/miniature-16
 
-Projector and decoder go on training through the very engine that answers; the tower, which chooses, stays as it is.
+Projector and decoder are trained through the same engine that answers; the tower, which chooses, stays frozen.
 """
 
 import os
@@ -26,23 +26,25 @@ from modeling_ivtp.model.outputs import take_images
 from modeling_ivtp.serving.answering import load_model, set_budget
 
 _FIRST = 500_000_000
-"""Training before had the scenes below."""
+"""Index of the first scene; earlier training used the ones before."""
 SCENES, QUESTIONS = 8, 4
 MUON, ADAM = 5e-4, 1e-4
-"""Peak learning rates; four times as much unlearned what was known: 5 points were gone after 60 steps."""
+"""Peak learning rates. Four times as much made the model forget: accuracy fell by 5 points in 60 steps."""
 
 
 def draw_questions(step: int, side: int = SIDE) -> list[tuple[Scene, Question]]:
-    """Scenes of a step and their questions, idle words and all."""
+    """Draw the scenes of a step and their questions, with idle words."""
     draw = np.random.Generator(np.random.PCG64([13, step]))
     scenes = [draw_scene("train", _FIRST + step * SCENES + row, side=side) for row in range(SCENES)]
     return [
-        (scene, one) for scene in scenes for one in questions(scene, QUESTIONS, variant=int(draw.integers(1 << 30)))
+        (scene, question)
+        for scene in scenes
+        for question in questions(scene, QUESTIONS, variant=int(draw.integers(1 << 30)))
     ]
 
 
 def prepared(processor: Any, asked: list[tuple[Scene, Question]]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Inputs of prompts with their answers, padded on the right, and labels of answer and end."""
+    """Return the inputs of prompts with their answers, padded on the right, and labels for answer and end."""
     eos = processor.tokenizer.eos_token
     inputs = processor(
         images=[Image.fromarray(scene.pixels) for scene, _ in asked],
@@ -58,16 +60,16 @@ def prepared(processor: Any, asked: list[tuple[Scene, Question]]) -> tuple[dict[
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="The checkpoint to go on from.")],
-    visual_tokens: Annotated[int, typer.Option(help="Visual tokens of one image left in the end.")],
-    state: Annotated[Path, typer.Option(help="Folder of the state and log; an earlier run there goes on.")],
+    model: Annotated[Path, typer.Option(help="The checkpoint to start from.")],
+    visual_tokens: Annotated[int, typer.Option(help="Visual tokens of one image in the last layers.")],
+    state: Annotated[Path, typer.Option(help="Folder of state and log; an earlier run there is continued.")],
     out: Annotated[Path, typer.Option(help="The checkpoint to write.")],
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 400,
-    seed: Annotated[int, typer.Option(help="Of what training draws.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of everything that training draws.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = os.cpu_count() or 1,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
 ) -> None:
-    """Retrain, or go on retraining."""
+    """Retrain, or continue retraining."""
     device = set_up(seed, threads)
     check_target(out, overwrite=overwrite)
     llava, processor = load_model(model, device=str(device), dtype="float32")
@@ -87,7 +89,7 @@ def main(
     def one_step(step: int) -> dict[str, float]:
         inputs, labels = next(batches)
         inputs = {name: value.to(device) for name, value in inputs.items()}
-        # The questions about a scene stand side by side; the tower, which is frozen, sees it once.
+        # The questions about a scene are neighbours in the batch; the frozen tower encodes each scene once.
         pixels = inputs.pop("pixel_values")[::QUESTIONS]
         with torch.autocast(device.type, torch.bfloat16):
             encoded = llava.model.get_image_features(pixels)
@@ -97,8 +99,8 @@ def main(
         at = wanted != -100
         logits, wanted = logits[at].float(), wanted[at]
         right = (logits.argmax(-1) == wanted).float()[::2].mean()
-        told = {"loss": F.cross_entropy(logits, wanted), "right": right}
-        return optimize(trained, optimizers, told, cosine_rate(step, steps))
+        losses = {"loss": F.cross_entropy(logits, wanted), "right": right}
+        return optimize(trained, optimizers, losses, cosine_rate(step, steps))
 
     run.train(steps, one_step, title=f"{visual_tokens} tokens")
     llava.set_pruning(strict=False)

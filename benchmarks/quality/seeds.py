@@ -1,8 +1,8 @@
-"""Whether two models that differ only in their training's seed put the methods in the same order.
+"""Comparison of two models that differ in their training seed: do they put the methods in the same order?
 
     python -m benchmarks.quality.seeds benchmarks/results/quality-DATE.json --other out/seed-1/quality-DATE.json
 
-writes what it finds into the first of the two, and its table again.
+adds the comparison to the first of the two, and writes its page again.
 """
 
 import json
@@ -22,26 +22,26 @@ _SAME = ("world", "sample")
 
 
 def agreement(results: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """The other seed's accuracies, and at every budget the order of methods under both.
+    """Return the other seed's accuracies, and at every budget the order of methods under both seeds.
 
-    Two methods *disagree* where one seed puts them in one order and the other in the other and both differences are
-    clear of zero by their paired intervals; where at most one of them is, the order is *open*.
+    The seeds *disagree* on two methods if they put them in opposite orders and the paired intervals of both differences
+    exclude zero. If an interval includes zero, the order is *open*.
 
     Parameters
     ----------
     results, other : mapping
-        Evaluations of two checkpoints on the same questions. The first one's headline counts for both.
+        Evaluations of two checkpoints on the same questions. The headline of the first counts for both.
 
     Returns
     -------
     dict
-        `checkpoint`; `rows`: the other's method, visual_tokens, accuracy; `budgets`: for each budget `order` and
-        `other_order`, best first, `disagree` and `open`: pairs of methods.
+        `checkpoint`; `rows`: method, visual_tokens and accuracy of the other; `budgets`: for each budget `order` and
+        `other_order`, best first, and pairs of methods that `disagree` or are `open`.
 
     Raises
     ------
     ValueError
-        If the questions were others, or both are of one checkpoint.
+        If the questions differ, or both evaluations are of one checkpoint.
     """
     for name in _SAME:
         if results[name] != other[name]:
@@ -88,15 +88,15 @@ def agreement(results: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str,
 
 
 def _clear_sign(one: np.ndarray, two: np.ndarray) -> int:
-    """1 or -1 where the first is better or worse beyond its paired interval, else 0."""
+    """Return 1 or -1 if the first is better or worse and the paired interval excludes zero, else 0."""
     low, high = paired_interval(one, two)
     return int(low > 0) - int(high < 0)
 
 
 def main(
-    file: Annotated[Path, typer.Argument(help="Results of one seed; they learn of the other.")],
+    file: Annotated[Path, typer.Argument(help="Results of one seed, to which the comparison is added.")],
     other: Annotated[Path, typer.Option(help="Results of the other seed, on the same questions.")],
-    note: Annotated[str, typer.Option(help="What else differs in how the other was trained.")] = "",
+    note: Annotated[str, typer.Option(help="What else differs in the training of the other.")] = "",
 ) -> None:
     """Compare two seeds."""
     results = json.loads(file.read_text())

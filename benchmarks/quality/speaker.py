@@ -1,7 +1,7 @@
-"""Projector and decoder of the miniature as they are trained: many questions side by side on one reading of a picture.
+"""Projector and decoder of the miniature in training: many questions side by side on one reading of a picture.
 
-Every question sees the picture and itself alone, so that a picture is read once for all of them; what comes out is what
-transformers' LLaMA says of each question by itself.
+Every question attends to the picture and to itself only, so that a picture is read once for all of them. The outputs
+are those of transformers' LLaMA for each question alone.
 """
 
 from dataclasses import dataclass
@@ -15,27 +15,27 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from benchmarks.quality.world import COLOURS, GRID, SIZES
 
 NAMED_AT, SOURCE_AT = 2, 4
-"""After how many layers training asks what is known of the thing named, and where the answer is read from.
+"""Layers after which training asks for the object named, and for the place the answer is read from.
 
-Left alone, so small a decoder reads late; asked early, it has read a patch before a group drops it."""
+Without these questions so small a decoder reads patches late; with them it has read a patch before a group drops it."""
 LOOKING = 4
-"""In how many of the first layers the heads begin by looking for their like."""
+"""Number of first layers whose heads start out attending to tokens like themselves."""
 NAMING = {"there": 1, "colour": len(COLOURS), "row": GRID, "column": GRID, "size": len(SIZES)}
-"""What is asked of a thing named, and among how many."""
+"""Properties that are asked of the object named, each with its number of values."""
 
 
 class Speaker(nn.Module):
-    """Projector, decoder and head; the frozen tower's features come normalised.
+    """Projector, decoder and head; they get the frozen tower's features normalised.
 
-    Two heads more help in training and are dropped in the end: `naming` says what is known of the thing that a noun
-    names, `source` where the one is that the answer is read from.
+    Two more heads help in training and are dropped in the end: `naming` predicts the properties of the object that a
+    noun names, `source` the place of the object that the answer is read from.
     """
 
     def __init__(self, config: LlamaConfig, width: int) -> None:
         super().__init__()
         self.language = LlamaModel(config)
-        # Words and patches enter as large as what a layer adds to them, else the first layers drown them; and the heads
-        # of the first layers begin by looking for their like, "dog" for the patches of a dog.
+        # Words and patches enter as large as what a layer adds to them, else the first layers drown them. The heads of
+        # the first layers start out attending to tokens like themselves: "dog" to the patches of a dog.
         nn.init.normal_(self.language.embed_tokens.weight)
         for index, layer in enumerate(self.language.layers):
             attention = layer.self_attn
@@ -55,7 +55,7 @@ class Speaker(nn.Module):
         self.register_buffer("deviation", torch.ones(()))
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
-        """Tower features (B, N, width) in the decoder's space."""
+        """Project tower features (B, N, width) into the decoder's space."""
         return self.linear_2(F.gelu(self.linear_1((features - self.mean) / self.deviation)))
 
     def forward(
@@ -68,23 +68,23 @@ class Speaker(nn.Module):
         things: torch.Tensor | None = None,
         asking: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
-        """Hidden states of the questions.
+        """Compute the hidden states of the questions.
 
         Parameters
         ----------
         features : Tensor (B, N, width)
         lead : int64 Tensor (L,)
-            What stands before every picture.
+            Tokens before every picture.
         asked : int64 Tensor (B, Q, T)
-            What stands after it, question by question, padded on the right.
+            Tokens after it, question by question, padded on the right.
         patches : int64 Tensor (N,), optional
-            Which patches of a whole picture the features are; default: all.
+            The patches of a whole picture that the features belong to; default: all.
         ground : bool Tensor (B, N), optional
             Patches that show nothing.
         things : int64 Tensor (B, N), optional
-            What patches show, by number: what objects pay to anything but themselves is idle, too.
+            Number of the thing that each patch shows. With it, attention of objects to other objects is idle, too.
         asking : float32 Tensor (B, Q, T), optional
-            How much what each token of a question pays counts. Default: all alike.
+            Weight of each token of a question for the idle attention. Default: all alike.
 
         Returns
         -------
@@ -92,44 +92,44 @@ class Speaker(nn.Module):
         halfway : list of Tensor (B, Q, T, d)
             After `NAMED_AT` and `SOURCE_AT` layers, where the decoder is that deep.
         idle : float32 Tensor
-            Share of attention that questions and objects pay to ground, averaged over layers and heads; 0 where
-            `ground` is not told. The first token, which is always there, is no idle place.
+            Share of attention that questions and objects pay to ground, averaged over layers and heads; 0 without
+            `ground`. Attention to the first token, which is always there, is not idle.
         """
         batch, number, length = asked.shape
         embed = self.language.embed_tokens
         lead_states, words = embed(lead).expand(batch, -1, -1), embed(asked).flatten(1, 2)
         states = torch.cat([lead_states, self.project(features), words], 1)
         read = states.shape[1] - words.shape[1]
-        places = torch.arange(len(lead) + GRID**2 + length, device=asked.device)
+        positions = torch.arange(len(lead) + GRID**2 + length, device=asked.device)
         if patches is None:
             patches = torch.arange(GRID**2, device=asked.device)
-        after = places[len(lead) + GRID**2 :].repeat(number)
-        places = torch.cat([places[: len(lead)], len(lead) + patches, after])[None]
-        cos, sin = self.language.rotary_emb(states, places)
-        reading = _no_later(read, states)
-        own = _no_later(length, states)
-        watched = None if ground is None else Watched.of(ground, things, asking, len(lead))
+        after = positions[len(lead) + GRID**2 :].repeat(number)
+        positions = torch.cat([positions[: len(lead)], len(lead) + patches, after])[None]
+        cos, sin = self.language.rotary_emb(states, positions)
+        reading = _causal_bias(read, states)
+        own = _causal_bias(length, states)
+        penalty = None if ground is None else IdleAttention.of(ground, things, asking, len(lead))
         halfway, idle = [], torch.zeros((), device=states.device)
         for index, layer in enumerate(self.language.layers, 1):
-            states, paid = _one_layer(layer, states, cos, sin, reading, own, watched)
-            idle = idle + paid / len(self.language.layers)
+            states, share = _run_layer(layer, states, cos, sin, reading, own, penalty)
+            idle = idle + share / len(self.language.layers)
             if index in (NAMED_AT, SOURCE_AT):
                 halfway.append(states[:, read:].unflatten(1, (number, length)))
         return self.language.norm(states[:, read:]).unflatten(1, (number, length)), halfway, idle
 
 
 @dataclass
-class Watched:
-    """Where attention is idle.
+class IdleAttention:
+    """The places where attention is idle.
 
     Attributes
     ----------
     ground, objects : bool Tensor (B, read)
-        Columns of the picture's ground and of what it shows.
+        Columns of the picture's ground and of its objects.
     others : bool Tensor (B, read, read) or None
-        Which columns show, or are, something else than the object in a row. None: only ground counts for objects.
+        Columns that show another thing than the object of a row. None: for objects only ground is idle.
     asking : float32 Tensor (B, Q T) or None
-        Weight of each token of the questions, summing to one over a picture. None: all alike.
+        Weight of each token of the questions; the weights of a picture sum to one. None: all alike.
     """
 
     ground: torch.Tensor
@@ -138,8 +138,10 @@ class Watched:
     asking: torch.Tensor | None
 
     @classmethod
-    def of(cls, ground: torch.Tensor, things: torch.Tensor | None, asking: torch.Tensor | None, lead: int) -> "Watched":
-        """For a picture after `lead` tokens; see `Speaker.forward`."""
+    def of(
+        cls, ground: torch.Tensor, things: torch.Tensor | None, asking: torch.Tensor | None, lead: int
+    ) -> "IdleAttention":
+        """Make the places for a picture after `lead` tokens; see `Speaker.forward`."""
         others = None
         if things is not None:
             others = F.pad((things[:, :, None] != things[:, None]) & ~ground[:, :, None], (lead, 0, lead, 0))
@@ -147,10 +149,10 @@ class Watched:
             asking = asking.flatten(1) / asking.sum((1, 2), keepdim=True).flatten(1)
         return cls(F.pad(ground, (lead, 0)), F.pad(~ground, (lead, 0)), others, asking)
 
-    def paid(self, by_picture: torch.Tensor, by_questions: torch.Tensor) -> torch.Tensor:
-        """Share of attention paid idly by objects, of (B, H, read, read), and by questions, of (B, H, Q T, read)."""
+    def share(self, by_picture: torch.Tensor, by_questions: torch.Tensor) -> torch.Tensor:
+        """Return the idle share of the attention of objects (B, H, read, read) and of questions (B, H, Q T, read)."""
         heads = by_picture.shape[1]
-        ground, objects = (one[:, None, :, None].to(by_picture.dtype) for one in (self.ground, self.objects))
+        ground, objects = (mask[:, None, :, None].to(by_picture.dtype) for mask in (self.ground, self.objects))
         strange = (by_picture @ ground) * objects if self.others is None else by_picture * self.others[:, None]
         of_objects = strange.float().sum() / (objects.float().sum() * heads)
         of_questions = (by_questions @ ground).float().squeeze(3)
@@ -159,49 +161,63 @@ class Watched:
         return ((of_questions * self.asking[:, None]).sum(2).mean() + of_objects) / 2
 
 
-def _one_layer(
+def _run_layer(
     layer: nn.Module,
     states: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
     reading: torch.Tensor,
     own: torch.Tensor,
-    watched: "Watched | None",
+    penalty: IdleAttention | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A layer over the picture and all questions; `reading` and `own` are the biases of picture and question.
+    """Run a layer over the picture and all questions, and return the states and the idle share of attention.
 
-    Also what is paid idly.
+    `reading` and `own` are the attention biases of picture and question.
     """
     attention, read = layer.self_attn, reading.shape[0]
     normed = layer.input_layernorm(states)
     query, key, value = (
-        one(normed).unflatten(2, (-1, attention.head_dim)).transpose(1, 2)
-        for one in (attention.q_proj, attention.k_proj, attention.v_proj)
+        projection(normed).unflatten(2, (-1, attention.head_dim)).transpose(1, 2)
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
     query, key = apply_rotary_pos_emb(query, key, cos.to(query.dtype), sin.to(query.dtype))
     query = query * query.shape[-1] ** -0.5
     by_picture = (query[:, :, :read] @ key[:, :, :read].transpose(-1, -2) + reading.to(query.dtype)).softmax(-1)
-    by_questions, heard = _side_by_side(query, key, value, read, own)
-    output = torch.cat([by_picture @ value[:, :, :read], heard], 2).transpose(1, 2).flatten(2)
+    by_questions, of_questions = _side_by_side(query, key, value, read, own)
+    output = torch.cat([by_picture @ value[:, :, :read], of_questions], 2).transpose(1, 2).flatten(2)
     states = states + attention.o_proj(output)
-    paid = states.new_zeros(()) if watched is None else watched.paid(by_picture, by_questions)
-    return states + layer.mlp(layer.post_attention_layernorm(states)), paid
+    idle = states.new_zeros(()) if penalty is None else penalty.share(by_picture, by_questions)
+    return states + layer.mlp(layer.post_attention_layernorm(states)), idle
 
 
-def _no_later(size: int, like: torch.Tensor) -> torch.Tensor:
+def _causal_bias(size: int, like: torch.Tensor) -> torch.Tensor:
     return torch.full((size, size), float("-inf"), device=like.device).triu(1)
 
 
 def _side_by_side(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, read: int, own: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of questions, each to the picture and to itself, of (B, H, read + Q T, D), queries scaled.
+    """Compute the attention of questions, each to the picture and to itself.
 
-    What they pay the picture (B, H, Q T, read), and what they hear (B, H, Q T, D).
+    Parameters
+    ----------
+    query, key, value : Tensor (B, H, read + Q T, D)
+        Of picture and questions; queries are scaled.
+    read : int
+        Tokens of the picture and before it.
+    own : Tensor (T, T)
+        Causal bias of a question.
+
+    Returns
+    -------
+    Tensor (B, H, Q T, read)
+        Attention to the picture.
+    Tensor (B, H, Q T, D)
+        The output.
     """
     length = own.shape[0]
     query = query[:, :, read:]
-    by_question = [one.unflatten(2, (-1, length)) for one in (query, key[:, :, read:], value[:, :, read:])]
+    by_question = [states.unflatten(2, (-1, length)) for states in (query, key[:, :, read:], value[:, :, read:])]
     to_picture = query @ key[:, :, :read].transpose(-1, -2)
     to_itself = by_question[0] @ by_question[1].transpose(-1, -2) + own.to(query.dtype)
     weights = torch.cat([to_picture, to_itself.flatten(2, 3)], -1).softmax(-1)

@@ -1,9 +1,9 @@
-"""Where a method loses what a question needs: how many questions still have a patch of every object they ask about.
+"""Where a method loses what a question needs: questions that still have a patch of every object they ask about.
 
     python -m benchmarks.quality.survival benchmarks/results/quality-DATE.json --model examples/miniature --tokens 64
 
-follows the kept patches of the file's first questions through every group of layers, writes what it finds into the
-file, and its table again.
+follows the kept patches of the file's first questions through every group of layers, adds the result to the file, and
+writes its page again.
 """
 
 import json
@@ -29,7 +29,7 @@ FOLLOWED = ("random", "cls-topk", "cls-topk-all-layers", "ivtp-v", "ivtp")
 
 
 def whats_left(examination: Examination, row: Row) -> dict[str, torch.Tensor]:
-    """The patches that a row keeps for each question, step by step: int64 (B, k) by the step's name."""
+    """Return the patches that a row keeps for each question after every step: int64 (B, k) by the step's name."""
     model = examination.model
     if row.chooser:
         return {"before the decoder": examination.patch_order(row)[:, : row.visual_tokens]}
@@ -44,7 +44,7 @@ def whats_left(examination: Examination, row: Row) -> dict[str, torch.Tensor]:
 
 
 def all_left(asked: Sequence[tuple[Scene, Question]], kept: torch.Tensor) -> list[bool]:
-    """Whether a patch of every object that a question asks about or is answered from is among those kept."""
+    """Return for each question whether a patch is kept of every object that it asks about or is answered from."""
     left = []
     for (scene, question), patches in zip(asked, kept.tolist(), strict=True):
         objects, _ = needed_objects(scene, question)
@@ -53,7 +53,7 @@ def all_left(asked: Sequence[tuple[Scene, Question]], kept: torch.Tensor) -> lis
 
 
 def follow(model: Any, processor: Any, rows: Sequence[Row], number: int, batch: int, seed: int = 0) -> dict[str, Any]:
-    """Ask for what every row keeps.
+    """Follow the patches that every row keeps.
 
     Parameters
     ----------
@@ -61,15 +61,15 @@ def follow(model: Any, processor: Any, rows: Sequence[Row], number: int, batch: 
     processor : IVTPLlavaProcessor
     rows : sequence of Row
     number : int
-        Test questions; those that ask about no object in the scene have nothing to lose and are left out.
+        Number of test questions.
     batch : int
     seed : int
-        Of random patches.
+        Seed of random patches.
 
     Returns
     -------
     dict
-        By method a list of steps: `step`, `tokens`, `left`: one bool for each question.
+        By method a list of steps: `step`, `tokens`, and `left`, a bool for each question.
     """
     found: dict[str, dict[str, dict[str, Any]]] = {row.method: {} for row in rows}
     sample = sample_questions("test", number, side=model.config.vision_config.image_size)
@@ -79,8 +79,8 @@ def follow(model: Any, processor: Any, rows: Sequence[Row], number: int, batch: 
         examination = Examination(model, processor, part, first, seed)
         for row in rows:
             for step, kept in whats_left(examination, row).items():
-                told = found[row.method].setdefault(step, {"step": step, "tokens": kept.shape[1], "left": []})
-                told["left"] += all_left(part, kept)
+                entry = found[row.method].setdefault(step, {"step": step, "tokens": kept.shape[1], "left": []})
+                entry["left"] += all_left(part, kept)
     return {method: list(steps.values()) for method, steps in found.items()}
 
 
@@ -90,28 +90,29 @@ def summary(
     right: Mapping[str, np.ndarray],
     headline: Sequence[str],
 ) -> dict[str, Any]:
-    """Shares of questions that have everything left, by step and type, and what that means for their answers.
+    """Return the share of questions with everything left, by step and type, and the accuracy with and without.
 
     Parameters
     ----------
     found : mapping
-        Of `follow`.
+        The result of `follow`.
     questions : sequence of Question
     right : dict of str to bool array
-        Each method's answers.
+        Right and wrong for each method.
     headline : sequence of str
-        Types that make the shares over all types.
+        Types that count for the shares over all types.
 
     Returns
     -------
     dict
-        By method `steps` with `step`, `tokens`, `share` and `by_type`, and the accuracy of the headline's questions
-        with everything `left` in the end and with something `gone`; None where there is no such question.
+        By method: `steps` with `step`, `tokens`, `share` and `by_type`; `accuracy` of the headline's questions with
+        everything `left` after the last step and with something `gone`, None where there is no such question.
+        Questions that ask about no object in the scene have nothing to lose and are left out.
     """
     types = np.array([question.type for question in questions])
     asks = np.array([bool(question.subjects + question.sources) for question in questions])
     main = asks & np.isin(types, list(headline))
-    told: dict[str, Any] = {}
+    summaries: dict[str, Any] = {}
     for method, steps in found.items():
         shares = []
         for step in steps:
@@ -122,11 +123,11 @@ def summary(
             )
         end = np.array(steps[-1]["left"])
         answers = right[method][: len(end)]
-        told[method] = {
+        summaries[method] = {
             "steps": shares,
             "accuracy": {"left": _mean(answers[main & end]), "gone": _mean(answers[main & ~end])},
         }
-    return told
+    return summaries
 
 
 def _mean(values: np.ndarray) -> float | None:
@@ -134,12 +135,12 @@ def _mean(values: np.ndarray) -> float | None:
 
 
 def main(
-    file: Annotated[Path, typer.Argument(help="Results of the checkpoint; they learn where patches are lost.")],
+    file: Annotated[Path, typer.Argument(help="Results of the checkpoint, to which the shares are added.")],
     model: Annotated[Path, typer.Option(help="Folder of the checkpoint.")],
     tokens: Annotated[int, typer.Option(help="Budget of the methods.")] = 64,
-    questions: Annotated[int, typer.Option(help="How many of the file's questions, from the first.")] = 1100,
-    batch: Annotated[int, typer.Option(help="Questions side by side.")] = 24,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; default: what there is.")] = None,
+    questions: Annotated[int, typer.Option(help="How many of the file's questions, from the first on.")] = 1100,
+    batch: Annotated[int, typer.Option(help="Questions at a time.")] = 24,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; default: a GPU if there is one.")] = None,
 ) -> None:
     """Follow the patches of a checkpoint's questions."""
     results = json.loads(file.read_text())
@@ -160,8 +161,8 @@ def main(
         found = follow(llava, processor, rows, number, batch, seed=results["sample"]["seed"])
     sample = sample_questions("test", number, side=results["sample"]["side"])
     asked = [question for _, question in sample]
-    told = summary(found, asked, answers, results["questions"]["headline"])
-    results["survival"] = {"visual_tokens": tokens, "questions": number, "methods": told}
+    shares = summary(found, asked, answers, results["questions"]["headline"])
+    results["survival"] = {"visual_tokens": tokens, "questions": number, "methods": shares}
     report.write(file, results)
     print(file.with_suffix(".md").read_text())
 

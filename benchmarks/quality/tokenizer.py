@@ -1,4 +1,4 @@
-"""The decoder's tokenizer: a BPE of LLaMA's kind, learned from the world's own wording."""
+"""The decoder's tokenizer: a BPE of LLaMA's kind, trained on the world's own wording."""
 
 import copy
 import json
@@ -32,7 +32,7 @@ CHAT_TEMPLATE = """\
 
 
 def learn_bpe(texts: Iterable[str], pieces: int) -> dict[str, Any]:
-    """Vocabulary and merges of a BPE of LLaMA's kind: Metaspace, byte fallback; arguments of `LlamaTokenizer`."""
+    """Train a BPE of LLaMA's kind (Metaspace, byte fallback): vocabulary and merges, arguments of `LlamaTokenizer`."""
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -43,27 +43,27 @@ def learn_bpe(texts: Iterable[str], pieces: int) -> dict[str, Any]:
 
 
 def llama_tokenizer(learned: dict[str, Any], *special: str, **options: Any) -> LlamaTokenizer:
-    """LLaVA-1.5's kind of tokenizer with learned pieces; `special` tokens beside `<pad>` and `<image>`."""
-    made = LlamaTokenizer(**copy.deepcopy(learned), pad_token="<pad>", **{"padding_side": "left"} | options)
+    """Build a tokenizer of LLaVA-1.5's kind from trained pieces, with `special` tokens beside `<pad>` and `<image>`."""
+    tokenizer = LlamaTokenizer(**copy.deepcopy(learned), pad_token="<pad>", **{"padding_side": "left"} | options)
     names = ["<pad>", "<image>", *special]
-    made.add_tokens([AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True)
-    return made
+    tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True)
+    return tokenizer
 
 
 @cache
 def decoder_tokenizer() -> LlamaTokenizer:
-    """About 800 pieces, so that longer words of a question are split.
+    """Train the decoder's tokenizer: about 800 pieces, so that longer words of a question are split.
 
-    Answers are whole pieces: what is measured is sight, not spelling.
+    Answers are whole pieces, because the benchmark measures sight, not spelling.
     """
-    asked = [one.prompt for index in range(400) for one in questions(draw_scene("train", index), 8)]
-    # Once more than anything else, so that merges reach whole answers first.
+    asked = [question.prompt for index in range(400) for question in questions(draw_scene("train", index), 8)]
+    # More often than anything else, so that merges reach whole answers first.
     answers = [" ".join(answer_words())] * 4000
     return llama_tokenizer(learn_bpe([*asked, *answers, " ".join(all_words())], pieces=820))
 
 
 def processor() -> IVTPLlavaProcessor:
-    """LLaVA-1.5's processor with both tokenizers of the miniature."""
+    """Build LLaVA-1.5's processor with both tokenizers of the miniature."""
     return IVTPLlavaProcessor(
         image_processor=CLIPImageProcessor(
             size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}, do_convert_rgb=True

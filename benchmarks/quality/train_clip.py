@@ -1,10 +1,10 @@
 """Stage 1: the CLIP of the miniature, both towers, on scenes and captions.
 
-CLIP's loss teaches CLS and words to meet. Because the world is drawn, every patch may be told besides what it shows
-(kind and tile colour, how large the object is and where its middle), and CLS which kinds there are and where things
-are, both at the top of every group: what is known early is still known where its neighbours are gone. Those heads are
-dropped in the end. First steps learn to see, from those labels alone, on small scenes of 168 pixels under random
-windows of the position table; words join with whole scenes.
+CLIP's loss brings CLS and words together. Because the world is drawn, there are labels besides: for every patch what it
+shows (kind and tile colour, the object's size and the place of its middle), for CLS the kinds in the scene and where
+things are. Both are trained at the top of every group, so that a patch knows early, and still knows once its neighbours
+are dropped. The heads for these labels are dropped in the end. The first steps learn from the labels alone, on small
+scenes of 168 pixels at random windows of the position table; words join with whole scenes.
 
     python -m benchmarks.quality.train_clip --out out/miniature/clip
 """
@@ -34,16 +34,16 @@ PATCH_LABELS = {
     "column": GRID,
     "size": len(SIZES) + 1,
 }
-"""What every patch is told, and among how many."""
+"""Labels of every patch, each with its number of values."""
 PATCHES_WEIGHT, CLS_WEIGHT, WORDS_WEIGHT = 3.0, 0.1, 0.1
 CELLS = 6
-"""Cells on a side of the whole grid in which CLS is to know how much is there."""
+"""Cells on a side of the whole grid; CLS predicts how much of each is covered."""
 SMALL_BATCH, BATCH, TEXTS = 64, 24, 3
-"""Small scenes and whole ones of a step, and texts about each whole one."""
+"""Small scenes of a step, whole scenes of a step, and texts about each whole scene."""
 
 
 class Teacher(nn.Module):
-    """The CLIP that is trained, and the heads that help and are dropped."""
+    """The CLIP in training, with heads for labels that are dropped in the end."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,20 +58,20 @@ class Teacher(nn.Module):
         self.patch_heads = nn.ModuleList(_head(sum(PATCH_LABELS.values())) for _ in range(LAYERS // 2))
         self.cls_heads = nn.ModuleList(_head(len(kinds()) + CELLS**2) for _ in range(LAYERS // 2))
         for _, last in self.cls_heads:
-            nn.init.constant_(last.bias, -4.0)  # most kinds are not there
+            nn.init.constant_(last.bias, -4.0)  # most kinds are not in a scene
 
     def see(self, pixels: torch.Tensor, window: tuple[int, int]) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """What CLS and patches are at the top of each group, and patches where LLaVA reads them.
+        """Return the states of CLS and patches at the top of each group, and the patches where LLaVA reads them.
 
-        `window` is a corner of the grid.
+        `window` is the row and column of the first patch in the whole grid.
         """
         tower = self.clip.vision_model
         patches = tower.embeddings.patch_embedding(pixels)
         side = patches.shape[-1]
         rows, columns = (torch.arange(start, start + side, device=pixels.device) for start in window)
-        places = 1 + (rows[:, None] * GRID + columns).flatten()
-        patches = patches.flatten(2).transpose(1, 2) + tower.embeddings.position_embedding(places)
-        cls = tower.embeddings.class_embedding + tower.embeddings.position_embedding(places.new_zeros(1))
+        positions = 1 + (rows[:, None] * GRID + columns).flatten()
+        patches = patches.flatten(2).transpose(1, 2) + tower.embeddings.position_embedding(positions)
+        cls = tower.embeddings.class_embedding + tower.embeddings.position_embedding(positions.new_zeros(1))
         hidden = tower.pre_layrnorm(torch.cat([cls.expand(len(patches), 1, -1), patches], 1))
         tops, features = [], hidden
         for index, layer in enumerate(tower.encoder.layers):
@@ -83,20 +83,20 @@ class Teacher(nn.Module):
         return tops, features[:, 1:]
 
     def losses(self, batch: "Batch", device: torch.device) -> dict[str, torch.Tensor]:
-        """Everything that is minimised, and shares of right answers to watch."""
+        """Compute everything that is minimised, and shares of right answers to watch."""
         tops, features = self.see(batch.pixels.to(device), batch.window)
-        there = batch.present.to(device)
+        present = batch.present.to(device)
         cls = [top[:, 0] for top in tops]
-        told = self._of_patches([*(top[:, 1:] for top in tops[:-1]), features], batch.labels)
-        told |= self._of_cls(cls, there, batch.covered.to(device))
-        loss = PATCHES_WEIGHT * (told["dense"] + told["early"]) + CLS_WEIGHT * told["cls"]
+        losses = self._of_patches([*(top[:, 1:] for top in tops[:-1]), features], batch.labels)
+        losses |= self._of_cls(cls, present, batch.covered.to(device))
+        loss = PATCHES_WEIGHT * (losses["dense"] + losses["early"]) + CLS_WEIGHT * losses["cls"]
         if batch.texts is not None:
-            told |= self._of_words(cls[-1], there, batch.texts)
-            loss = loss + WORDS_WEIGHT * told["contrast"]
-        return {"loss": loss} | told
+            losses |= self._of_words(cls[-1], present, batch.texts)
+            loss = loss + WORDS_WEIGHT * losses["contrast"]
+        return {"loss": loss} | losses
 
     def _of_patches(self, depths: list[torch.Tensor], labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What every patch shows, at the tops of the groups and, last, where LLaVA reads it."""
+        """Compare patches with their labels, at the tops of the groups and, last, where LLaVA reads them."""
         wanted = labels.to(depths[0].device).flatten(0, 2).unbind(-1)
         objects = wanted[0] < len(kinds())
         weight = torch.where(objects, 1.0, 0.2)
@@ -104,29 +104,29 @@ class Teacher(nn.Module):
         for depth, (head, patches) in enumerate(zip(self.patch_heads, depths, strict=True), 1):
             if depth > 1:
                 right[f"kind_{depth - 1}"] = right["kind"]
-            told = head(patches.float()).flatten(0, 1).split(list(PATCH_LABELS.values()), -1)
+            predictions = head(patches.float()).flatten(0, 1).split(list(PATCH_LABELS.values()), -1)
             loss = torch.zeros((), device=patches.device)
-            for name, logits, label in zip(PATCH_LABELS, told, wanted, strict=True):
+            for name, logits, label in zip(PATCH_LABELS, predictions, wanted, strict=True):
                 share = 1.0 if name == "kind" else 0.3
                 loss = loss + share * (F.cross_entropy(logits, label, reduction="none") * weight).mean()
                 right[name] = (logits.argmax(-1) == label)[objects].float().mean()
             losses.append(loss)
         return {"dense": losses[-1], "early": torch.stack(losses[:-1]).mean()} | right
 
-    def _of_cls(self, cls: list[torch.Tensor], there: torch.Tensor, covered: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Which kinds there are and how much of each cell things cover, at the top of every group."""
-        wanted = torch.cat([there.float(), covered.flatten(1)], 1)
-        seen = [head(one.float()) for head, one in zip(self.cls_heads, cls, strict=True)]
-        losses = [F.binary_cross_entropy_with_logits(one, wanted, reduction="none") for one in seen]
-        guess = seen[-1][:, : there.shape[1]] > 0
-        f1 = 2 * (guess & there).sum() / (guess.sum() + there.sum()).clamp(min=1)
-        return {"cls": torch.stack([one.sum(1).mean() for one in losses]).mean(), "cls_f1": f1}
+    def _of_cls(self, cls: list[torch.Tensor], present: torch.Tensor, covered: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Compare CLS with the kinds in the scene and the cover of each cell, at the top of every group."""
+        wanted = torch.cat([present.float(), covered.flatten(1)], 1)
+        logits = [head(state.float()) for head, state in zip(self.cls_heads, cls, strict=True)]
+        losses = [F.binary_cross_entropy_with_logits(of_top, wanted, reduction="none") for of_top in logits]
+        guess = logits[-1][:, : present.shape[1]] > 0
+        f1 = 2 * (guess & present).sum() / (guess.sum() + present.sum()).clamp(min=1)
+        return {"cls": torch.stack([loss.sum(1).mean() for loss in losses]).mean(), "cls_f1": f1}
 
-    def _of_words(self, cls: torch.Tensor, there: torch.Tensor, texts: Texts) -> dict[str, torch.Tensor]:
-        """Which words fit which picture.
+    def _of_words(self, cls: torch.Tensor, present: torch.Tensor, texts: Texts) -> dict[str, torch.Tensor]:
+        """Compare every text with every picture.
 
-        A text that names little is true of several images and one that names nothing of none, so each pair is judged
-        by itself: the sigmoid loss that open_clip has beside the contrastive one.
+        A text that names little fits several pictures, and one that names nothing fits none. So each pair is judged by
+        itself, with the sigmoid loss that open_clip offers beside the contrastive one.
         """
         named = texts.names.to(cls.device)
         hidden = self.clip.text_model(input_ids=texts.input_ids.to(cls.device)).last_hidden_state
@@ -134,11 +134,11 @@ class Teacher(nn.Module):
         images = self.clip.visual_projection(self.clip.vision_model.post_layernorm(cls))
         logits = F.normalize(words.float(), dim=-1) @ F.normalize(images.float(), dim=-1).T
         logits = logits * self.clip.logit_scale.exp().clamp(max=100) + self.bias
-        fits = named.any(1, keepdim=True) & ~(named[:, None] & ~there[None]).any(-1)
+        fits = named.any(1, keepdim=True) & ~(named[:, None] & ~present[None]).any(-1)
         contrast = -F.logsigmoid(torch.where(fits, logits, -logits)).sum(1).mean()
-        says = named.any(1)
-        own = fits.gather(1, logits.argmax(1, keepdim=True))[says].float().mean()
-        return {"contrast": contrast, "texts": own, "quiet": (logits[~says] < 0).float().mean()}
+        names = named.any(1)
+        own = fits.gather(1, logits.argmax(1, keepdim=True))[names].float().mean()
+        return {"contrast": contrast, "texts": own, "quiet": (logits[~names] < 0).float().mean()}
 
 
 def _head(size: int) -> nn.Sequential:
@@ -146,20 +146,21 @@ def _head(size: int) -> nn.Sequential:
 
 
 def pixel_values(scenes: list[Scene]) -> torch.Tensor:
-    """What CLIP's image processor makes of scenes that have the right size already: (B, 3, side, side)."""
+    """Return the pixel values of scenes, as CLIP's image processor would without resizing: (B, 3, side, side)."""
     return pixel_values_of(np.stack([scene.pixels for scene in scenes]))
 
 
 def pixel_values_of(pixels: np.ndarray) -> torch.Tensor:
-    """The same of pictures (B, side, side, 3) uint8."""
+    """Return the pixel values of pictures (B, side, side, 3) uint8."""
     values = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
     return (values - torch.tensor(MEAN)[:, None, None]) / torch.tensor(DEVIATION)[:, None, None]
 
 
 def patch_labels(scene: Scene, window: tuple[int, int]) -> np.ndarray:
-    """The labels of `PATCH_LABELS` for every patch, int64 (grid, grid, 5); the last of each sort is the ground's.
+    """Return the labels of every patch, by the order of `PATCH_LABELS`: int64 (grid, grid, 5).
 
-    The ground's place is the patch's own. Places are counted on the whole grid, of which the scene fills a window.
+    The last kind, colour and size are those of the ground, whose row and column are the patch's own. Rows and columns
+    are counted on the whole grid, of which the scene fills a window.
     """
     where = scene.patch_objects()
     own = np.indices(where.shape)
@@ -174,7 +175,7 @@ def patch_labels(scene: Scene, window: tuple[int, int]) -> np.ndarray:
 
 
 class Batch:
-    """Scenes of one step with their labels, and texts about them or none, drawn from the step number."""
+    """The scenes of a step with their labels, and with texts about them if asked for, drawn from the step number."""
 
     def __init__(self, step: int, size: int, side: int, texts: int = 0) -> None:
         draw = np.random.Generator(np.random.PCG64([7, step]))
@@ -194,13 +195,13 @@ class Batch:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder of the state and log; an earlier run there goes on.")],
+    out: Annotated[Path, typer.Option(help="Folder of state and log; an earlier run there is continued.")],
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1800,
-    small_steps: Annotated[int, typer.Option(help="How many of them run on small scenes first.")] = 800,
-    seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
+    small_steps: Annotated[int, typer.Option(help="How many of them, the first ones, run on small scenes.")] = 800,
+    seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = os.cpu_count() or 1,
 ) -> None:
-    """Train, or go on training."""
+    """Train, or continue training."""
     device = set_up(seed, threads)
     teacher = Teacher().to(device)
     optimizers = optimizers_of(teacher)

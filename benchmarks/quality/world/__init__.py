@@ -1,4 +1,4 @@
-"""A drawn world for measuring whether a model sees: scenes, questions, captions, and what every patch shows.
+"""A drawn world for measuring whether a model sees: scenes, questions, captions, and labels for every patch.
 
     scene = draw_scene("train", 7)                 # objects; scene.pixels is (336, 336, 3) uint8
     scene.patch_kinds(), scene.patch_colours()     # (24, 24), -1 where there is no object
@@ -7,7 +7,7 @@
     oracle_order(scene, question)[:64]             # the patches to keep
     for scene, question in sample_questions("test", 2000): ...
 
-The same on every machine: everything is computed in integers from PCG64's raw bits.
+Everything is computed in integers from PCG64's raw bits, so the world is the same on every machine.
 """
 
 from benchmarks.quality.world.captions import caption

@@ -1,4 +1,4 @@
-"""Captions of scenes for CLIP: what is there, sometimes on which colour and where, in at most 60 of CLIP's tokens."""
+"""Captions of scenes for CLIP: the objects, sometimes with their colours and places, in at most 60 of CLIP's tokens."""
 
 from collections.abc import Callable
 
@@ -25,11 +25,13 @@ _ROWS, _COLUMNS = ("top", "", "bottom"), ("left", "", "right")
 
 
 def caption(scene: Scene, variant: int = 0) -> str:
-    """A caption of the scene.
+    """Write a caption of a scene.
 
-    Args:
-        scene: the scene.
-        variant: another number gives another style, choice and order.
+    Parameters
+    ----------
+    scene : Scene
+    variant : int
+        Another number gives another style, choice and order.
     """
     draws = Draws(scene.seed, scene.side, _CAPTIONS, variant)
     style = draws.pick((_inventory, _inventory, _inventory, _coloured, _placed, _tiles))
@@ -37,25 +39,25 @@ def caption(scene: Scene, variant: int = 0) -> str:
 
 
 def _inventory(scene: Scene, draws: Draws) -> list[str]:
-    """`a dog`, `two pizzas`: everything there is."""
+    """List everything in the scene: `a dog`, `two pizzas`."""
     counts = draws.shuffled(list(scene.counts().items()))
     return [_with_article(kind) if n == 1 else f"{NUMBERS[n - 1]} {kinds()[kind].plural}" for kind, n in counts]
 
 
 def _coloured(scene: Scene, draws: Draws) -> list[str]:
-    """`a dog on a red tile`: up to six objects."""
+    """List up to six objects with their colours: `a dog on a red tile`."""
     return [f"{_with_article(t.kind)} on {_tile(t)}" for t in draws.sample(scene.objects, 6)]
 
 
 def _placed(scene: Scene, draws: Draws) -> list[str]:
-    """`a dog on a red tile at the top left`: up to three objects with their colours, or five without."""
+    """List up to three objects with colours and places, or five with places: `a dog on a red tile at the top left`."""
     colours = draws.chance(1, 2)
     things = draws.sample(scene.objects, 3 if colours else 5)
     return [f"{_with_article(t.kind)}{' on ' + _tile(t) if colours else ''} {_place(scene, t)}" for t in things]
 
 
 def _tiles(scene: Scene, draws: Draws) -> list[str]:
-    """`a red tile with a dog`: up to six objects."""
+    """List up to six tiles with their objects: `a red tile with a dog`."""
     return [f"{_tile(t)} with {_with_article(t.kind)}" for t in draws.sample(scene.objects, 6)]
 
 

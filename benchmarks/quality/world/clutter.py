@@ -1,4 +1,4 @@
-"""Small shapes, lines and dots that lie about and are no objects."""
+"""Clutter: small shapes, lines and dots that are no objects."""
 
 from functools import lru_cache
 
@@ -14,7 +14,7 @@ _VIVID = RGB.tolist()
 
 
 def clutter(picture: np.ndarray, draws: Draws) -> None:
-    """Puts small shapes, lines and dots on a ground, in place: more of them on a larger one."""
+    """Draw small shapes, lines and dots on a ground, in place; a larger ground gets more."""
     side = picture.shape[0]
     shapes = _shapes()
     places, colours, lengths = [], [], []
@@ -30,7 +30,7 @@ def clutter(picture: np.ndarray, draws: Draws) -> None:
 
 @lru_cache(maxsize=1)
 def _shapes() -> tuple[tuple[Shape, ...], ...]:
-    """Discs, rings, crosses, triangles, diamonds, lines: rows and columns of their pixels, their height and width."""
+    """Return discs, rings, crosses, triangles, diamonds and lines: rows and columns of pixels, height and width."""
     families: list[list[np.ndarray]] = [[] for _ in range(6)]
     for size in range(3, 18, 2):
         y, x = np.arange(size)[:, None] - size // 2, np.arange(size)[None, :] - size // 2

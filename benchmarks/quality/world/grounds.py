@@ -1,4 +1,4 @@
-"""What lies behind the objects: textured and photographic grounds.
+"""Grounds behind the objects: textures and photographs.
 
 A ground is a *field*, a height of 0 … 255 for every pixel, seen through a *ramp* of a few matching colours; or a
 photograph, blurred and tinted. Everything is computed in integers.
@@ -35,7 +35,7 @@ DIRECTIONS = ((64, 0), (62, 17), (55, 32), (45, 45), (32, 55), (17, 62), (0, 64)
 
 
 def ground(draws: Draws, side: int) -> np.ndarray:
-    """A ground, (side, side, 3) uint8."""
+    """Draw a ground, (side, side, 3) uint8."""
     if draws.chance(1, 6):
         picture = _photograph(draws, side)
     else:
@@ -47,12 +47,15 @@ def ground(draws: Draws, side: int) -> np.ndarray:
 
 
 def smooth(grid: np.ndarray, side: int, eased: bool = False) -> np.ndarray:
-    """A small uint8 grid, (height, width[, channels]), blown up to `side` by `side` by interpolation.
+    """Enlarge a small uint8 grid, (height, width[, channels]), to `side` by `side` by interpolation.
 
-    Args:
-        grid: the values.
-        side: the new height and width.
-        eased: ease in and out between values, which hides the lattice of random values.
+    Parameters
+    ----------
+    grid : uint8 array
+    side : int
+        The new height and width.
+    eased : bool
+        Ease in and out between values, which hides the lattice of random values.
     """
     rows, down = _between(grid.shape[0], side, eased)
     columns, across = _between(grid.shape[1], side, eased)
@@ -86,13 +89,13 @@ def _axes(side: int) -> tuple[np.ndarray, np.ndarray]:
 
 @lru_cache(maxsize=1)
 def _grain() -> np.ndarray:
-    """Fine noise, int16, from which every grained field takes a piece."""
+    """Return fine noise, int16, from which every grained field takes a piece."""
     raw = Draws(2, 336).bytes(4, 512, 512).astype(np.int16)
     return raw.sum(axis=0, dtype=np.int16) // 4 - 127
 
 
 def _ramp(draws: Draws) -> np.ndarray:
-    """Colours for the heights 0 … 255, (256, 3) uint8."""
+    """Draw colours for the heights 0 to 255, (256, 3) uint8."""
     theme = draws.sample(draws.pick(THEMES), draws.between(2, 4))
     shift = draws.between(-16, 16)
     stops = np.array([[min(255, max(0, v + shift + draws.between(-12, 12))) for v in c] for c in theme], np.uint8)
@@ -131,7 +134,7 @@ def _glow(draws: Draws, side: int) -> Field:
 
 
 def _wave(draws: Draws, phase: np.ndarray, period: int) -> Field:
-    """Bands along a phase in sixteenths of a pixel: sharp, soft or like a saw."""
+    """Draw bands along a phase in sixteenths of a pixel: sharp, soft or like a saw."""
     level = (phase % (16 * period)) * 510 // (16 * period)
     style = draws.below(3)
     if style == 0:
@@ -226,7 +229,7 @@ FIELDS: tuple[Callable[[Draws, int], Field], ...] = (
 
 
 def _crop(draws: Draws, side: int) -> np.ndarray:
-    """A piece of a photograph, perhaps mirrored, enlarged and so blurred, (side, side, 3) uint8."""
+    """Cut a piece out of a photograph, perhaps mirrored, and enlarge it, which blurs it: (side, side, 3) uint8."""
     photograph = draws.pick(list(_pyramid()[draws.below(3)]))
     size = draws.between(24 + photograph.shape[0] // 8, photograph.shape[0])
     top, left = draws.below(photograph.shape[0] - size + 1), draws.below(photograph.shape[1] - size + 1)
@@ -236,7 +239,7 @@ def _crop(draws: Draws, side: int) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _pyramid() -> tuple[np.ndarray, ...]:
-    """The photographs at full, half and quarter size: enlarged again, these are sharp, soft and blurred."""
+    """Return the photographs at full, half and quarter size: enlarged again, they are sharp, soft and blurred."""
     levels = [photographs()]
     for _ in range(2):
         number, height, width, _channels = levels[-1].shape
@@ -246,7 +249,7 @@ def _pyramid() -> tuple[np.ndarray, ...]:
 
 
 def _photograph(draws: Draws, side: int) -> np.ndarray:
-    """A piece of a photograph in its colours, drawn somewhat towards one muted colour."""
+    """Draw a piece of a photograph, its colours shifted towards one muted colour."""
     tint = np.array(draws.pick(draws.pick(THEMES)), np.uint16)
     share = draws.between(40, 150)
     return (_crop(draws, side).astype(np.uint16) * (256 - share) + tint * share >> 8).astype(np.uint8)

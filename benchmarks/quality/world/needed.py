@@ -1,4 +1,4 @@
-"""Which patches a question needs: what an oracle keeps."""
+"""The patches that a question needs, which an oracle keeps."""
 
 import numpy as np
 
@@ -10,9 +10,9 @@ LEAST = 0.25
 
 
 def needed_objects(scene: Scene, question: Question) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Numbers of the objects to look at: first those asked about and answering, then those that must be ruled out.
+    """Return the numbers of the objects that a question is about or is answered from, and of those to be ruled out.
 
-    To say that something is not there, or how many there are, one has to look at everything.
+    To say that something is missing, or how many there are, one has to look at everything.
     """
     asked = question.subjects + question.sources
     if question.type == "count" or not asked:
@@ -21,23 +21,23 @@ def needed_objects(scene: Scene, question: Question) -> tuple[tuple[int, ...], t
 
 
 def shown_patches(scene: Scene) -> np.ndarray:
-    """On which patches each object shows: where its tile covers at least a quarter, (objects, grid²) bool."""
+    """Return the patches that show each object, where its tile covers at least a quarter: (objects, grid²) bool."""
     return (scene.coverage >= LEAST * PATCH * PATCH).reshape(len(scene.objects), -1)
 
 
 def needed_patches(scene: Scene, question: Question) -> np.ndarray:
-    """The patches on which a needed object shows, (grid, grid) bool."""
+    """Return the patches that show a needed object, (grid, grid) bool."""
     asked, others = needed_objects(scene, question)
     return shown_patches(scene)[list(asked + others)].any(axis=0).reshape(scene.grid, scene.grid)
 
 
 def oracle_order(scene: Scene, question: Question) -> np.ndarray:
-    """All patches in the order in which an oracle would keep them, so that its first k fill any budget, (grid²,) int64.
+    """Return all patches in the order in which an oracle keeps them, (grid²,) int64; its first k fill a budget of k.
 
-    First the patches of the objects asked about and answering, the most central of each object first and the objects
-    taking turns; then those of objects to be ruled out, likewise; then the ground, from the needed objects outward;
-    then all other objects, likewise: parts of what nobody asked about are worse than nothing. Patches are numbered row
-    by row.
+    First come the patches of the objects that the question is about or is answered from: the objects take turns, each
+    with its most central patch first. Then those of objects to be ruled out, likewise; then the ground, from the needed
+    objects outward; then all other objects, likewise, because parts of unrelated objects are worse than nothing.
+    Patches are numbered row by row.
     """
     asked, others = needed_objects(scene, question)
     level = np.full(len(scene.objects), 2)
@@ -51,7 +51,7 @@ def oracle_order(scene: Scene, question: Question) -> np.ndarray:
 
     far = 4 * scene.side**2
     turn = np.where(covered, distance, far).argsort(axis=1, kind="stable").argsort(axis=1, kind="stable")
-    # Level before turn before distance, as one integer; a patch goes by the first object that claims it.
+    # Level before turn before distance, as one integer; a patch counts for the first object that claims it.
     last = 4 * scene.grid**2 * far
     needed = covered & (level < 2)[:, None]
     claim = np.where(needed, (level[:, None] * scene.grid**2 + turn) * far + distance, last).min(axis=0)

@@ -1,8 +1,8 @@
-"""Questions about scenes, each with one word for an answer and no doubt about it.
+"""Questions about scenes, each with an unambiguous answer of one word.
 
 Objects are named by kind alone, and only kinds that occur once are named, except where presence or number is asked for.
-Answers are balanced within each type by the way scenes are made and questions chosen, so that who has not seen the
-picture can only guess: `chance` says how well.
+Answers are balanced within each type by the way scenes are drawn and questions are chosen, so that a model that has not
+seen the picture can only guess, as well as `chance` says.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -37,16 +37,24 @@ _QUESTIONS = 2
 class Question:
     """A question about a scene.
 
-    Attributes:
-        type: one of `TYPES`.
-        text: what is asked, idle words included.
-        answer: one word.
-        spans: where in `text` the content words stand: names and relations.
-        subjects: numbers of the scene's objects that the question names.
-        sources: numbers of the objects that the answer is read from, where they are others.
-        relation: for questions that relate two objects, how the source stands to the subject, else empty.
-        held_out: `pair` if an object wears a colour, `triple` if two kinds stand in a relation that only the test
-            shows; else empty.
+    Attributes
+    ----------
+    type : str
+        One of `TYPES`.
+    text : str
+        The question, with idle words.
+    answer : str
+        One word.
+    spans : tuple of Span
+        The content words in `text`: names and relations.
+    subjects : tuple of int
+        Numbers of the scene's objects that the question names.
+    sources : tuple of int
+        Numbers of the objects that the answer is read from, if they are others.
+    relation : str
+        How the source stands to the subject, in questions that relate two objects; else "".
+    held_out : {"", "pair", "triple"}
+        Whether only the test has such questions: "pair" for a kind on a colour, "triple" for two kinds in a relation.
     """
 
     type: str
@@ -60,12 +68,12 @@ class Question:
 
     @property
     def prompt(self) -> str:
-        """The question in LLaVA's form."""
+        """The question as a prompt in LLaVA's form."""
         return BEFORE + self.text + AFTER
 
     @property
     def prompt_spans(self) -> tuple[Span, ...]:
-        """Where in `prompt` the content words stand."""
+        """The content words in `prompt`."""
         return tuple(Span(start + len(BEFORE), stop + len(BEFORE), role) for start, stop, role in self.spans)
 
 
@@ -80,36 +88,44 @@ class _Draft:
 
 
 def chance(type: str) -> float:
-    """How often the best guess is right that knows the question but not the picture.
+    """Return how often the best guess is right that knows the question but not the picture.
 
-    Raises:
-        ValueError: unknown type.
+    Raises
+    ------
+    ValueError
+        For an unknown type.
     """
     _check_types([type])
-    # A thing does not stand beside its like: subjects occur once, so the answer is one of the other kinds.
+    # Subjects occur once, so the answer to a relation is one of the other kinds.
     options = {"existence": 2, "larger": 2, "count": MOST_ALIKE, "corner": 4, "colour": 8, "colour_of_neighbour": 8}
     return 1 / options.get(type, len(kinds()) - 1)
 
 
 def answer_words() -> tuple[str, ...]:
-    """Every word that can be an answer."""
+    """Return every word that can be an answer."""
     return ("yes", "no", *NUMBERS, *COLOURS, *CORNERS, *(kind.name for kind in kinds()))
 
 
 def questions(
     scene: Scene, number: int | None = None, types: Sequence[str] = TYPES, variant: int = 0, style: str = "full"
 ) -> list[Question]:
-    """Different questions about a scene, the types taking turns.
+    """Draw different questions about a scene; the types take turns.
 
-    Args:
-        scene: the scene.
-        number: how many at most (None: all there are; about 40 with all types). No scene allows every type.
-        types: which types to ask.
-        variant: another number gives another choice, order and wording.
-        style: `full` is a sentence with idle words around it, `plain` the sentence, `terse` its fewest words.
+    Parameters
+    ----------
+    scene : Scene
+    number : int, optional
+        The most questions; default: all there are, about 40 with all types. No scene allows every type.
+    types : sequence of str
+    variant : int
+        Another number gives another choice, order and wording.
+    style : {"full", "plain", "terse"}
+        A sentence with idle words around it, the sentence alone, or its fewest words.
 
-    Raises:
-        ValueError: unknown type or style.
+    Raises
+    ------
+    ValueError
+        For an unknown type or style.
     """
     _check_types(types)
     if style not in STYLES:
@@ -138,18 +154,26 @@ def sample_questions(
     side: int = SIDE,
     held_out: bool | None = None,
 ) -> Iterator[tuple[Scene, Question]]:
-    """An even sample of a split: as many questions of each type, at most one for a scene.
+    """Draw an even sample of a split: as many questions of each type, at most one for a scene.
 
-    Args:
-        split: `train`, `validation` or `test`.
-        number: how many questions.
-        types: they take turns.
-        start: index of the first scene.
-        side: height and width of the scenes.
-        held_out: True for questions of the sort that only the test shows, False for the others, None for both.
+    Parameters
+    ----------
+    split : {"train", "validation", "test"}
+    number : int
+        Number of questions.
+    types : sequence of str
+        The types, which take turns.
+    start : int
+        Index of the first scene.
+    side : int
+        Height and width of the scenes.
+    held_out : bool, optional
+        True: only questions that are held out for the test; False: only others; None: both.
 
-    Raises:
-        ValueError: unknown split or type, a side that is not allowed, or held-out questions of a split without any.
+    Raises
+    ------
+    ValueError
+        For an unknown split or type, a side that is not allowed, or held-out questions of a split without any.
     """
     _check_types(types)
     check_split(split)
@@ -202,16 +226,16 @@ def _allowed(scene: Scene, drafts: list[_Draft]) -> list[_Draft]:
 
 
 def _existence(scene: Scene, draws: Draws, unique: set[int]) -> list[_Draft]:
-    """As many kinds that are there as kinds that are not, every kind equally often among either."""
+    """Draft as many questions about kinds that are there as about others, all kinds equally often in both."""
     counts = scene.counts()
     present = draws.sample(list(counts), 6)
     absent = draws.sample([kind for kind in range(len(kinds())) if kind not in counts], len(present))
-    there = [_Draft("yes", kind, subjects=_of_kind(scene, kind)) for kind in present]
-    return there + [_Draft("no", kind) for kind in absent]
+    yes = [_Draft("yes", kind, subjects=_of_kind(scene, kind)) for kind in present]
+    return yes + [_Draft("no", kind) for kind in absent]
 
 
 def _count(scene: Scene, draws: Draws, unique: set[int]) -> list[_Draft]:
-    """The two kinds whose numbers add up (see `scenes._cast`); a partner that stands alone is any of those that do."""
+    """Draft questions about the two kinds whose numbers add up (`scenes._cast`); one that occurs once may be any."""
     counts = scene.counts()
     asked = [kind for kind, number in counts.items() if number > 1]
     if len(asked) == 1:
@@ -225,7 +249,7 @@ def _colour(scene: Scene, draws: Draws, unique: set[int]) -> list[_Draft]:
 
 
 def _corner(scene: Scene, draws: Draws, unique: set[int]) -> list[_Draft]:
-    """Only what stands clear of the middle lines, by a twelfth of the side."""
+    """Draft questions about objects at least a twelfth of the side away from the middle lines."""
     drafts = []
     for number, thing in enumerate(scene.objects):
         right, down = 2 * thing.x - scene.side, 2 * thing.y - scene.side
@@ -235,7 +259,7 @@ def _corner(scene: Scene, draws: Draws, unique: set[int]) -> list[_Draft]:
 
 
 def _larger(scene: Scene, draws: Draws, unique: set[int]) -> list[_Draft]:
-    """Pairs of which one is at least 1.3 times as large; named in random order."""
+    """Draft questions about pairs of which one is at least 1.3 times as large, named in random order."""
     alone = [(number, thing) for number, thing in enumerate(scene.objects) if thing.kind in unique]
     pairs = []
     for (i, one), (j, other) in combinations(alone, 2):
@@ -247,7 +271,7 @@ def _larger(scene: Scene, draws: Draws, unique: set[int]) -> list[_Draft]:
 
 
 def _beside(scene: Scene, draws: Draws, unique: set[int], relation: str, pairs: list[tuple[int, int]]) -> list[_Draft]:
-    """A kind that is there several times is the answer no more often than one that is there once."""
+    """Draft questions about neighbours; repeated kinds are the answer no more often than kinds that occur once."""
     counts, drafts = scene.counts(), []
     for subject, source in pairs:
         one, other = scene.objects[subject], scene.objects[source]

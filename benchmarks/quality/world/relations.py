@@ -1,6 +1,6 @@
-"""Which object stands left of, right of, above, below or next to which, where nobody could doubt it.
+"""Unambiguous relations of objects: left of, right of, above, below and next to.
 
-All of it in integers: squared distances and slopes.
+They are computed in integers: squared distances and slopes.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ _NEXT_TO = 40
 
 
 def neighbours(scene: Scene) -> dict[str, list[tuple[int, int]]]:
-    """For every relation the pairs (object, the one that stands so to it), by their numbers in the scene.
+    """Return for every relation the pairs (object, its neighbour), by their numbers in the scene.
 
     *Left of* an object is the nearest one whose middle lies within a slope of 3:5 of the horizontal, provided that
     every other object to that side, within a slope of 6:5, is at least 1.3 times as far; likewise for the other three.

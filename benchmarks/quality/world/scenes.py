@@ -1,4 +1,4 @@
-"""Scenes: objects on coloured tiles, where they stand, how they are drawn, and what every patch shows."""
+"""Scenes: objects on coloured tiles, their layout, how they are drawn, and the labels of every patch."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,11 +18,11 @@ GRID = SIDE // PATCH
 """Patches on a side of a whole scene."""
 SIDES = tuple(range(168, SIDE + 1, PATCH))
 GREY = (128, 128, 128)
-"""What a blanked picture shows."""
+"""The colour of a blank picture."""
 MARGIN = 4
-"""Least distance of two tiles in pixels."""
+"""The least distance of two tiles, in pixels."""
 MOST_ALIKE = 5
-"""Most objects of one kind in a scene."""
+"""The most objects of one kind in a scene."""
 
 _USUAL, _LARGE = tuple(range(28, 51, 2)), (54, 58, 64)
 SIZES = _USUAL + _LARGE
@@ -33,7 +33,7 @@ _LAYOUT, _PIXELS, _CROWD = 0, 1, 2
 
 
 class Object(NamedTuple):
-    """A drawing on its tile. `x` and `y` are the tile's middle, `size` the drawing's side, all in pixels."""
+    """A drawing on its tile; `x` and `y` are the tile's middle, `size` is the drawing's side, all in pixels."""
 
     kind: int
     colour: int
@@ -44,24 +44,24 @@ class Object(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The kind in a word."""
+        """The name of the kind, one word."""
         return kinds()[self.kind].name
 
     @property
     def colour_name(self) -> str:
-        """The tile's colour in a word."""
+        """The name of the tile's colour, one word."""
         return COLOURS[self.colour]
 
     @property
     def box(self) -> tuple[int, int, int, int]:
-        """The tile: left, top, right, bottom; the last two are outside."""
+        """The tile's edges: left, top, right, bottom; the last two are just outside."""
         half = self.size // 2 + PAD
         return self.x - half, self.y - half, self.x + half, self.y + half
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A scene. Objects are cheap; pixels and patch labels are computed when first asked for and then kept."""
+    """A scene; its pixels and patch labels are computed at the first use and then kept."""
 
     split: str
     index: int
@@ -76,7 +76,7 @@ class Scene:
 
     @cached_property
     def pixels(self) -> np.ndarray:
-        """The picture, (side, side, 3) uint8."""
+        """The picture: (side, side, 3) uint8."""
         draws = Draws(self.seed, self.side, _PIXELS)
         picture = ground(draws, self.side)
         clutter(picture, draws)
@@ -86,7 +86,7 @@ class Scene:
 
     @cached_property
     def coverage(self) -> np.ndarray:
-        """How many of a patch's 196 pixels each tile covers, (objects, grid, grid) int64."""
+        """The number of each patch's 196 pixels that each tile covers: (objects, grid, grid) int64."""
         boxes = np.array([thing.box for thing in self.objects])
         edges = np.arange(self.grid) * PATCH
         across = np.minimum(boxes[:, 2:3], edges + PATCH) - np.maximum(boxes[:, 0:1], edges)
@@ -94,21 +94,21 @@ class Scene:
         return np.maximum(down, 0)[:, :, None] * np.maximum(across, 0)[:, None, :]
 
     def patch_objects(self, least: float = 0.5) -> np.ndarray:
-        """The number of the object whose tile covers at least this share of a patch, else -1, (grid, grid) int64."""
+        """Return the number of the object that covers at least this share of a patch, else -1: (grid, grid) int64."""
         largest = self.coverage.argmax(axis=0)
         covered = self.coverage.max(axis=0) >= least * PATCH * PATCH
         return np.where(covered, largest, -1)
 
     def patch_kinds(self, least: float = 0.5) -> np.ndarray:
-        """The kind on every patch, -1 where there is none, (grid, grid) int64."""
+        """Return the kind on every patch, -1 where there is none: (grid, grid) int64."""
         return np.append([thing.kind for thing in self.objects], -1)[self.patch_objects(least)]
 
     def patch_colours(self, least: float = 0.5) -> np.ndarray:
-        """The tile's colour on every patch, -1 where there is none, (grid, grid) int64."""
+        """Return the tile's colour on every patch, -1 where there is none: (grid, grid) int64."""
         return np.append([thing.colour for thing in self.objects], -1)[self.patch_objects(least)]
 
     def counts(self) -> dict[int, int]:
-        """How many objects there are of each kind that is present."""
+        """Count the objects of each kind in the scene."""
         found: dict[int, int] = {}
         for thing in self.objects:
             found[thing.kind] = found.get(thing.kind, 0) + 1
@@ -116,25 +116,32 @@ class Scene:
 
 
 def object_range(side: int) -> tuple[int, int]:
-    """Fewest and most objects of scenes of this side: 6 … 12 at 336 pixels, 2 … 4 at 168."""
+    """Return the fewest and most objects of scenes of a side: 6 to 12 at 336 pixels, 2 to 4 at 168."""
     area = side * side
     return max(2, 6 * area // SIDE**2), max(4, 12 * area // SIDE**2)
 
 
 def draw_scene(split: str, index: int, side: int = SIDE, *, crowded: bool = False) -> Scene:
-    """The scene of a split with this index. The same everywhere and always.
+    """Draw the scene of a split with an index, the same everywhere and always.
 
-    Args:
-        split: `train`, `validation` or `test`.
-        index: 0 … 999,999,999. Scenes of different splits never share a seed.
-        side: height and width in pixels, a multiple of 14 from 168 to 336. Smaller scenes hold fewer objects, of the
-            same sizes. A scene of another side is another scene.
-        crowded: more objects, up to as many as have room: the ground may be covered altogether. Nothing is asked about
-            such scenes but in training.
+    Parameters
+    ----------
+    split : {"train", "validation", "test"}
+    index : int
+        From 0 to 999,999,999. Scenes of different splits never share a seed.
+    side : int
+        Height and width in pixels, a multiple of 14 from 168 to 336. Smaller scenes hold fewer objects, of the same
+        sizes. A scene of another side is another scene.
+    crowded : bool
+        Draw more objects, up to as many as fit: they may cover the ground completely. Only training asks about such
+        scenes.
 
-    Raises:
-        ValueError: unknown split, index outside of it, or a side that is not allowed.
-        FileNotFoundError: the sprite sheet is missing.
+    Raises
+    ------
+    ValueError
+        For an unknown split, an index outside of it, or a side that is not allowed.
+    FileNotFoundError
+        If the sprite sheet is missing.
     """
     check_split(split)
     if side not in SIDES:
@@ -152,11 +159,11 @@ def draw_scene(split: str, index: int, side: int = SIDE, *, crowded: bool = Fals
 
 
 def _cast(draws: Draws, fewest: int, most: int) -> list[int]:
-    """The kind of every object, of which there are `fewest` … `most`.
+    """Draw the kinds of `fewest` to `most` objects.
 
-    Half of the scenes show every kind once. In the other half two kinds come in numbers that add up to six (fewer on
-    small canvases), the first number drawn evenly: one and five, two and four, and so on. Asked about either of them,
-    every number is equally likely, and which of the two is meant only the question says.
+    In half of the scenes all kinds differ. In the other half two kinds occur in numbers that add up to six (fewer on
+    small canvases), the first number drawn evenly: one and five, two and four, and so on. So every number is equally
+    likely for a question about either kind, and only the question says which of the two is meant.
     """
     if draws.chance(1, 2):
         return draws.sample(range(len(kinds())), draws.between(fewest, most))
@@ -168,7 +175,7 @@ def _cast(draws: Draws, fewest: int, most: int) -> list[int]:
 
 
 def _layout(draws: Draws, side: int, number: int) -> list[tuple[int, int, int]]:
-    """Sizes and places of tiles that keep their distance, in random order."""
+    """Draw sizes and places of tiles that keep their distance, in random order."""
     while True:
         sizes = sorted((draws.pick(_LARGE if draws.chance(1, 12) else _USUAL) for _ in range(number)), reverse=True)
         placed: list[tuple[int, int, int]] = []
@@ -184,14 +191,14 @@ def _layout(draws: Draws, side: int, number: int) -> list[tuple[int, int, int]]:
 
 
 def _packed(draws: Draws, side: int, number: int) -> list[tuple[int, int, int]]:
-    """Sizes and places of tiles in cells that lie side by side."""
+    """Draw sizes and places of tiles in adjacent cells."""
     starts = range((side % _CELL + _CELL) // 2, side, _CELL)
     cells = draws.sample([(x, y) for x in starts for y in starts], number)
     return [(draws.pick(_PACKED), x, y) for x, y in cells]
 
 
 def _put(picture: np.ndarray, thing: Object, gain: int) -> None:
-    """Puts an object on the picture, somewhat darker or lighter, by `gain` / 128."""
+    """Draw an object on the picture, darker or lighter by the factor `gain` / 128."""
     left, top, right, bottom = thing.box
     pixels, shown = tile(thing.size, thing.colour)
     added, kept = stamp(thing.kind, thing.size)

@@ -1,4 +1,4 @@
-"""Which scenes belong to which split, and what only the test may show.
+"""The splits of scenes, and the combinations that only the test may show.
 
 Every scene has a global seed; the splits own ranges of seeds that cannot overlap. On top of it some combinations are
 held out, by rule and not by list: they occur in test scenes and questions at their natural rate, and never elsewhere.
@@ -25,10 +25,12 @@ _CANONICAL = {
 
 
 def scene_seed(split: str, index: int) -> int:
-    """The global seed of a split's scene.
+    """Return the global seed of a split's scene.
 
-    Raises:
-        ValueError: unknown split, or an index outside of it.
+    Raises
+    ------
+    ValueError
+        For an unknown split, or an index outside of it.
     """
     check_split(split)
     if not 0 <= index < SCENES_PER_SPLIT:
@@ -37,26 +39,31 @@ def scene_seed(split: str, index: int) -> int:
 
 
 def check_split(split: str) -> None:
-    """Raises ValueError for an unknown split."""
+    """Raise ValueError for an unknown split."""
     if split not in SPLITS:
         raise ValueError(f"Unknown split {split!r}; allowed are {', '.join(SPLITS)}.")
 
 
 def pair_is_held_out(kind: int, colour: int) -> bool:
-    """Whether this kind on this colour is kept for the test: every second kind, each with one colour."""
+    """Return whether a kind on a colour is held out for the test: every second kind, each with one colour."""
     return kind % 2 == 0 and colour == (kind // 2 * 3 + 1) % len(COLOURS)
 
 
 def triple_is_held_out(relation: str, subject: int, other: int) -> bool:
-    """Whether a question that relates these two kinds is kept for the test.
+    """Return whether a question that relates two kinds is held out for the test.
 
-    Args:
-        relation: `left_of`, `right_of`, `above`, `below`, `next_to` or `larger`.
-        subject: the kind named in the question.
-        other: the kind that stands so to it.
+    Parameters
+    ----------
+    relation : {"left_of", "right_of", "above", "below", "next_to", "larger"}
+    subject : int
+        The kind that the question names.
+    other : int
+        The kind that stands in the relation to it.
 
-    Raises:
-        ValueError: unknown relation.
+    Raises
+    ------
+    ValueError
+        For an unknown relation.
     """
     if relation not in _CANONICAL:
         raise ValueError(f"Unknown relation {relation!r}; allowed are {', '.join(_CANONICAL)}.")

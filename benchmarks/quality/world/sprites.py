@@ -28,12 +28,12 @@ RGB = np.array(
     dtype=np.int64,
 )
 PAD = 3
-"""Pixels of tile on each side of a drawing."""
+"""Pixels of the tile on each side of a drawing."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A thing that can be drawn: its one-word name, the plural, and the emoji's code point."""
+    """A thing that can be drawn: its name of one word, the plural, and the emoji's code point."""
 
     name: str
     plural: str
@@ -42,28 +42,30 @@ class Kind:
 
 @lru_cache(maxsize=1)
 def kinds() -> tuple[Kind, ...]:
-    """All kinds, in the order of the sheet; their place is their number.
+    """Return all kinds, in the order of the sheet; a kind's place is its number.
 
-    Raises:
-        FileNotFoundError: the index is missing.
+    Raises
+    ------
+    FileNotFoundError
+        If the index is missing.
     """
     return tuple(Kind(**row) for row in json.loads(_existing(INDEX).read_text()))
 
 
 @lru_cache(maxsize=1)
 def kind_numbers() -> dict[str, int]:
-    """The number of every kind by its name."""
+    """Return the number of every kind by its name."""
     return {kind.name: number for number, kind in enumerate(kinds())}
 
 
 def article(name: str) -> str:
-    """`a` or `an`."""
+    """Return the article of a name: `a` or `an`."""
     return "an" if name[0] in "aeiou" else "a"
 
 
 @lru_cache(maxsize=1)
 def fingerprint() -> str:
-    """What identifies this world in a checkpoint: kinds, colours, drawings and grounds, in 16 hexadecimal digits."""
+    """Return 16 hexadecimal digits that identify this world: a hash of kinds, colours, drawings and grounds."""
     digest = hashlib.sha256(repr((COLOURS, RGB.tolist(), PAD)).encode())
     for file in (INDEX, SHEET, GROUNDS):
         digest.update(_existing(file).read_bytes())
@@ -72,10 +74,14 @@ def fingerprint() -> str:
 
 @cache
 def stamp(kind: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """A drawing with the white rim of a sticker, on the canvas of its tile of `size + 2 * PAD` pixels.
+    """Return a drawing with the white rim of a sticker, on the canvas of its tile of `size + 2 * PAD` pixels.
 
-    Returns:
-        What it adds to the picture and how much of 256 it leaves of it, both (tile, tile, 3) uint16.
+    Returns
+    -------
+    added : (tile, tile, 3) uint16
+        What the drawing adds to the picture.
+    kept : (tile, tile, 3) uint16
+        How much of the picture it leaves, of 256.
     """
     # Bicubic weights need no transcendental function: the same everywhere. RGBa is RGBA with the alpha multiplied in.
     drawing = _sheet()[kind].resize((size, size), Image.Resampling.BICUBIC)
@@ -92,10 +98,13 @@ def stamp(kind: int, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 @cache
 def tile(size: int, colour: int) -> tuple[np.ndarray, np.ndarray]:
-    """A rounded square of a colour with a darker edge.
+    """Return a rounded square of a colour with a darker edge.
 
-    Returns:
-        Its pixels and how much of 256 of them shows, both (tile, tile, 3) uint16.
+    Returns
+    -------
+    pixels : (tile, tile, 3) uint16
+    shown : (tile, tile, 3) uint16
+        How much of each pixel shows, of 256.
     """
     side = size + 2 * PAD
     outer, inner = _rounded(side, 0), _rounded(side, 1)
@@ -105,7 +114,7 @@ def tile(size: int, colour: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _rounded(side: int, inset: int) -> np.ndarray:
-    """How much of each pixel a rounded square covers, (side, side, 1) of 256, by four by four samples of a pixel."""
+    """Return how much of each pixel a rounded square covers, (side, side, 1) of 256, from four by four samples."""
     samples = 8 * np.arange(0, side, dtype=np.int64)[:, None] + np.array([1, 3, 5, 7])
     radius, centre = (side // 5 - inset) * 8, 4 * side
     beyond = np.maximum(np.abs(samples.reshape(-1) - centre) - (centre - inset * 8 - radius), 0)
@@ -124,7 +133,7 @@ def _sheet() -> list[Image.Image]:
 
 @lru_cache(maxsize=1)
 def photographs() -> np.ndarray:
-    """The photographs that serve as grounds, (photographs, height, width, 3) uint8."""
+    """Return the photographs that serve as grounds: (photographs, height, width, 3) uint8."""
     with Image.open(_existing(GROUNDS)) as image:
         strip = np.asarray(image.convert("RGB"))
     side = strip.shape[0]

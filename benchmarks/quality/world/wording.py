@@ -1,4 +1,4 @@
-"""How questions are worded: many ways to ask the same, idle words around them, and where the words that matter stand.
+"""The wording of questions: many ways to ask the same, idle words around them, and the spans of content words.
 
 In the patterns `<…>` marks words of a relation or property; `{x}` and `{y}` are names, `{ax}` is a name with its
 article and `{xs}` a plural. Idle words are drawn independently of everything else, so they tell nothing.
@@ -81,7 +81,7 @@ NEIGHBOUR_PATTERNS: dict[str, tuple[str, ...]] = {
     )
     for relation, where in _WHERE.items()
 }
-"""Patterns of `colour_of_neighbour`, by the relation in which the neighbour stands to the object named."""
+"""Patterns of `colour_of_neighbour`, by the relation of the neighbour to the object named."""
 
 TERSE_PATTERNS: dict[str, str] = {
     "existence": "{x}",
@@ -90,7 +90,7 @@ TERSE_PATTERNS: dict[str, str] = {
     "corner": "<corner> {x}",
     "larger": "<larger> {x} {y}",
 } | {relation: f"<{where}> {{x}}" for relation, where in _WHERE.items()}
-"""The fewest words that ask it."""
+"""The fewest words for each type of question."""
 TERSE_NEIGHBOUR_PATTERNS = {relation: f"<colour> <{where}> {{x}}" for relation, where in _WHERE.items()}
 
 OPENINGS = (
@@ -141,7 +141,7 @@ CLOSINGS = (
 
 
 class Span(NamedTuple):
-    """Characters `start` … `stop` - 1 of a text, and what they are: `object` or `relation`."""
+    """The characters from `start` to before `stop` of a text, and their role: `object` or `relation`."""
 
     start: int
     stop: int
@@ -149,10 +149,14 @@ class Span(NamedTuple):
 
 
 def phrase(pattern: str, draws: Draws, x: int, y: int | None = None, idle: bool = True) -> tuple[str, tuple[Span, ...]]:
-    """A pattern about one or two kinds, with idle words around it or without.
+    """Fill in a pattern about one or two kinds, with idle words around it or without.
 
-    Returns:
-        The text, and the spans of its content words.
+    Returns
+    -------
+    str
+        The text.
+    tuple of Span
+        Its content words.
     """
     named = {"x": kinds()[x], "y": kinds()[x if y is None else y]}
     opening, closing = (draws.pick(OPENINGS), draws.pick(CLOSINGS)) if idle else ("", "")
@@ -173,20 +177,20 @@ def phrase(pattern: str, draws: Draws, x: int, y: int | None = None, idle: bool 
 
 @cache
 def _pieces(pattern: str) -> tuple[tuple[str, str], ...]:
-    """The pattern cut into plain text, names (`object`) and marked words (`relation`)."""
+    """Cut a pattern into plain text, names (`object`) and marked words (`relation`)."""
     roles = {"{": "object", "<": "relation"}
     pieces = re.findall(r"<[^>]*>|\{[^}]*\}|[^<{]+", pattern)
     return tuple((roles.get(piece[0], ""), piece.strip("<>{}")) for piece in pieces)
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text, as they are written."""
+    """Return the words of a text, as they are written."""
     return re.findall(r"[A-Za-z]+", text)
 
 
 @lru_cache(maxsize=1)
 def all_words() -> tuple[str, ...]:
-    """Every word that a question may contain, in every spelling (capital or not), sorted."""
+    """Return every word that a question may contain, in every spelling (capital or not), sorted."""
     patterns = [p for group in (*PATTERNS.values(), *NEIGHBOUR_PATTERNS.values()) for p in group]
     plain = ["".join(piece for role, piece in _pieces(pattern) if role != "object") for pattern in patterns]
     names = [f"{kind.name} {kind.plural} {article(kind.name)}" for kind in kinds()]

@@ -1,4 +1,4 @@
-"""Exact match of the first word, as a metric of the `evaluate` package; loaded by its path, without a network."""
+"""Exact match of the first word: a metric for the `evaluate` package, loaded by its path without a network."""
 
 import re
 from typing import Any
@@ -18,14 +18,14 @@ Returns:
 
 
 def first_word(text: str) -> str:
-    """The first word of a text in small letters, without punctuation around it; "" if there is none."""
+    """Return the first word of a text in lower case, without punctuation around it; "" if there is none."""
     found = re.search(r"\w+(?:[-']\w+)*", text.lower())
     return found.group() if found else ""
 
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _INPUTS)
 class ExactWord(evaluate.Metric):
-    """First words, compared."""
+    """The share of answers whose first word is right."""
 
     def _info(self) -> Any:
         return evaluate.MetricInfo(
