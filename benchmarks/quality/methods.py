@@ -25,6 +25,8 @@ from modeling_ivtp.model.vision_ivtp import PrunedVisionOutput
 
 BUDGETS = (192, 128, 64, 32, 16)
 CHOOSERS = ("random", "cls-topk", "cls-topk-all-layers", "oracle")
+HANDED_OVER = (96, 192, 288)
+"""Tokens that the tower hands over in the ablation of the hand-over; those below a budget are left out."""
 _RANDOM_PATCHES = 3
 
 
@@ -157,7 +159,7 @@ def ablation_rows(config: Any, budgets: Sequence[int] = (64,)) -> tuple[list[Row
         *(("pseudo CLS", {"pseudo_cls": how}) for how in ("propagate", "pool")),
         *(("positions", {"positions": how}) for how in ("original", "compact")),
         *(("threshold", {"relevance_threshold": tau}) for tau in (0.0, 0.1, 0.2, 0.3, 0.4)),
-        *(("hand-over", {"tower_tokens": number}) for number in (96, 192, 288) if number < config.num_patches),
+        *(("hand-over", {"tower_tokens": number}) for number in HANDED_OVER if number < config.num_patches),
     ]
     rows, skipped = [], {}
     for tokens in budgets:
@@ -165,6 +167,8 @@ def ablation_rows(config: Any, budgets: Sequence[int] = (64,)) -> tuple[list[Row
             continue
         for table, options in settings:
             ((name, value),) = options.items()
+            if name == "tower_tokens" and value < tokens:
+                continue
             shown = "all" if value is None else value
             row = Row(f"ivtp {name}={shown}", tokens, _ivtp(tokens, **options), table=table)
             try:

@@ -1,5 +1,6 @@
 """Tables in the paper's shape: all systems at one budget (Table 1), and what the decoder's stage adds (Table 7)."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -73,6 +74,46 @@ def selection(row: Row, questions: int) -> str:
     return f"{1000 * taken / questions:.2f} ({taken / prefill:.0%})"
 
 
+def points(difference: float, interval: tuple[float, float]) -> str:
+    """Format a difference of accuracies and its interval, in points."""
+    low, high = interval
+    return f"{100 * difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def ablation_differences(rows: Sequence[Row], right: Mapping[str, Any]) -> str:
+    """Return a table for each of the paper's tables and budgets: the paired differences between its settings.
+
+    Parameters
+    ----------
+    rows : sequence of mapping
+        All rows: the ablations, and IVTP's own row at their budgets.
+    right : mapping of str to bool array
+        Right and wrong for each row on the questions that count, by `METHOD@TOKENS`.
+    """
+    settings: dict[tuple[str, int], list[Row]] = defaultdict(list)
+    for row in rows:
+        if row["table"]:
+            settings[row["table"], row["visual_tokens"]].append(row)
+    parts = []
+    for (table, budget), group in settings.items():
+        own = [row for row in rows if row["method"] == "ivtp" and row["visual_tokens"] == budget and not row["table"]]
+        names = [row["method"] for row in (*own[:1], *group) if f"{row['method']}@{budget}" in right]
+        lines = []
+        for place, name in enumerate(names[1:], 1):
+            answers = right[f"{name}@{budget}"]
+            others = [right[f"{other}@{budget}"] for other in names[:place]]
+            cells = [points(answers.mean() - other.mean(), paired_interval(answers, other)) for other in others]
+            lines.append((_setting(name), *cells, *[""] * (len(names) - 1 - place)))
+        if lines:
+            header = ("setting", *map(_setting, names[:-1]))
+            parts.append(f"### {table} at {budget} visual tokens\n\n{markdown_table(header, lines)}")
+    return "\n".join(parts)
+
+
+def _setting(method: str) -> str:
+    return method.removeprefix("ivtp ")
+
+
 def table_7(main: Sequence[Row], right: Mapping[str, Any]) -> str:
     """Return the table of vision alone beside vision and language, with the paired difference.
 
@@ -91,7 +132,7 @@ def table_7(main: Sequence[Row], right: Mapping[str, Any]) -> str:
             pair = [found.get((name, budget)) for name in (vision, both)]
             if None in pair:
                 continue
-            low, high = paired_interval(right[f"{both}@{budget}"], right[f"{vision}@{budget}"])
+            interval = paired_interval(right[f"{both}@{budget}"], right[f"{vision}@{budget}"])
             one, other = (row for row in pair if row is not None)
             lines.append(
                 (
@@ -99,7 +140,7 @@ def table_7(main: Sequence[Row], right: Mapping[str, Any]) -> str:
                     budget,
                     with_interval(one),
                     with_interval(other),
-                    f"{100 * (other['accuracy'] - one['accuracy']):+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]",
+                    points(other["accuracy"] - one["accuracy"], interval),
                     *(f"{row['tflops'] * per_tflop:.4g}" for row in (one, other)),
                 )
             )

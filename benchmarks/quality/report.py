@@ -22,7 +22,7 @@ import typer
 
 from benchmarks.quality import command
 from benchmarks.quality.intervals import LEVEL, bootstrap_interval, paired_interval
-from benchmarks.quality.paper_tables import percent, table_1, table_7, with_interval
+from benchmarks.quality.paper_tables import ablation_differences, percent, points, table_1, table_7, with_interval
 from benchmarks.quality.plots import flops_unit, label, plot, plot_systems, unpruned_of
 from benchmarks.quality.world import TYPES, Question, chance, fingerprint, sample_questions
 from modeling_ivtp.files.tables import markdown_table
@@ -290,14 +290,19 @@ def markdown(results: Mapping[str, Any]) -> str:
     ]
     ablations = [row for row in rows if row["table"]]
     if ablations:
-        header = ("table", "setting", "visual tokens", "accuracy in %", "difference", unit, "layer-averaged")
-        told = [
+        header = ("table", "setting", "visual tokens", "accuracy in %", "to unpruned", unit, "layer-averaged")
+        lines = [
             (r["table"], r["method"].removeprefix("ivtp "), r["visual_tokens"],
              with_interval(r), _difference(r),
              f"{r['tflops'] * per_tflop:.4g}", f"{r['layer_averaged_tokens']:.1f}")
             for r in ablations
         ]  # fmt: skip
-        parts += ["## Ablations of IVTP\n", markdown_table(header, told)]
+        parts += [
+            "## Ablations of IVTP\n",
+            markdown_table(header, lines),
+            "Differences between settings in points, row minus column, paired by question:\n",
+            ablation_differences(rows, _right(rows, results)),
+        ]
     if "survival" in results:
         parts += ["## Where patches are lost\n", _survival(results["survival"])]
     if "other_seed" in results:
@@ -314,14 +319,14 @@ def accuracy_table(main: Sequence[Mapping[str, Any]]) -> str:
     return _by_budget(main, with_interval)
 
 
-def _right(main: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def _right(rows: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Return right and wrong for each row on the questions that count, by `METHOD@TOKENS`."""
     sample, headline = results["sample"], results["questions"]["headline"]
     types = [question.type for _, question in sample_questions(sample["split"], sample["number"], side=sample["side"])]
     counts = np.isin(types, headline)
     return {
         f"{row['method']}@{row['visual_tokens']}": unpack(row["right"], len(types))[counts]
-        for row in main
+        for row in rows
         if row["mode"] == "inference"
     }
 
@@ -378,8 +383,7 @@ def _seeds(other: Mapping[str, Any], main: Sequence[Mapping[str, Any]]) -> str:
 def _difference(row: Mapping[str, Any]) -> str:
     if "difference" not in row:
         return "–"
-    low, high = (100 * end for end in row["difference_interval"])
-    return f"{100 * row['difference']:+.1f} [{low:+.1f}, {high:+.1f}]"
+    return points(row["difference"], row["difference_interval"])
 
 
 def _number(rows: Sequence[Mapping[str, Any]], kind: str) -> int:

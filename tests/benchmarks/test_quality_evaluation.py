@@ -16,9 +16,11 @@ from benchmarks.quality import checkpoint as checkpoints
 from benchmarks.quality import readme, report, retrain
 from benchmarks.quality.answer_log import AnswerLog
 from benchmarks.quality.checkpoint import check_world
-from benchmarks.quality.evaluate_quality import _well_answered, evaluate_checkpoint
+from benchmarks.quality.evaluate_quality import MINIATURE, _rows, _well_answered, evaluate_checkpoint
 from benchmarks.quality.examination import Asked, Examination, row_cost
+from benchmarks.quality.intervals import bootstrap_interval, paired_interval
 from benchmarks.quality.methods import CHOOSERS, Row, ablation_rows, encode_whole, main_rows, patch_order, system_rows
+from benchmarks.quality.plots import apart
 from benchmarks.quality.seeds import agreement
 from benchmarks.quality.tokenizer import processor as miniature_processor
 from benchmarks.quality.world import (
@@ -30,7 +32,7 @@ from benchmarks.quality.world import (
     questions,
     sample_questions,
 )
-from modeling_ivtp import IVTPLlavaForConditionalGeneration, IVTPLlavaProcessor
+from modeling_ivtp import IVTPLlavaConfig, IVTPLlavaForConditionalGeneration, IVTPLlavaProcessor
 from modeling_ivtp.methods import METHODS, make
 from modeling_ivtp.speed.stopwatch import Taken
 from tests.support.untaught import PATCHES, SIDE, untaught
@@ -223,6 +225,54 @@ def test_ablations_that_do_not_fit_are_told(loaded: tuple[Any, Any]) -> None:
     }
     assert {row.visual_tokens for row in rows} == {64, 16}
     assert "does not divide" in skipped["ivtp layers_per_group=3"]
+
+
+def test_a_hand_over_below_the_budget_is_no_row(loaded: tuple[Any, Any]) -> None:
+    rows, skipped = ablation_rows(loaded[0].config, (64, 100))
+    handed = [(row.visual_tokens, row.options["tower_tokens"]) for row in rows if row.table == "hand-over"]
+    assert handed == [(64, 96)]
+    assert not [name for name in skipped if "tower_tokens" in name]
+
+
+@pytest.mark.parametrize("budget", [512, 384, 256])
+def test_budgets_of_the_papers_figures_have_rows_of_every_kind(budget: int) -> None:
+    config = IVTPLlavaConfig.from_pretrained(MINIATURE)
+    rows, skipped = _rows(config, "all", (budget, 192), (budget,))
+    assert set(skipped) <= {f"spatial_pooling at {budget}", "ivtp layers_per_group=3", "ivtp layers_per_group=6"}
+    found = {row.key: row_cost(row, config, Asked([], [20], [1])) for row in rows if row.visual_tokens == budget}
+    assert {cost["final_tokens"] for cost in found.values()} == {budget}
+    fewer = {row.method: row_cost(row, config, Asked([], [20], [1])) for row in rows if row.visual_tokens == 192}
+    main = [*CHOOSERS, "ivtp", "ivtp-v"]
+    assert all(found[f"{name}@{budget}"]["tflops"] > fewer[name]["tflops"] for name in main)
+    assert any(row.table == "Table 8" for row in rows)
+
+
+def test_ticks_of_a_plot_do_not_touch() -> None:
+    assert apart([16, 32, 64, 128, 192, 256, 384, 512, 576]) == [16, 32, 64, 128, 192, 256, 384, 576]
+    assert apart([16, 32, 64, 128, 192]) == [16, 32, 64, 128, 192]
+    assert apart([]) == []
+
+
+def test_ablations_are_compared_with_each_other_question_by_question() -> None:
+    draws = np.random.default_rng(3)
+    last = draws.random(400) < 0.8
+    mean = last ^ (draws.random(400) < 0.05)
+    results = results_of({("unpruned", 576): share(390), ("ivtp", 64): share(330)}, "a")
+    asked = [question for _, question in sample_questions("test", 400)]
+    ablations = [
+        results["rows"][1] | {"method": f"ivtp aggregation={how}", "table": table, "right": report.pack(right)}
+        for how, table, right in (("last", "Table 4", share(330)), ("mean", "Table 5", mean), ("max", "Table 5", last))
+    ]
+    results["rows"] = report.summarised([*results["rows"], *ablations], asked, TYPES)
+    low, high = (100 * end for end in paired_interval(last, mean))
+    table = report.markdown(results).split("### Table 5 at 64 visual tokens")[1].split("##")[0]
+    assert "| setting | ivtp | aggregation=mean |" in table
+    (line,) = [line for line in table.splitlines() if line.startswith("| aggregation=max |")]
+    assert line.endswith(f"| {100 * (last.mean() - mean.mean()):+.1f} [{low:+.1f}, {high:+.1f}] |")
+    single = [end - start for start, end in (bootstrap_interval(last), bootstrap_interval(mean))]
+    assert (high - low) / 100 < min(single)
+    # The setting of Table 4 is IVTP itself here.
+    assert "| aggregation=last | +0.0 [+0.0, +0.0] |" in report.markdown(results)
 
 
 def test_an_evaluation_writes_results_a_table_and_plots(checkpoint: Path, tmp_path: Path) -> None:
