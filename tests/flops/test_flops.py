@@ -1,4 +1,4 @@
-"""What a configuration computes, counted and by formula, against the tables of the papers."""
+"""FLOPs of a configuration, counted and by formula, against the papers' tables."""
 
 import json
 
@@ -108,7 +108,7 @@ def test_atp_llavas_cache_is_that_of_the_visual_tokens_alone(llava):
         assert sum(kv_cache_bytes(llava, [tokens] * 32, 2)) / 1e6 == pytest.approx(megabytes, rel=0.002)
 
 
-def test_the_cache_that_is_counted_is_the_cache_that_is_there():
+def test_the_counted_cache_is_the_cache_of_the_model():
     import torch
     from transformers import DynamicCache
 
@@ -133,11 +133,11 @@ def test_counting_leaves_the_configuration_as_it_was():
 def test_the_command_prints_json_and_tables(capsys):
     arguments = ["flops", "--preset", "llava-1.5-7b", "--text-tokens", "512", "--visual-tokens", "64"]
     assert cli.main([*arguments, "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["total_tflops"] == pytest.approx(8.228, rel=0.01)
-    assert sum(told["parts"].values()) == pytest.approx(told["total_tflops"])
-    assert told["final_tokens"] == 64
-    assert told["kv_cache_bytes"] == sum(told["kv_cache_bytes_per_layer"])
+    counts = json.loads(capsys.readouterr().out)
+    assert counts["total_tflops"] == pytest.approx(8.228, rel=0.01)
+    assert sum(counts["parts"].values()) == pytest.approx(counts["total_tflops"])
+    assert counts["final_tokens"] == 64
+    assert counts["kv_cache_bytes"] == sum(counts["kv_cache_bytes_per_layer"])
     assert cli.main(arguments) == 0
     assert "text tower" in capsys.readouterr().out
     several = ["--sweep", "--text-tokens", "128", "--method", "ivtp", "--method", "unpruned"]

@@ -1,4 +1,4 @@
-"""The speed benchmark: what it compares is comparable, and what it tells is what it measured."""
+"""The speed benchmark compares like with like, and reports what it measured."""
 
 import json
 import time
@@ -45,13 +45,13 @@ def test_the_baseline_is_stock_llava_on_the_same_weights(model: Any, inputs: dic
     assert type(twin) is LlavaForConditionalGeneration
     assert twin.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()
     assert all(tensor.device.type == "cpu" for tensor in [*twin.parameters(), *twin.buffers()])
-    given = {name: value for name, value in inputs.items() if not name.startswith("clip_")}
+    known = {name: value for name, value in inputs.items() if not name.startswith("clip_")}
     with model.pruning(enabled=False):
-        assert torch.equal(twin(**given).logits, model(**inputs).logits)
-    assert not torch.equal(twin(**given).logits, model(**inputs).logits)
+        assert torch.equal(twin(**known).logits, model(**inputs).logits)
+    assert not torch.equal(twin(**known).logits, model(**inputs).logits)
 
 
-def test_prompts_are_what_they_say(model: Any, inputs: dict[str, Any]) -> None:
+def test_prompts_have_the_tokens_that_were_asked_for(model: Any, inputs: dict[str, Any]) -> None:
     assert inputs["input_ids"].shape == (2, 20 + 576)
     assert (inputs["input_ids"] == model.config.image_token_id).sum() == 2 * 576
     spans = inputs["clip_spans"]
@@ -61,24 +61,24 @@ def test_prompts_are_what_they_say(model: Any, inputs: dict[str, Any]) -> None:
     assert two["clip_input_ids"].shape == (1, 2, 77)
 
 
-def test_a_run_tells_its_parts(model: Any, inputs: dict[str, Any]) -> None:
-    told = run(Arm("ivtp", model, lambda: model.pruning(visual_tokens=64)), inputs, 4)
-    assert 0 < told["tower"] < told["end_to_end"]
-    assert told["prefill"] + 3 * told["decode"] == pytest.approx(told["end_to_end"])
+def test_a_run_reports_its_parts(model: Any, inputs: dict[str, Any]) -> None:
+    found = run(Arm("ivtp", model, lambda: model.pruning(visual_tokens=64)), inputs, 4)
+    assert 0 < found["tower"] < found["end_to_end"]
+    assert found["prefill"] + 3 * found["decode"] == pytest.approx(found["end_to_end"])
     with model.pruning(visual_tokens=64):
         plan = model.model.plan()
     layers = [23 + tokens for tokens in plan.decoder_layer_tokens(6)]
-    assert told["kv_bytes"] == 2 * sum(kv_cache_bytes(model.config, layers, 4))
+    assert found["kv_bytes"] == 2 * sum(kv_cache_bytes(model.config, layers, 4))
 
 
 def test_arms_take_turns(model: Any, inputs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     arms = [Arm(name, model, lambda name=name: (order.append(name), model.pruning())[1]) for name in "ab"]
     steps: list[int] = []
-    told = interleaved(arms, inputs, new_tokens=2, repeats=3, advance=lambda: steps.append(1))
+    runs = interleaved(arms, inputs, new_tokens=2, repeats=3, advance=lambda: steps.append(1))
     assert order == list("ab" + "ab" + "ab" + "ba" + "ab")
     assert len(steps) == 10
-    assert [len(told[name]) for name in "ab"] == [3, 3]
+    assert [len(runs[name]) for name in "ab"] == [3, 3]
 
 
 def test_ratios_are_paired() -> None:
@@ -106,28 +106,28 @@ def test_the_command_writes_what_it_measured(tmp_path: Path, capsys: pytest.Capt
     ]
     assert main(arguments) == 0
     (file,) = tmp_path.glob("speed-tiny-float32-first-*.json")
-    told = json.loads(file.read_text())
-    assert file.with_suffix(".md").read_text() == markdown(told)
+    results = json.loads(file.read_text())
+    assert file.with_suffix(".md").read_text() == markdown(results)
     assert file.with_suffix(".png").stat().st_size > 10_000
-    assert [(row["arm"], row["batch"]) for row in told["rows"]] == [
+    assert [(row["arm"], row["batch"]) for row in results["rows"]] == [
         (arm, batch) for batch in (1, 2) for arm in ("stock", "ivtp@64", "fastv@64")
     ]
-    for row in told["rows"]:
+    for row in results["rows"]:
         assert all(len(row[part]["all"]) == 2 for part in ("tower", "prefill", "decode", "end_to_end"))
         assert (row["implied"] > 1.5) == (row["arm"] != "stock")
         assert row["final_tokens"] == (576 if row["arm"] == "stock" else 64)
         assert (row["selection_share"] is None) == (row["arm"] == "stock")
         assert (row["products"] is None) == (row["arm"] == "fastv@64")
-    assert told["machine"]["versions"]["torch"]
+    assert results["machine"]["versions"]["torch"]
     assert "reached" in capsys.readouterr().out
-    # A second one stands beside the first.
+    # A second result stands beside the first.
     assert main(arguments) == 0
     assert len(list(tmp_path.glob("speed-tiny-*.json"))) == 2
     assert str(tmp_path) not in file.read_text()
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"arms": ("ivtp",)}, "arm 'ivtp'; allowed: off, or a method and its budget"),
         ({"arms": ("fastw@64",)}, "Unknown method 'fastw'"),
@@ -142,13 +142,13 @@ def test_the_command_writes_what_it_measured(tmp_path: Path, capsys: pytest.Capt
         ({"label": "a/b"}, "label='a/b'; allowed: letters"),
     ],
 )
-def test_bad_settings(options: dict[str, Any], said: str) -> None:
+def test_bad_settings(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=".") as raised:  # noqa: RUF043
         Settings(**options)
-    assert said in str(raised.value)
+    assert message in str(raised.value)
 
 
-def test_what_the_machine_cannot_hold_is_refused_before_it_is_made(
+def test_a_case_that_the_machine_cannot_hold_is_refused_before_the_model_is_built(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = load_shape("llava-1.5-13b")
@@ -158,7 +158,7 @@ def test_what_the_machine_cannot_hold_is_refused_before_it_is_made(
         check_room(10**13, CPU, "batch 32")
 
     def never(*_: Any, **__: Any) -> Any:
-        raise AssertionError("it was made")
+        raise AssertionError("the model was built")
 
     monkeypatch.setattr("modeling_ivtp.speed.bench.random_model", never)
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 8_000_000_000})())
@@ -180,7 +180,7 @@ def test_what_the_machine_cannot_hold_is_refused_before_it_is_made(
     assert not (tmp_path / "x").exists()
 
 
-def test_weights_that_are_there_need_no_room(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loaded_weights_need_no_more_room(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     most = {"dtype": torch.float32, "batch": 1, "text_tokens": 64, "new_tokens": 128}
     whole, rest = bytes_needed(model.config, **most), bytes_needed(model.config, **most, weights=0)
     assert whole - rest == sum(parameter.nbytes for parameter in model.parameters())
@@ -229,7 +229,7 @@ def test_the_readme_tells_the_newest_speeds() -> None:
 
 
 @pytest.mark.parametrize("out", [["--out", "x"], ["-o", "x"], ["--out=x"], ["-ox"], []])
-def test_a_command_is_told_without_its_folder(out: list[str]) -> None:
+def test_a_command_is_reported_without_its_folder(out: list[str]) -> None:
     assert shareable_command("ivtp", ["bench", *out, "--arm", "a b"]) == "ivtp bench --arm 'a b'"
 
 
@@ -271,8 +271,8 @@ def test_memory_that_runs_out_keeps_what_was_measured(model: Any, monkeypatch: p
     settings = Settings(arms=("ivtp@64",), batches=(1, 2), new_tokens=2, repeats=1)
     rows = speed_bench.bench(model.config, settings, device=CPU, model=model)
     assert {row["batch"] for row in rows} == {1}
-    told = speed_bench.results("tiny", settings, rows, CPU, "ivtp bench")
-    assert "Memory ran out at batch 2" in markdown(told)
+    results = speed_bench.results("tiny", settings, rows, CPU, "ivtp bench")
+    assert "Memory ran out at batch 2" in markdown(results)
 
 
 def test_a_model_without_a_text_tower_is_timed() -> None:
@@ -301,15 +301,15 @@ def test_a_run_that_is_cut_short_loses_no_case(
     main(["bench", "--shape", "tiny", "--new-tokens", "2", "--repeats", "1", "--out", str(tmp_path), *batches])
     assert "written: " in capsys.readouterr().out
     (file,) = tmp_path.glob("*.json")
-    told = json.loads(file.read_text())
-    assert {row["batch"] for row in told["rows"]} == {1, 2}
-    assert told["notes"] == ["2 of 3 cases were measured."]
+    results = json.loads(file.read_text())
+    assert {row["batch"] for row in results["rows"]} == {1, 2}
+    assert results["notes"] == ["2 of 3 cases were measured."]
     assert {part.suffix for part in tmp_path.iterdir()} == {".json", ".md", ".png"}
     assert len(list(tmp_path.iterdir())) == 3
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         (["--device", "toaster"], "device='toaster' cannot be used"),
         (["--threads", "0"], "--threads=0; allowed: at least 1"),
@@ -317,19 +317,19 @@ def test_a_run_that_is_cut_short_loses_no_case(
     ],
 )
 def test_what_cannot_be_timed_here(
-    more: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    more: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["bench", "--shape", "tiny", "--out", str(tmp_path), *more]) == 1
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_results_go_where_there_is_room(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     assert main(["bench", "--shape", "tiny", "--out", str(tmp_path / "file")]) == 1
     assert "file" in capsys.readouterr().err
 
 
-def test_few_pairs_are_told_by_their_range() -> None:
+def test_the_interval_of_few_pairs_is_their_range() -> None:
     assert ratio([2.0, 3.0, 4.0], [1.0, 1.0, 1.0]) == (3.0, 2.0, 4.0)
 
 
@@ -348,7 +348,7 @@ def test_growth_is_a_line_where_work_counts() -> None:
 
     (fit,) = growth(rows(0.1, 0.5))
     assert (fit["fixed"], fit["rate"]) == (pytest.approx(0.1), pytest.approx(2.0))
-    assert all(abs(one["share"]) < 1e-9 for one in fit["residuals"])
+    assert all(abs(case["share"]) < 1e-9 for case in fit["residuals"])
     (bound,) = growth(rows(0.1, 0.001))
     assert bound["rate"] is None
 
@@ -370,16 +370,16 @@ def test_products_are_those_that_run(model: Any, inputs: dict[str, Any], pruned:
     with torch.no_grad(), model.pruning(enabled=pruned):
         prepared = model.prepare_inputs_for_generation(**inputs, is_first_iteration=True, use_cache=True)
         model(**prepared, logits_to_keep=1)
-    for one in hooks:
-        one.remove()
+    for hook in hooks:
+        hook.remove()
     batch, length = inputs["input_ids"].shape
     plan = model.model.plan() if pruned else None
     words = seen.get("model.clip_text_model.text_projection", 0) // batch
     text = length - model.config.num_patches
-    told = products(model, plan, batch=batch, text_tokens=text, words=words)
+    work = products(model, plan, batch=batch, text_tokens=text, words=words)
     expected = {name: count for name, count in seen.items() if not name.endswith("visual_projection")}
-    assert {names[module]: rows for module, rows in told} == expected
-    taken = seconds({"stock": told, "again": told}, repeats=2)
+    assert {names[module]: rows for module, rows in work} == expected
+    taken = seconds({"stock": work, "again": work}, repeats=2)
     assert all(len(times) == 2 and min(times) > 0 for times in taken.values())
 
 
