@@ -7,6 +7,7 @@ import inspect
 import warnings
 from typing import Any
 
+import torch
 from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import LlamaModel
 
@@ -38,6 +39,11 @@ def cache_argument(cache: Cache | None, past_key_values: Cache | None) -> Cache 
     if past_key_values is not None and CACHE == "cache":
         warnings.warn("`past_key_values` is deprecated: pass `cache` instead.", FutureWarning, stacklevel=3)
     return one_cache(cache, past_key_values)
+
+
+def is_exporting() -> bool:
+    """Return whether `torch.export` traces the model; versions of PyTorch without a way to ask answer no."""
+    return getattr(torch.compiler, "is_exporting", bool)()
 
 
 def cache_of(outputs: Any) -> Any:

@@ -12,12 +12,41 @@ from .outputs import take_images
 from .prompt import PromptInputs
 from .pruned_cache import is_pruned, release
 
+_IMAGES = ("pixel_values", "mm_encoder_outputs", "image_sizes")
+_MOVED = {
+    "num_beam_groups": "group beam search",
+    "diversity_penalty": "group beam search",
+    "force_words_ids": "constrained beam search",
+    "constraints": "constrained beam search",
+    "penalty_alpha": "contrastive search",
+    "dola_layers": "DoLa",
+}
+"""Options of decoding strategies that transformers 5 moved out of the library."""
+
 
 class PrunedGeneration:
     """Overrides of transformers' `GenerationMixin`; the model's forward does the rest."""
 
     config: Any
     model: Any
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate as transformers does; see `GenerationMixin.generate`.
+
+        Raises
+        ------
+        ValueError
+            For a decoding strategy that is code of its own on the Hub, unless `custom_generate` asks for it.
+        """
+        # An input without a value is an input that did not come.
+        kwargs = {name: value for name, value in kwargs.items() if value is not None or name not in _IMAGES}
+        moved = [name for name in _MOVED if kwargs.get(name) not in (None, 1, 0.0)]
+        if moved and kwargs.get("custom_generate") is None:
+            raise ValueError(
+                f"{moved[0]}={kwargs[moved[0]]!r}: {_MOVED[moved[0]]} is no part of transformers 5. Allowed: greedy "
+                "search, sampling and beams (num_beams), prompt lookup and assisted decoding."
+            )
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def prepare_inputs_for_generation(
         self,

@@ -21,7 +21,7 @@ from transformers.models.llava.modeling_llava import (
 )
 
 from .checkpoint_ivtp import load_llava, naming_damaged_weights, register_weight_names, sparing
-from .compat import CACHE, cache_argument, cache_of, one_cache
+from .compat import CACHE, cache_argument, cache_of, is_exporting, one_cache
 from .configuration_ivtp import IVTPLlavaConfig, IVTPPruningConfig
 from .generation_ivtp import PrunedGeneration
 from .guide import InstructionGuide
@@ -417,6 +417,8 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
             return super().forward(**tokens, **images, **kwargs)
         if pixel_values is not None and encoded is not None:
             raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
+        if is_exporting() and kwargs.get("use_cache") is not False:
+            raise ValueError("use_cache: torch.export takes no cache as an output; export with use_cache=False.")
         return_dict = kwargs.pop("return_dict", None)
         past = 0 if cache is None else int(cache.get_seq_length())
         prompt = PromptInputs(

@@ -186,3 +186,33 @@ def test_a_model_without_clip_weights_gets_finite_ones(model, tmp_path):
     for name, parameter in loaded.named_parameters():
         assert torch.isfinite(parameter).all(), name
         assert parameter.abs().max() < 10, name
+
+
+def test_pixel_values_without_a_value_are_none_at_all(model, inputs):
+    text = {name: value for name, value in inputs.items() if name != "pixel_values"}
+    options = {"max_new_tokens": 3, "do_sample": False}
+    expected = model.generate(**text, **options)
+    assert torch.equal(model.generate(**text, pixel_values=None, **options), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "strategy"),
+    [
+        ({"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5}, "group beam search"),
+        ({"num_beams": 2, "force_words_ids": [[5]]}, "constrained beam search"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "contrastive search"),
+        ({"dola_layers": "low"}, "DoLa"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_decoding_strategies_that_left_transformers_are_named(model, inputs, options, strategy):
+    with pytest.raises(ValueError, match=f"{strategy} is no part of transformers 5. Allowed: greedy search"):
+        model.generate(**inputs, max_new_tokens=3, **options)
+
+
+def test_export_says_what_it_needs(model, inputs):
+    with pytest.raises(Exception, match=r"torch\.export takes no cache as an output; export with use_cache=False"):
+        torch.export.export(model, (), kwargs=dict(inputs))
+    exported = torch.export.export(model, (), kwargs=inputs | {"use_cache": False})
+    logits = exported.module()(**inputs, use_cache=False).logits
+    torch.testing.assert_close(logits, model(**inputs).logits, atol=1e-5, rtol=1e-5)
