@@ -230,6 +230,11 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
                 f'vision_feature_select_strategy="{strategy}", image_sizes={image_sizes}: pruning takes "default" and '
                 "images of one size (image_sizes=None). Otherwise switch it off: model.pruning(enabled=False)."
             )
+        if pixel_values.dim() != 4:
+            raise ValueError(
+                f"pixel_values has {pixel_values.dim()} dimensions; allowed: 4, (images, 3, height, width). Images in "
+                "tiles, as LLaVA-1.6 has them, are not supported."
+            )
         layers = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
         feature_layers = (layers,) if isinstance(layers, int) else tuple(layers)
         return_dict = kwargs.pop("return_dict", None)

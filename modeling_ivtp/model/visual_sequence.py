@@ -290,7 +290,9 @@ def count_rows(
     if sum(count[1] for count in counts) != images * patches or any(count[1] % patches for count in counts):
         raise ValueError(
             f"Image features and image tokens do not match: {images} image(s) need {images * patches} image tokens, "
-            f"{patches} each, and the rows of the prompt have {[count[1] for count in counts]}."
+            f"{patches} each, and the rows of the prompt have {[count[1] for count in counts]}. The processor needs "
+            "the model's patch_size and num_additional_image_tokens=1 (the tower's CLS), and truncation must not cut "
+            "into an image."
         )
     return tuple(RowCounts(count[0], count[1] // patches, count[2], count[3]) for count in counts)
 
