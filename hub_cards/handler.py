@@ -1,15 +1,14 @@
-"""Hugging Face Inference Endpoints: JSON with an image and a question in, JSON with the answer and what it cost out.
+"""Answer questions about images on Hugging Face Inference Endpoints: JSON goes in, JSON comes out.
 
-A request is `{"inputs": ONE or [ONE, …], "parameters": {…}}`. ONE is
+A request is `{"inputs": ENTRY or [ENTRY, …], "parameters": {…}}`. An ENTRY is
 
-- `{"image": IMAGE, "text": QUESTION}`; `images` takes several, and `parameters` of its own go before the request's;
-- `{"messages": CHAT}` as in OpenAI's API, text and `image_url` parts, or CHAT itself.
+- `{"image": IMAGE, "text": QUESTION}`; `images` takes several, and an entry's own `parameters` come first;
+- `{"messages": CHAT}` as in OpenAI's API, with text and `image_url` parts, or CHAT itself.
 
-IMAGE is an http(s) address, a data URL or base64. `parameters` are those of `generate` that `PARAMETERS` lists, and
-`visual_tokens`, the budget of this request; `"visual_tokens": null` answers without pruning. One answer is
+IMAGE is an http(s) address, a data URL or base64. `parameters` are the arguments of `generate` that `PARAMETERS` lists,
+and `visual_tokens`, the budget of this request; `"visual_tokens": null` answers without pruning. An answer is
 `{"generated_text", "generated_tokens", "prompt_tokens", "finish_reason", "visual_tokens", "layer_averaged_tokens",
-"seconds"}`; in a
-list, one that failed is `{"error"}`, and the others are answered all the same.
+"seconds"}`. In a list, a failed entry is `{"error"}`; the others are answered.
 """
 
 import base64
@@ -19,8 +18,9 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,20 +46,29 @@ PARAMETERS = {
 }
 MAX_REQUESTS = 32
 MAX_IMAGES = 32
-"""Of a request and of all requests that come at once."""
+"""Most images of a request, and of all requests in one list."""
 MAX_TEXT = 20_000
 MAX_BYTES = 20_000_000
 MAX_PIXELS = 16_000_000
 MAX_SECONDS = 60
-"""For fetching all images of a request."""
+"""Longest time for fetching the images of a request."""
 MAX_NEW = 4096
-"""Tokens times beams of an answer."""
+"""Most tokens times beams of an answer."""
 MAX_TOGETHER = 8
-"""Requests that are answered in one batch."""
+"""Most requests in one batch."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request that is ready for the model: its prompt, its images and its checked settings."""
+
+    prompt: str
+    images: list[Any]
+    settings: dict[str, Any]
 
 
 class EndpointHandler:
-    """What the Inference Endpoints toolkit loads and calls.
+    """The class that the Inference Endpoints toolkit loads and calls.
 
     Parameters
     ----------
@@ -80,9 +89,9 @@ class EndpointHandler:
         ).eval()
         self.processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
         self.processor.tokenizer.padding_side = "left"
-        # The budget and the random numbers belong to the model, not to a request: one at a time.
+        # Pruning options and random numbers belong to the model, not to a request, so batches take turns.
         self._busy = threading.Lock()
-        # A picture is many times as large open as closed: few at a time.
+        # An open picture is many times as large as its file, so few are opened at once.
         self._opening = threading.Semaphore(4)
 
     def __call__(self, data: Mapping[str, Any]) -> Any:
@@ -91,84 +100,115 @@ class EndpointHandler:
         Parameters
         ----------
         data : mapping
-            As the module says.
+            A request, as the head of this file describes it.
 
         Returns
         -------
         dict or list of dict
-            As `inputs` is one or a list.
+            A list if `inputs` is one.
 
         Raises
         ------
         ValueError
-            If the only request, or what all of them share, is wrong; it says what is allowed.
+            If the only request, or the parameters of all, are wrong; it says what is allowed.
         """
         if not isinstance(data, Mapping) or "inputs" not in data:
             raise ValueError('a request is {"inputs": {"image": …, "text": …}, "parameters": {…}}')
         inputs, shared = data["inputs"], data.get("parameters") or {}
         if not isinstance(shared, Mapping):
             raise ValueError("parameters is not an object")
-        if not isinstance(inputs, list) or _is_chat(inputs):
-            (answer,) = self._answer([inputs], shared)
-            if "error" in answer:
-                raise ValueError(answer["error"])
-            return answer
-        if not 1 <= len(inputs) <= MAX_REQUESTS:
-            raise ValueError(f"inputs has {len(inputs)} entries; allowed: 1 to {MAX_REQUESTS}")
-        return self._answer(inputs, shared)
-
-    def _answer(self, inputs: list[Any], shared: Mapping[str, Any]) -> list[dict[str, Any]]:
-        answers: list[dict[str, Any]] = [{} for _ in inputs]
-        together: dict[tuple[Any, ...], list[tuple[int, str, list[Any]]]] = {}
-        ends, seen = time.monotonic() + MAX_SECONDS, 0
-        for place, one in enumerate(inputs):
+        several = isinstance(inputs, list) and not _is_chat(inputs)
+        requests = inputs if several else [inputs]
+        if not 1 <= len(requests) <= MAX_REQUESTS:
+            raise ValueError(f"inputs has {len(requests)} entries; allowed: 1 to {MAX_REQUESTS}")
+        answers: list[Any] = [None] * len(requests)
+        jobs: dict[int, Job] = {}
+        ends = time.monotonic() + MAX_SECONDS
+        for place, request in enumerate(requests):
             try:
-                prompt, images, settings = self._read(one, shared, ends, MAX_IMAGES - seen)
-                seen += len(images)
-                # What is drawn at random with a seed must not depend on who else asks.
-                alone = (("alone", place),) if any(name == "seed" for name, _ in settings) else ()
-                together.setdefault(settings + alone, []).append((place, prompt, images))
+                jobs[place] = self.read(
+                    request, shared, ends, MAX_IMAGES - sum(len(job.images) for job in jobs.values())
+                )
             except Exception as error:
-                # Whatever a request makes some library stumble over is that request's own failure.
-                answers[place] = _failed(error)
-        for key, members in together.items():
-            settings = {name: value for name, value in key if name != "alone"}
-            for start in range(0, len(members), MAX_TOGETHER):
-                part = members[start : start + MAX_TOGETHER]
-                for (place, *_), answer in zip(part, self._together(part, settings), strict=True):
-                    answers[place] = answer
-        return answers
+                # A request may make any library raise anything; it is that request's own failure.
+                answers[place] = error
+        places = list(jobs)
+        for number, answer in self.answers(list(jobs.values())):
+            answers[places[number]] = answer
+        answers = [_failed(answer) if isinstance(answer, Exception) else answer for answer in answers]
+        if not several and "error" in answers[0]:
+            raise ValueError(answers[0]["error"])
+        return answers if several else answers[0]
 
-    def _together(self, part: list[tuple[int, str, list[Any]]], settings: dict[str, Any]) -> list[dict[str, Any]]:
-        """Answer a batch; if it cannot be answered as one, each by itself, so that only who is to blame fails."""
-        try:
-            return self._generate(part, dict(settings))
-        except Exception as error:
-            if len(part) == 1:
-                return [_failed(error)]
-        return [answer for one in part for answer in self._together([one], settings)]
+    def read(
+        self, request: Any, shared: Mapping[str, Any], ends: float | None = None, most_images: int = MAX_IMAGES
+    ) -> Job:
+        """Check a request and fetch its images, before anybody waits for the model.
 
-    def _read(
-        self, one: Any, shared: Mapping[str, Any], ends: float, most: int
-    ) -> tuple[str, list[Any], tuple[tuple[str, Any], ...]]:
-        """Prompt, images and settings of one request; images are fetched before anybody waits for the model."""
+        Parameters
+        ----------
+        request : mapping or list
+            One entry of `inputs`.
+        shared : mapping
+            Parameters for which the request has none of its own.
+        ends : float, optional
+            When fetching has to end, by `time.monotonic`; default: `MAX_SECONDS` from now.
+        most_images : int
+            Most images it may have.
+
+        Raises
+        ------
+        ValueError, OSError, jinja2.TemplateError
+            If the request is wrong or an image cannot be fetched.
+        """
+        ends = time.monotonic() + MAX_SECONDS if ends is None else ends
         own: Mapping[str, Any] = {}
-        if _is_chat(one):
-            chat = one
-        elif isinstance(one, Mapping):
-            own = one.get("parameters") or {}
+        if _is_chat(request):
+            chat = request
+        elif isinstance(request, Mapping):
+            own = request.get("parameters") or {}
             if not isinstance(own, Mapping):
                 raise ValueError("parameters is not an object")
-            chat = _as_chat(one)
+            chat = _as_chat(request)
         else:
             raise ValueError('an entry of inputs is {"image": …, "text": …} or {"messages": […]}')
         settings = _checked({**shared, **own}, self.model.config.num_patches)
         sources, messages = _split(chat, self.processor)
-        if len(sources) > most:
+        if len(sources) > most_images:
             raise ValueError(f"there are more than {MAX_IMAGES} images; at most so many are read at once")
         images = [self._picture(source, ends) for source in sources]
-        prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-        return prompt, images, tuple(sorted(settings.items(), key=lambda item: item[0]))
+        return Job(self.processor.apply_chat_template(messages, add_generation_prompt=True), images, settings)
+
+    def answers(
+        self, jobs: Sequence[Job], extras: Callable[[Sequence[int]], dict[str, Any]] | None = None
+    ) -> Iterator[tuple[int, dict[str, Any] | Exception]]:
+        """Answer jobs in batches, and yield each job's place with its answer or error as soon as its batch is done.
+
+        Parameters
+        ----------
+        jobs : sequence of Job
+        extras : callable, optional
+            Returns further arguments of `generate` for a batch, such as a streamer, from the places of its jobs.
+        """
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for place, job in enumerate(jobs):
+            # Random choices with a seed must not depend on who else asks.
+            alone = [place] if "seed" in job.settings else []
+            groups.setdefault((*sorted(job.settings.items()), *alone), []).append(place)
+        for places in groups.values():
+            for start in range(0, len(places), MAX_TOGETHER):
+                yield from self._batch(jobs, places[start : start + MAX_TOGETHER], extras)
+
+    def _batch(self, jobs: Sequence[Job], places: Sequence[int], extras: Any) -> list[tuple[int, Any]]:
+        """Answer a batch; if that fails, answer its jobs one by one, so that only the faulty ones fail."""
+        try:
+            answers = self._generate([jobs[place] for place in places], {} if extras is None else extras(places))
+        except Exception as error:
+            if len(places) == 1:
+                return [(places[0], error)]
+        else:
+            return list(zip(places, answers, strict=True))
+        return [answer for place in places for answer in self._batch(jobs, [place], extras)]
 
     def _picture(self, source: Any, ends: float) -> Any:
         left = ends - time.monotonic()
@@ -178,89 +218,100 @@ class EndpointHandler:
             # Pictures do not wait for the model at full size.
             return self.processor.as_seen(_picture(source, min(15.0, left)))
 
-    def _generate(self, part: list[tuple[int, str, list[Any]]], settings: dict[str, Any]) -> list[dict[str, Any]]:
+    def _generate(self, jobs: Sequence[Job], extra: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Answer jobs of equal settings as one batch."""
         with self._busy, torch.inference_mode():
             start = time.perf_counter()
-            images = [image for _, _, pictures in part for image in pictures]
+            images = [image for job in jobs for image in job.images]
             inputs = self.processor(
-                images=images or None, text=[prompt for _, prompt, _ in part], padding=True, return_tensors="pt"
+                images=images or None, text=[job.prompt for job in jobs], padding=True, return_tensors="pt"
             ).to(self.model.device, self.model.dtype)
+            settings = dict(jobs[0].settings)
             self._check_length(inputs["input_ids"].shape[1], settings)
             seed = settings.pop("seed", None)
             with self._budget(settings), torch.random.fork_rng(enabled=seed is not None):
                 if seed is not None:
                     torch.manual_seed(seed)
                 plan = self.model.config.pruning_plan()
-                output = self.model.generate(**inputs, **settings)
+                output = self.model.generate(**inputs, **settings, **extra)
             lengths = inputs["attention_mask"].sum(1).tolist()
             new = output[:, inputs["input_ids"].shape[1] :].cpu()
             seconds = time.perf_counter() - start
         layers = self.model.config.text_config.num_hidden_layers
         patches = self.model.config.num_patches
         counts = [patches] * layers if plan is None else plan.decoder_layer_tokens(layers)
-        stop = _as_set(self.model.generation_config.eos_token_id) | _as_set(self.processor.tokenizer.pad_token_id)
         return [
             {
                 "generated_text": self.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip(),
-                "generated_tokens": next((n for n, token in enumerate(tokens.tolist()) if token in stop), len(tokens)),
+                "generated_tokens": next(
+                    (number for number, token in enumerate(tokens.tolist()) if token in self.ends), len(tokens)
+                ),
                 "prompt_tokens": prompt,
-                "finish_reason": "stop" if any(token in stop for token in tokens.tolist()) else "length",
-                "visual_tokens": [counts[-1]] * len(pictures),
-                "layer_averaged_tokens": round(sum(counts) / layers, 1) if pictures else 0.0,
+                "finish_reason": "stop" if not self.ends.isdisjoint(tokens.tolist()) else "length",
+                "visual_tokens": [counts[-1]] * len(job.images),
+                "layer_averaged_tokens": round(sum(counts) / layers, 1) if job.images else 0.0,
                 "seconds": round(seconds, 4),
             }
-            for tokens, prompt, (_, _, pictures) in zip(new, lengths, part, strict=True)
+            for tokens, prompt, job in zip(new, lengths, jobs, strict=True)
         ]
 
+    @property
+    def ends(self) -> set[int]:
+        """The tokens that end an answer, and the one that fills a batch after an end."""
+        end, pad = self.model.generation_config.eos_token_id, self.processor.tokenizer.pad_token_id
+        return {*(end if isinstance(end, list) else [end]), pad} - {None}
+
     def _check_length(self, prompt: int, settings: Mapping[str, Any]) -> None:
-        there = getattr(self.model.config.text_config, "max_position_embeddings", None)
-        if there is not None and prompt + settings["max_new_tokens"] > there:
-            raise ValueError(
-                f"prompt and answer have {prompt} + {settings['max_new_tokens']} tokens; the model takes {there} in all"
-            )
+        most, new = getattr(self.model.config.text_config, "max_position_embeddings", None), settings["max_new_tokens"]
+        if most is not None and prompt + new > most:
+            raise ValueError(f"prompt and answer have {prompt} + {new} tokens; the model takes {most} in all")
 
     @contextmanager
     def _budget(self, settings: dict[str, Any]) -> Any:
         if "visual_tokens" not in settings:
             yield
             return
-        wanted, handed_over = settings.pop("visual_tokens"), self.model.pruning_config.tower_tokens
+        budget, handed_over = settings.pop("visual_tokens"), self.model.pruning_config.tower_tokens
         changed: dict[str, Any] = {"enabled": False}
-        if wanted is not None:
+        if budget is not None:
             # A hand-over that the checkpoint fixes below the budget gives way.
-            fits = handed_over is not None and handed_over >= wanted
-            changed = {"enabled": True, "visual_tokens": wanted, "tower_tokens": handed_over if fits else None}
+            fits = handed_over is not None and handed_over >= budget
+            changed = {"enabled": True, "visual_tokens": budget, "tower_tokens": handed_over if fits else None}
         with self.model.pruning(**changed):
             yield
 
 
 def _failed(error: Exception) -> dict[str, Any]:
-    said = " ".join(str(error).split())[:500] or type(error).__name__
+    message = " ".join(str(error).split())[:500] or type(error).__name__
     if not isinstance(error, (ValueError, OSError, TemplateError)):
-        # No fault of the request's: whoever runs the endpoint has to see where it came from.
+        # Not the request's fault: whoever runs the endpoint has to see where it came from.
         logger.error("a request failed", exc_info=error)
     if not isinstance(error, (ValueError, OSError, RuntimeError, TemplateError)):
-        said = f"{type(error).__name__}: {said}"
-    return {"error": said.encode("utf-8", "backslashreplace").decode()}
+        message = f"{type(error).__name__}: {message}"
+    return {"error": message.encode("utf-8", "backslashreplace").decode()}
 
 
 def _is_chat(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(one, Mapping) and "role" in one for one in value)
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(message, Mapping) and "role" in message for message in value)
+    )
 
 
-def _as_chat(one: Mapping[str, Any]) -> list[Any]:
+def _as_chat(request: Mapping[str, Any]) -> list[Any]:
     """Return a request in either form as chat messages."""
     known = {"image", "images", "text", "messages", "parameters"}
-    if unknown := sorted(set(map(str, one)) - known):
+    if unknown := sorted(set(map(str, request)) - known):
         raise ValueError(f"unknown field(s) {', '.join(unknown)}; allowed: {', '.join(sorted(known))}")
-    if "messages" in one:
-        if not _is_chat(one["messages"]) or {"image", "images", "text"} & set(one):
+    if "messages" in request:
+        if not _is_chat(request["messages"]) or {"image", "images", "text"} & set(request):
             raise ValueError('messages is a list of {"role": …, "content": …}, and goes without image and text')
-        return one["messages"]
-    text = one.get("text")
+        return request["messages"]
+    text = request.get("text")
     if not isinstance(text, str) or not text.strip():
         raise ValueError("text is missing or empty")
-    images = one.get("images") or ([one["image"]] if one.get("image") is not None else [])
+    images = request.get("images") or ([request["image"]] if request.get("image") is not None else [])
     if not isinstance(images, list):
         raise ValueError("images is a list")
     parts = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": text}]
@@ -317,8 +368,8 @@ def _pieces(content: Any) -> tuple[list[str | None], list[Any]]:
 def _picture(source: Any, seconds: float) -> Any:
     if not isinstance(source, str) or not source:
         raise ValueError("an image is an http(s) address, a data URL or base64")
-    if "://" not in source and not source.startswith("data:"):
-        # What is left is base64, or a path, which no stranger may name.
+    if "://" not in source and source.lstrip()[:5].lower() != "data:":
+        # The rest is base64, or a path, which no stranger may name.
         if len(source) > MAX_BYTES // 3 * 4 + 4:
             raise ValueError(f"the image is larger than {MAX_BYTES:,} bytes")
         source = "".join(source.split())
@@ -330,7 +381,7 @@ def _picture(source: Any, seconds: float) -> Any:
     return load_image(source, timeout=seconds, max_bytes=MAX_BYTES, max_pixels=MAX_PIXELS, from_stranger=True)
 
 
-def _checked(given: Mapping[str, Any], patches: int) -> dict[str, Any]:
+def _checked(parameters: Mapping[str, Any], patches: int) -> dict[str, Any]:
     """Check the settings of one request and add the defaults of an endpoint: short and greedy.
 
     Raises
@@ -339,7 +390,7 @@ def _checked(given: Mapping[str, Any], patches: int) -> dict[str, Any]:
         For one that is unknown or out of range.
     """
     settings: dict[str, Any] = {"max_new_tokens": 128, "do_sample": False}
-    for name, value in given.items():
+    for name, value in parameters.items():
         if name == "visual_tokens":
             if value is not None and not (_is(value, int) and 1 <= value <= patches):
                 raise ValueError(f"visual_tokens={value!r}; allowed: 1 to {patches}, or null for no pruning")
@@ -357,7 +408,7 @@ def _checked(given: Mapping[str, Any], patches: int) -> dict[str, Any]:
         raise ValueError(f"max_new_tokens times num_beams is above {MAX_NEW}")
     if not settings["do_sample"]:
         for name in ("temperature", "top_p", "top_k", "seed"):
-            if name in given:
+            if name in parameters:
                 raise ValueError(f"{name} needs do_sample=true")
     return settings
 
@@ -366,7 +417,3 @@ def _is(value: Any, kind: type) -> bool:
     if kind is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-
-
-def _as_set(token: Any) -> set[int]:
-    return set() if token is None else set(token) if isinstance(token, list) else {token}

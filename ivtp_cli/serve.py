@@ -15,6 +15,19 @@ def serve(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of an IVTP-LLaVA.")],
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 is everybody's.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="IVTP_API_KEY", help="Key that requests have to bring; by default none.", show_default=False
+        ),
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Origin whose pages may ask from a browser, such as https://example.com, or *; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a Hub repository.", show_default="main")] = None,
     debug: Debug = False,
 ) -> None:
@@ -30,7 +43,8 @@ def serve(
     with _bound(host, port) as listener:
         handler = load_handler(model, revision)
         typer.echo(f"serving {model} at http://{host}:{port}/v1")
-        config = uvicorn.Config(build(handler, model), host=host, port=port, log_level="warning")
+        app = build(handler, model, api_key=api_key, cors_origins=cors_origin or ())
+        config = uvicorn.Config(app, host=host, port=port, log_level="warning")
         uvicorn.Server(config).run(sockets=[listener])
 
 

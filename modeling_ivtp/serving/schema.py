@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
+from .batching import cut_at
+
 
 def _neutral(*values: Any) -> Any:
     """Declare a field that clients send without meaning anything by it; only these values and null are taken."""
@@ -31,6 +33,13 @@ class Message(BaseModel):
     content: str | list[Part]
 
 
+class StreamOptions(BaseModel):
+    """What a stream holds beside the answer."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
 class ChatRequest(BaseModel):
     """A conversation to go on with; the answer is greedy unless `temperature` or `top_p` asks for more."""
 
@@ -44,15 +53,29 @@ class ChatRequest(BaseModel):
     seed: int | None = None
     stop: str | list[str] | None = None
     stream: bool | None = None
-    stream_options: dict[str, Any] | None = None
-    user: str | None = None
+    stream_options: StreamOptions | None = None
     visual_tokens: int | None = Field(
         None, description="Visual tokens of one image left in the end; null answers without pruning."
     )
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    metadata: dict[str, str] | None = None
+    parallel_tool_calls: bool | None = None
     n: Any = _neutral(1)
     frequency_penalty: Any = _neutral(0)
     presence_penalty: Any = _neutral(0)
     logprobs: Any = _neutral(False)
+    top_logprobs: Any = _neutral(0)
+    logit_bias: Any = _neutral({})
+    response_format: Any = _neutral({"type": "text"})
+    tools: Any = _neutral([])
+    tool_choice: Any = _neutral("none", "auto")
+    functions: Any = _neutral([])
+    function_call: Any = _neutral("none", "auto")
+    modalities: Any = _neutral(["text"])
+    service_tier: Any = _neutral("auto", "default")
+    store: Any = _neutral(False)
 
     @field_validator("*")
     @classmethod
@@ -62,8 +85,13 @@ class ChatRequest(BaseModel):
             raise ValueError(", ".join(map(json.dumps, allowed[:-1])))
         return value
 
-    def for_handler(self) -> dict[str, Any]:
-        """Return the request as the endpoint handler takes it."""
+    @property
+    def stops(self) -> list[str]:
+        """The texts before which the answer ends."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    def for_handler(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the request and its parameters, as the endpoint handler's `read` takes them."""
         parameters: dict[str, Any] = {}
         if "visual_tokens" in self.model_fields_set:
             parameters["visual_tokens"] = self.visual_tokens  # null has a meaning: no pruning
@@ -74,7 +102,7 @@ class ChatRequest(BaseModel):
             sampling = self.model_dump(include={"temperature", "top_p", "seed"}, exclude_none=True)
             parameters |= {"do_sample": True, **sampling}
         messages = [message.model_dump(exclude_unset=True) for message in self.messages]
-        return {"inputs": {"messages": messages}, "parameters": parameters}
+        return {"messages": messages}, parameters
 
 
 class Usage(BaseModel):
@@ -108,47 +136,94 @@ class Choice(BaseModel):
     finish_reason: Literal["stop", "length"]
 
 
+def _new_id() -> str:
+    return f"chatcmpl-{uuid.uuid4().hex}"
+
+
 class Completion(BaseModel):
     """An answer and its cost."""
 
-    id: str
+    id: str = Field(default_factory=_new_id)
     object: Literal["chat.completion"] = "chat.completion"
-    created: int
+    created: int = Field(default_factory=lambda: int(time.time()))
     model: str
     choices: list[Choice]
     usage: Usage
     ivtp: Pruning
 
     @classmethod
-    def of(cls, answer: dict[str, Any], model: str, stop: str | list[str] | None) -> "Completion":
-        """Make an answer of the endpoint handler's, cut where the first of the `stop` texts begins."""
-        text, reason = answer["generated_text"], answer["finish_reason"]
-        stops = [stop] if isinstance(stop, str) else stop or []
-        cut = min((text.find(end) for end in stops if end and end in text), default=None)
-        if cut is not None:
-            text, reason = text[:cut], "stop"
+    def of(cls, answer: dict[str, Any], model: str, stops: Sequence[str]) -> "Completion":
+        """Make a completion of the endpoint handler's answer, cut before the first of `stops`."""
+        text, cut = cut_at(answer["generated_text"], stops)
         prompt, new = answer["prompt_tokens"], answer["generated_tokens"]
+        reason: Any = "stop" if cut else answer["finish_reason"]
         return cls(
-            id=f"chatcmpl-{uuid.uuid4().hex}",
-            created=int(time.time()),
             model=model,
             choices=[Choice(message=AnswerMessage(content=text), finish_reason=reason)],
             usage=Usage(prompt_tokens=prompt, completion_tokens=new, total_tokens=prompt + new),
             ivtp=Pruning(**{name: answer[name] for name in Pruning.model_fields}),
         )
 
-    def events(self) -> list[str]:
-        """Return the answer as server-sent events, in one piece."""
-        shared = self.model_dump(include={"id", "created", "model"}) | {"object": "chat.completion.chunk"}
-        choice = self.choices[0]
-        deltas: list[tuple[dict[str, str], str | None]] = [
-            (choice.message.model_dump(), None),
-            ({}, choice.finish_reason),
-        ]
-        chunks = [
-            shared | {"choices": [{"index": 0, "delta": delta, "finish_reason": reason}]} for delta, reason in deltas
-        ]
-        return [f"data: {data}\n\n" for data in (*map(json.dumps, chunks), "[DONE]")]
+
+class Delta(BaseModel):
+    """The next piece of the model's words."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChunkChoice(BaseModel):
+    """The one answer, in pieces."""
+
+    index: int
+    delta: Delta
+    finish_reason: Literal["stop", "length"] | None
+
+
+class Chunk(BaseModel):
+    """A piece of an answer; the last ones have no words, but its end, its cost and what was kept of the pictures."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChunkChoice]
+    usage: Usage | None = None
+    ivtp: Pruning | None = None
+
+
+class Chunks:
+    """Writes the chunks of one answer as server-sent events.
+
+    Parameters
+    ----------
+    model : str
+    include_usage : bool
+        Whether the last chunk tells the cost in tokens.
+    """
+
+    def __init__(self, model: str, include_usage: bool) -> None:
+        self._shared: dict[str, Any] = {
+            "id": _new_id(), "object": "chat.completion.chunk", "created": int(time.time()), "model": model
+        }  # fmt: skip
+        if include_usage:
+            self._shared["usage"] = None
+
+    def delta(self, **delta: Any) -> str:
+        """Write a piece of the answer."""
+        return self._event([ChunkChoice(index=0, delta=Delta(**delta), finish_reason=None)])
+
+    def end(self, completion: Completion) -> str:
+        """Write how the answer ended, and its cost if it is asked for."""
+        choice = ChunkChoice(index=0, delta=Delta(), finish_reason=completion.choices[0].finish_reason)
+        events = self._event([choice], ivtp=completion.ivtp)
+        if "usage" in self._shared:
+            events += self._event([], usage=completion.usage)
+        return f"{events}data: [DONE]\n\n"
+
+    def _event(self, choices: list[ChunkChoice], **more: Any) -> str:
+        chunk = Chunk(**{**self._shared, "choices": choices, **more})
+        return f"data: {chunk.model_dump_json(exclude_unset=True)}\n\n"
 
 
 class Model(BaseModel):

@@ -185,9 +185,9 @@ def test_large_pictures_do_not_wait_at_full_size(handler: Any) -> None:
     sizes = []
     original = handler._generate
 
-    def watched(part: Any, settings: Any) -> Any:
-        sizes.extend(picture.size for _, _, pictures in part for picture in pictures)
-        return original(part, settings)
+    def watched(jobs: Any, extra: Any) -> Any:
+        sizes.extend(picture.size for job in jobs for picture in job.images)
+        return original(jobs, extra)
 
     handler._generate = watched
     try:

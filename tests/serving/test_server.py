@@ -2,12 +2,15 @@
 
 import base64
 import json
+import os
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ import openai
 import pytest
 import transformers
 import uvicorn
+from fastapi.testclient import TestClient
 
 from modeling_ivtp.checkpoints.convert import convert
 from modeling_ivtp.cli import main
@@ -27,18 +31,29 @@ QUESTION = "The tree is on a tile of which colour?"
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
+def handler() -> Any:
     handler = load_handler(ROOT / "examples" / "miniature")
     handler.model.float()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(build(handler, "mini"), host="127.0.0.1", port=port, log_level="error"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{port}/v1"
-    server.should_exit = True
-    thread.join()
+    return handler
+
+
+@contextmanager
+def running(handler: Any, **options: Any) -> Iterator[str]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+        server = uvicorn.Server(uvicorn.Config(build(handler, "mini", **options), log_level="critical"))
+        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{port}/v1"
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def address(handler: Any) -> Iterator[str]:
+    with running(handler) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +159,262 @@ def test_what_is_not_there(client: Any) -> None:
     assert [model.id for model in client.models.list()] == ["mini"]
 
 
+@pytest.fixture
+def talkative(handler: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The handler with a model that never ends an answer by itself."""
+    monkeypatch.setattr(handler.model.generation_config, "eos_token_id", None)
+    return handler
+
+
+def ask(client: Any, **options: Any) -> Any:
+    return client.chat.completions.create(**{"model": "mini", "messages": messages(), "max_tokens": 48} | options)
+
+
+def test_a_stream_comes_token_by_token(client: Any, talkative: Any) -> None:
+    chatter: dict[str, Any] = {"temperature": 4.0, "seed": 1}
+    whole = ask(client, **chatter)
+    assert whole.usage.completion_tokens == 48
+    start = time.monotonic()
+    pieces = [
+        (time.monotonic() - start, chunk.choices[0].delta.content) for chunk in ask(client, stream=True, **chatter)
+    ]
+    words = [(seconds, text) for seconds, text in pieces if text]
+    assert "".join(text for _, text in words) == whole.choices[0].message.content
+    assert len(words) > 20
+    assert words[0][0] < 0.6 * words[-1][0]
+
+
+def test_a_stream_tells_its_usage_if_asked(client: Any) -> None:
+    whole = ask(client)
+    chunks = list(ask(client, stream=True, stream_options={"include_usage": True}))
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage == whole.usage
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+    assert chunks[-2].choices[0].finish_reason == "stop"
+    assert chunks[-2].model_extra["ivtp"]["visual_tokens"] == [64]
+    assert {chunk.id for chunk in chunks} == {chunks[0].id}
+    assert chunks[0].choices[0].delta.role == "assistant"
+    for options in ({}, {"stream_options": {"include_usage": False}}):
+        assert all(chunk.usage is None for chunk in ask(client, stream=True, **options))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_text_ends_the_answer_and_the_work(client: Any, talkative: Any, stream: bool) -> None:
+    chatter: dict[str, Any] = {"temperature": 4.0, "seed": 1}
+    whole = ask(client, **chatter)
+    text = whole.choices[0].message.content
+    stop = text[len(text) // 3 :][:4]
+    options: dict[str, Any] = {"stream_options": {"include_usage": True}} if stream else {}
+    done = ask(client, stop=["never", stop], stream=stream, **chatter, **options)
+    if stream:
+        *chunks, last = list(done)
+        answer, usage = "".join(chunk.choices[0].delta.content or "" for chunk in chunks), last.usage
+        reason = chunks[-1].choices[0].finish_reason
+    else:
+        answer, usage, reason = done.choices[0].message.content, done.usage, done.choices[0].finish_reason
+    assert answer == text[: text.index(stop)]
+    assert reason == "stop"
+    assert usage.completion_tokens < 48
+
+
+NEUTRAL: dict[str, list[Any]] = {
+    "response_format": [{"type": "text"}, None],
+    "logit_bias": [{}],
+    "tools": [[], None],
+    "tool_choice": ["none", "auto"],
+    "parallel_tool_calls": [True, False],
+    "functions": [[]],
+    "store": [False],
+    "metadata": [{}, {"job": "1"}],
+    "frequency_penalty": [0, 0.0],
+    "presence_penalty": [0],
+    "logprobs": [False],
+    "top_logprobs": [0],
+    "modalities": [["text"]],
+    "service_tier": ["auto", "default"],
+    "user": ["somebody"],
+    "n": [1],
+}
+MEANT = {
+    "response_format": {"type": "json_object"},
+    "logit_bias": {"7": 1},
+    "tools": [{"type": "function", "function": {"name": "f"}}],
+    "tool_choice": "required",
+    "store": True,
+    "frequency_penalty": 0.5,
+    "top_logprobs": 2,
+    "modalities": ["audio"],
+}
+
+
+def test_fields_that_mean_nothing_are_accepted(client: Any) -> None:
+    for number in range(2):
+        fields = {name: values[min(number, len(values) - 1)] for name, values in NEUTRAL.items()}
+        assert ask(client, extra_body=fields).choices[0].message.content == "yellow"
+
+
+@pytest.mark.parametrize("name", MEANT)
+def test_fields_that_mean_something_are_refused(client: Any, name: str) -> None:
+    with pytest.raises(openai.BadRequestError) as raised:
+        ask(client, extra_body={name: MEANT[name]})
+    assert f"{name}={json.dumps(MEANT[name])[:40]}; allowed: " in str(raised.value)
+
+
+def test_models_are_retrieved(client: Any, handler: Any) -> None:
+    assert client.models.retrieve("mini").id == "mini"
+    with pytest.raises(openai.NotFoundError, match="there is no model 'gpt'; allowed: mini"):
+        client.models.retrieve("gpt")
+    app = build(handler, "owner/llava")
+    with TestClient(app) as asked:
+        assert asked.get("/v1/models/owner/llava").json()["id"] == "owner/llava"
+        assert asked.get("/v1/models/owner%2Fllava").json()["id"] == "owner/llava"
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [
+    ("GET", "/v1/nothing", 404), ("POST", "/v1/embeddings", 404), ("GET", "/", 404),
+    ("GET", "/v1/chat/completions", 405), ("DELETE", "/v1/models", 405),
+])  # fmt: skip
+def test_unknown_routes_answer_in_openais_form(address: str, method: str, path: str, status: int) -> None:
+    answer = httpx.request(method, address.removesuffix("/v1") + path)
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+
+
+def test_a_key_is_asked_for(handler: Any) -> None:
+    with running(handler, api_key="schlüssel") as url:
+        for key in ("wrong", "schlussel", "x" * 1000):
+            answer = httpx.get(f"{url}/models", headers={"Authorization": f"Bearer {key}"})
+            assert (answer.status_code, answer.headers["WWW-Authenticate"]) == (401, "Bearer")
+            assert answer.json()["error"]["code"] == "invalid_api_key"
+        for stream in (False, True):
+            with pytest.raises(openai.AuthenticationError, match="the API key is missing or wrong"):
+                ask(openai.OpenAI(base_url=url, api_key="wrong"), stream=stream)
+        root = url.removesuffix("/v1")
+        assert httpx.get(f"{root}/health").json() == {"status": "ok"}
+        assert "securitySchemes" in httpx.get(f"{root}/openapi.json").json()["components"]
+    with running(handler, api_key="key") as url:
+        assert ask(openai.OpenAI(base_url=url, api_key="key")).choices[0].message.content == "yellow"
+
+
+def test_pages_of_named_origins_may_ask(handler: Any, address: str) -> None:
+    preflight = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    with running(handler, api_key="key", cors_origins=["https://page.test"]) as url:
+        for origin, allowed in (("https://page.test", "https://page.test"), ("https://evil.test", None)):
+            headers = {"Origin": origin}
+            asked = httpx.options(f"{url}/chat/completions", headers=headers | preflight)
+            assert asked.headers.get("Access-Control-Allow-Origin") == allowed
+            # A page has to be able to read that its key is wrong.
+            refused = httpx.get(f"{url}/models", headers=headers)
+            assert (refused.status_code, refused.headers.get("Access-Control-Allow-Origin")) == (401, allowed)
+    assert (
+        "Access-Control-Allow-Origin"
+        not in httpx.get(f"{address}/models", headers={"Origin": "https://a.test"}).headers
+    )
+
+
+def together(work: Callable[[Any], Any], jobs: Sequence[Any]) -> list[Any]:
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        return list(pool.map(work, jobs))
+
+
+def test_sixteen_at_once_take_far_less_than_sixteen_times_one(client: Any, talkative: Any) -> None:
+    questions = [QUESTION, "Which thing is the nearest one above the tulip?", "Do you see a scooter here?", "Well?"] * 4
+
+    def answer(question: str) -> Any:
+        done = ask(client, messages=messages(question), max_tokens=96)
+        return done.choices[0].message.content, done.usage
+
+    alone = []
+    start = time.monotonic()
+    for question in questions[:4]:
+        alone.append(answer(question))
+    one = (time.monotonic() - start) / 4
+    start = time.monotonic()
+    assert together(answer, questions) == alone * 4
+    seconds = time.monotonic() - start
+    assert seconds < 16 * one / 2, (seconds, one)
+
+
+def test_streams_are_answered_together_as_they_are_alone(client: Any, talkative: Any) -> None:
+    questions = [QUESTION, "Do you see a scooter here?", "Well?", "What is below the tulip?"]
+
+    def answer(job: tuple[str, bool]) -> str:
+        done = ask(client, messages=messages(job[0]), stream=job[1])
+        return "".join(c.choices[0].delta.content or "" for c in done) if job[1] else done.choices[0].message.content
+
+    alone = [answer((question, False)) for question in questions]
+    jobs = [(question, number % 3 > 0) for number, question in enumerate(questions * 2)]
+    assert together(answer, jobs) == alone * 2
+
+
+def test_a_failure_in_one_does_not_fail_the_others(client: Any, handler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modeling_ivtp.serving.batching.GATHERING", 1.0)
+    original, sizes = handler.model.generate, []
+
+    def failing(**inputs: Any) -> Any:
+        sizes.append(len(inputs["input_ids"]))
+        if (inputs["attention_mask"].sum(1) > 700).any():
+            raise RuntimeError("out of memory")
+        return original(**inputs)
+
+    monkeypatch.setattr(handler.model, "generate", failing)
+    patient = client.with_options(max_retries=0)
+
+    def answer(job: tuple[str, bool]) -> Any:
+        try:
+            done = ask(patient, messages=messages(job[0]), max_tokens=4, stream=job[1])
+            return (
+                "".join(c.choices[0].delta.content or "" for c in done) if job[1] else done.choices[0].message.content
+            )
+        except openai.APIError as error:
+            return type(error), str(error.message)
+
+    answers = together(
+        answer, [(QUESTION, False), ("And here? " * 60, False), (QUESTION, True), ("And here? " * 60, True)]
+    )
+    assert answers[0] == answers[2] == "yellow"
+    for kind, message in (answers[1], answers[3]):
+        assert kind is openai.InternalServerError
+        assert "out of memory" in message
+    assert max(sizes) > 1
+
+
+def test_a_stream_that_breaks_off_says_so(client: Any, talkative: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = talkative.model.generate
+
+    def failing(**inputs: Any) -> Any:
+        original(**inputs | {"max_new_tokens": 8})
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(talkative.model, "generate", failing)
+    words = []
+    with pytest.raises(openai.APIError, match="the device is gone"):  # noqa: PT012
+        for chunk in ask(client, stream=True):
+            words.append(chunk.choices[0].delta.content)
+    assert any(words)
+
+
+def test_who_hangs_up_ends_the_work(address: str, talkative: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, lengths = talkative.model.generate, []
+
+    def watched(**inputs: Any) -> Any:
+        output = original(**inputs)
+        lengths.append(output.shape[1] - inputs["input_ids"].shape[1])
+        return output
+
+    monkeypatch.setattr(talkative.model, "generate", watched)
+    body = {"messages": messages(), "max_tokens": 1000, "stream": True}
+    with httpx.stream("POST", f"{address}/chat/completions", json=body, timeout=120) as answer:
+        assert next(line for line in answer.iter_lines() if '"content":"' in line and '"content":""' not in line)
+    ends = time.monotonic() + 60
+    while not lengths and time.monotonic() < ends:
+        time.sleep(0.1)
+    assert lengths
+    assert lengths[0] < 1000
+
+
 def test_no_code_that_came_with_a_checkpoint_runs(tmp_path: Path) -> None:
     convert(None, None, tmp_path / "made", recipe="ivtp-llava-miniature-64", progress=False)
     for file in (tmp_path / "made").glob("*.py"):
@@ -210,11 +481,16 @@ def test_the_command_serves(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "ivtp_cli", "serve", str(ROOT / "examples" / "miniature"), "--port", str(port)]
-    with subprocess.Popen(command, cwd=ROOT) as process:
+    command += ["--cors-origin", "https://one.test", "--cors-origin", "https://two.test"]
+    with subprocess.Popen(command, cwd=ROOT, env=os.environ | {"IVTP_API_KEY": "key"}) as process:
         try:
             transport = httpx.HTTPTransport(retries=8)
             with httpx.Client(transport=transport, timeout=120) as client:
                 assert client.get(f"http://127.0.0.1:{port}/health").json() == {"status": "ok"}
+                models = f"http://127.0.0.1:{port}/v1/models"
+                assert client.get(models).status_code == 401
+                answer = client.get(models, headers={"Authorization": "Bearer key", "Origin": "https://two.test"})
+                assert answer.headers["Access-Control-Allow-Origin"] == "https://two.test"
         finally:
             process.terminate()
     assert process.returncode in (0, -15)
