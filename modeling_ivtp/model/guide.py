@@ -49,7 +49,14 @@ class InstructionGuide:
 
     def _load(self, source: str, config: Any) -> IVTPLlavaProcessor | None:
         clip = None if self.clip is None or is_open_clip(self.clip) else self.clip
-        access = {"revision": config._commit_hash} if getattr(config, "_commit_hash", None) else {}
+        folder, commit = Path(source), getattr(config, "_commit_hash", None)
+        # Nothing is looked for on the Hub unless the model came from there: a folder may be gone by now.
+        if folder.is_dir():
+            known, access = clip is not None or (folder / "clip_tokenizer").is_dir(), {}
+        else:
+            known, access = commit is not None, {"revision": commit}
+        if not known:
+            return None
         try:
             if clip is not None:
                 return IVTPLlavaProcessor.from_llava(source, clip_tokenizer=clip, **access)

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from transformers import DynamicCache
 
-from modeling_ivtp import IVTPLlavaForConditionalGeneration
+from modeling_ivtp import IVTPLlavaForConditionalGeneration, IVTPLlavaProcessor
 from tests.support.text_tokenizers import (
     CHATML_TEMPLATE,
     LLAVA_TEMPLATE,
@@ -202,6 +202,17 @@ def test_saving_keeps_the_processor_beside_the_weights(model, bare, tmp_path):
     assert again.model.guide.processor(again) is not None
     bare.save_pretrained(tmp_path / "bare")
     assert not (tmp_path / "bare" / "clip_tokenizer").exists()
+
+
+@pytest.mark.parametrize("source", ["gone/from/here", "owner/name"])
+def test_nothing_is_looked_for_on_the_hub_for_a_model_that_did_not_come_from_there(bare, source, monkeypatch, tmp_path):
+    def refuse(*_, **__):
+        raise AssertionError("looked for a processor")
+
+    monkeypatch.setattr(IVTPLlavaProcessor, "from_pretrained", refuse)
+    bare.config.name_or_path = source
+    assert bare.model.guide.processor(bare) is None
+    bare.save_pretrained(tmp_path)
 
 
 def test_reading_needs_a_clip_tokenizer(processor):
