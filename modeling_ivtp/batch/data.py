@@ -16,7 +16,7 @@ from typing import Any
 import datasets
 from pyarrow.parquet import read_metadata
 
-from ..checkpoints.sources import is_hub_id
+from ..checkpoints.sources import HubOptions, is_hub_id
 from ..files.images import is_base64, shortened
 from .image_folder import ImageFolder
 from .tables import ArrowTable, Broken, JsonTable, Size, Table, is_text, split_of
@@ -285,11 +285,19 @@ def _load(source: str, split: str, image_column: str | None) -> tuple[Table, Pat
         name, _, config = source.partition(":")
         if pattern or not is_hub_id(name) or path.suffix.lower() in (*_JSON, _PARQUET):
             raise FileNotFoundError(f"there are no data {source!r}: no file, no folder, and no name on the Hub")
+        _check_on_hub(name)
         return ArrowTable(datasets.load_dataset(name, config or None, split=split)), Path.cwd(), None
     endings = sorted({Path(file).suffix.lower() for file in files})
     if len(endings) > 1 or endings[0] not in (*_JSON, _PARQUET):
         raise ValueError(f"{source} ends in {', '.join(endings)}; allowed: one of {', '.join((*_JSON, _PARQUET))}")
     return *_load_files(source, [Path(file) for file in files], split), None
+
+
+def _check_on_hub(name: str) -> None:
+    """Raise OSError for a data set that is neither on the Hub nor cached; `datasets` would ask for it five times."""
+    cached = Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")
+    if not (datasets.config.HF_HUB_OFFLINE or cached.is_dir()):
+        HubOptions().check(name, "dataset")
 
 
 def _load_files(source: str, files: list[Path], split: str) -> tuple[Table, Path]:

@@ -38,21 +38,28 @@ class HubOptions:
     cache_dir: str | os.PathLike[str] | None = None
     local_files_only: bool = False
 
-    def check(self, repo: str) -> None:
-        """Raise OSError at once if a repository is neither cached nor on the Hub, where a download would try again."""
+    def check(self, repo: str, kind: str = "model") -> None:
+        """Raise OSError at once if a repository is neither cached nor on the Hub, where a download would try again.
+
+        Parameters
+        ----------
+        repo : str
+        kind : {"model", "dataset"}
+        """
         cache = None if self.cache_dir is None else Path(self.cache_dir)
         if self.local_files_only or try_to_load_from_cache(repo, "config.json", cache, self.revision) is not None:
             return
+        here, there = ("folder", "repository") if kind == "model" else ("file or folder", "data set")
         try:
-            HfApi(token=self.token).model_info(repo, revision=self.revision, timeout=10)
+            HfApi(token=self.token).repo_info(repo, repo_type=kind, revision=self.revision, timeout=10)
         except RepositoryNotFoundError as error:
             raise FileNotFoundError(
-                f"{repo} is neither a folder here nor a repository on the Hugging Face Hub that you may read"
+                f"{repo} is neither a {here} here nor a {there} on the Hugging Face Hub that you may read"
             ) from error
         except HfHubHTTPError:
             return  # the download says what is wrong
         except Exception as error:
-            raise OSError(f"{repo} is no folder here, and the Hugging Face Hub cannot be reached: {error}") from error
+            raise OSError(f"{repo} is no {here} here, and the Hugging Face Hub cannot be reached: {error}") from error
 
     def snapshot(self, repo: str, patterns: Iterable[str], revision: str | None = None) -> Path:
         """Download the files of a Hub repository that match `patterns`, and return their local folder."""
