@@ -50,7 +50,10 @@ def batch(
     prompt_column: Annotated[str | None, typer.Option(help="Column of the questions.", show_default="question")] = None,
     id_column: Annotated[
         str | None,
-        typer.Option(help="Column of the rows' names, which are written beside the answers.", show_default=False),
+        typer.Option(
+            help="Column of the rows' names, which are written beside the answers. An empty name: there are none.",
+            show_default="id, if there is one",
+        ),
     ] = None,
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="One question for all rows.", show_default=False)
@@ -64,13 +67,16 @@ def batch(
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
     limit: Annotated[int | None, typer.Option(min=1, help="Answer only the first rows.", show_default="all")] = None,
+    fail_on_error: Annotated[
+        bool, typer.Option("--fail-on-error", help="Exit with status 1 if any row failed, not only if all did.")
+    ] = False,
     progress: Annotated[bool, typer.Option(help="Show rows done, rows per second and the time left.")] = True,
     debug: Debug = False,
 ) -> None:
     """Answer a data set. The same command continues a run that was stopped.
 
     Answers are Parquet files: row, id, answer, error, tokens, prompt_tokens, images. A failed row is recorded with its
-    error; the run continues.
+    error; the run continues. The exit status is 1 if all rows failed.
 
     Several processes, on GPUs or CPUs: accelerate launch --multi_gpu --num_processes 2 -m modeling_ivtp.cli batch ...
 
@@ -111,6 +117,9 @@ def batch(
     if summary.main:
         done = "was finished before" if summary.was_finished else "done"
         typer.echo(f"{done}: {summary.rows:,} rows, {summary.errors:,} of them errors, in {out}")
+        if summary.errors == summary.rows or (summary.errors and fail_on_error):
+            failed = "all" if summary.errors == summary.rows else f"{summary.errors:,} of"
+            raise ValueError(f"{failed} {summary.rows:,} rows failed; the first: {summary.first_error}")
 
 
 def _check_installed() -> None:

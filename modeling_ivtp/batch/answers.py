@@ -85,7 +85,12 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def count_errors(paths: Iterable[Path]) -> int:
-    """Count the rows with an error in finished files."""
-    columns = (pq.read_table(path, columns=["error"])["error"] for path in paths)
-    return sum(len(column) - column.null_count for column in columns)
+def count_errors(paths: Iterable[Path]) -> tuple[int, str | None]:
+    """Count the rows with an error in finished files, and return the first of these errors."""
+    count, first = 0, None
+    for path in paths:
+        errors = pq.read_table(path, columns=["error"])["error"].drop_null()
+        if len(errors) and first is None:
+            first = errors[0].as_py()
+        count += len(errors)
+    return count, first

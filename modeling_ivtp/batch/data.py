@@ -23,6 +23,8 @@ from .tables import ArrowTable, Broken, JsonTable, Size, Table, is_text, split_o
 
 _JSON, _PARQUET = (".jsonl", ".json"), ".parquet"
 _READ_AT_ONCE = 10_000
+ID_COLUMN = "id"
+_KINDS = ("image", "prompt", "id")
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,10 @@ class Data:
         The name that the person gave; it stands in every error.
     folder : Path
         The folder that relative paths of pictures start from.
-    image_column, prompt_column, id_column : str or None
+    image_column, prompt_column : str or None
         Names of the columns; None: there is no such column.
+    id_column : str or None
+        Name of the column of ids; None: `id`, if there is one. An empty name: there are none.
     prompt : str or None
         The question of every row, if there is no column of questions.
     left_out : str or None
@@ -107,14 +111,17 @@ class Data:
     ) -> None:
         if not len(table):
             raise ValueError(f"{source} has no rows")
-        wanted = [name for name in (image_column, prompt_column, id_column) if name is not None]
+        wanted = [name for name in (image_column, prompt_column, id_column or None) if name is not None]
         if unknown := [name for name in wanted if name not in table.column_names]:
             raise ValueError(
                 f"{source} has no column {', '.join(map(repr, unknown))}; it has: {', '.join(table.column_names)}"
             )
         self._table = table
         self._folder = folder
-        self._columns = (image_column, prompt_column, id_column)
+        if id_column is None and ID_COLUMN in table.column_names:
+            id_column = ID_COLUMN
+        self.id_column = id_column or None
+        self._columns = (image_column, prompt_column, self.id_column)
         self._prompt = prompt
         self.left_out = left_out
 
@@ -125,8 +132,8 @@ class Data:
         """Return the rows from `start` up to `stop`, without reading the pictures that they store."""
         stop = min(stop, len(self))
         images, questions, ids = (
-            [None] * (stop - start) if name is None else list(self._table.cells(name, start, stop))
-            for name in self._columns
+            [None] * (stop - start) if name is None else list(self._cells(kind, name, start, stop))
+            for kind, name in zip(_KINDS, self._columns, strict=True)
         )
         if self._columns[1] is None:
             questions = [self._prompt] * len(images)
@@ -134,6 +141,16 @@ class Data:
             self._row(start + place, cell, question, name)
             for place, (cell, question, name) in enumerate(zip(images, questions, ids, strict=True))
         ]
+
+    def _cells(self, kind: str, column: str, start: int, stop: int) -> Iterator[Any]:
+        """Yield a column's values; bytes stay unread in the column of images, and elsewhere are taken for text."""
+        for row, value in enumerate(self._table.cells(column, start, stop), start):
+            if kind == "image" or not isinstance(value, Size):
+                yield value
+            else:
+                content = self._table.stored(column, row)
+                text = content.decode("utf-8", "replace")
+                yield content.hex() if kind == "id" and not text.isprintable() else text
 
     def stored(self, row: int, place: int | None) -> bytes:
         """Return the file of a picture that is stored in the data."""
@@ -187,9 +204,9 @@ class Data:
         digest = hashlib.sha256(f"{len(self)}".encode())
         for start in range(0, len(self), _READ_AT_ONCE):
             stop = min(start + _READ_AT_ONCE, len(self))
-            for kind, column in zip(("image", "prompt", "id"), self._columns, strict=True):
+            for kind, column in zip(_KINDS, self._columns, strict=True):
                 if column is not None:
-                    for value in self._table.cells(column, start, stop):
+                    for value in self._cells(kind, column, start, stop):
                         digest.update(json.dumps([kind, self._relative(value)]).encode())
         return digest.hexdigest()
 

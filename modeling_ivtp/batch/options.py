@@ -25,7 +25,7 @@ class Options:
         An empty name: there are no pictures.
     prompt_column : str, default "question"
     id_column : str, optional
-        Column of the rows' names; None: they have none.
+        Column of the rows' names; None: `id`, if there is such a column. An empty name: rows have none.
     prompt : str, optional
         One question for all rows, instead of a column.
     visual_tokens : int, optional
@@ -84,6 +84,8 @@ class Summary:
     ----------
     rows, errors : int
         Number of all rows, and of those with an error in place of an answer.
+    first_error : str or None
+        The error of the first of these.
     was_finished : bool
         Whether all rows had been answered before.
     main : bool
@@ -92,5 +94,6 @@ class Summary:
 
     rows: int
     errors: int
+    first_error: str | None
     was_finished: bool
     main: bool

@@ -200,5 +200,5 @@ def _summary(folder: OutFolder, shards: int, rows: int, state: PartialState, *, 
     # Files of unfinished work remain if a process was killed just before it removed them.
     folder.tidy()
     main = state.is_main_process
-    errors = answers.count_errors(folder.answers(shard, shards) for shard in range(shards)) if main else 0
-    return Summary(rows, errors, was_finished, main)
+    files = [folder.answers(shard, shards) for shard in range(shards)] if main else []
+    return Summary(rows, *answers.count_errors(files), was_finished, main)

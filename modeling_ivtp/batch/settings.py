@@ -41,7 +41,7 @@ def compared(options: Options, model: str, data: Data, dtype: torch.dtype, **der
         "rows": len(data),
         "image_column": options.image_column,
         "prompt_column": None if options.prompt is not None else options.prompt_column,
-        "id_column": options.id_column,
+        "id_column": data.id_column,
         "prompt": options.prompt,
         "visual_tokens": options.visual_tokens,
         "method": options.method,

@@ -522,11 +522,13 @@ def test_memory_that_runs_out_over_pictures_halves_the_batch_too(
 
 def test_a_row_that_does_not_fit_alone_is_an_error_row(capsys, sample, loaded, tmp_path, monkeypatch):
     limited(monkeypatch, sample.model, 0, torch.OutOfMemoryError("CUDA out of memory."))
-    assert ivtp_cli.main(arguments(sample, tmp_path / "out", "--limit", 2)) == 0
+    assert ivtp_cli.main(arguments(sample, tmp_path / "out", "--limit", 2)) == 1
     assert [row["error"] for row in answers(tmp_path / "out")] == [
         f"row {number}: out of memory, with this row alone" for number in (0, 1)
     ]
-    assert "out of memory with 2 rows" in capsys.readouterr().err
+    warning, error = capsys.readouterr().err.splitlines()
+    assert "out of memory with 2 rows" in warning
+    assert error == "ivtp: all 2 rows failed; the first: row 0: out of memory, with this row alone"
 
 
 def test_what_goes_wrong_with_one_row_costs_that_row(capsys, sample, loaded, expected, tmp_path, monkeypatch):

@@ -132,9 +132,11 @@ def test_no_error_repeats_a_long_value(capsys, sample, loaded, tmp_path):
         {"image": None, "question": "Why?", "id": f"{long}\ud83d"},
         {"image": long, "question": "Why?", "id": "d"},
         {"image": f"ftp://{long}", "question": "Why?", "id": "e"},
+        {"image": None, "question": "Why?", "id": "f"},
     ]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     found = batch(capsys, sample, tmp_path / "out", "--id-column", "id", data=tmp_path / "rows.json")
+    assert found.pop()["error"] is None
     for row in found:
         assert "x" * 50 in row["error"]
         assert len(row["error"]) < 400
