@@ -39,22 +39,26 @@ def serve(
         raise ImportError("a server needs FastAPI and uvicorn: pip install 'ivtp-llava[serve]'") from error
     from modeling_ivtp.serving.server import build, load_handler
 
-    # Loading takes minutes; whether the port is free is known before.
-    with _bound(host, port) as listener:
-        handler = load_handler(model, revision)
-        typer.echo(f"serving {model} at http://{host}:{port}/v1")
-        app = build(handler, model, api_key=api_key, cors_origins=cors_origin or ())
-        config = uvicorn.Config(app, host=host, port=port, log_level="warning")
-        uvicorn.Server(config).run(sockets=[listener])
+    # Loading takes minutes; that the port is taken is known before, and nobody takes it meanwhile.
+    with _bound(host, port):
+        app = build(load_handler(model, revision), model, api_key=api_key, cors_origins=cors_origin or ())
+    typer.echo(f"serving {model} at http://{host}:{port}/v1")
+    uvicorn.run(app, host=host, port=port, log_level="warning")
 
 
 def _bound(host: str, port: int) -> socket.socket:
     """Return a socket bound to an address, on which nobody listens yet."""
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
+            0
+        ]
+        listener = socket.socket(family, kind)
+    except OSError as error:
+        raise OSError(f"--host {host} cannot be used: {error.strerror or error}") from error
     try:
         if os.name != "nt":  # on Windows the option would share a port that is taken
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
+        listener.bind(address)
     except OSError as error:
         listener.close()
         raise OSError(f"port {port} of {host} cannot be used: {error.strerror or error}") from error
