@@ -40,7 +40,10 @@ class LiveTensors(TorchDispatchMode):
 
 @pytest.fixture(scope="module")
 def vit_l():
-    """LLaVA-1.5's vision tower in full, ViT-L/14 at 336 pixels, before a decoder of half LLaVA-1.5's width."""
+    """LLaVA-1.5's vision tower in full, ViT-L/14 at 336 pixels, before a decoder of half LLaVA-1.5's width.
+
+    All layers of a tower share their weights, which do not count here, and would take two gigabytes.
+    """
     config = IVTPLlavaConfig(
         text_config={
             "model_type": "llama",
@@ -57,6 +60,9 @@ def vit_l():
     with torch.device("meta"):
         model = IVTPLlavaForConditionalGeneration._from_config(config, attn_implementation="sdpa")
     model = model.to_empty(device="cpu")
+    for layers in (model.model.vision_tower.encoder.layers, model.model.language_model.layers):
+        for layer in layers[1:]:
+            layer.load_state_dict(layers[0].state_dict(), assign=True)
     for module in model.modules():
         if hasattr(module, "position_ids"):
             module.position_ids = torch.arange(577)[None]
