@@ -8,7 +8,7 @@ SEED ?= 0
 # glibc would hand every large tensor back to the system and ask for it anew: a tenth of the time.
 TRAIN := MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=8000000000 $(RUN)/python -m benchmarks.quality
 
-.PHONY: help setup demo space cards quality miniature test test-fast test-oldest lint clean
+.PHONY: help setup demo space cards quality miniature test test-fast test-oldest lint docs clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -54,5 +54,14 @@ lint: setup  ## style, types, and the layers of the package
 	$(RUN)/mypy
 	$(RUN)/lint-imports
 
+docs: setup  ## these pages as a site with an API reference, in build/site; warnings are errors
+	rm -rf build/pages build/site
+	mkdir -p build/pages/benchmarks build/pages/examples
+	cp -R README.md CONTRIBUTING.md CHANGELOG.md docs build/pages
+	cp -R benchmarks/README.md benchmarks/results build/pages/benchmarks
+	cp -R examples/images build/pages/examples
+	$(RUN)/zensical build --clean --strict >build/docs.log 2>&1 || { cat build/docs.log; exit 1; }
+	! grep -E '^(griffe|mkdocstrings):' build/docs.log
+
 clean:  ## remove environments and outputs
-	rm -rf .venv .venv-ci .venv-oldest out dist *.egg-info .import_linter_cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-ci .venv-oldest out build dist *.egg-info .import_linter_cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

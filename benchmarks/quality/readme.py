@@ -1,9 +1,12 @@
-"""Write the newest results into the project's README, between its marks; nothing there is typed by hand.
+"""Write the newest quality results into the pages that show them, between their marks; no number there is typed.
 
-python -m benchmarks.quality.readme
+    python -m benchmarks.quality.readme
+
+`README.md` gets a short table, `docs/quality.md` the full one and the table of methods.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,14 +18,20 @@ from modeling_ivtp.files.tables import markdown_table
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- quality: written by benchmarks/quality/readme.py -->", "<!-- /quality -->"
-SYSTEMS_BEGIN, SYSTEMS_END = "<!-- systems: written by benchmarks/quality/readme.py -->", "<!-- /systems -->"
+README, QUALITY_PAGE = ROOT / "README.md", ROOT / "docs" / "quality.md"
 BUDGET = 64
-"""Of the table of systems, as in the paper's."""
+"""Visual tokens in the table of methods, as in the paper's."""
+SHORT = ("unpruned", "ivtp", "ivtp-v", "cls-topk", "random")
+"""Rows of the README's table."""
+
+
+def marks(name: str) -> tuple[str, str]:
+    """Return the two comments that enclose a block of a page."""
+    return f"<!-- {name}: written by benchmarks/quality/readme.py -->", f"<!-- /{name} -->"
 
 
 def newest(folder: Path = RESULTS) -> Path:
-    """The latest results.
+    """Return the latest results.
 
     Raises
     ------
@@ -35,39 +44,73 @@ def newest(folder: Path = RESULTS) -> Path:
     return files[-1]
 
 
-def excerpt(file: Path) -> str:
-    """The table of accuracies, what they are of, and the plot."""
+def link_base(page: Path, file: Path) -> str:
+    """Return the path from a page to a result file, without the file's suffix, as a link needs it."""
+    return Path(os.path.relpath(file.with_suffix(""), page.parent)).as_posix()
+
+
+def short_excerpt(file: Path, page: Path = README) -> str:
+    """Return the README's block: the accuracy of a few methods at each budget, and what IVTP loses at 64 tokens."""
     results: Mapping[str, Any] = json.loads(file.read_text())
-    main = [row for row in results["rows"] if not row["table"]]
-    asked = results["questions"]
-    where = file.parent.relative_to(ROOT)
+    main = [row for row in results["rows"] if not row["table"] and row["mode"] == "inference"]
+    begin, end = marks("quality-short")
     return "\n".join(
         [
-            BEGIN,
-            f"Accuracy in % with 95% intervals, {report.counted(asked):,} held-out questions of "
-            f"{len(asked['headline'])} types ({', '.join(asked['headline'])}), {results['date']}; guessing would reach "
-            f"{asked['chance']:.1%}.{_beside(main, asked)}",
+            begin,
+            f"Accuracy of the miniature in %, with 95% intervals, on {report.counted(results['questions']):,} held-out "
+            f"questions; guessing reaches {results['questions']['chance']:.1%}:",
             "",
-            report.accuracy_table([row for row in main if row["method"] in (*MAIN, "unpruned", "blind")]),
-            f"![Accuracy against visual tokens]({where}/{file.stem}-tokens.png)",
-            "",
-            f"By type, cost, ablations: [{file.stem}]({where}/{file.stem}.md); "
-            f"[accuracy against computation]({where}/{file.stem}-tflops.png).",
-            END,
+            report.accuracy_table([row for row in main if row["method"] in SHORT]),
+            f"{_loss(main)}[Measured on {results['date']}]({link_base(page, file)}.md).",
+            end,
         ]
     )
 
 
-def systems_excerpt(file: Path) -> str:
-    """All systems at one budget, from the least computation to the most; empty if they were not examined."""
+def _loss(main: list[Mapping[str, Any]]) -> str:
+    """Return a sentence on IVTP's loss at `BUDGET` tokens; empty if that was not measured."""
+    unpruned = unpruned_of(main)
+    pruned = [row for row in main if (row["method"], row["visual_tokens"]) == ("ivtp", BUDGET)]
+    if unpruned is None or not pruned:
+        return ""
+    lost = 100 * (unpruned["accuracy"] - pruned[0]["accuracy"])
+    return f"At {BUDGET} tokens IVTP loses {lost:.1f} points here. "
+
+
+def excerpt(file: Path, page: Path = QUALITY_PAGE) -> str:
+    """Return the block with the full table of accuracies, the questions behind it, and the plot."""
+    results: Mapping[str, Any] = json.loads(file.read_text())
+    main = [row for row in results["rows"] if not row["table"]]
+    questions = results["questions"]
+    base = link_base(page, file)
+    begin, end = marks("quality")
+    return "\n".join(
+        [
+            begin,
+            f"Accuracy in % with 95% intervals, measured on {results['date']} with {report.counted(questions):,} "
+            f"held-out questions of {len(questions['headline'])} types ({', '.join(questions['headline'])}). Guessing "
+            f"reaches {questions['chance']:.1%}.{_left_out(main, questions)}",
+            "",
+            report.accuracy_table([row for row in main if row["method"] in (*MAIN, "unpruned", "blind")]),
+            f"![Accuracy against visual tokens]({base}-tokens.png)",
+            "",
+            f"[Types, costs and ablations]({base}.md); [accuracy against computation]({base}-tflops.png).",
+            end,
+        ]
+    )
+
+
+def systems_excerpt(file: Path, page: Path = QUALITY_PAGE) -> str:
+    """Return the block with all methods at one budget, from the least computation to the most; empty without them."""
     results: Mapping[str, Any] = json.loads(file.read_text())
     rows = [row for row in results["rows"] if not row["table"] and row["mode"] == "inference"]
     shown = [row for row in rows if row["visual_tokens"] == BUDGET and row["method"] not in ("cls-topk", "oracle")]
     unpruned = unpruned_of(rows)
+    begin, end = marks("systems")
     if unpruned is None or all(row["method"] in MAIN for row in shown):
-        return f"{SYSTEMS_BEGIN}\n{SYSTEMS_END}"
+        return f"{begin}\n{end}"
     unit, per_tflop = flops_unit(rows)
-    where = file.parent.relative_to(ROOT)
+    base = link_base(page, file)
     lines = [
         (row["method"], row["final_tokens"], f"{row['layer_averaged_tokens']:.0f}", f"{row['tflops'] * per_tflop:.2f}",
          with_interval(row))
@@ -75,45 +118,58 @@ def systems_excerpt(file: Path) -> str:
     ]  # fmt: skip
     return "\n".join(
         [
-            SYSTEMS_BEGIN,
-            f"On the miniature at {BUDGET} visual tokens, from the least computation to the most:",
+            begin,
+            f"The miniature at {BUDGET} visual tokens, from the least computation to the most:",
             "",
-            markdown_table(("system", "final tokens", "layer-averaged", unit, "accuracy in %"), lines),
-            f"[All budgets, types and times]({where}/{file.stem}.md); "
-            f"[every system's curve]({where}/{file.stem}-systems-tflops.png).",
-            SYSTEMS_END,
+            markdown_table(("method", "final tokens", "layer-averaged", unit, "accuracy in %"), lines),
+            f"[All budgets, types and times]({base}.md); [every method's curve]({base}-systems-tflops.png).",
+            end,
         ]
     )
 
 
-def _beside(main: list[Mapping[str, Any]], asked: Mapping[str, Any]) -> str:
-    """The types that do not count, with what the unpruned model reaches on them."""
+def _left_out(main: list[Mapping[str, Any]], questions: Mapping[str, Any]) -> str:
+    """Return a sentence on the types that the headline leaves out, with the unpruned model's accuracy on each."""
     unpruned = unpruned_of(main)
     if unpruned is None:
         return ""
-    told = [
-        f"{kind} ({of['accuracy']:.1%} unpruned)"
-        for kind, of in unpruned["by_type"].items()
-        if kind not in asked["headline"]
+    types = [
+        f"{kind} ({score['accuracy']:.1%} unpruned)"
+        for kind, score in unpruned["by_type"].items()
+        if kind not in questions["headline"]
     ]
-    return f" Told by type only, because this small model does not answer them well: {', '.join(told)}." if told else ""
+    if not types:
+        return ""
+    return f" This small model does not answer every type well; these are left out of the average: {', '.join(types)}."
 
 
-def filled(readme: str, text: str) -> str:
-    """The README with a text that begins and ends with marks in the place of what stands between them there.
+def filled(page: str, text: str) -> str:
+    """Return a page in which `text`, which begins and ends with marks, replaces what stands between them.
 
     Raises
     ------
     ValueError
-        If the marks are missing.
+        If the page lacks the marks.
     """
     begin, end = text.partition("\n")[0], text.rpartition("\n")[2]
-    if begin not in readme or end not in readme:
-        raise ValueError(f"README.md has no {begin} … {end}.")
-    return readme[: readme.index(begin)] + text + readme[readme.index(end) + len(end) :]
+    if begin not in page or end not in page:
+        raise ValueError(f"the page has no {begin} … {end}.")
+    return page[: page.index(begin)] + text + page[page.index(end) + len(end) :]
+
+
+def blocks(file: Path) -> dict[Path, list[str]]:
+    """Return the blocks of each page."""
+    return {README: [short_excerpt(file)], QUALITY_PAGE: [excerpt(file), systems_excerpt(file)]}
+
+
+def write_pages(pages: Mapping[Path, list[str]]) -> None:
+    """Write blocks into their pages."""
+    for page, texts in pages.items():
+        text = page.read_text()
+        for block in texts:
+            text = filled(text, block)
+        report.write_atomically(page, text.encode())
 
 
 if __name__ == "__main__":
-    page = ROOT / "README.md"
-    text = filled(page.read_text(), excerpt(newest()))
-    report.write_atomically(page, filled(text, systems_excerpt(newest())).encode())
+    write_pages(blocks(newest()))

@@ -399,10 +399,10 @@ def test_a_retrained_checkpoint_joins_the_results_of_the_one_it_came_from(
     assert "ivtp (retrained)" in file.with_suffix(".md").read_text()
 
 
-def test_the_projects_own_readme_tells_the_newest_results() -> None:
-    page = (readme.ROOT / "README.md").read_text()
-    assert readme.filled(page, readme.excerpt(readme.newest())) == page
-    assert readme.filled(page, readme.systems_excerpt(readme.newest())) == page
+def test_the_pages_show_the_newest_results() -> None:
+    for page, texts in readme.blocks(readme.newest()).items():
+        for text in texts:
+            assert readme.filled(page.read_text(), text) == page.read_text(), "python -m benchmarks.quality.readme"
 
 
 def results_of(right: dict[tuple[str, int], np.ndarray], checkpoint: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Every command and every piece of Python that README, cards and pages show is run, against a Hub on loopback."""
+"""Every command and every piece of Python on README, pages and cards is run, against a Hub on loopback."""
 
 import copy
 import json
@@ -30,30 +30,42 @@ from tests.support.text_tokenizers import clip_tokenizer
 
 ROOT = Path(__file__).parents[2]
 LLAVA, CLIP = "llava-hf/llava-1.5-7b-hf", "openai/clip-vit-large-patch14-336"
+PAGES = [
+    "README.md",
+    "docs/usage.md",
+    "docs/options.md",
+    "docs/training.md",
+    "docs/methods.md",
+    "docs/checkpoints.md",
+    "docs/batch.md",
+    "docs/serving.md",
+    "docs/speed.md",
+    "docs/trust.md",
+]
+"""Pages whose blocks run, in this order and in one process: later ones go on from the README's names."""
+
 ELSEWHERE = {
-    "make demo": "tests/examples/test_demo.py",
-    "make space": "tests/examples/test_space.py",
-    "make test": "this is it",
-    "make help": "test_make_help_lists_what_there_is",
-    "accelerate launch --multi_gpu --num_processes 8 -m modeling_ivtp.cli batch --model ivtp-llava-1.5-7b "
-    "--data questions.jsonl --out answers": "tests/batch/test_batch.py",
+    "accelerate launch": "tests/batch/test_batch.py",
+    "cd ": "a folder",
+    "git clone": "needs this repository's address",
+    "ivtp bench --shape llava": "takes hours; docs/speed.md has a small shape",
+    "ivtp quality": "tests/benchmarks/, with fewer questions: two thousand of them take hours",
+    "make ": "tests/examples/, test_make_help_lists_every_target, and .ci/run",
+    "pip install": "tests/packaging/test_distributions.py",
+    "python -m benchmarks.": "tests/benchmarks/, tests/speed/, tests/flops/, and the tests of pages and cards",
 }
-"""What is run by another test, and which."""
+"""How the commands begin that no page's test runs, and what runs them."""
 
 
-def blocks(page: str) -> list[tuple[str, str]]:
-    """The shell and Python blocks of a page, in their order."""
-    found = re.findall(r"```(bash|python)\n(.*?)```", page, re.DOTALL)
+def blocks(text: str) -> list[tuple[str, str]]:
+    """Return the shell and Python blocks of a page that run here, in their order."""
     kept = []
-    for kind, text in found:
+    for kind, block in re.findall(r"```(bash|python)\n(.*?)```", text, re.DOTALL):
         if kind == "bash":
-            lines = [line for line in text.splitlines() if line.split("  #")[0].strip() not in ELSEWHERE]
-            # The benchmark's own tests run it with fewer questions; two thousand of them take hours.
-            text = "\n".join(line for line in lines if not line.startswith("ivtp quality"))
-        if (
-            text.strip() and "https://…" not in text
-        ):  # an address to fill in: tests/serving/test_server.py asks the same
-            kept.append((kind, text))
+            block = "\n".join(line for line in block.splitlines() if not line.startswith(tuple(ELSEWHERE)))
+        # An address to fill in: tests/serving/test_server.py asks the same.
+        if block.strip() and "https://…" not in block:
+            kept.append((kind, block))
     return kept
 
 
@@ -91,8 +103,8 @@ def _files(folder: Path) -> dict[str, bytes]:
     }
 
 
-def run(hub: Any, folder: Path, steps: list[tuple[str, str]], *, stranger: bool = False) -> str:
-    """Run blocks in a fresh process, in a folder with the pictures that pages speak of."""
+def run(hub: Any, folder: Path, pages: dict[str, list[tuple[str, str]]], *, stranger: bool = False) -> dict[str, Any]:
+    """Run the blocks of pages in a fresh process, in a folder with the pictures that they name: page to outcome."""
     for name in ("photo.jpg", "another.jpg"):
         Image.effect_noise((90, 60), 80).convert("RGB").save(folder / name)
     for card in card_names():
@@ -100,6 +112,7 @@ def run(hub: Any, folder: Path, steps: list[tuple[str, str]], *, stranger: bool 
             (folder / Path(place).name).write_bytes(image.read_bytes())
     rows = [{"image": name, "question": "What is this?"} for name in ("photo.jpg", "another.jpg")]
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    steps = [[page, kind, block] for page, found in pages.items() for kind, block in found]
     (folder / "steps.json").write_text(json.dumps(steps))
     server: Hub = hub.server
     environment = {
@@ -111,9 +124,9 @@ def run(hub: Any, folder: Path, steps: list[tuple[str, str]], *, stranger: bool 
         "OMP_NUM_THREADS": "1",
         "COLUMNS": "120",
     }
-    runner = (ROOT / "tests" / "runner.py").read_text()
+    runner = (ROOT / "tests" / "support" / "runner.py").read_text()
     done = subprocess.run(
-        [sys.executable, "-c", (HIDE if stranger else "") + runner, "steps.json"],
+        [sys.executable, "-c", (HIDE if stranger else "") + runner, "steps.json", "outcomes.json"],
         cwd=folder,
         env=environment | ({"PYTHONSAFEPATH": "1"} if stranger else {}),
         capture_output=True,
@@ -121,21 +134,39 @@ def run(hub: Any, folder: Path, steps: list[tuple[str, str]], *, stranger: bool 
         timeout=600,
     )
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
-    return done.stdout
+    return json.loads((folder / "outcomes.json").read_text())
 
 
-def test_the_readme(hub: Any, tmp_path: Path) -> None:
-    text = (ROOT / "README.md").read_text()
-    steps = blocks(text)
-    assert len(steps) == 9
-    told = run(hub, tmp_path, steps)
-    assert (tmp_path / "kept.png").is_file()
-    assert 'revision="' in told
-    assert "would serve at 8000" in told
-    answers = pq.read_table(tmp_path / "answers").to_pylist()
+@pytest.fixture(scope="module")
+def ran(hub: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """All pages, run in one process: their outcomes, and the folder where they ran."""
+    folder = tmp_path_factory.mktemp("ran")
+    outcomes = run(hub, folder, {page: blocks((ROOT / page).read_text()) for page in PAGES})
+    return SimpleNamespace(outcomes=outcomes, folder=folder)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_shows_runs(ran: Any, page: str) -> None:
+    assert ran.outcomes[page]["error"] is None, ran.outcomes[page]["error"]
+
+
+def test_what_pages_show_gives_what_they_say(hub: Any, ran: Any) -> None:
+    output = {page: outcome["output"] for page, outcome in ran.outcomes.items()}
+    assert (ran.folder / "kept.png").is_file()
+    assert 'revision="' in output["docs/checkpoints.md"]
+    assert "would serve at 8000" in output["docs/serving.md"]
+    assert "[(3, 24)]" in output["docs/usage.md"]
+    answers = pq.read_table(ran.folder / "answers").to_pylist()
     assert [(row["row"], row["error"]) for row in answers] == [(0, None), (1, None)]
-    # The push of the page replaced what the next pages load, and it still loads.
+    # The push of one page replaced what later pages load, and it still loads.
     assert "ivtp_recipe.json" in hub.server.head("OWNER/ivtp-llava-1.5-7b")
+
+
+def test_every_page_with_commands_is_run() -> None:
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md"]
+    pages += (ROOT / "docs").rglob("*.md")
+    names = {page.relative_to(ROOT).as_posix() for page in pages if blocks(page.read_text())}
+    assert names == set(PAGES)
 
 
 @pytest.mark.parametrize("name", card_names())
@@ -144,16 +175,13 @@ def test_a_card(hub: Any, tmp_path: Path, name: str) -> None:
     steps = blocks(preview(name))
     python = [step for step in steps if step[0] == "python"]
     assert len(python) == 3
-    run(hub, tmp_path, python, stranger=True)
+    outcomes = run(hub, tmp_path, {name: python}, stranger=True)
+    assert outcomes[name]["error"] is None, outcomes[name]["error"]
     assert (tmp_path / "kept.png").is_file()
     inline = re.findall(r"`(ivtp [^`]*)`", preview(name))
     assert {line.split()[1] for line in inline} == {"serve", "convert"}
-    run(hub, tmp_path, [("bash", "\n".join(inline))])
-
-
-def test_the_page_on_serving(hub: Any, tmp_path: Path) -> None:
-    steps = blocks((ROOT / "hub_cards" / "SERVING.md").read_text())
-    assert "would serve at 8000" in run(hub, tmp_path, steps)
+    outcomes = run(hub, tmp_path, {name: [("bash", "\n".join(inline))]})
+    assert outcomes[name]["error"] is None, outcomes[name]["error"]
 
 
 def test_the_notebook(tmp_path: Path) -> None:
@@ -214,7 +242,9 @@ def test_nobody_types_numbers_into_a_card() -> None:
         assert not re.findall(r"\d+(?:\.\d+)? ?(?:TFLOPs|GFLOPs|MB KV|% of)", text), template
 
 
-def test_make_help_lists_what_there_is() -> None:
-    told = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for target in ("demo", "space", "cards", "quality", "test", "lint"):
-        assert f"make {target}" in told
+def test_make_help_lists_every_target() -> None:
+    output = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert {"demo", "space", "cards", "quality", "test", "lint", "docs"} <= set(targets)
+    for target in targets:
+        assert f"make {target}" in output

@@ -426,14 +426,15 @@ def test_a_budget_of_all_keeps_all(name, model):
 
 
 def test_the_documented_example_is_a_method(model):
-    page = (Path(methods.__file__).parent / "README.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
     (example,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "class " in block]
     names: dict = {}
     exec(example, names)
     with names["LargestNorm"](4)(model):
         trace = model.explain(**prompt(ROWS))
     assert trace.final_tokens == (4,) * 5
-    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    table = page.partition("## The list")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     assert [name for row in rows for name in re.findall(r"`(.*?)`", row)] == list(methods.METHODS)
 
 

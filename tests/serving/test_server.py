@@ -497,7 +497,7 @@ def test_the_command_serves(tmp_path: Path) -> None:
 
 
 def test_transformers_own_server_does_not_take_classes_of_remote_code(tmp_path: Path) -> None:
-    """Documented in hub_cards/SERVING.md; when this fails, the way in is open and the page has to say so."""
+    """Documented in docs/serving.md; when this fails, the way in is open and the page has to say so."""
     manager = pytest.importorskip(
         "transformers.cli.serving.model_manager", reason="this transformers has another server"
     ).ModelManager

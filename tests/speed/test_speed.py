@@ -11,7 +11,7 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from benchmarks.quality.readme import ROOT, filled
-from benchmarks.speed_readme import excerpt
+from benchmarks.speed_readme import blocks
 from modeling_ivtp.cli import main
 from modeling_ivtp.files.console import shareable_command
 from modeling_ivtp.flops import load_shape
@@ -222,10 +222,11 @@ def test_work_inside_other_work_is_timed_once(model: Any) -> None:
     assert (watch.selection, watch.words, watch.first_token) == (0, 0, None)
 
 
-def test_the_readme_tells_the_newest_speeds() -> None:
-    page = (ROOT / "README.md").read_text()
-    assert filled(page, excerpt()) == page
-    assert "llava-tinyllama-1.1b" in excerpt()
+def test_the_pages_show_the_newest_speeds() -> None:
+    for page, texts in blocks().items():
+        for text in texts:
+            assert filled(page.read_text(), text) == page.read_text(), "python -m benchmarks.speed_readme"
+            assert "llava-tinyllama-1.1b" in text
 
 
 @pytest.mark.parametrize("out", [["--out", "x"], ["-o", "x"], ["--out=x"], ["-ox"], []])

@@ -1,12 +1,21 @@
-"""Runs what a page tells people to run, block after block in one process; see test_pages.py."""
+"""Runs what pages tell people to run, page after page in one process; see tests/docs/test_pages.py.
 
+    python runner.py steps.json outcomes.json
+
+`steps.json` is a list of [page, kind, block]. A page whose block fails is left at that block, and the next page runs.
+"""
+
+import contextlib
+import io
 import json
 import shlex
 import sys
+import traceback
 from pathlib import Path
 
 
 def run_bash(block: str) -> None:
+    """Run the `ivtp` commands of a block."""
     from modeling_ivtp import cli
 
     for line in block.splitlines():
@@ -20,7 +29,7 @@ def run_bash(block: str) -> None:
 
 
 def prepare() -> None:
-    """The published shape becomes the one of what lies on the Hub here, and a server only says that it would serve."""
+    """Replace the published shape by that of the model on the local Hub, and a server by a line that says so."""
     import uvicorn
 
     from modeling_ivtp import IVTPLlavaConfig
@@ -32,18 +41,29 @@ def prepare() -> None:
     uvicorn.run = lambda app, **options: print("would serve at", options["port"])
 
 
-def main(steps: Path) -> None:
-    there: dict = {}
+def main(steps: Path, outcomes: Path) -> None:
+    """Run all blocks and write, for each page, what it printed and the error that ended it, if any."""
+    names: dict = {}
     blocks = json.loads(steps.read_text())
-    if any(kind == "bash" for kind, _ in blocks):
+    if any(kind == "bash" for _, kind, _ in blocks):
         prepare()
-    for kind, block in blocks:
-        if kind == "bash":
-            run_bash(block)
-        else:
-            print(">>>", block.splitlines()[0], flush=True)
-            exec(compile(block, "page", "exec"), there)
+    results: dict = {}
+    for page, kind, block in blocks:
+        result = results.setdefault(page, {"output": "", "error": None})
+        if result["error"] is not None:
+            continue
+        output = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(output):
+                if kind == "bash":
+                    run_bash(block)
+                else:
+                    exec(compile(block, page, "exec"), names)
+        except BaseException:
+            result["error"] = f"{block}\n{traceback.format_exc()}"
+        result["output"] += output.getvalue()
+    outcomes.write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,136 @@
+"""What pages point at exists: files, headings, paths in code, names of the package. External addresses are listed."""
+
+import re
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from modeling_ivtp import _moved, methods
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted(
+    page.relative_to(ROOT).as_posix()
+    for pattern in ("*.md", "docs/**/*.md", "benchmarks/*.md", "hub_cards/*.md", "examples/**/*.md", ".github/**/*.md")
+    for page in ROOT.glob(pattern)
+)
+EXTERNAL = {
+    "127.0.0.1": "the server's own address in examples",
+    "download.pytorch.org": "PyTorch's index of CPU builds",
+    "flic.kr": "the source of a photograph",
+    "github.com": "the drawings' source",
+    "huggingface.co": "checkpoints",
+    "keepachangelog.com": "the format of the changes",
+    "scikit-image.org": "the source of the photographs",
+    "semver.org": "the meaning of versions",
+    "…": "an address for the reader to fill in",
+}
+"""Hosts that pages link to, and why. Nothing is fetched from them here."""
+FOLDERS = "modeling_ivtp|ivtp_cli|tests|docs|benchmarks|examples|configuration|hub_cards|.github"
+MADE = {"benchmarks/results/quality-DATE.json"}
+"""Paths on pages that only a command makes."""
+
+
+def text_of(page: str) -> str:
+    """Return a page without its code blocks."""
+    return re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)
+
+
+def heading_anchors(text: str) -> set[str]:
+    """Return the anchors that hosts and the documentation's generator give a page's headings."""
+    titles = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+def links(page: str) -> list[str]:
+    """Return the targets of a page's links and images."""
+    return re.findall(r"\]\(([^)\s]+)\)", text_of(page))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files_and_headings(page: str) -> None:
+    for target in links(page):
+        if urlsplit(target).scheme:
+            continue
+        path, _, anchor = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), target
+        # Names in the API reference are checked by `make docs`, which makes them.
+        if anchor and "modeling_ivtp." not in anchor:
+            assert anchor in heading_anchors(file.read_text()), target
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_external_addresses_are_listed(page: str) -> None:
+    for address in re.findall(r"https?://[^\s)>\"'`]+", (ROOT / page).read_text()):
+        assert urlsplit(address).hostname in EXTERNAL, address
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "CHANGELOG.md"])
+def test_paths_in_code_exist(page: str) -> None:
+    for path in re.findall(rf"`((?:{FOLDERS})/[\w./-]*)`", text_of(page)):
+        assert path in MADE or "NAME" in path or (ROOT / path).exists(), path
+
+
+def test_the_design_names_every_file_that_travels() -> None:
+    page = (ROOT / "docs" / "design.md").read_text()
+    table = page.partition("## Files that travel to the Hub")[2].partition("\n## ")[0]
+    rows = [row.split("|")[1] for row in table.splitlines() if row.startswith("|")]
+    named = {name for row in rows for name in re.findall(r"`(\w+\.py)`", row)}
+    files = {file.name for file in (ROOT / "modeling_ivtp" / "model").glob("*.py")}
+    assert named == files - {"__init__.py"}
+
+
+def test_the_design_names_every_folder() -> None:
+    page = (ROOT / "docs" / "design.md").read_text()
+    folders = {file.parent.name for file in (ROOT / "modeling_ivtp").glob("*/__init__.py")}
+    assert folders == set(re.findall(r"\| `modeling_ivtp/(\w+)/` \|", page))
+
+
+@pytest.mark.parametrize("page", ["docs/design.md", "docs/glossary.md"])
+def test_names_in_code_are_names_of_the_code(page: str) -> None:
+    words = {word for file in (ROOT / "modeling_ivtp").rglob("*.py") for word in re.findall(r"\w+", file.read_text())}
+    for name in re.findall(r"`([A-Za-z_][\w.]*)(?:\(.*?\))?`", text_of(page)):
+        if not name.endswith(".py") and not (ROOT / name).exists():
+            assert set(name.split(".")) <= words, name
+
+
+def test_the_reference_has_every_method() -> None:
+    page = (ROOT / "docs" / "api" / "methods.md").read_text()
+    named = re.findall(r"::: modeling_ivtp\.methods\.(\w+)$", page, re.MULTILINE)
+    names = [method.__name__ for method in methods.METHODS.values()]
+    assert [name for name in named if name in names] == names
+
+
+def test_the_page_on_upgrading_has_every_old_name() -> None:
+    page = (ROOT / "docs" / "upgrading.md").read_text()
+    for old, new in (_moved.NAMES | _moved.NEEDS).items():
+        assert f"| `{old}` | `{new}` |" in page
+    for (_, owner, old), new in _moved.ATTRIBUTES.items():
+        assert f"| `{owner}` | `{old}` | `{new}` |" in page
+    for old in _moved.MODULES:
+        assert f"`{old}`" in page
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "zensical.toml").read_text()
+    for page in PAGES:
+        if page.startswith("docs/"):
+            assert f'"{page}"' in navigation, page
+
+
+def test_the_readme_is_short_and_begins_with_what_a_newcomer_needs() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 150
+    assert len(text.split()) < 2000
+    headings = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    assert headings == [
+        "Install",
+        "Use",
+        "Budget and explanation",
+        "Results",
+        "Other methods",
+        "Limits",
+        "Documentation",
+        "Citation and licence",
+    ]
