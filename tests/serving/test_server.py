@@ -460,8 +460,13 @@ def test_a_request_that_is_too_large_is_cut_off(client: Any) -> None:
         client.with_options(max_retries=0).chat.completions.create(model="mini", messages=huge)
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
 def test_the_command_says_what_is_missing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert main(["serve", str(tmp_path / "nowhere")]) == 1
+    assert main(["serve", str(tmp_path / "nowhere"), "--port", str(free_port())]) == 1
     assert "neither a folder here nor the name of a repository" in capsys.readouterr().err
 
 
@@ -478,8 +483,7 @@ def test_a_taken_port_is_noticed_before_the_model_is_loaded(
 
 
 def test_the_command_serves(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "ivtp_cli", "serve", str(ROOT / "examples" / "miniature"), "--port", str(port)]
     command += ["--cors-origin", "https://one.test", "--cors-origin", "https://two.test"]
     with subprocess.Popen(command, cwd=ROOT, env=os.environ | {"IVTP_API_KEY": "key"}) as process:
