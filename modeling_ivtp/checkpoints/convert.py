@@ -19,6 +19,7 @@ from ..files.folder import check_target
 from ..files.sizes import byte_count
 from ..model.checkpoint_ivtp import check_clip_width
 from ..model.modeling_ivtp import IVTPLlavaForConditionalGeneration
+from ..model.placeholders import check_placeholders, complete_processor
 from ..model.processing_ivtp import IVTPLlavaProcessor
 from .clip_checkpoint import StoredClipText, load_clip_text
 from .llava_source import meta_model, read_config, warn_of_unlike_tower
@@ -136,8 +137,10 @@ def convert(
     with quiet(), naming_damaged_file(llava, folder):
         model = meta_model(config, {name: tensor.info for name, tensor in tensors.items()}, main_dtype, str(llava))
         processor = _processor(folder, text)
+        complete_processor(processor, config)
     if processor.clip_tokenizer is None:
         raise ValueError(f"{llava} has no clip_tokenizer/; name the CLIP to take it from")
+    check_placeholders(processor, config, llava)
 
     def write_small_files(target: Path) -> None:
         save_without_weights(model, processor, target)
@@ -150,6 +153,7 @@ def convert(
         max_shard_bytes=max_shard_bytes,
         write_small_files=write_small_files,
         model_class=IVTPLlavaForConditionalGeneration,
+        processor_class=IVTPLlavaProcessor,
         overwrite=overwrite,
         dry_run=dry_run,
         progress=progress,

@@ -41,8 +41,8 @@ def read_config(folder: Path, llava: str, *, quantized: bool = False) -> Any:
     Raises
     ------
     ValueError
-        If IVTP cannot prune the layout: another model, a quantized one, a vision tower without CLS token, an unknown
-        language model; or if config.json is damaged.
+        If IVTP cannot prune the layout: another model, a quantized one, a vision tower without CLS token or with it
+        among the features, an unknown language model; or if config.json is damaged.
     OSError
         If there is no config.json.
     """
@@ -66,6 +66,12 @@ def read_config(folder: Path, llava: str, *, quantized: bool = False) -> Any:
     if vision != "clip_vision_model":
         raise ValueError(
             f"the vision tower of {llava} is a {vision!r}; IVTP needs one with a CLS token: 'clip_vision_model'"
+        )
+    strategy = config.vision_feature_select_strategy
+    if strategy != "default":
+        raise ValueError(
+            f"{llava} has vision_feature_select_strategy={strategy!r}, which keeps the CLS token among the features; "
+            "supported is 'default'"
         )
     if decoder not in DECODERS:
         raise ValueError(f"the language model of {llava} is a {decoder!r}; supported are {', '.join(sorted(DECODERS))}")

@@ -16,6 +16,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProces
 from ..files.console import quiet
 from ..files.folder import check_target
 from ..files.sizes import byte_count
+from ..model.placeholders import check_placeholders, complete_processor
 from ..model.processing_ivtp import IVTPLlavaProcessor
 from .llava_source import is_stock, read_config
 from .shards import PlannedTensor
@@ -70,6 +71,8 @@ def export_stock(
         if is_stock(folder):
             raise ValueError(f"{source} is a stock LLaVA already; copy it as it is")
         processor = _stock_processor(IVTPLlavaProcessor.from_pretrained(folder))
+        complete_processor(processor, config)
+    check_placeholders(processor, config, source)
     tensors = {
         official_name(name): PlannedTensor(info, partial(checkpoint.read, name))
         for name, info in checkpoint.tensors.items()
@@ -88,6 +91,7 @@ def export_stock(
         max_shard_bytes=max_shard_bytes,
         write_small_files=write_small_files,
         model_class=LlavaForConditionalGeneration,
+        processor_class=LlavaProcessor,
         overwrite=overwrite,
         dry_run=dry_run,
         progress=progress,

@@ -14,6 +14,7 @@ import torch
 
 from ..files.console import quiet
 from ..files.folder import check_target, new_folder
+from ..model.placeholders import check_placeholders
 from .llava_source import check_loading_info
 from .shards import PlannedTensor, Shards
 from .weights import Checkpoint
@@ -68,12 +69,13 @@ def write_checkpoint(
     max_shard_bytes: int,
     write_small_files: Callable[[Path], None],
     model_class: Any,
+    processor_class: Any,
     overwrite: bool,
     dry_run: bool,
     progress: bool,
     note: Mapping[str, Any] | None = None,
 ) -> Conversion:
-    """Write a folder, whole or not at all, and check that its model loads from it.
+    """Write a folder, whole or not at all, and check that its model loads from it and its processor fits the model.
 
     Parameters
     ----------
@@ -87,8 +89,8 @@ def write_checkpoint(
         Size of the largest weight file.
     write_small_files : callable
         Writes everything but the weights into the folder that it is given.
-    model_class : type
-        The class of transformers or ours that has to load the folder.
+    model_class, processor_class : type
+        The classes of transformers or ours that have to load the folder.
     overwrite, dry_run, progress : bool
         As for `convert`.
     note : mapping, optional
@@ -97,7 +99,7 @@ def write_checkpoint(
     Raises
     ------
     ValueError
-        If the written folder lacks a tensor of the model.
+        If the written folder lacks a tensor of the model, or its processor writes a wrong number of placeholders.
     OSError
         If the target exists or the disk is full.
     """
@@ -118,7 +120,7 @@ def write_checkpoint(
             weights = Checkpoint.from_folder(temporary, str(temporary)).digest()
             (temporary / RECIPE_FILE).write_text(json.dumps({**note, "weights": weights}, indent=1) + "\n")
         with quiet():
-            _check_loads(temporary, model_class)
+            _check_loads(temporary, model_class, processor_class)
     return result
 
 
@@ -144,9 +146,10 @@ def check_not_source(out: str | os.PathLike[str], *sources: str | os.PathLike[st
             raise ValueError(f"{out} is, or holds, {source}, which is read from; choose another folder to write")
 
 
-def _check_loads(folder: Path, model_class: Any) -> None:
-    """Raise ValueError unless the weights in a folder are exactly those of the model; no data is read."""
-    _, info = model_class.from_pretrained(
+def _check_loads(folder: Path, model_class: Any, processor_class: Any) -> None:
+    """Raise ValueError unless weights and processor in a folder are exactly the model's; no weight is read."""
+    model, info = model_class.from_pretrained(
         folder, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
     )
     check_loading_info(info, str(folder))
+    check_placeholders(processor_class.from_pretrained(folder), model.config, folder)

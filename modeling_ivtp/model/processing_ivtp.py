@@ -10,6 +10,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -20,6 +21,7 @@ from transformers import AutoTokenizer, BatchFeature, LlavaProcessor, PreTrained
 from transformers.utils import cached_file, logging
 
 from .adapter import HUB_ACCESS, naming_adapter
+from .configuration_ivtp import IVTPLlavaConfig
 from .instruction import (
     KNOWN_FORMATS,
     SYSTEM_INSIDE_TURN,
@@ -32,6 +34,7 @@ from .instruction import (
     window_bounds,
     window_spans,
 )
+from .placeholders import COUNTED_BY, complete_processor
 from .spelling import spell
 from .text_relevance import overlapping_spans
 
@@ -142,7 +145,8 @@ num_additional_image_tokens
         instruction_pattern : str, optional
             As for the class.
         **kwargs
-            Passed on to `LlavaProcessor.from_pretrained`; access to the Hub (`token`, ...) holds for CLIP too.
+            Passed on to `LlavaProcessor.from_pretrained`; access to the Hub (`token`, ...) holds for CLIP too. What an
+            old folder lacks for counting an image's placeholders is taken from the model's configuration beside it.
 
         Returns
         -------
@@ -156,11 +160,16 @@ num_additional_image_tokens
                 clip_tokenizer = AutoTokenizer.from_pretrained(clip_tokenizer, **access)
         elif clip_tokenizer is None:
             clip_tokenizer = _stored_clip_tokenizer(llava, **kwargs)
-        return cls(
+        processor = cls(
             **{name: getattr(stock, name) for name in _STOCK_ARGUMENTS},
             clip_tokenizer=clip_tokenizer,
             instruction_pattern=instruction_pattern,
         )
+        if not any(name in kwargs for name in COUNTED_BY):
+            with suppress(OSError):  # a processor without a model beside it is taken as it is
+                access = {name: kwargs[name] for name in (*HUB_ACCESS, "revision") if name in kwargs}
+                complete_processor(processor, IVTPLlavaConfig.from_pretrained(llava, **access))
+        return processor
 
     @classmethod
     def _get_arguments_from_pretrained(

@@ -19,6 +19,7 @@ from ..checkpoints.writing import RECIPE_FILE, TERMS, copy_beside, save_without_
 from ..files import images
 from ..files.console import quiet
 from ..files.shipped import shipped
+from ..model.placeholders import check_placeholders, complete_processor
 from ..model.processing_ivtp import IVTPLlavaProcessor
 from .cards import GENERIC, card_images, card_names, render
 
@@ -110,10 +111,12 @@ def stage(
     with quiet(), naming_damaged_file(source, folder):
         model = meta_model(config, checkpoint.tensors, checkpoint.main_dtype, str(source))
         processor = IVTPLlavaProcessor.from_pretrained(folder)
+        complete_processor(processor, config)
         if processor.clip_tokenizer is None:
             raise ValueError(
                 f"{source} has no clip_tokenizer/; ivtp convert {source} --clip CLIP --out FOLDER joins it"
             )
+        check_placeholders(processor, config, source)
         save_without_weights(model, processor, target)
     copy_beside(folder, target)
     if recipe is not None:

@@ -20,6 +20,7 @@ from ..checkpoints.weights import check_weights
 from ..files.console import quiet
 from ..model.compat import cache_of
 from ..model.modeling_ivtp import IVTPLlavaForConditionalGeneration
+from ..model.placeholders import check_placeholders, complete_processor
 from ..model.processing_ivtp import IVTPLlavaProcessor
 
 
@@ -103,6 +104,8 @@ def load_model(
         )
         check_loading_info(info, str(model))
         processor = IVTPLlavaProcessor.from_pretrained(source)
+        complete_processor(processor, loaded.config)
+        check_placeholders(processor, loaded.config, model)
     return loaded.eval(), processor
 
 

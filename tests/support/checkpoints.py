@@ -150,3 +150,29 @@ def _write_sparse(path: Path, model: torch.nn.Module) -> None:
     with open(path, "wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         file.truncate(8 + len(encoded) + offset)
+
+
+def store_processor_as(folder: Path, layout: str) -> None:
+    """Rewrite the processor of a LLaVA folder the way that an older transformers stored it.
+
+    Parameters
+    ----------
+    folder : Path
+        As `llava_folder` writes it.
+    layout : {"preprocessor_config.json alone", "no num_additional_image_tokens", "strategy full"}
+        The files of 2023, which hold the image processor and nothing of LLaVA's; those of late 2024, which hold two of
+        the three numbers; a strategy that counts the CLS token, which the model leaves out.
+    """
+    file = folder / "processor_config.json"
+    values = json.loads(file.read_text())
+    if layout == "preprocessor_config.json alone":
+        image_processor = values.pop("image_processor") | {"processor_class": "LlavaProcessor"}
+        (folder / "preprocessor_config.json").write_text(json.dumps(image_processor))
+        file.unlink()
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
+        return
+    if layout == "no num_additional_image_tokens":
+        del values["num_additional_image_tokens"]
+    else:
+        values["vision_feature_select_strategy"] = "full"
+    file.write_text(json.dumps(values))
