@@ -21,7 +21,7 @@ MODEL_COMMANDS = {
     "convert": ["convert", MISSING, "--clip", "{out}", "--out", "{out}"],
     "convert --stock": ["convert", MISSING, "--stock", "--out", "{out}"],
     "convert --clip": ["convert", "{llava}", "--clip", MISSING, "--out", "{out}", *SMALL],
-    "serve": ["serve", MISSING],
+    "serve": ["serve", MISSING, "--port", "{port}"],
 }
 
 
@@ -52,7 +52,7 @@ def no_cache(monkeypatch, tmp_path):
 
 
 def one_line(capsys, arguments, places):
-    filled = [argument.format(**places) for argument in arguments]
+    filled = [argument.format(**places, port=closed_port()) for argument in arguments]
     capsys.readouterr()
     status = ivtp_cli.main(filled)
     captured = capsys.readouterr()
