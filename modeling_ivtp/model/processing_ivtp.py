@@ -443,8 +443,12 @@ num_additional_image_tokens
         return self.crop_thin(images)
 
     def is_whole_prompt(self, text: str) -> bool:
-        """Return whether a text has role markers, so that it needs no chat template."""
-        return bool(role_markers(text, self._formats()))
+        """Return whether a text has role markers, so that it needs no chat template.
+
+        A text that only begins with a user's marker may be a question, unless it has a place for an image.
+        """
+        markers = role_markers(text, self._formats())
+        return bool(markers) and (self.image_token in text or not all(opens for opens, _, _ in markers))
 
     def split_at_images(self, text: str) -> list[str | None]:
         """Split a text at its image tokens, for a chat template; None stands for an image.

@@ -64,6 +64,7 @@ WHOLE = [
     "<|im_start|>user\n<image>\nWhat is it?<|im_end|>\n<|im_start|>assistant\n",
     "[INST] <image>\nWhat is it? [/INST]",
     "<image>\nWhat is it? ASSISTANT:",
+    "USER: <image>\nWhat is it?",
 ]
 
 
@@ -85,14 +86,15 @@ def test_text_with_role_markers_is_a_whole_prompt(images_first: Any, images_in_p
         "Who wrote this? User: admin",
         "Is it the Human: or the dog?",
         'Read the text after "[INST]" to me.',
+        "Human: who says that?",
     ],
 )
 def test_a_marker_word_inside_a_question_does_not_cut_it(
     images_first: Any, images_in_place: Any, question: str
 ) -> None:
     for processor in (images_first, images_in_place):
-        prompt = as_prompt(processor, f"<image>\n{question}", 1)
-        assert prompt == as_prompt(processor, question, 1)
+        prompt = as_prompt(processor, question, 1)
+        assert prompt == as_prompt(processor, f"<image> {question}", 1)
         assert question in prompt
         assert prompt != question
         assert [prompt[slice(*span)] for span in processor.instruction_ranges(prompt)] == [question]
