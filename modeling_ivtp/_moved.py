@@ -57,6 +57,8 @@ NAMES = {
     "ClipText": "model.checkpoint_ivtp.ClipText",
     "DecoderMoment": "DecoderStep",
     "FeatureMoment": "FeatureStep",
+    "IVTPImageFeatures": "model.outputs.IVTPImageFeatures",
+    "IVTPLlavaModelOutputWithPast": "model.outputs.IVTPLlavaModelOutputWithPast",
     "IVTPPolicy": "IVTPPruner",
     "KeyLayout": "CacheIndex",
     "LayerRun": "CacheSpan",
@@ -76,6 +78,7 @@ NAMES = {
     "human_bytes": "files.sizes.human_bytes",
     "layer_runs": "cache_spans",
     "read_prompt": "index_prompt",
+    "take_images": "model.outputs.take_images",
     "together": "join_choices",
 }
 """Classes, functions and constants: old name, new name; with a path where they left their module."""
