@@ -19,7 +19,7 @@ class CDPruner(Method):
 
     Similarity is the cosine of projected features. Relevance is the cosine of a patch with the instruction in CLIP's
     space, averaged over the instruction's windows and stretched to 0 … 1 within the image. The determinant's greedy
-    maximum is found by incremental Cholesky factors.
+    maximum is found by incremental Cholesky factors. All of it is computed in float64, since near-ties are common.
 
     Parameters
     ----------
@@ -47,16 +47,15 @@ class CDPruner(Method):
         assert step.patch_embeds is not None
         assert step.text_embeds is not None
         assert step.windows is not None
-        likeness = normalize(step.patch_embeds.float(), dim=-1) @ normalize(step.text_embeds.float(), dim=-1).transpose(
-            1, 2
-        ).unsqueeze(1)  # (B, M, k, W)
-        windows = step.windows[:, None, None].to(likeness.device)
-        relevance = (likeness * windows).sum(-1) / windows.sum(-1).clamp_min(1)
+        patches, text = normalize(step.patch_embeds.double(), dim=-1), normalize(step.text_embeds.double(), dim=-1)
+        similarity = patches @ text.transpose(1, 2).unsqueeze(1)  # (B, M, k, W)
+        windows = step.windows[:, None, None].to(similarity.device)
+        relevance = (similarity * windows).sum(-1) / windows.sum(-1).clamp_min(1)
         scores = stretched(-relevance if self.negated else relevance)
-        unit = normalize(step.features.float(), dim=-1)
+        unit = normalize(step.features.double(), dim=-1)
         kernel = scores[..., None] * (unit @ unit.transpose(-1, -2)) * scores[..., None, :]
         kept = most_spanning(kernel.flatten(0, 1), step.keep).sort(-1).values
-        return Choice(kept.unflatten(0, scores.shape[:2]), scores=scores)
+        return Choice(kept.unflatten(0, scores.shape[:2]), scores=scores.float())
 
 
 def stretched(values: torch.Tensor) -> torch.Tensor:
@@ -66,12 +65,11 @@ def stretched(values: torch.Tensor) -> torch.Tensor:
 
 
 def most_spanning(kernel: torch.Tensor, keep: int) -> torch.Tensor:
-    """Pick tokens greedily by the determinant of a positive kernel (I, k, k), in their order: int64 (I, keep).
+    """Pick tokens greedily by the determinant of a float64 kernel (I, k, k), in their order: int64 (I, keep).
 
     Each token's squared length outside the span of the picked ones is kept up to date. The token with the largest one
     is next, of equals the earlier.
     """
-    kernel = kernel.double()
     images, tokens, _ = kernel.shape
     rows = torch.arange(images, device=kernel.device)
     left = kernel.diagonal(dim1=1, dim2=2).clone()

@@ -14,6 +14,7 @@ from modeling_ivtp.methods.random import fingerprint
 from modeling_ivtp.methods.sparsevlm import adapted, recycled_tokens, text_raters
 from modeling_ivtp.methods.spatial_pooling import cells
 from modeling_ivtp.methods.tome import halving_schedule
+from modeling_ivtp.model.pruner import PromptStep
 from modeling_ivtp.serving.answering import load_model
 from tests.methods.test_methods import EXAMPLES, ROWS
 from tests.support.selections import BY_IMAGE, BY_ROW, array, raters
@@ -178,3 +179,14 @@ def test_merging_never_takes_more_than_half_at_once():
         counts = (576, *halving_schedule(576, end, 23))
         assert counts[-1] == end
         assert all(2 * after >= before > after for before, after in pairwise(counts))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_cdpruner_ranks_near_ties_as_exact_determinants_do(seed):
+    """Features that differ by less than float32 resolves in a product of unit vectors."""
+    draws = torch.Generator().manual_seed(seed)
+    features = torch.randn(1, 1, 1, 32, generator=draws) + 1e-3 * torch.randn(1, 1, 48, 32, generator=draws)
+    patches, text = torch.randn(1, 1, 48, 8, generator=draws), torch.randn(1, 1, 8, generator=draws)
+    step = PromptStep(6, features, patches, text, torch.ones(1, 1, dtype=torch.bool))
+    method = methods.CDPruner(6)
+    assert_same(method.in_prompt(step), (0, 0), BY_ROW["cdpruner", "in_prompt"](method, step, 0, 0))
