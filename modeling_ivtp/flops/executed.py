@@ -322,6 +322,7 @@ class _Dry(PrunerWrapper):
             sequence=self._sequence(step.sequence),
             sizes=_ones(step.sizes),
             state=self._state,
+            next_record=None if step.next_record is None else _real_decoder_record(step.next_record),
         )
         return self._ask(lambda: self.pruner.in_decoder(real), step.group.keep)
 

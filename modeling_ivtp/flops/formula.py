@@ -200,5 +200,10 @@ def closed_formula(
         )
         for layer in range(schedule.decoder[-1].last + 1 if schedule.decoder else 0):
             parts["decoder"] += pseudo_cls + 4 * (text_before + visual[layer] + 1) * text.hidden_size
+    if pruned and pruner is not None and pruner.needs.next_record:
+        # Queries and keys of the layer after each group, before anything is dropped.
+        width = config.text_config.hidden_size + kv_width(config)
+        for group in schedule.decoder:
+            parts["decoder"] += 2 * (text_tokens + visual[group.last]) * config.text_config.hidden_size * width
     parts["head"] = round(head_flops(config, text_tokens + visual[-1]))
     return parts

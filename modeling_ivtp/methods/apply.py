@@ -100,6 +100,7 @@ class Applied(Pruner):
             image_embeds=any(needs.image_embeds for needs in parts),
             compact_positions=any(needs.compact_positions for needs in parts),
             all_projected=any(needs.all_projected for needs in parts),
+            next_record=in_decoder.next_record,
         )
 
     def _must(self, stage: str) -> Pruner:

@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 import torch
 
 from ..model.pruner import Choice, DecoderStep
+from ..model.rollout import DecoderAttentionRecord
 from ..model.schedule import Group, PruningPlan
+from ..model.visual_sequence import VisualSequence
 from .method import Method
 from .selecting import best_for_decoder, on_visual
 
@@ -39,12 +41,11 @@ class FastV(Method):
 
     def in_decoder(self, step: DecoderStep) -> Choice:
         """Rank by the last token's attention."""
-        return best_for_decoder(step, received_from_last(step))
+        return best_for_decoder(step, received_from_last(step.decoder_records[-1], step.sequence))
 
 
-def received_from_last(step: DecoderStep) -> torch.Tensor:
+def received_from_last(record: DecoderAttentionRecord, sequence: VisualSequence) -> torch.Tensor:
     """Return the attention of the prompt's last token to the visual tokens: float32 (B, M, k)."""
-    record, sequence = step.decoder_records[-1], step.sequence
     last = sequence.prompt_end - 1
     weights = torch.zeros(*sequence.columns.shape[:2], sequence.size - last, device=record.query.device)
     weights[..., 0] = 1.0

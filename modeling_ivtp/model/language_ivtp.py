@@ -7,11 +7,12 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaModel
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaModel, apply_rotary_pos_emb
 from transformers.models.mistral.modeling_mistral import MistralAttention, MistralModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2Model
 
 from .compat import CACHE, one_cache
+from .labels import CHOOSE, labelled
 from .pruned_cache import (
     CacheSpan,
     allocate,
@@ -263,8 +264,31 @@ class GroupedDecoder:
                     self._run_layers(run, span, layers, call, drops, records)
                 span.end(run.sequence, renumbered)
             if group is not None and drops:
-                run.drop(group, records)
+                ahead = None
+                if visual.pruner.needs.next_record:
+                    ahead = self._record_ahead(run, layers, group.last + 1, cache, attention_mask)
+                run.drop(group, records, ahead)
         return run.tokens, run.sequence
+
+    @torch.no_grad()
+    @labelled(CHOOSE)
+    def _record_ahead(
+        self, run: PromptPass, layers: list[Any], index: int, cache: Cache | None, attention_mask: torch.Tensor | None
+    ) -> DecoderAttentionRecord:
+        """Compute the queries and keys of a layer that has not run yet, from the tokens that it would get."""
+        (span,) = cache_spans(cache, index, index, attention_mask)
+        layer = layers[index]
+        attention, normed = layer.self_attn, layer.input_layernorm(run.tokens)
+        shape = (*normed.shape[:-1], -1, attention.head_dim)
+        query, key = (project(normed).view(shape).transpose(1, 2) for project in (attention.q_proj, attention.k_proj))
+        positions, _, _ = run.numbering.of(run.sequence, span.cache_index.position_shift)
+        rotary = self.rotary_emb(normed, position_ids=positions.to(normed.device))  # type: ignore[attr-defined]
+        query, key = apply_rotary_pos_emb(query, key, *(part.to(query.device) for part in rotary))
+        if span.entries:
+            key = torch.cat([span.layers[0].keys[:, :, : span.entries].to(key.device), key], 2)
+        record = DecoderAttentionRecord(span.entries, span.past_valid, run.sequence.valid)
+        record.attend(query, key, key, None, None, attention.scaling)
+        return record
 
     def _begin(
         self,

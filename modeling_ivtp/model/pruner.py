@@ -161,6 +161,8 @@ class DecoderStep:
         The `Choice.sizes` of the group before.
     state : any
         The result of `Pruner.prepare` for this prompt.
+    next_record : DecoderAttentionRecord or None
+        Of the layer after the group, computed from the group's output, if the pruner needs it.
     """
 
     group: Group
@@ -170,6 +172,7 @@ class DecoderStep:
     sequence: VisualSequence
     sizes: torch.Tensor | None
     state: Any
+    next_record: DecoderAttentionRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -194,6 +197,8 @@ class Needs:
         Kept tokens are renumbered without gaps.
     all_projected : bool
         The feature step reads projected features, so dropped ones are projected, too.
+    next_record : bool
+        The decoder step gets the queries and keys of the layer after the group.
     """
 
     pseudo_cls: bool = False
@@ -204,6 +209,7 @@ class Needs:
     image_embeds: bool = False
     compact_positions: bool = False
     all_projected: bool = False
+    next_record: bool = False
 
 
 class Pruner:

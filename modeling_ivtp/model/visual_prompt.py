@@ -8,7 +8,7 @@ import torch
 
 from .labels import CHOOSE, label
 from .pruner import DecoderStep, Pruner, full_precision
-from .rollout import GroupScores
+from .rollout import DecoderAttentionRecord, GroupScores
 from .schedule import Group
 from .text_relevance import pseudo_cls
 from .visual_sequence import VisualSequence
@@ -192,7 +192,7 @@ class PromptPass:
             pseudo = pseudo_cls(self.tokens, keys.to(self.tokens.device), pseudo)
         return torch.cat([self.tokens, pseudo], 1)
 
-    def drop(self, group: Group, records: list[Any]) -> None:
+    def drop(self, group: Group, records: list[Any], next_record: DecoderAttentionRecord | None = None) -> None:
         """Ask the pruner at the top of a group, and leave out the tokens that it does not keep.
 
         Parameters
@@ -200,11 +200,15 @@ class PromptPass:
         group : Group
         records : list of AttentionRecord or list of DecoderAttentionRecord
             Of the group's layers, lowest first: the former where pseudo-CLS tokens run along.
+        next_record : DecoderAttentionRecord, optional
+            Of the layer after the group, for a pruner that needs it.
         """
         visual, before = self.visual, self.sequence
         asked = (records, []) if self.pseudo_cls is not None else ([], records)
         with torch.no_grad(), full_precision(self.tokens.device), label(CHOOSE):
-            choice = visual.pruner.in_decoder(DecoderStep(group, *asked, self.tokens, before, self.sizes, visual.state))
+            choice = visual.pruner.in_decoder(
+                DecoderStep(group, *asked, self.tokens, before, self.sizes, visual.state, next_record)
+            )
         for record in records:
             record.seal()
         self.sizes = choice.sizes

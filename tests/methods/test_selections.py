@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import DynamicCache
 
 from benchmarks.quality.world import draw_scene, questions
 from modeling_ivtp import methods
@@ -17,7 +18,7 @@ from modeling_ivtp.methods.tome import halving_schedule
 from modeling_ivtp.model.pruner import PromptStep
 from modeling_ivtp.serving.answering import load_model
 from tests.methods.test_methods import EXAMPLES, ROWS
-from tests.support.selections import BY_IMAGE, BY_ROW, array, raters
+from tests.support.selections import BY_IMAGE, BY_ROW, array, raters, top, visual_columns
 from tests.support.tiny import prompt, tiny_model
 
 MINIATURE = Path(__file__).parents[2] / "examples" / "miniature"
@@ -190,3 +191,44 @@ def test_cdpruner_ranks_near_ties_as_exact_determinants_do(seed):
     step = PromptStep(6, features, patches, text, torch.ones(1, 1, dtype=torch.bool))
     method = methods.CDPruner(6)
     assert_same(method.in_prompt(step), (0, 0), BY_ROW["cdpruner", "in_prompt"](method, step, 0, 0))
+
+
+@pytest.mark.parametrize("turns", [1, 2])
+@torch.no_grad()
+def test_pyramiddrop_ranks_with_the_layer_after_each_stage(turns, monkeypatch):
+    """As transformers computes that layer's attention on the stage's output, on the cache of earlier turns."""
+    model, method, steps, past = tiny_model(), methods.PyramidDrop(4, layers=(2, 3)), [], DynamicCache()
+    choose = methods.PyramidDrop.in_decoder
+    monkeypatch.setattr(methods.PyramidDrop, "in_decoder", lambda self, step: steps.append(step) or choose(self, step))
+    with method(model):
+        for turn in range(turns):
+            steps.clear()
+            length, inputs = past.get_seq_length(), prompt([[3, "image", 2 + turn]], seed=turn, guided=False)
+            mask = torch.ones(1, length + inputs["input_ids"].shape[1], dtype=torch.long)
+            model(**inputs | {"attention_mask": mask}, past_key_values=past)
+    assert [step.group.last for step in steps] == [1, 2]
+    language = tiny_model(attention="eager").model.language_model
+    for step in steps:
+        index, held, cache = step.group.last + 1, step.next_record.past, DynamicCache()
+        for number, layer in enumerate(past.layers[: index + 1]):
+            cache.update(layer.keys[:, :, :held], layer.values[:, :, :held], number)
+        assert (held > 0) == (turns > 1)
+        columns = torch.arange(step.sequence.size)
+        visible = torch.arange(held + len(columns)) <= held + columns[:, None]
+        layer = language.layers[index]
+        _, weights = layer.self_attn(
+            layer.input_layernorm(step.hidden),
+            position_embeddings=language.rotary_emb(step.hidden, position_ids=step.sequence.slots + length),
+            attention_mask=torch.where(visible, 0.0, -torch.inf)[None, None],
+            past_key_values=cache,
+        )
+        received = array(weights[0, :, -1, held:].mean(0))[visual_columns(step.sequence, 0, 0)]
+        np.testing.assert_array_equal(array(choose(method, step).kept)[0, 0], top(received, step.group.keep))
+
+
+def test_pyramiddrop_cannot_look_beyond_the_last_layer():
+    message = r"pyramiddrop: layers=\(2, 6\); allowed: 1 to 5, .*next_layer=False"
+    with pytest.raises(ValueError, match=message), methods.PyramidDrop(4, layers=(2, 6))(tiny_model()):
+        pass
+    with methods.PyramidDrop(4, layers=(2, 6), next_layer=False)(tiny_model()):
+        pass

@@ -220,6 +220,12 @@ def fastv(method: Any, step: Any, row: int, image: int) -> Result:
     return top(received, step.group.keep), None
 
 
+def pyramiddrop(method: Any, step: Any, row: int, image: int) -> Result:
+    record = step.next_record if method.next_layer else step.decoder_records[-1]
+    received = Reader(record, step.sequence, row).attention(step.sequence.size - 1)
+    return top(received[visual_columns(step.sequence, row, image)], step.group.keep), None
+
+
 def text_attention(method: Any, step: Any, row: int, image: int) -> Result:
     weights = method.weights or [1.0] * len(step.decoder_records)
     text = text_after(step.sequence, row, image)
@@ -327,7 +333,7 @@ BY_ROW: dict[tuple[str, str], Callable[..., Result]] = {
     ("tome+", "in_decoder"): tome_plus,
     ("text_attention", "in_decoder"): text_attention,
     ("fastv", "in_decoder"): fastv,
-    ("pyramiddrop", "in_decoder"): fastv,
+    ("pyramiddrop", "in_decoder"): pyramiddrop,
     ("sparsevlm", "in_decoder"): sparsevlm,
     ("lvpruning-topk", "in_decoder"): lvpruning,
     ("atp-spatial", "in_decoder"): atp,
