@@ -272,7 +272,8 @@ class _Dry(PrunerWrapper):
     def in_tower(self, step: TowerStep) -> Choice:
         """Choose on random records."""
         patches = torch.arange(step.patches.shape[1])[None]
-        real = TowerStep(step.group, [_real_record(record) for record in step.records], patches, _ones(step.sizes))
+        records = [_real_record(record) for record in step.records]
+        real = TowerStep(step.group, records, patches, _ones(step.sizes), _counted_off(step.order))
         return self._ask(lambda: self.pruner.in_tower(real), step.group.keep)
 
     def in_features(self, step: FeatureStep) -> Choice:
@@ -321,6 +322,7 @@ class _Dry(PrunerWrapper):
             hidden=torch.randn(step.hidden.shape),
             sequence=self._sequence(step.sequence),
             sizes=_ones(step.sizes),
+            order=_counted_off(step.order),
             state=self._state,
             next_record=None if step.next_record is None else _real_decoder_record(step.next_record),
         )
@@ -350,7 +352,12 @@ class _Dry(PrunerWrapper):
             torch.arange(keep).expand(*batch, -1).to("meta"),
             mixture=None if mixture is None else torch.empty(*batch, keep, mixture.shape[-1], device="meta"),
             sizes=None if choice.sizes is None else torch.empty(*batch, keep, device="meta"),
+            order=None if choice.order is None else torch.arange(keep).expand(*batch, -1).to("meta"),
         )
+
+
+def _counted_off(order: torch.Tensor | None) -> torch.Tensor | None:
+    return None if order is None else torch.arange(order.shape[-1]).expand(order.shape)
 
 
 def _ones(sizes: torch.Tensor | None) -> torch.Tensor | None:

@@ -47,9 +47,10 @@ class PyramidDrop(Method):
         """Plan one ratio for every stage."""
         tops, depth = self.tops(config, (8, 16, 24)), config.text_config.num_hidden_layers
         if self.next_layer and tops[-1] == depth - 1:
+            numbers = tuple(top + 1 for top in tops)
             raise ValueError(
-                f"{self.name}: layers={tuple(top + 1 for top in tops)}; allowed: 1 to {depth - 1}, because a later layer "
-                "ranks, or next_layer=False."
+                f"{self.name}: layers={numbers}; allowed: 1 to {depth - 1}, because a later layer ranks, or "
+                "next_layer=False."
             )
         counts = geometric_schedule(patches, self.keep, len(tops))
         return PruningPlan(patches, decoder=groups_after(tops, counts))

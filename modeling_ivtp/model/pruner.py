@@ -38,6 +38,8 @@ class Choice:
         The scores that were ranked, for traces.
     ragged : bool
         Whether images may keep different numbers of tokens.
+    order : int64 Tensor (..., k') or None
+        Indices of the k' tokens in the pruner's own order, for its next step.
     """
 
     kept: torch.Tensor
@@ -45,6 +47,7 @@ class Choice:
     sizes: torch.Tensor | None = None
     scores: torch.Tensor | None = None
     ragged: bool = False
+    order: torch.Tensor | None = None
 
     def of(self, tokens: torch.Tensor) -> torch.Tensor:
         """Take the tokens that stay: (..., k, d) to (..., k', d), with any values where `kept` stands for none."""
@@ -66,13 +69,15 @@ class TowerStep:
     patches : int64 Tensor (I, k)
         The patches that the tokens are, or stand for.
     sizes : float32 Tensor (I, k) or None
-        The `Choice.sizes` of the group before.
+    order : int64 Tensor (I, k) or None
+        The `Choice.sizes` and `Choice.order` of the group before.
     """
 
     group: Group
     records: list[AttentionRecord]
     patches: torch.Tensor
-    sizes: torch.Tensor | None
+    sizes: torch.Tensor | None = None
+    order: torch.Tensor | None = None
 
 
 @dataclass
@@ -158,7 +163,8 @@ class DecoderStep:
     sequence : VisualSequence
         Where the visual tokens stand in it.
     sizes : float32 Tensor (B, M, k) or None
-        The `Choice.sizes` of the group before.
+    order : int64 Tensor (B, M, k) or None
+        The `Choice.sizes` and `Choice.order` of the group before.
     state : any
         The result of `Pruner.prepare` for this prompt.
     next_record : DecoderAttentionRecord or None
@@ -170,8 +176,9 @@ class DecoderStep:
     decoder_records: list[DecoderAttentionRecord]
     hidden: torch.Tensor
     sequence: VisualSequence
-    sizes: torch.Tensor | None
-    state: Any
+    sizes: torch.Tensor | None = None
+    order: torch.Tensor | None = None
+    state: Any = None
     next_record: DecoderAttentionRecord | None = None
 
 

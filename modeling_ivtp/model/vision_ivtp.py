@@ -124,7 +124,8 @@ class _Pass:
     features : dict of int to Tensor (I, 1 + k, d)
         Hidden states of the feature layers, by their number.
     sizes : float32 Tensor (I, k) or None
-        The last `Choice.sizes`.
+    order : int64 Tensor (I, k) or None
+        The last `Choice.sizes` and `Choice.order`.
     records : list of AttentionRecord
         Of the current group's layers.
     """
@@ -134,6 +135,7 @@ class _Pass:
     scores: list[GroupScores] | None
     features: dict[int, torch.Tensor] = field(default_factory=dict)
     sizes: torch.Tensor | None = None
+    order: torch.Tensor | None = None
     records: list[AttentionRecord] = field(default_factory=list)
 
     def bias(self, hidden: torch.Tensor) -> torch.Tensor | None:
@@ -150,14 +152,14 @@ class _Pass:
     def choose(self, group: Group) -> Choice:
         """Ask the pruner at the top of a group, and drop from everything but the hidden states."""
         with torch.no_grad(), full_precision(self.patches.device), label(CHOOSE):
-            choice = self.pruner.in_tower(TowerStep(group, self.records, self.patches, self.sizes))
+            choice = self.pruner.in_tower(TowerStep(group, self.records, self.patches, self.sizes, self.order))
         for record in self.records:
             record.seal()
         self.records = []
         kept = self.patches.gather(1, choice.kept)
         if self.scores is not None:
             self.scores.append(GroupScores("tower", group, self.patches, choice.scores, kept, choice.mixture))
-        self.patches, self.sizes = kept, choice.sizes
+        self.patches, self.sizes, self.order = kept, choice.sizes, choice.order
         self.features = {number: _apply(choice, feature) for number, feature in self.features.items()}
         return choice
 

@@ -158,7 +158,8 @@ class PromptPass:
     pseudo_cls : Tensor (B, M, d) or None
         Hidden states of the pseudo-CLS tokens.
     sizes : float32 Tensor (B, M, k) or None
-        See `Choice.sizes`.
+    order : int64 Tensor (B, M, k) or None
+        See `Choice.sizes` and `Choice.order`.
     states : HiddenStates or None
         Collects the input of every layer, where `output_hidden_states` asks for it.
     """
@@ -169,6 +170,7 @@ class PromptPass:
     numbering: Numbering
     pseudo_cls: torch.Tensor | None
     sizes: torch.Tensor | None = None
+    order: torch.Tensor | None = None
     states: HiddenStates | None = None
 
     def note_state(self, layer: int) -> None:
@@ -207,11 +209,11 @@ class PromptPass:
         asked = (records, []) if self.pseudo_cls is not None else ([], records)
         with torch.no_grad(), full_precision(self.tokens.device), label(CHOOSE):
             choice = visual.pruner.in_decoder(
-                DecoderStep(group, *asked, self.tokens, before, self.sizes, visual.state, next_record)
+                DecoderStep(group, *asked, self.tokens, before, self.sizes, self.order, visual.state, next_record)
             )
         for record in records:
             record.seal()
-        self.sizes = choice.sizes
+        self.sizes, self.order = choice.sizes, choice.order
         self.sequence, columns = before.keep(choice.kept, choice.ragged)
         if visual.scores is not None:
             visual.scores.append(

@@ -14,7 +14,7 @@ from modeling_ivtp import methods
 from modeling_ivtp.methods.random import fingerprint
 from modeling_ivtp.methods.sparsevlm import adapted, recycled_tokens, text_raters
 from modeling_ivtp.methods.spatial_pooling import cells
-from modeling_ivtp.methods.tome import halving_schedule
+from modeling_ivtp.methods.tome import halving_schedule, merge
 from modeling_ivtp.model.pruner import PromptStep
 from modeling_ivtp.serving.answering import load_model
 from tests.methods.test_methods import EXAMPLES, ROWS
@@ -232,3 +232,41 @@ def test_pyramiddrop_cannot_look_beyond_the_last_layer():
         pass
     with methods.PyramidDrop(4, layers=(2, 6), next_layer=False)(tiny_model()):
         pass
+
+
+def test_tome_alternates_over_its_own_output():
+    """Its output is what is unmerged of the first set, then the second set; the next layer alternates over that."""
+    metric = torch.eye(8)[None]
+    metric[0, 3] = metric[0, 4]  # the second of the first set is merged into the third of the second set
+    choice = merge(metric, 7, None, None, first_goes=False)
+    assert choice.kept[0].tolist() == [0, 1, 2, 4, 5, 6, 7]
+    assert choice.kept[0][choice.order[0]].tolist() == [1, 5, 7, 0, 2, 4, 6]
+    metric = torch.eye(7)[None]
+    metric[0, 3] = metric[0, 2]  # patches 4 and 2: the first set is 5, 0, 4 now, and the second 1, 7, 2, 6
+    again = merge(metric, 6, None, choice.order, first_goes=False)
+    assert choice.kept[0][again.kept[0]].tolist() == [0, 1, 2, 5, 6, 7]
+
+
+def test_tome_without_a_class_token_puts_the_most_similar_of_the_unmerged_first():
+    metric = torch.tensor([[[1.0, 0], [0.9, 0.1], [0, 1.0], [0.5, 0.5], [0.1, 1.0], [-1.0, 0.1]]])
+    choice = merge(metric, 5, None, None, first_goes=True)
+    unit = metric[0] / metric[0].norm(dim=-1, keepdim=True)
+    best = (unit[::2] @ unit[1::2].T).amax(-1)
+    unmerged = [int(token) * 2 for token in best.argsort(descending=True)[1:]]
+    assert choice.kept[0][choice.order[0]].tolist() == [*unmerged, 1, 3, 5]
+
+
+@torch.no_grad()
+def test_the_order_of_tome_is_carried_from_layer_to_layer(monkeypatch):
+    orders = []
+    ask = methods.ToMe.in_tower
+    monkeypatch.setattr(
+        methods.ToMe, "in_tower", lambda self, step: orders.append((step.order, ask(self, step))) or orders[-1][1]
+    )
+    with methods.ToMe(4)(tiny_model()) as model:
+        model(**prompt(ROWS))
+    assert orders[0][0] is None
+    for (_, before), (order, _) in pairwise(orders):
+        assert torch.equal(order, before.order)
+    moved = [not torch.equal(choice.order, choice.order.sort(-1).values) for _, choice in orders]
+    assert all(moved)

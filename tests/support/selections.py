@@ -64,8 +64,11 @@ def evit(method: Any, step: Any, image: int) -> Result:
 def tome(method: Any, step: Any, image: int) -> Result:
     keys = array(step.records[-1].key)[image].mean(0)[1:]
     sizes = np.ones(len(keys)) if step.sizes is None else array(step.sizes)[image]
-    # CLS is token 0 of the tower's alternation, so that patch 0 is the first of set B.
-    return matching(keys, step.group.keep, sizes, a=list(range(1, len(keys), 2)), b=list(range(0, len(keys), 2)))
+    order = list(range(len(keys)))
+    if step.order is not None and not method.spatial_order:
+        order = array(step.order)[image].tolist()
+    # CLS is token 0 of the tower's alternation, so that the first patch belongs to set B.
+    return matching(keys, step.group.keep, sizes, a=order[1::2], b=order[::2])
 
 
 def matching(metric: np.ndarray, keep: int, sizes: np.ndarray, a: list[int], b: list[int]) -> Result:
@@ -289,7 +292,10 @@ def tome_plus(method: Any, step: Any, row: int, image: int) -> Result:
     record = step.decoder_records[-1]
     keys = array(record.key)[row].mean(0)[record.past :][visual_columns(step.sequence, row, image)]
     sizes = np.ones(len(keys)) if step.sizes is None else array(step.sizes)[row, image]
-    return matching(keys, step.group.keep, sizes, a=list(range(0, len(keys), 2)), b=list(range(1, len(keys), 2)))
+    order = list(range(len(keys)))
+    if step.order is not None and not method.spatial_order:
+        order = array(step.order)[row, image].tolist()
+    return matching(keys, step.group.keep, sizes, a=order[::2], b=order[1::2])
 
 
 def lvpruning(method: Any, step: Any, row: int, image: int) -> Result:
