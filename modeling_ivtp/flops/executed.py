@@ -283,6 +283,7 @@ class _Dry(PrunerWrapper):
         real = FeatureStep(
             keep=step.keep,
             features=torch.randn(step.features.shape),
+            cls=torch.randn(step.cls.shape),
             patches=torch.arange(tokens)[None],
             records={layer: _real_record(record) for layer, record in step.records.items()},
             pixel_values=torch.randn(step.pixel_values.shape),

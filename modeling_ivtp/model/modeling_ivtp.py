@@ -288,6 +288,7 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
             step = FeatureStep(
                 keep=plan.features,
                 features=vision.features[:, 1:],
+                cls=vision.features[:, 0],
                 patches=patches,
                 records=vision.records,
                 pixel_values=pixel_values,
@@ -308,7 +309,7 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
 
     def _patch_embeds(self, features: torch.Tensor, choice: Choice | None) -> torch.Tensor:
         """Project the patches that are left into CLIP's space (I, k, P), as CLIP projects the CLS."""
-        kept = features[:, 1:] if choice is None else choice.of(features[:, 1:])
+        kept = features[:, 1:] if choice is None else choice.of(features[:, 1:], features[:, 0])
         return self.visual_projection(self.vision_tower.post_layernorm(kept))
 
     @labelled(TEXT_TOWER)

@@ -30,8 +30,9 @@ class Choice:
     ----------
     kept : int64 Tensor (..., k')
         Indices of the tokens, ascending. k stands for none, at the end, if an image keeps fewer than others.
-    mixture : float32 Tensor (..., k', k) or None
-        What each of them becomes, as weights of the k tokens. None: they stay as they are.
+    mixture : float32 Tensor (..., k', k or k + 1) or None
+        What each of them becomes, as weights of the k tokens and, in the feature step, of the image's CLS after them.
+        None: they stay as they are.
     sizes : float32 Tensor (..., k') or None
         How many patches each of them stands for, if the pruner counts that.
     scores : float32 Tensor (..., k) or None
@@ -49,9 +50,14 @@ class Choice:
     ragged: bool = False
     order: torch.Tensor | None = None
 
-    def of(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Take the tokens that stay: (..., k, d) to (..., k', d), with any values where `kept` stands for none."""
+    def of(self, tokens: torch.Tensor, cls: torch.Tensor | None = None) -> torch.Tensor:
+        """Take the tokens that stay: (..., k, d) to (..., k', d), with any values where `kept` stands for none.
+
+        `cls` (..., d) is the image's CLS among the same states, for a mixture that may weight it.
+        """
         if self.mixture is not None:
+            if cls is not None and self.mixture.shape[-1] > tokens.shape[-2]:
+                tokens = torch.cat([tokens, cls[..., None, :]], -2)
             return self.mixture.to(tokens.device, tokens.dtype) @ tokens
         index = self.kept.to(tokens.device).clamp_max(tokens.shape[-2] - 1)
         return tokens.gather(-2, index[..., None].expand(*index.shape, tokens.shape[-1]))
@@ -89,6 +95,8 @@ class FeatureStep:
     keep : int
         Tokens of one image that are to stay.
     features : Tensor (I, k, D)
+    cls : Tensor (I, D)
+        The image's CLS at the feature layer.
     patches : int64 Tensor (I, k)
     records : dict of int to AttentionRecord
         Of the tower layers in `Needs.recorded_layers`.
@@ -101,6 +109,7 @@ class FeatureStep:
 
     keep: int
     features: torch.Tensor
+    cls: torch.Tensor
     patches: torch.Tensor
     records: Mapping[int, AttentionRecord]
     pixel_values: torch.Tensor
@@ -119,7 +128,7 @@ class FeatureStep:
         """Return the chosen features in the language model's space: (I, k', d)."""
         if choice.mixture is None and self._projected is not None:
             return choice.of(self._projected)
-        return self.project(choice.of(self.features))
+        return self.project(choice.of(self.features, self.cls))
 
 
 @dataclass

@@ -324,8 +324,8 @@ class GroupScores:
         None if the method ranks nothing.
     kept : int64 Tensor (..., group.keep)
         Patches that stay, -1 for none.
-    mixture : float32 Tensor (..., group.keep, k) or None
-        What they become, as weights of the candidates; None: they stay as they are.
+    mixture : float32 Tensor (..., group.keep, k or k + 1) or None
+        What they become; see `Choice.mixture`. None: they stay as they are.
     """
 
     stage: str

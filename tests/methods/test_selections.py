@@ -1,5 +1,6 @@
 """Methods choose as plain NumPy loops do: on tiny random models and on the trained miniature."""
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,6 +24,12 @@ from tests.support.tiny import prompt, tiny_model
 
 MINIATURE = Path(__file__).parents[2] / "examples" / "miniature"
 CHECKED = [*BY_IMAGE, *BY_ROW]
+VARIANTS = [
+    ("tome", "in_tower", {"spatial_order": True}),
+    ("pyramiddrop", "in_decoder", {"next_layer": False}),
+    ("visionzip", "in_features", {"keep_cls": False}),
+]
+"""Options under which a method chooses otherwise than by default."""
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +84,10 @@ def compare_with_numpy(name, step_name):
     return compare
 
 
-@pytest.mark.parametrize(("name", "step"), CHECKED)
+@pytest.mark.parametrize(("name", "step", "options"), [*((*checked, {}) for checked in CHECKED), *VARIANTS])
 @torch.no_grad()
-def test_choices_on_random_tensors_equal_numpy_loops(name, step, monkeypatch):
-    model, method = tiny_model(), EXAMPLES[name]
+def test_choices_on_random_tensors_equal_numpy_loops(name, step, options, monkeypatch):
+    model, method = tiny_model(), replace(EXAMPLES[name], **options)
     choices = watch_choices(monkeypatch, method, step, compare_with_numpy(name, step))
     inputs = prompt([["image", 9], [3, "image", 5]] if name == "cdpruner" else ROWS)
     with method(model):
@@ -270,3 +277,34 @@ def test_the_order_of_tome_is_carried_from_layer_to_layer(monkeypatch):
         assert torch.equal(order, before.order)
     moved = [not torch.equal(choice.order, choice.order.sort(-1).values) for _, choice in orders]
     assert all(moved)
+
+
+@pytest.mark.parametrize(
+    ("options", "patches"), [({}, 53), ({"keep_cls": False}, 54), ({"contextual": 64}, 0), ({"contextual": 0}, 63)]
+)
+@torch.no_grad()
+def test_visionzips_dominant_tokens_are_cls_and_patches(options, patches, monkeypatch):
+    asked, choose = [], methods.VisionZip.in_features
+
+    def choose_and_note(self, step):
+        asked.append((step, choose(self, step)))
+        return asked[-1][1]
+
+    monkeypatch.setattr(methods.VisionZip, "in_features", choose_and_note)
+    model, _ = load_model(MINIATURE, device="cpu", dtype="float32")
+    method = methods.VisionZip(64, **options)
+    pixels = torch.randn(1, 3, *[model.config.vision_config.image_size] * 2, generator=torch.Generator().manual_seed(3))
+    with method(model):
+        features = model.model.get_image_features(pixels).pooler_output[0]
+    ((step, choice),) = asked
+    tokens = step.patches.shape[1]
+    contextual = options.get("contextual", 10)
+    alone = (choice.mixture[0] != 0).sum(-1) == 1
+    assert choice.kept.shape == (1, 64)
+    assert choice.mixture[0, :, :tokens].sum(-1)[alone].sum() == patches
+    has_cls = choice.mixture.shape[-1] > tokens
+    assert has_cls == (options.get("keep_cls", True) and contextual < 64)
+    if has_cls:
+        (row,) = choice.mixture[0, :, tokens].nonzero()
+        expected = model.model.multi_modal_projector(step.cls)[0]
+        torch.testing.assert_close(features[row[0]], expected, rtol=1e-5, atol=1e-5)

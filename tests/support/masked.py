@@ -26,15 +26,22 @@ class _Slots:
         self.alive = np.ones(patches, dtype=bool)
         self.sizes = torch.ones(patches)
 
-    def apply(self, states: list[torch.Tensor], scores: Any, at: tuple[int, ...]) -> None:
-        """One step on several lists of states (N, d), in place."""
+    def apply(
+        self, states: list[torch.Tensor], scores: Any, at: tuple[int, ...], cls: torch.Tensor | None = None
+    ) -> None:
+        """One step on several lists of states (N, d), in place; `cls` (d,) is a further token to mix."""
         candidates, kept = scores.candidates[at].cpu(), scores.kept[at].cpu()
         assert (candidates[candidates >= 0] == torch.from_numpy(np.flatnonzero(self.alive))).all()
         present = candidates >= 0
         if scores.mixture is not None:
-            mixture = scores.mixture[at][: int((kept >= 0).sum())][:, present]
+            mixture = scores.mixture[at][: int((kept >= 0).sum())]
+            mixture, of_cls = mixture[:, : len(present)][:, present], mixture[:, len(present) :]
             for state in states:
-                state[kept[kept >= 0]] = mixture.to(state.dtype) @ state[candidates[present]]
+                mixed = mixture.to(state.dtype) @ state[candidates[present]]
+                if of_cls.shape[1]:
+                    assert cls is not None
+                    mixed = mixed + of_cls.to(state.dtype) * cls
+                state[kept[kept >= 0]] = mixed
             self.sizes[kept[kept >= 0]] = (mixture != 0).float() @ self.sizes[candidates[present]]
         self.alive[:] = False
         self.alive[kept[kept >= 0].numpy()] = True
@@ -75,7 +82,7 @@ def tower_features(
     (feature,) = features
     for scores in recorder.tower:
         if scores.stage == "features":
-            slots.apply([feature[1:]], scores, (image,))
+            slots.apply([feature[1:]], scores, (image,), feature[0])
     return model.model.multi_modal_projector(feature[1:]), slots
 
 

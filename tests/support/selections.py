@@ -133,22 +133,29 @@ def prumerge(method: Any, step: Any, image: int) -> Result:
 
 
 def visionzip(method: Any, step: Any, image: int) -> Result:
+    """The last column of the mixture is CLS, in the place of the best patch that is neither dominant nor a target."""
     record = step.records[-2]
     attention, keys = cls_row(record, image), unit(array(record.key)[image].mean(0)[1:])
+    tokens = len(attention)
     contextual = round(step.keep * 10 / 64) if method.contextual is None else method.contextual
-    dominant = top(attention, step.keep - contextual)
-    rest = [patch for patch in range(len(attention)) if patch not in dominant]
+    with_cls = method.keep_cls and contextual < step.keep
+    dominant = top(attention, step.keep - contextual - with_cls)
+    rest = [patch for patch in range(tokens) if patch not in dominant]
     targets = [rest[i * (len(rest) // contextual)] for i in range(contextual)]
     joined: dict[int, list[int]] = {target: [] for target in targets}
     for patch in rest:
-        if patch not in targets:
+        if patch not in targets and targets:
             joined[targets[int(np.argmax([keys[patch] @ keys[target] for target in targets]))]].append(patch)
-    kept = np.sort(np.concatenate([dominant, targets]))
-    mixture = eye(kept, len(attention))
+    rows = {int(patch): np.eye(tokens + 1)[patch] for patch in [*dominant, *targets]}
     for target, members in joined.items():
         for member in members:
-            mixture[list(kept).index(target), member] = 1 / len(members)
-    return kept, mixture
+            rows[target][member] = 1 / len(members)
+    if with_cls:
+        rows[max((patch for patch in rest if patch not in targets), key=lambda patch: attention[patch])] = np.eye(
+            tokens + 1
+        )[tokens]
+    kept = np.array(sorted(rows))
+    return kept, np.stack([rows[patch] for patch in kept])[:, : tokens + with_cls]
 
 
 def divprune(method: Any, step: Any, image: int) -> Result:
