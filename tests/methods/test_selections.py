@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 from benchmarks.quality.world import draw_scene, questions
 from modeling_ivtp import methods
+from modeling_ivtp.methods.prumerge import outliers_and_sample
 from modeling_ivtp.methods.random import fingerprint
 from modeling_ivtp.methods.sparsevlm import adapted, recycled_tokens, text_raters
 from modeling_ivtp.methods.spatial_pooling import cells
@@ -28,6 +29,9 @@ VARIANTS = [
     ("tome", "in_tower", {"spatial_order": True}),
     ("pyramiddrop", "in_decoder", {"next_layer": False}),
     ("visionzip", "in_features", {"keep_cls": False}),
+    ("prumerge+", "in_features", {"adaptive": False}),
+    ("prumerge+", "in_features", {"keep": 1}),
+    ("prumerge+", "in_features", {"keep": 12}),
 ]
 """Options under which a method chooses otherwise than by default."""
 
@@ -308,3 +312,16 @@ def test_visionzips_dominant_tokens_are_cls_and_patches(options, patches, monkey
         (row,) = choice.mixture[0, :, tokens].nonzero()
         expected = model.model.multi_modal_projector(step.cls)[0]
         torch.testing.assert_close(features[row[0]], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_adaptive_sample_of_prumerge_is_every_so_many_th_patch():
+    """With 12 outliers of 576 it is range(0, 575, 16), as in the authors' code, without the outliers themselves."""
+    attention = torch.rand(576, generator=torch.Generator().manual_seed(0)) * 1e-3
+    outliers = [16, 33, 100, 160, 161, 200, 300, 301, 400, 480, 500, 575]
+    attention[outliers] = 1.0
+    kept = outliers_and_sample(attention, 576, adaptive=True).tolist()
+    assert kept == sorted({*outliers, *range(0, 575, 16)})
+    few = outliers_and_sample(attention, 20, adaptive=True).tolist()
+    assert len(few) == 20
+    assert set(outliers) < set(few) < set(kept)
+    assert len(outliers_and_sample(attention, 5, adaptive=True)) == 5

@@ -111,25 +111,37 @@ def spatial_pooling(method: Any, step: Any, image: int) -> Result:
 
 
 def prumerge(method: Any, step: Any, image: int) -> Result:
+    """Attention is one head as wide as all together; what goes becomes one more token, where the best of it stood."""
     record = step.records[-1]
-    attention = cls_row(record, image)
-    keys = unit(array(record.key)[image, :, 1:].transpose(1, 0, 2).reshape(len(attention), -1))
+    query, key = array(record.query)[image, :, 0, 0].flatten(), array(record.key)[image]
+    key = key.transpose(1, 0, 2).reshape(key.shape[1], -1)
+    attention = softmax(key @ query / len(query) ** 0.5)[1:]
+    keys, tokens = unit(key[1:]), len(attention)
     q1, q3 = np.quantile(attention, 0.25), np.quantile(attention, 0.75)
-    outliers = int((attention > q3 + 1.5 * (q3 - q1)).sum())
-    number = min(step.keep, max(1, outliers))
-    stays = set(top(attention, number).tolist())
-    rest = [patch for patch in range(len(attention)) if patch not in stays]
-    total = min(step.keep, 4 * number) if method.adaptive else step.keep
-    for index in range(total - number):
-        stays.add(rest[(2 * index + 1) * len(rest) // (2 * (total - number))])
-    kept = np.array(sorted(stays))
-    mixture = eye(kept, len(attention))
-    for row, patch in enumerate(kept):
+    outliers = max(1, int((attention > q3 + 1.5 * (q3 - q1)).sum()))
+    budget = max(1, step.keep - 1)
+    stays = set(top(attention, min(budget, outliers)).tolist())
+    if method.adaptive:
+        stride = max(1, int(1 / (outliers / tokens)) // 3)
+        rest = [patch for patch in range(0, tokens - 1, stride) if patch not in stays]
+        fill = min(budget - len(stays), len(rest))
+    else:
+        rest = [patch for patch in range(tokens) if patch not in stays]
+        fill = budget - len(stays)
+    for index in range(fill):
+        stays.add(rest[(2 * index + 1) * len(rest) // (2 * fill)])
+    rows = {}
+    for patch in stays:
+        rows[patch] = np.eye(tokens)[patch]
         similarity = keys @ keys[patch]
         others = [other for other in np.argsort(-similarity, kind="stable") if other != patch]
         for other in others[: method.neighbours]:
-            mixture[row, other] += attention[other]
-    return kept, mixture
+            rows[patch][other] += attention[other]
+    gone = [patch for patch in range(tokens) if patch not in stays]
+    if step.keep > 1:
+        rows[max(gone, key=lambda patch: attention[patch])] = np.where(np.isin(np.arange(tokens), gone), attention, 0)
+    kept = np.array(sorted(rows))
+    return kept, np.stack([rows[patch] for patch in kept])
 
 
 def visionzip(method: Any, step: Any, image: int) -> Result:
