@@ -36,7 +36,7 @@ METHODS: dict[str, type[Method]] = {
 """Every method by its name."""
 
 
-def make(name: str, keep: int, **options: Any) -> Method:
+def make(name: str, keep: int | None = None, **options: Any) -> Method:
     """Make a method by its name.
 
     Raises

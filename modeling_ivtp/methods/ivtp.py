@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ..model.pruner import IVTPPruner, Pruner
+from ..model.schedule import PruningPlan
 from .method import Method
 
 
@@ -37,6 +38,15 @@ class IVTP(Method):
 
     def bind(self, config: Any) -> Pruner:
         """Return IVTP's pruner with the model's options."""
+        return self.at(self.final_tokens(config, config.num_patches)).pruner(config)
+
+    def schedule(self, config: Any, patches: int) -> PruningPlan:
+        """Plan groups of layers; see `plan_pruning`."""
+        plan = self.pruner(config).plan(config, patches)
+        return PruningPlan(patches) if plan is None else plan
+
+    def pruner(self, config: Any) -> IVTPPruner:
+        """Make the pruner for a final number of `keep` tokens."""
         handed_over = config.pruning.tower_tokens
         if handed_over is not None and handed_over < self.keep:
             handed_over = None
@@ -51,8 +61,8 @@ class IVTPV(IVTP):
     name: ClassVar[str] = "ivtp-v"
     stages: ClassVar[tuple[str, ...]] = ("tower",)
 
-    def bind(self, config: Any) -> Pruner:
-        """Return IVTP's pruner without layers of the decoder."""
+    def pruner(self, config: Any) -> IVTPPruner:
+        """Make the pruner without layers of the decoder."""
         # Without the second stage there is no hand-over.
         fixed = {"decoder_layers": 0, "guidance": "visual_cls", "tower_tokens": None}
-        return IVTP(self.keep, {**self.options, **fixed}, positions=self.positions).bind(config)
+        return IVTP(self.keep, {**self.options, **fixed}, positions=self.positions).pruner(config)

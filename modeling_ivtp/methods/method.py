@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from copy import copy
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from .._moved import accept_old_pruner, old_names
 from ..model.configuration_ivtp import is_whole
 from ..model.pruner import Needs, Pruner
 from ..model.schedule import Group, PruningPlan
+
+AMethod = TypeVar("AMethod", bound="Method")
 
 
 @dataclass(frozen=True)
@@ -19,15 +22,18 @@ class Method(Pruner):
 
     Parameters
     ----------
-    keep : int
+    keep : int, optional
         Visual tokens of one image that are left in the end. A number of all patches or more keeps all.
     positions : {"original", "compact"}, default "original"
         Whether kept tokens keep their RoPE positions or are renumbered without gaps.
+    average : float, optional
+        In place of `keep`: visual tokens of one image per decoder layer, averaged over all layers. The method's
+        schedule is scaled to the final number that comes nearest.
 
     Raises
     ------
     ValueError
-        For an option out of range.
+        For an option out of range, or unless exactly one budget is given.
 
     Examples
     --------
@@ -35,20 +41,23 @@ class Method(Pruner):
     ...     model.generate(**inputs)
     """
 
-    keep: int
+    keep: Any = None  # an int wherever `schedule` is asked
     positions: str = field(default="original", kw_only=True)
+    average: float | None = field(default=None, kw_only=True)
 
     name: ClassVar[str]
     requires: ClassVar[Needs] = Needs()
     stages: ClassVar[tuple[str, ...]]
     """The steps of `pruner.STAGES` at which it acts."""
+    budgets: ClassVar[tuple[str, ...]] = ("keep", "average")
+    """The options of which exactly one is given."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         accept_old_pruner(cls)
 
     def __post_init__(self) -> None:
-        self.check_whole("keep", 1)
+        self._check_budget()
         if "layers" in vars(self):
             self._check_layers_option()
         if self.positions not in ("original", "compact"):
@@ -70,13 +79,55 @@ class Method(Pruner):
         return self
 
     def plan(self, config: Any, patches: int) -> PruningPlan | None:
-        """Plan how many tokens stay after each step; None if `keep` is not below `patches`."""
-        plan = self.schedule(config, patches) if self.keep < patches else None
+        """Plan how many tokens stay after each step; None if the budget is not below `patches`."""
+        keep = self.final_tokens(config, patches)
+        plan = self.at(keep).schedule(config, patches) if keep < patches else None
         return None if plan is None or plan.final_tokens >= patches else plan
 
     def schedule(self, config: Any, patches: int) -> PruningPlan:
-        """Plan how many tokens stay after each step, for a budget below `patches`."""
+        """Plan how many tokens stay after each step, for a `keep` below `patches`."""
         raise self._missing("plans")
+
+    def at(self: AMethod, keep: int) -> AMethod:
+        """Return the method with this `keep`, whatever its budget."""
+        method = copy(self)
+        object.__setattr__(method, "keep", keep)
+        return method
+
+    def final_tokens(self, config: Any, patches: int) -> int:
+        """Return the number of tokens in the end: `keep`, or the one that comes nearest to `average`.
+
+        Raises
+        ------
+        ValueError
+            If `average` cannot be reached.
+        """
+        if self.average is None:
+            return self.keep
+        if self.average >= patches:
+            return patches
+        text, vision = config.text_config.num_hidden_layers, config.vision_config.num_hidden_layers
+        key = patches, text, vision, config.feature_depth, config.grid, config.pruning
+        found: dict[Any, int] = vars(self)["_found"]
+        if key not in found:
+            found[key] = self._nearest(config, patches, self.average)
+        return found[key]
+
+    def _nearest(self, config: Any, patches: int, average: float) -> int:
+        """Find the final number whose schedule has the layer average that is nearest to this one."""
+        averages, reason = {patches: float(patches)}, None
+        for keep in range(1, patches):
+            try:
+                plan = self.at(keep).schedule(config, patches)
+            except ValueError as error:  # some methods cannot have every number
+                reason = error
+                continue
+            averages[keep] = plan.layer_average(config.text_config.num_hidden_layers)
+        if len(averages) == 1 and reason is not None:
+            raise reason
+        if average < (least := min(averages.values())):
+            raise ValueError(f"{self.name}: average={average} cannot be reached; allowed: at least {least:.1f}.")
+        return min(averages, key=lambda keep: abs(averages[keep] - average))
 
     def tops(self, config: Any, default: tuple[int, ...]) -> tuple[int, ...]:
         """Return the decoder layers (0-based) after which tokens are dropped: `layers`, or a default for 32 layers.
@@ -117,8 +168,18 @@ class Method(Pruner):
         value = getattr(self, option)
         if value is None and optional:
             return
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        if not _is_number(value) or not 0 <= value <= 1:
             raise ValueError(f"{self.name}: {option}={value!r}; allowed: from 0 to 1{' or None' if optional else ''}.")
+
+    def _check_budget(self) -> None:
+        values = {name: getattr(self, name) for name in self.budgets if getattr(self, name) is not None}
+        if len(values) != 1:
+            listed = ", ".join(f"{name}={value!r}" for name, value in values.items()) or "no budget"
+            raise ValueError(f"{self.name}: {listed}; give one of {', '.join(self.budgets)}.")
+        self.check_whole("keep", 1, optional=True)
+        if self.average is not None and not (_is_number(self.average) and self.average >= 1):
+            raise ValueError(f"{self.name}: average={self.average!r}; allowed: a number of at least 1.")
+        object.__setattr__(self, "_found", {})
 
     def _check_layers_option(self) -> None:
         layers: Any = vars(self)["layers"]
@@ -130,6 +191,10 @@ class Method(Pruner):
                 f"{self.name}: layers={layers!r}; allowed: ascending numbers from 1 on, such as (8, 16), or None."
             )
         object.__setattr__(self, "layers", tuple(int(layer) for layer in layers))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def linear_schedule(start: int, end: int, steps: int) -> tuple[int, ...]:

@@ -25,11 +25,18 @@ class TwoStage(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_whole("tower_tokens", self.keep, optional=True)
+        self.check_whole("tower_tokens", self.keep or 1, optional=True)
         self.check_whole("decoder_layers", 1, optional=True)
 
     def handed_over(self, patches: int) -> int:
-        """Return the number of tokens between the stages."""
+        """Return the number of tokens between the stages.
+
+        Raises
+        ------
+        ValueError
+            If `tower_tokens` is below the final number.
+        """
+        self.check_whole("tower_tokens", self.keep, optional=True)
         return min(patches, self.tower_tokens or round(1.875 * self.keep))
 
     def depth(self, config: Any) -> int:

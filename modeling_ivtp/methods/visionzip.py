@@ -45,6 +45,7 @@ class VisionZip(Method):
 
     def schedule(self, config: Any, patches: int) -> PruningPlan:
         """Plan one choice, before the projector."""
+        self.check_whole("contextual", 0, self.keep, optional=True)
         return PruningPlan(patches, features=self.keep)
 
     def in_features(self, step: FeatureStep) -> Choice:

@@ -75,6 +75,10 @@ class PruningPlan:
         """Return the patches of one image that each of the `num_layers` tower layers gets."""
         return _layer_tokens(self.tower, self.patches, num_layers)
 
+    def layer_average(self, num_layers: int) -> float:
+        """Return the visual tokens of one image per decoder layer, averaged over all `num_layers` of them."""
+        return sum(self.decoder_layer_tokens(num_layers)) / num_layers
+
     def decoder_layer_tokens(self, num_layers: int) -> tuple[int, ...]:
         """Return the visual tokens of one image that each of the `num_layers` decoder layers gets, and caches."""
         return _layer_tokens(self.decoder, self.tower_tokens, num_layers)

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration, StaticCache
 
 from modeling_ivtp import methods
+from modeling_ivtp.flops.shapes import load_shape
 from modeling_ivtp.model.visual_sequence import VisualSequence
 from tests.support.masked import choices_of, masked_logits
 from tests.support.tiny import PATCHES, prompt, rows_alone, tiny_model
@@ -50,6 +52,11 @@ def test_every_method_has_a_row_here():
 @pytest.fixture(scope="module")
 def model():
     return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def llava():
+    return load_shape("llava-1.5-7b")
 
 
 def positions(mask):
@@ -250,9 +257,15 @@ def test_methods_that_get_in_each_others_way_are_refused(first, second, message,
     ("make", "message"),
     [
         (lambda: methods.make("fastw", 4), r"Unknown method 'fastw'; allowed: random, topk"),
-        (lambda: methods.make("fastv", 4, depth=2), r"fastv has no option depth; allowed: positions, layer"),
+        (lambda: methods.make("fastv", 4, depth=2), r"fastv has no option depth; allowed: positions, average, layer"),
         (lambda: methods.FastV(0), r"fastv: keep=0; allowed: a whole number of at least 1"),
         (lambda: methods.FastV(True), r"fastv: keep=True"),
+        (lambda: methods.FastV(), r"fastv: no budget; give one of keep, average"),
+        (lambda: methods.FastV(4, average=8), r"fastv: keep=4, average=8; give one of keep, average"),
+        (lambda: methods.FastV(average=0), r"fastv: average=0; allowed: a number of at least 1"),
+        (lambda: methods.FastV(average=True), r"fastv: average=True; allowed: a number"),
+        (lambda: methods.FastV(average=float("nan")), r"fastv: average=nan; allowed: a number"),
+        (lambda: methods.make("fastv", average="8"), r"fastv: average='8'; allowed: a number"),
         (lambda: methods.FastV(4, layer=0), r"fastv: layer=0; allowed: a whole number of at least 1"),
         (lambda: methods.FastV(4, positions="packed"), r"fastv: positions='packed'; allowed: original, compact"),
         (lambda: methods.VisionZip(4, contextual=5), r"visionzip: contextual=5; allowed: a whole number from 0 to 4"),
@@ -297,6 +310,64 @@ def test_what_does_not_fit_the_model_is_refused_before_anything_changes(method, 
     with pytest.raises(ValueError, match=message), method(model):
         pass
     assert snapshot(model) == before
+
+
+@EVERY
+def test_an_average_over_layers_is_a_budget(name, llava):
+    """The final number is the one whose schedule comes nearest to the average."""
+    layers = llava.text_config.num_hidden_layers
+    for average in (192, 300.5):
+        options = {"tower_tokens": 500} if name in ("topk+", "tome+") else {}
+        bound = methods.make(name, average=average, **options).bind(llava)
+        plan = bound.plan(llava, 576)
+        found = abs(plan.layer_average(layers) - average)
+        for other in (plan.final_tokens - 1, plan.final_tokens + 1):
+            try:
+                near = methods.make(name, other, **options).bind(llava).plan(llava, 576)
+            except ValueError:  # some numbers are no grid of cells
+                continue
+            assert found <= abs(near.layer_average(layers) - average)
+        if not plan.decoder and name != "spatial_pooling":
+            assert plan.final_tokens == round(average)
+
+
+@EVERY
+@torch.no_grad()
+def test_the_average_is_that_of_what_layers_hold(name, model):
+    plan = EXAMPLES[name].bind(model.config).plan(model.config, PATCHES)
+    average = plan.layer_average(6)
+    options = {field.name: getattr(EXAMPLES[name], field.name) for field in fields(EXAMPLES[name])}
+    method = type(EXAMPLES[name])(**options | {"keep": None, "average": average})
+    inputs, cache = prompt(ROWS[:1]), DynamicCache()
+    length = inputs["input_ids"].shape[1] - PATCHES
+    with method(model):
+        assert model.model.plan() == plan
+        model(**inputs, past_key_values=cache)
+    if plan.exact:
+        held = [layer.keys.shape[2] - length for layer in cache.layers]
+        assert sum(held) / 6 == pytest.approx(average)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (methods.PyramidDrop(average=64), r"pyramiddrop: average=64 cannot be reached; allowed: at least \d+\.\d"),
+        (methods.FastV(average=30), r"fastv: average=30 cannot be reached; allowed: at least 36\.9"),
+        (methods.FastV(average=64, layer=40), r"fastv: layer=40; allowed: 1 to 32"),
+    ],
+)
+def test_an_average_that_cannot_be_reached_is_an_error(method, message, llava):
+    with pytest.raises(ValueError, match=message):
+        method.plan(llava, 576)
+    assert methods.FastV(average=576).plan(llava, 576) is None
+    assert methods.FastV(average=1000).plan(llava, 576) is None
+
+
+def test_composed_methods_may_have_average_budgets(model):
+    with methods.DivPrune(average=9)(model), methods.FastV(average=6)(model):
+        plan = model.model.plan()
+    assert plan.features == 9
+    assert plan.layer_average(6) == pytest.approx(6, abs=0.4)
 
 
 DRAFTING = {"an assistant": {}, "prompt lookup": {"prompt_lookup_num_tokens": 3}}
