@@ -1,8 +1,8 @@
-"""SparseVLM (Zhang et al., ICML 2025): text raters, counts by rank, and recycling of dropped tokens."""
+"""SparseVLM (Zhang et al., ICML 2025): text raters, three drops, and recycling of dropped tokens."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -13,8 +13,8 @@ from ..model.visual_sequence import VisualSequence
 from .method import Method, groups_after
 from .selecting import after_images, first_reader, join_choices, on_visual, one_hot, ranking, received
 
-RECYCLED, CLUSTERS = 0.3, 0.1
-"""The share of the dropped tokens that is recycled, and the share of these that clusters have."""
+PUBLISHED = {192: (300, 200, 110), 128: (303, 110, 36), 64: (66, 30, 17)}
+"""The tokens that stay by rank after each drop, in the authors' code for LLaVA-1.5, by the average in their tables."""
 
 
 @dataclass(frozen=True)
@@ -22,38 +22,69 @@ class SparseVLM(Method):
     """Drops after three decoder layers the visual tokens that the text about the image attends to least.
 
     *Raters* are the text tokens after an image whose similarity with its visual tokens, before the decoder, is at least
-    the mean. Of L tokens, N = λ (L − rank) are dropped, where rank is that of the raters' attention map. The paper
-    tunes λ. Here λ leads to the step's count when the rank is the number of raters, so raters who agree leave fewer.
-    The upper part of the dropped tokens is clustered by density peaks. Each cluster's mean stays, in the place of its
-    centre.
+    the mean. The upper part of the dropped tokens is clustered by density peaks. Each cluster's mean stays, in the
+    place of its centre. The authors' code adds noise to the densities, so that none are equal; here the earlier of
+    equal ones counts as denser.
+
+    As in the authors' code, the counts after each drop are the same for every image, and of n dropped tokens
+    int(0.3 n) + 1 are recycled.
 
     Parameters
     ----------
+    keep : int, optional
+        Tokens in the end, recycled ones included; each drop has the same ratio.
     layers : tuple of int, optional
         The number of layers before each drop; default: 3, 7 and 16 of 32.
-    adaptive : bool, default True
-        False: every image keeps the same number.
+    adaptive : bool, default False
+        True: the paper's rule. Of L tokens N = λ (L − rank) are dropped, where rank is that of the raters' attention
+        map. The paper tunes λ. Here λ leads to the step's count when the rank is the number of raters, so raters who
+        agree leave fewer.
     recycle : bool, default True
         False: dropped tokens are not recycled.
+    published : {192, 128, 64}, optional
+        In place of `keep`: the counts of the authors' code for LLaVA-1.5, see `PUBLISHED`. The number is their average
+        over layers, in which a layer that drops counts with what it passes on.
     """
 
     layers: tuple[int, ...] | None = None
-    adaptive: bool = True
+    adaptive: bool = False
     recycle: bool = True
+    published: int | None = field(default=None, kw_only=True)
 
     name: ClassVar[str] = "sparsevlm"
     stages: ClassVar[tuple[str, ...]] = ("decoder",)
+    budgets: ClassVar[tuple[str, ...]] = ("keep", "average", "published")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_flag("adaptive")
         self.check_flag("recycle")
+        if self.published is not None and self.published not in PUBLISHED:
+            allowed = ", ".join(map(str, PUBLISHED))
+            raise ValueError(f"{self.name}: published={self.published!r}; allowed: {allowed} or None.")
+
+    def final_tokens(self, config: Any, patches: int) -> int:
+        """Return `keep`, the number for an `average`, or the one that the published counts lead to."""
+        return super().final_tokens(config, patches) if self.published is None else self.published_counts(patches)[-1]
 
     def schedule(self, config: Any, patches: int) -> PruningPlan:
-        """Plan one ratio for every drop."""
+        """Plan one ratio for every drop, or the published counts."""
         tops = self.tops(config, (3, 7, 16))
         counts = geometric_schedule(patches, self.keep, len(tops))
+        if self.published is not None:
+            counts = self.published_counts(patches)
+            if len(tops) != len(counts):
+                raise ValueError(f"{self.name}: layers={self.layers}; allowed: {len(counts)} layers with published.")
         return PruningPlan(patches, decoder=groups_after(tops, counts), exact=not self.adaptive)
+
+    def published_counts(self, patches: int) -> tuple[int, ...]:
+        """Return the tokens after each drop of the authors' code, recycled ones included."""
+        counts, tokens = [], patches
+        for count in PUBLISHED[self.published or 64]:
+            stays = min(count, tokens - 1)
+            tokens = stays + (clusters_of(recycled_of(tokens - stays)) if self.recycle else 0)
+            counts.append(tokens)
+        return tuple(counts)
 
     def prepare(self, sequence: VisualSequence, embeds: torch.Tensor) -> torch.Tensor:
         """Mark the raters by logical column: bool (B, M, S)."""
@@ -142,7 +173,7 @@ def sparsify(
     if not clusters:
         return order[:keep].sort().values, None
     stays = order[: keep - clusters]
-    pool = order[keep - clusters :][: int(RECYCLED * (tokens - keep + clusters))].sort().values
+    pool = order[keep - clusters :][: recycled_of(tokens - keep + clusters)].sort().values
     centres, member = density_peaks(hidden[pool], clusters)
     kept = torch.cat([stays, pool[centres]])
     averages = torch.zeros(clusters, tokens, device=scores.device)
@@ -153,14 +184,24 @@ def sparsify(
 
 
 def recycled_tokens(tokens: int, keep: int) -> int:
-    """Return how many of `keep` tokens are recycled: the fewest that the shares allow, at least 1; 0 if none fits."""
+    """Return how many of `keep` tokens are clusters of recycled ones: the fewest that come out; 0 if none fits."""
     for clusters in range(1, keep):
-        recycled = int(RECYCLED * (tokens - keep + clusters))
+        recycled = recycled_of(tokens - keep + clusters)
         if recycled < clusters:
             return 0
-        if int(CLUSTERS * recycled) + 1 <= clusters:
+        if clusters_of(recycled) <= clusters:
             return clusters
     return 0
+
+
+def recycled_of(dropped: int) -> int:
+    """Return how many of the dropped tokens are recycled."""
+    return int(0.3 * dropped) + 1
+
+
+def clusters_of(recycled: int) -> int:
+    """Return how many clusters the recycled tokens form."""
+    return int(recycled / 10) + 1
 
 
 def density_peaks(points: torch.Tensor, clusters: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -32,7 +32,7 @@ EXAMPLES = {
     "text_attention": methods.TextAttention(4, layers=(2, 4), fuse=2, weights=(1.0, 3.0)),
     "fastv": methods.FastV(4),
     "pyramiddrop": methods.PyramidDrop(4),
-    "sparsevlm": methods.SparseVLM(5),
+    "sparsevlm": methods.SparseVLM(5, adaptive=True),
     "prumerge+": methods.PruMergePlus(6, adaptive=True, neighbours=3),
     "visionzip": methods.VisionZip(4, contextual=2),
     "divprune": methods.DivPrune(4),
@@ -282,6 +282,11 @@ def test_methods_that_get_in_each_others_way_are_refused(first, second, message,
         (lambda: methods.LVPruningTopK(4, scores=3), r"lvpruning-topk: scores=3; allowed: a callable"),
         (lambda: methods.IVTP(4, options="x"), r"ivtp: options='x'; allowed: a dict of fields"),
         (lambda: methods.IVTP(4, options={"visual_tokens": 2}), r"allowed: a dict of fields .* other than enabled"),
+        (lambda: methods.SparseVLM(published=100), r"sparsevlm: published=100; allowed: 192, 128, 64 or None"),
+        (
+            lambda: methods.SparseVLM(4, published=64),
+            r"sparsevlm: keep=4, published=64; give one of keep, average, pub",
+        ),
         (lambda: methods.SparseVLM(4, adaptive="no"), r"sparsevlm: adaptive='no'; allowed: True, False"),
         (lambda: methods.PruMergePlus(4, adaptive=2), r"prumerge\+: adaptive=2; allowed: True, False"),
         (lambda: methods.CDPruner(4, negated=None), r"cdpruner: negated=None; allowed: True, False"),
@@ -407,7 +412,7 @@ def test_what_an_assistant_proposes_does_not_choose(name, how, model):
 
 
 def test_a_conversation_about_pictures_that_keep_different_numbers(model):
-    inputs = prompt([["image", 3, "image", 4]], seed=9)
+    inputs = prompt([["image", 3, "image", 4]], seed=21)
     method = methods.PruMergePlus(12, adaptive=True, neighbours=3)
     with method(model):
         counts = [len(one) for one in model.model.get_image_features(inputs["pixel_values"]).pooler_output]
@@ -419,7 +424,7 @@ def test_a_conversation_about_pictures_that_keep_different_numbers(model):
     assert answer.shape[1] == inputs["input_ids"].shape[1] + 2
 
 
-@pytest.mark.parametrize("name", ["fastv", "topk", "divprune"])
+@pytest.mark.parametrize("name", ["fastv", "topk", "divprune", "pyramiddrop"])
 def test_a_stock_llava_under_accelerates_hooks(name, model, stock, tmp_path):
     inputs = without_clip(prompt(ROWS))
     with EXAMPLES[name](model):

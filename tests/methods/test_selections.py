@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 from benchmarks.quality.world import draw_scene, questions
 from modeling_ivtp import methods
+from modeling_ivtp.flops.shapes import load_shape
 from modeling_ivtp.methods.prumerge import outliers_and_sample
 from modeling_ivtp.methods.random import fingerprint
 from modeling_ivtp.methods.sparsevlm import adapted, recycled_tokens, text_raters
@@ -29,6 +30,8 @@ VARIANTS = [
     ("tome", "in_tower", {"spatial_order": True}),
     ("pyramiddrop", "in_decoder", {"next_layer": False}),
     ("visionzip", "in_features", {"keep_cls": False}),
+    ("sparsevlm", "in_decoder", {"adaptive": False}),
+    ("sparsevlm", "in_decoder", {"recycle": False}),
     ("prumerge+", "in_features", {"adaptive": False}),
     ("prumerge+", "in_features", {"keep": 1}),
     ("prumerge+", "in_features", {"keep": 12}),
@@ -150,11 +153,33 @@ def test_raters_who_agree_leave_fewer_tokens():
 
 
 def test_recycled_tokens_are_a_tenth_of_three_tenths():
-    for tokens, keep in ((576, 192), (300, 200), (64, 16)):
+    def clusters_of(dropped):
+        return int((int(0.3 * dropped) + 1) / 10) + 1
+
+    for tokens, keep in ((576, 192), (300, 200), (64, 16), (5, 4)):
         clusters = recycled_tokens(tokens, keep)
-        assert int(0.1 * int(0.3 * (tokens - keep + clusters))) + 1 <= clusters
-        assert clusters == 1 or int(0.1 * int(0.3 * (tokens - keep + clusters - 1))) + 1 > clusters - 1
-    assert recycled_tokens(5, 4) == 0
+        assert clusters_of(tokens - keep + clusters) <= clusters
+        assert clusters == 1 or clusters_of(tokens - keep + clusters - 1) > clusters - 1
+    assert recycled_tokens(5, 1) == 0
+
+
+@pytest.mark.parametrize(
+    ("published", "by_rank", "left"),
+    [(192, (300, 200, 110), (309, 204, 113)), (128, (303, 110, 36), (312, 117, 39)), (64, (66, 30, 17), (82, 32, 18))],
+)
+def test_published_counts_of_sparsevlm_are_the_tables_of_its_code(published, by_rank, left):
+    method, tokens = methods.SparseVLM(published=published), 576
+    config = load_shape("llava-1.5-7b")
+    plan = method.plan(config, 576)
+    assert plan.exact
+    assert [(group.last, group.keep) for group in plan.decoder] == list(zip((2, 6, 15), left, strict=True))
+    # A layer counts there with what it passes on: 192 is 2 x 576, 4 x 309, 10 x 204 and 16 or 17 x 113 by 32 layers.
+    assert (2 * 576 + 4 * left[0] + 9 * left[1] + 17 * left[2]) / 32 == pytest.approx(published, abs=1)
+    for count, total in zip(by_rank, left, strict=True):
+        assert total - recycled_tokens(tokens, total) == count
+        tokens = total
+    unrecycled = methods.SparseVLM(published=published, recycle=False).plan(config, 576)
+    assert tuple(group.keep for group in unrecycled.decoder) == by_rank
 
 
 def test_random_patches_depend_on_image_and_seed():

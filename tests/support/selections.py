@@ -278,8 +278,8 @@ def sparsevlm(method: Any, step: Any, row: int, image: int) -> Result:
     order = np.argsort(-scores, kind="stable")
     clusters = 0
     for number in range(1, keep if method.recycle else 0):
-        recycled = int(0.3 * (tokens - keep + number))
-        if recycled >= number and int(0.1 * recycled) + 1 <= number:
+        recycled = int(0.3 * (tokens - keep + number)) + 1
+        if recycled >= number and int(recycled / 10) + 1 <= number:
             clusters = number
             break
         if recycled < number:
@@ -287,7 +287,7 @@ def sparsevlm(method: Any, step: Any, row: int, image: int) -> Result:
     if not clusters:
         return np.sort(order[:keep]), None
     stays = order[: keep - clusters]
-    pool = np.sort(order[keep - clusters :][: int(0.3 * (tokens - keep + clusters))])
+    pool = np.sort(order[keep - clusters :][: int(0.3 * (tokens - keep + clusters)) + 1])
     points = array(step.hidden)[row][columns[pool]]
     distance = np.array([[np.linalg.norm(p - q) for q in points] for p in points]) / points.shape[1] ** 0.5
     density = np.array([np.exp(-np.mean(np.sort(line)[:clusters] ** 2)) for line in distance])
