@@ -273,7 +273,9 @@ class _Dry(PrunerWrapper):
         """Choose on random records."""
         patches = torch.arange(step.patches.shape[1])[None]
         records = [_real_record(record) for record in step.records]
-        real = TowerStep(step.group, records, patches, _ones(step.sizes), _counted_off(step.order))
+        real = TowerStep(
+            step.group, records, torch.randn(step.hidden.shape), patches, _ones(step.sizes), _counted_off(step.order)
+        )
         return self._ask(lambda: self.pruner.in_tower(real), step.group.keep)
 
     def in_features(self, step: FeatureStep) -> Choice:
@@ -326,6 +328,7 @@ class _Dry(PrunerWrapper):
             order=_counted_off(step.order),
             state=self._state,
             next_record=None if step.next_record is None else _real_decoder_record(step.next_record),
+            pseudo_cls=None if step.pseudo_cls is None else torch.randn(step.pseudo_cls.shape),
         )
         return self._ask(lambda: self.pruner.in_decoder(real), step.group.keep)
 

@@ -72,6 +72,8 @@ class TowerStep:
     group : Group
     records : list of AttentionRecord
         Of the group's layers, lowest first; M is 1.
+    hidden : Tensor (I, 1 + k, d)
+        The group's output, CLS first.
     patches : int64 Tensor (I, k)
         The patches that the tokens are, or stand for.
     sizes : float32 Tensor (I, k) or None
@@ -81,6 +83,7 @@ class TowerStep:
 
     group: Group
     records: list[AttentionRecord]
+    hidden: torch.Tensor
     patches: torch.Tensor
     sizes: torch.Tensor | None = None
     order: torch.Tensor | None = None
@@ -178,6 +181,8 @@ class DecoderStep:
         The result of `Pruner.prepare` for this prompt.
     next_record : DecoderAttentionRecord or None
         Of the layer after the group, computed from the group's output, if the pruner needs it.
+    pseudo_cls : Tensor (B, M, d) or None
+        The group's output for the pseudo-CLS tokens, if the pruner needs them.
     """
 
     group: Group
@@ -189,6 +194,7 @@ class DecoderStep:
     order: torch.Tensor | None = None
     state: Any = None
     next_record: DecoderAttentionRecord | None = None
+    pseudo_cls: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

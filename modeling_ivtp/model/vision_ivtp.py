@@ -149,10 +149,10 @@ class _Pass:
         self.records.append(self.pruner.record(group, layer))
         return self.records[-1]
 
-    def choose(self, group: Group) -> Choice:
+    def choose(self, group: Group, hidden: torch.Tensor) -> Choice:
         """Ask the pruner at the top of a group, and drop from everything but the hidden states."""
         with torch.no_grad(), full_precision(self.patches.device), label(CHOOSE):
-            choice = self.pruner.in_tower(TowerStep(group, self.records, self.patches, self.sizes, self.order))
+            choice = self.pruner.in_tower(TowerStep(group, self.records, hidden, self.patches, self.sizes, self.order))
         for record in self.records:
             record.seal()
         self.records = []
@@ -173,7 +173,7 @@ class _Pass:
         def drop_hidden(hidden: torch.Tensor) -> torch.Tensor:
             nonlocal choice
             if choice is None:
-                choice = self.choose(group)
+                choice = self.choose(group, hidden)
             return _apply(choice, hidden)
 
         return drop_hidden

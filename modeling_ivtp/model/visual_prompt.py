@@ -209,7 +209,17 @@ class PromptPass:
         asked = (records, []) if self.pseudo_cls is not None else ([], records)
         with torch.no_grad(), full_precision(self.tokens.device), label(CHOOSE):
             choice = visual.pruner.in_decoder(
-                DecoderStep(group, *asked, self.tokens, before, self.sizes, self.order, visual.state, next_record)
+                DecoderStep(
+                    group,
+                    *asked,
+                    self.tokens,
+                    before,
+                    sizes=self.sizes,
+                    order=self.order,
+                    state=visual.state,
+                    next_record=next_record,
+                    pseudo_cls=self.pseudo_cls,
+                )
             )
         for record in records:
             record.seal()

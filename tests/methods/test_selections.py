@@ -27,6 +27,9 @@ from tests.support.tiny import prompt, tiny_model
 MINIATURE = Path(__file__).parents[2] / "examples" / "miniature"
 CHECKED = [*BY_IMAGE, *BY_ROW]
 VARIANTS = [
+    ("topk", "in_tower", {"criterion": "similarity"}),
+    ("topk+", "in_tower", {"criterion": "similarity"}),
+    ("topk+", "in_decoder", {"criterion": "similarity"}),
     ("tome", "in_tower", {"spatial_order": True}),
     ("pyramiddrop", "in_decoder", {"next_layer": False}),
     ("visionzip", "in_features", {"keep_cls": False}),

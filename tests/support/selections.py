@@ -41,7 +41,26 @@ def cls_row(record: Any, image: int) -> np.ndarray:
 
 
 def topk(method: Any, step: Any, image: int) -> Result:
+    if method.criterion == "similarity":
+        cls, *patches = unit(array(step.hidden)[image])
+        return top(np.array(patches) @ cls, step.group.keep), None
     return top(cls_row(step.records[-1], image), step.group.keep), None
+
+
+def topk_plus(method: Any, step: Any, row: int, image: int) -> Result:
+    """What the image's CLS attends to, which stands first among the tracked columns, or is most similar to."""
+    columns = visual_columns(step.sequence, row, image)
+    if method.criterion == "similarity":
+        return top(
+            unit(array(step.hidden)[row][columns]) @ unit(array(step.pseudo_cls)[row, image]), step.group.keep
+        ), None
+    record = step.records[-1]
+    query, keys = array(record.query)[row, :, image, 0], array(record.key)[row]
+    keys = np.repeat(keys, len(query) // len(keys), axis=0)
+    visible = array(record.visible)[row, image, 0]
+    logits = [np.where(visible, key @ one * record.scale, -np.inf) for key, one in zip(keys, query, strict=True)]
+    attention = np.mean([softmax(head) for head in logits], axis=0)
+    return top(attention[array(record.columns)[row, image][1:][: len(columns)]], step.group.keep), None
 
 
 def evit(method: Any, step: Any, image: int) -> Result:
@@ -355,6 +374,7 @@ BY_IMAGE: dict[tuple[str, str], Callable[..., Result]] = {
 
 BY_ROW: dict[tuple[str, str], Callable[..., Result]] = {
     ("cdpruner", "in_prompt"): cdpruner,
+    ("topk+", "in_decoder"): topk_plus,
     ("tome+", "in_decoder"): tome_plus,
     ("text_attention", "in_decoder"): text_attention,
     ("fastv", "in_decoder"): fastv,
