@@ -329,6 +329,7 @@ class _Dry(PrunerWrapper):
             state=self._state,
             next_record=None if step.next_record is None else _real_decoder_record(step.next_record),
             pseudo_cls=None if step.pseudo_cls is None else torch.randn(step.pseudo_cls.shape),
+            instruction=None if step.instruction is None else torch.ones(step.instruction.shape, dtype=torch.bool),
         )
         return self._ask(lambda: self.pruner.in_decoder(real), step.group.keep)
 

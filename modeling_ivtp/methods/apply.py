@@ -101,6 +101,7 @@ class Applied(Pruner):
             compact_positions=any(needs.compact_positions for needs in parts),
             all_projected=any(needs.all_projected for needs in parts),
             next_record=in_decoder.next_record,
+            instruction=in_decoder.instruction,
         )
 
     def _must(self, stage: str) -> Pruner:

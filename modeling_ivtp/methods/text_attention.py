@@ -7,66 +7,134 @@ and no CLIP. It is here for comparison.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 from math import inf
+from operator import mul
 from typing import Any, ClassVar
 
 import torch
+from transformers.utils import logging
 
-from ..model.pruner import Choice, DecoderStep
+from ..model.pruner import Choice, DecoderStep, Needs
 from ..model.schedule import Group, PruningPlan, geometric_schedule
-from .method import Method
+from .method import Method, scaled_layers
 from .selecting import after_images, best_for_decoder, received
+
+logger = logging.get_logger(__name__)
+
+READERS = ("instruction", "text")
 
 
 @dataclass(frozen=True)
 class TextAttention(Method):
-    """Ranks visual tokens by the attention of the text after their image, averaged over heads and text tokens.
+    """Ranks visual tokens by the attention of the instruction's tokens, averaged over heads and tokens.
+
+    By default the attention of several layers is fused and tokens are dropped in two steps, as in the summary, which
+    gives the first layer, 8 of 32, and no other number.
 
     Parameters
     ----------
+    keep : int, optional
+        Tokens in the end; each drop has the same ratio.
     layers : tuple of int, optional
-        The number of layers before each drop, k or k1 and k2; default: 8 of 32. Progressive drops share one ratio.
-    fuse : int, default 1
-        The number of layers up to each drop that are fused.
+        The number of layers before each drop, k or k1 and k2; default: 8 and 16 of 32.
+    fuse : int, optional
+        The number of layers up to each drop that are fused; default: 3 of 32, but none before the last drop.
     weights : tuple of float, optional
-        Weight of each of them, lowest layer first; default: equal weights.
+        Weight of each fused layer, lowest layer first; default: equal weights.
+    readers : {"instruction", "text"}, default "instruction"
+        Whose attention counts: that of the instruction's tokens after the image, or of all text after the image. The
+        inputs say which tokens are the instruction (`clip_spans`). Where they do not, all text reads.
+    ratios : tuple of float, optional
+        In place of `keep`: the share of the visual tokens that each drop keeps, r1 and r2.
     """
 
     layers: tuple[int, ...] | None = None
-    fuse: int = 1
+    fuse: int | None = None
     weights: tuple[float, ...] | None = None
+    readers: str = field(default="instruction", kw_only=True)
+    ratios: tuple[float, ...] | None = field(default=None, kw_only=True)
 
     name: ClassVar[str] = "text_attention"
     stages: ClassVar[tuple[str, ...]] = ("decoder",)
+    requires: ClassVar[Needs] = Needs(instruction=True)
+    budgets: ClassVar[tuple[str, ...]] = ("keep", "average", "ratios")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_whole("fuse", 1)
-        if self.weights is not None and not _are_weights(self.weights, self.fuse):
+        self.check_whole("fuse", 1, optional=True)
+        if self.weights is not None:
+            number = self.fuse or (len(self.weights) if isinstance(self.weights, (tuple, list)) else 1)
+            if not _are_weights(self.weights, number):
+                raise ValueError(
+                    f"{self.name}: weights={self.weights}; allowed: {number} numbers (fuse) of at least 0, not all 0."
+                )
+        if self.readers not in READERS:
+            raise ValueError(f"{self.name}: readers={self.readers!r}; allowed: {', '.join(READERS)}.")
+        if self.ratios is not None and not _are_ratios(self.ratios):
             raise ValueError(
-                f"{self.name}: weights={self.weights}; allowed: {self.fuse} numbers (fuse) of at least 0, not all 0."
+                f"{self.name}: ratios={self.ratios}; allowed: numbers above 0, up to 1, such as (0.5, 0.5)."
             )
 
+    def final_tokens(self, config: Any, patches: int) -> int:
+        """Return `keep`, the number for an `average`, or the one that the ratios lead to."""
+        return super().final_tokens(config, patches) if self.ratios is None else self._ratio_counts(patches)[-1]
+
     def schedule(self, config: Any, patches: int) -> PruningPlan:
-        """Plan one ratio for every drop."""
-        tops = self.tops(config, (8,))
-        groups: list[Group] = []
-        for top, count in zip(tops, geometric_schedule(patches, self.keep, len(tops)), strict=True):
-            first = top - self.fuse + 1
-            if first < (groups[-1].last + 1 if groups else 0):
+        """Plan one ratio for every drop, or the given ones."""
+        tops = self.tops(config, (8, 16))
+        counts = geometric_schedule(patches, self.keep, len(tops))
+        if self.ratios is not None:
+            if len(self.ratios) != len(tops):
                 raise ValueError(
-                    f"{self.name}: fuse={self.fuse} reaches below the drop before layer {top + 1}; allowed: at most "
-                    f"{top - (groups[-1].last if groups else -1)} there."
+                    f"{self.name}: ratios={self.ratios}; allowed: {len(tops)} of them, one for each drop (layers)."
+                )
+            counts = self._ratio_counts(patches)
+        groups: list[Group] = []
+        for top, count in zip(tops, counts, strict=True):
+            lowest = groups[-1].last + 1 if groups else 0
+            first = top + 1 - self._fused_layers(config)
+            if self.fuse is None and self.weights is None:
+                first = max(first, lowest)
+            if first < lowest:
+                raise ValueError(
+                    f"{self.name}: fuse={top + 1 - first} reaches below the drop before layer {top + 1}; allowed: at "
+                    f"most {top + 1 - lowest} there."
                 )
             groups.append(Group(first, top, count))
         return PruningPlan(patches, decoder=tuple(groups))
 
+    def _fused_layers(self, config: Any) -> int:
+        if self.fuse is not None:
+            return self.fuse
+        if self.weights is not None:
+            return len(self.weights)
+        return scaled_layers((3,), 32, config.text_config.num_hidden_layers)[0]
+
+    def _ratio_counts(self, patches: int) -> tuple[int, ...]:
+        return tuple(max(1, round(patches * share)) for share in accumulate(self.ratios or (), mul))
+
     def in_decoder(self, step: DecoderStep) -> Choice:
-        """Rank by the fused attention of the text."""
+        """Rank by the fused attention of the readers."""
         readers = after_images(step.sequence)
+        if self.readers == "instruction":
+            if step.instruction is None:
+                logger.warning_once(
+                    "The inputs do not say which tokens are the instruction (clip_spans), so all text after the image "
+                    "chooses. Prepare inputs with IVTPLlavaProcessor and a CLIP tokenizer."
+                )
+            else:
+                words = readers & step.instruction.to(readers.device)[:, None]
+                readers = torch.where(words.any(-1, keepdim=True), words, readers)
         rows = [received(record, step.sequence, readers) for record in step.decoder_records]
         return best_for_decoder(step, fused(rows, self.weights))
+
+
+def _are_ratios(ratios: Any) -> bool:
+    if not isinstance(ratios, (tuple, list)) or not ratios:
+        return False
+    return all(isinstance(ratio, (int, float)) and not isinstance(ratio, bool) and 0 < ratio <= 1 for ratio in ratios)
 
 
 def _are_weights(weights: Any, number: int) -> bool:

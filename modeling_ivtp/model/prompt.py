@@ -252,7 +252,9 @@ def build_prompt(
     with torch.no_grad(), label(CHOOSE):
         state = pruner.prepare(sequence, embeds)
     scores = None if recorder is None else recorder.decoder
-    return VisualPrompt(sequence, pruner, plan.decoder, state=state, scores=scores, pseudo_cls=pseudo), embeds
+    spans = prompt.clip_spans
+    words = instruction_tokens(spans) if pruner.needs.instruction and spans is not None else None
+    return VisualPrompt(sequence, pruner, plan.decoder, state, scores, pseudo, words), embeds
 
 
 def _gather(embeds: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

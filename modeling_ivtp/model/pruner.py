@@ -183,6 +183,8 @@ class DecoderStep:
         Of the layer after the group, computed from the group's output, if the pruner needs it.
     pseudo_cls : Tensor (B, M, d) or None
         The group's output for the pseudo-CLS tokens, if the pruner needs them.
+    instruction : bool Tensor (B, n) or None
+        Which columns are words of the instruction, if the pruner needs it and the inputs say so.
     """
 
     group: Group
@@ -195,6 +197,7 @@ class DecoderStep:
     state: Any = None
     next_record: DecoderAttentionRecord | None = None
     pseudo_cls: torch.Tensor | None = None
+    instruction: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -221,6 +224,8 @@ class Needs:
         The feature step reads projected features, so dropped ones are projected, too.
     next_record : bool
         The decoder step gets the queries and keys of the layer after the group.
+    instruction : bool
+        The decoder step gets the columns of the instruction's words.
     """
 
     pseudo_cls: bool = False
@@ -232,6 +237,7 @@ class Needs:
     compact_positions: bool = False
     all_projected: bool = False
     next_record: bool = False
+    instruction: bool = False
 
 
 class Pruner:

@@ -51,6 +51,8 @@ class VisualPrompt:
         Each group's decision is appended.
     pseudo_cls : PseudoCLSTokens or None
         Tokens that run along, where the pruner needs them.
+    instruction : bool Tensor (B, S) or None
+        The prompt's columns with words of the instruction, where the pruner needs them.
     """
 
     sequence: VisualSequence
@@ -59,6 +61,7 @@ class VisualPrompt:
     state: Any = None
     scores: list[GroupScores] | None = None
     pseudo_cls: PseudoCLSTokens | None = None
+    instruction: torch.Tensor | None = None
 
     def stages(self, layers: int) -> Iterator[tuple[int, int, Group | None]]:
         """Yield all layers of the decoder as (first, last, group); layers outside of groups come with None."""
@@ -219,6 +222,7 @@ class PromptPass:
                     state=visual.state,
                     next_record=next_record,
                     pseudo_cls=self.pseudo_cls,
+                    instruction=self._instruction(),
                 )
             )
         for record in records:
@@ -234,3 +238,10 @@ class PromptPass:
         self.tokens = self.tokens.gather(1, columns)
         if merged is not None:
             self.tokens = self.sequence.with_visual(self.tokens, merged)
+
+    def _instruction(self) -> torch.Tensor | None:
+        """Mark the columns that are left of the instruction: bool (B, n)."""
+        if self.visual.instruction is None:
+            return None
+        columns = self.sequence.at_slots(self.visual.instruction)
+        return columns if self.sequence.valid is None else columns & self.sequence.valid

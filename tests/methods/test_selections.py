@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from benchmarks.quality.world import draw_scene, questions
 from modeling_ivtp import methods
 from modeling_ivtp.flops.shapes import load_shape
+from modeling_ivtp.methods import text_attention
 from modeling_ivtp.methods.prumerge import outliers_and_sample
 from modeling_ivtp.methods.random import fingerprint
 from modeling_ivtp.methods.sparsevlm import adapted, recycled_tokens, text_raters
@@ -353,3 +354,51 @@ def test_the_adaptive_sample_of_prumerge_is_every_so_many_th_patch():
     assert len(few) == 20
     assert set(outliers) < set(few) < set(kept)
     assert len(outliers_and_sample(attention, 5, adaptive=True)) == 5
+
+
+@torch.no_grad()
+def test_only_words_of_the_instruction_read(monkeypatch):
+    """Of the text after an image, the words that `clip_spans` marks; all of it where none of it is marked."""
+    model, inputs = tiny_model(), prompt(ROWS)
+    inputs["clip_spans"][:, -2:] = 0
+    inputs["clip_spans"][2] = 0
+    kept = {}
+    for readers in ("instruction", "text"):
+        method = replace(EXAMPLES["text_attention"], readers=readers)
+        with monkeypatch.context() as patch:
+            compare = compare_with_numpy("text_attention", "in_decoder")
+            choices = watch_choices(patch, method, "in_decoder", compare)
+            with method(model):
+                model(**inputs)
+        kept[readers] = choices[0].scores
+    first, other = kept["instruction"], kept["text"]
+    assert not torch.allclose(first[0], other[0])
+    assert torch.equal(first[2], other[2])
+
+
+@torch.no_grad()
+def test_without_spans_all_text_after_the_image_reads_and_a_warning_says_so(monkeypatch):
+    model, warnings = tiny_model(), []
+    monkeypatch.setattr(text_attention.logger, "warning_once", warnings.append)
+    inputs = {name: value for name, value in prompt(ROWS).items() if not name.startswith("clip_")}
+    scores = {}
+    for readers in ("instruction", "text"):
+        with replace(EXAMPLES["text_attention"], readers=readers)(model):
+            scores[readers] = [group.importance for image in model.explain(**inputs).images for group in image.groups]
+    assert all(torch.equal(*pair) for pair in zip(*scores.values(), strict=True))
+    assert warnings
+    assert all("do not say which tokens are the instruction (clip_spans)" in warning for warning in warnings)
+
+
+def test_the_defaults_of_text_attention_are_fused_and_progressive():
+    config = load_shape("llava-1.5-7b")
+    plan = methods.TextAttention(64).plan(config, 576)
+    assert [(group.first, group.last, group.keep) for group in plan.decoder] == [(5, 7, 192), (13, 15, 64)]
+    plan = methods.TextAttention(ratios=(0.5, 0.25)).plan(config, 576)
+    assert [group.keep for group in plan.decoder] == [288, 72]
+    plan = methods.TextAttention(64, layers=(8,), fuse=1).plan(config, 576)
+    assert [(group.first, group.last, group.keep) for group in plan.decoder] == [(7, 7, 64)]
+    plan = methods.TextAttention(64, layers=(2, 4)).plan(config, 576)
+    assert [(group.first, group.last) for group in plan.decoder] == [(0, 1), (2, 3)]
+    plan = methods.TextAttention(64, weights=(1.0, 2.0)).plan(config, 576)
+    assert [(group.first, group.last) for group in plan.decoder] == [(6, 7), (14, 15)]

@@ -270,6 +270,8 @@ def pyramiddrop(method: Any, step: Any, row: int, image: int) -> Result:
 def text_attention(method: Any, step: Any, row: int, image: int) -> Result:
     weights = method.weights or [1.0] * len(step.decoder_records)
     text = text_after(step.sequence, row, image)
+    if method.readers == "instruction" and step.instruction is not None:
+        text = [column for column in text if step.instruction[row, column]] or text
     total = 0
     for weight, record in zip(weights, step.decoder_records, strict=True):
         reader = Reader(record, step.sequence, row)
