@@ -19,6 +19,7 @@ class Rows(str, Enum):
 
     main = "main"
     systems = "systems"
+    compact = "compact"
     ablations = "ablations"
     all = "all"
 
@@ -41,7 +42,10 @@ def quality(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("benchmarks/results"),
     rows: Annotated[
-        Rows, typer.Option(help="A few methods, all systems, the paper's ablations, or everything.")
+        Rows,
+        typer.Option(
+            help="A few methods, all systems, all with renumbered positions, the paper's ablations, or everything."
+        ),
     ] = Rows.main,
     questions: Annotated[int, typer.Option(help="Held-out test questions, evenly over the types.")] = 2000,
     batch: Annotated[int, typer.Option(help="Questions answered side by side.")] = 16,

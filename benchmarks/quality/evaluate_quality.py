@@ -20,7 +20,7 @@ from benchmarks.quality import report
 from benchmarks.quality.answer_log import AnswerLog
 from benchmarks.quality.checkpoint import check_world, checkpoint_fingerprint, code_fingerprint
 from benchmarks.quality.examination import Asked, Examination, row_cost, row_signature
-from benchmarks.quality.methods import BUDGETS, Row, ablation_rows, main_rows, system_rows
+from benchmarks.quality.methods import BUDGETS, Row, ablation_rows, compact_rows, main_rows, system_rows
 from benchmarks.quality.progress import Asking
 from benchmarks.quality.world import TYPES, fingerprint, sample_questions
 from modeling_ivtp.files.console import quiet
@@ -28,7 +28,7 @@ from modeling_ivtp.serving.answering import load_model
 
 MINIATURE = Path(__file__).parents[2] / "examples" / "miniature"
 """The checkpoint that ships with the project."""
-ROWS = ("main", "systems", "ablations", "all")
+ROWS = ("main", "systems", "compact", "ablations", "all")
 """The kinds of rows: a few methods, all systems, the paper's ablations, or everything."""
 WELL = 0.85
 """The share of right answers, unpruned, from which a question type counts."""
@@ -181,11 +181,12 @@ def _rows(
     if rows == "main":
         return main, {}
     systems, unfit = system_rows(config, budgets) if rows in ("systems", "all") else ([], {})
+    compact, unfit_compact = compact_rows(config, budgets) if rows in ("compact", "all") else ([], {})
     ablations, skipped = ablation_rows(config, ablation_budgets) if rows in ("ablations", "all") else ([], {})
     # A method that is in both is kept as a system.
     named = {(row.method, row.visual_tokens) for row in systems}
     kept = [row for row in main if (row.method, row.visual_tokens) not in named] if rows == "all" else main[:1]
-    return kept + systems + ablations, unfit | skipped
+    return kept + systems + compact + ablations, unfit | unfit_compact | skipped
 
 
 def _only(rows: list[Row], methods: Sequence[str], *, unpruned: bool) -> list[Row]:

@@ -27,6 +27,8 @@ BUDGETS = (192, 128, 64, 32, 16)
 CHOOSERS = ("random", "cls-topk", "cls-topk-all-layers", "oracle")
 HANDED_OVER = (96, 192, 288)
 """Tokens that the tower hands over in the ablation of the hand-over; those below a budget are left out."""
+COMPACT = "compact"
+"""The `table` of rows with renumbered positions, which are a column beside the other rows."""
 _RANDOM_PATCHES = 3
 
 
@@ -135,6 +137,34 @@ def system_rows(config: Any, budgets: Sequence[int] = BUDGETS) -> tuple[list[Row
                 row.plan(config)
             except ValueError as error:
                 skipped[f"{label} at {tokens}"] = str(error)
+            else:
+                rows.append(row)
+    return rows, skipped
+
+
+def compact_rows(config: Any, budgets: Sequence[int] = BUDGETS) -> tuple[list[Row], dict[str, str]]:
+    """List every method of `modeling_ivtp.methods` with kept tokens renumbered without gaps, at every budget.
+
+    Most of the methods' own code renumbers. Without its positions a token no longer tells where it was.
+
+    Returns
+    -------
+    rows : list of Row
+    skipped : dict
+        Rows that do not fit the model, each with the reason.
+    """
+    rows, skipped = [], {}
+    for tokens in budgets:
+        if tokens >= config.num_patches:
+            continue
+        for name in METHODS:
+            row = Row(f"{name} positions=compact", tokens, {"positions": "compact"}, system=name, table=COMPACT)
+            if name == "ivtp":
+                row = replace(row, options=_ivtp(tokens, positions="compact"), system="")
+            try:
+                row.plan(config)
+            except ValueError as error:
+                skipped[f"{row.method} at {tokens}"] = str(error)
             else:
                 rows.append(row)
     return rows, skipped

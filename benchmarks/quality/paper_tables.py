@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.quality.intervals import paired_interval
+from benchmarks.quality.methods import COMPACT
 from benchmarks.quality.plots import flops_unit, label
 from modeling_ivtp.files.tables import markdown_table
 
@@ -25,13 +26,13 @@ def with_interval(row: Row) -> str:
     return f"{percent(row['accuracy'])} ± {50 * (high - low):.1f}"
 
 
-def table_1(main: Sequence[Row], budget: int, questions: int, types: Sequence[str]) -> str:
+def table_1(rows: Sequence[Row], budget: int, questions: int, types: Sequence[str]) -> str:
     """Return the table of all systems at one budget: tokens, computation, choosing, types, accuracy.
 
     Parameters
     ----------
-    main : sequence of mapping
-        Rows of the main comparison.
+    rows : sequence of mapping
+        All rows; those of the main comparison are listed, and those with renumbered positions are a column.
     budget : int
         Visual tokens in the last layers.
     questions : int
@@ -39,9 +40,15 @@ def table_1(main: Sequence[Row], budget: int, questions: int, types: Sequence[st
     types : sequence of str
         Question types, a column each.
     """
-    rows = [row for row in main if row["visual_tokens"] == budget or row["method"] in ("unpruned", "blind")]
+    main = [row for row in rows if not row["table"]]
+    compact = {
+        row["method"].removesuffix(" positions=compact"): row
+        for row in rows
+        if row["table"] == COMPACT and row["visual_tokens"] == budget
+    }
+    listed = [row for row in main if row["visual_tokens"] == budget or row["method"] in ("unpruned", "blind")]
     unit, per_tflop = flops_unit(main)
-    timed = any("selection_seconds" in row for row in rows)
+    timed = any("selection_seconds" in row for row in listed)
     header = (
         "method",
         "final tokens",
@@ -50,6 +57,7 @@ def table_1(main: Sequence[Row], budget: int, questions: int, types: Sequence[st
         *(["choosing, ms"] if timed else []),
         *types,
         "accuracy",
+        *(["renumbered"] if compact else []),
     )
     lines = [
         (
@@ -60,8 +68,9 @@ def table_1(main: Sequence[Row], budget: int, questions: int, types: Sequence[st
             *([selection(row, questions)] if timed else []),
             *(percent(row["by_type"][kind]["accuracy"]) for kind in types),
             with_interval(row),
+            *([with_interval(compact[row["method"]]) if row["method"] in compact else ""] if compact else []),
         )
-        for row in rows
+        for row in listed
     ]
     return markdown_table(header, lines)
 

@@ -22,6 +22,7 @@ import typer
 
 from benchmarks.quality import command
 from benchmarks.quality.intervals import LEVEL, bootstrap_interval, paired_interval
+from benchmarks.quality.methods import COMPACT
 from benchmarks.quality.paper_tables import ablation_differences, percent, points, table_1, table_7, with_interval
 from benchmarks.quality.plots import flops_unit, label, plot, plot_systems, unpruned_of
 from benchmarks.quality.world import TYPES, Question, chance, fingerprint, sample_questions
@@ -267,7 +268,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     for budget in sorted({row["visual_tokens"] for row in main if row["method"] not in ("unpruned", "blind")})[::-1]:
         parts += [
             f"## All systems at {budget} visual tokens (Table 1's shape), in %\n",
-            table_1(main, budget, results["sample"]["number"], list(asked["types"])),
+            table_1(rows, budget, results["sample"]["number"], list(asked["types"])),
         ]
     if any("selection_seconds" in row for row in main):
         parts.append(
@@ -288,7 +289,7 @@ def markdown(results: Mapping[str, Any]) -> str:
             ],
         ),
     ]
-    ablations = [row for row in rows if row["table"]]
+    ablations = [row for row in rows if row["table"] not in ("", COMPACT)]
     if ablations:
         header = ("table", "setting", "visual tokens", "accuracy in %", "to unpruned", unit, "layer-averaged")
         lines = [
@@ -301,7 +302,7 @@ def markdown(results: Mapping[str, Any]) -> str:
             "## Ablations of IVTP\n",
             markdown_table(header, lines),
             "Differences between settings in points, row minus column, paired by question:\n",
-            ablation_differences(rows, _right(rows, results)),
+            ablation_differences([row for row in rows if row["table"] != COMPACT], _right(rows, results)),
         ]
     if "survival" in results:
         parts += ["## Where patches are lost\n", _survival(results["survival"])]

@@ -19,7 +19,17 @@ from benchmarks.quality.checkpoint import check_world
 from benchmarks.quality.evaluate_quality import MINIATURE, _rows, _well_answered, evaluate_checkpoint
 from benchmarks.quality.examination import Asked, Examination, row_cost
 from benchmarks.quality.intervals import bootstrap_interval, paired_interval
-from benchmarks.quality.methods import CHOOSERS, Row, ablation_rows, encode_whole, main_rows, patch_order, system_rows
+from benchmarks.quality.methods import (
+    CHOOSERS,
+    COMPACT,
+    Row,
+    ablation_rows,
+    compact_rows,
+    encode_whole,
+    main_rows,
+    patch_order,
+    system_rows,
+)
 from benchmarks.quality.plots import apart
 from benchmarks.quality.seeds import agreement
 from benchmarks.quality.tokenizer import processor as miniature_processor
@@ -218,6 +228,33 @@ def test_systems_that_do_not_fit_are_told(loaded: tuple[Any, Any]) -> None:
     assert "fastv" in {row.method for row in rows}
 
 
+def test_every_method_has_a_row_with_renumbered_positions(loaded: tuple[Any, Any]) -> None:
+    config = loaded[0].config
+    rows, skipped = compact_rows(config, (24, 29))
+    assert list(skipped) == ["spatial_pooling positions=compact at 29"]
+    assert {row.table for row in rows} == {COMPACT}
+    assert [row.method for row in rows if row.visual_tokens == 24] == [f"{name} positions=compact" for name in METHODS]
+    assert all(row.pruner(config).needs.compact_positions for row in rows)
+
+
+def test_renumbered_positions_are_a_column_beside_the_methods() -> None:
+    results = results_of({("unpruned", 576): share(390), ("ivtp", 64): share(330), ("random", 64): share(200)}, "a")
+    asked = [question for _, question in sample_questions("test", 400)]
+    compact = results["rows"][1] | {
+        "method": "ivtp positions=compact", "table": COMPACT, "right": report.pack(share(100))
+    }  # fmt: skip
+    page = report.markdown(results)
+    assert "renumbered" not in page
+    results["rows"] = report.summarised([*results["rows"], compact], asked, TYPES)
+    page = report.markdown(results)
+    lines = {line.split(" |")[0]: line for line in page.split("## All systems at 64")[1].split("##")[0].splitlines()}
+    assert lines["| method"].endswith("| accuracy | renumbered |")
+    assert lines["| ivtp"].rstrip(" |").endswith(f"| {100 * 100 / 400:.1f} ± 4.2")
+    assert lines["| random"].endswith("|  |")
+    assert "Ablations of IVTP" not in page
+    assert "positions=compact" not in page
+
+
 def test_ablations_that_do_not_fit_are_told(loaded: tuple[Any, Any]) -> None:
     rows, skipped = ablation_rows(loaded[0].config, (64, 16))
     assert {"Table 4", "Table 5", "Table 6", "Table 8", "pseudo CLS", "positions", "threshold", "hand-over"} == {
@@ -238,7 +275,8 @@ def test_a_hand_over_below_the_budget_is_no_row(loaded: tuple[Any, Any]) -> None
 def test_budgets_of_the_papers_figures_have_rows_of_every_kind(budget: int) -> None:
     config = IVTPLlavaConfig.from_pretrained(MINIATURE)
     rows, skipped = _rows(config, "all", (budget, 192), (budget,))
-    assert set(skipped) <= {f"spatial_pooling at {budget}", "ivtp layers_per_group=3", "ivtp layers_per_group=6"}
+    unfit = {f"spatial_pooling{how} at {budget}" for how in ("", " positions=compact")}
+    assert set(skipped) <= unfit | {"ivtp layers_per_group=3", "ivtp layers_per_group=6"}
     found = {row.key: row_cost(row, config, Asked([], [20], [1])) for row in rows if row.visual_tokens == budget}
     assert {cost["final_tokens"] for cost in found.values()} == {budget}
     fewer = {row.method: row_cost(row, config, Asked([], [20], [1])) for row in rows if row.visual_tokens == 192}
@@ -547,7 +585,7 @@ def few_words(_: Any) -> torch.nn.Module:
     ("options", "message"),
     [
         ({"number": 0}, "at least 1"),
-        ({"rows": "some"}, "allowed: main, systems, ablations, all"),
+        ({"rows": "some"}, "allowed: main, systems, compact, ablations, all"),
         ({"budgets": (0,)}, "visual_tokens=0"),
         ({"methods": ["magic"]}, "Unknown method.*allowed: unpruned, blind"),
         ({"headline": ["smell"]}, "Unknown question type"),
