@@ -82,7 +82,7 @@ class TextAttention(Method):
         return super().final_tokens(config, patches) if self.ratios is None else self._ratio_counts(patches)[-1]
 
     def schedule(self, config: Any, patches: int) -> PruningPlan:
-        """Plan one ratio for every drop, or the given ones."""
+        """Plan one ratio for every drop, or those of `ratios`."""
         tops = self.tops(config, (8, 16))
         counts = geometric_schedule(patches, self.keep, len(tops))
         if self.ratios is not None:

@@ -1,4 +1,4 @@
-"""The tokens that the entries of a KV cache layer stand for, when others were dropped before they got there."""
+"""The index of a KV cache layer: the tokens of its entries, when other tokens were dropped in lower layers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace

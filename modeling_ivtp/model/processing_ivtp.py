@@ -263,8 +263,8 @@ num_additional_image_tokens
             _as_list(outputs["input_ids"]),
             _as_list(outputs["offset_mapping"]),
         )
-        for output, asked in returned.items():
-            if not asked:
+        for output, wanted in returned.items():
+            if not wanted:
                 del outputs[output]
         outputs["clip_input_ids"] = _as_type_of(outputs["input_ids"], windows, _context_length(self.clip_tokenizer))
         outputs["clip_spans"] = _as_type_of(outputs["input_ids"], spans, 2)

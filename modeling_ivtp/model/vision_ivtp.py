@@ -92,7 +92,7 @@ class GroupedCLIPAttention(CLIPAttention):
 class CLIPEncoderLayer(modeling_clip.CLIPEncoderLayer):
     """CLIP's layer that lets tokens be dropped between attention and MLP.
 
-    It keeps the name of the stock class, because accelerate is told by name which modules must not be split.
+    It keeps the name of the stock class, by which accelerate finds the modules that must not be split.
     """
 
     def forward(

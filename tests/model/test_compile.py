@@ -41,12 +41,12 @@ def test_a_prompt_is_one_graph(rows, kind):
     caches = [None if kind is None else kind(**options) for _ in range(2)]
     expected = model(**inputs, use_cache=kind is not None, **{CACHE: caches[0]}).logits[:, -1]
     if kind is StaticCache:
-        given = model.prepare_inputs_for_generation(
+        call = model.prepare_inputs_for_generation(
             **inputs, is_first_iteration=True, use_cache=True, **{CACHE: caches[1]}
         )
     else:
-        given = inputs | {"use_cache": kind is not None, CACHE: caches[1]}
-    found = compiled(model)(**given).logits[:, -1]
+        call = inputs | {"use_cache": kind is not None, CACHE: caches[1]}
+    found = compiled(model)(**call).logits[:, -1]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     assert counters["stats"]["unique_graphs"] == 1
     if kind is not None:

@@ -26,13 +26,13 @@ def guided(inputs):
 
 def reference(model, inputs, extra=None, **options):
     """Reference mode on the prompt with `extra` tokens after it."""
-    ids, mask, given = inputs["input_ids"], inputs["attention_mask"], guided(inputs)
+    ids, mask, guide = inputs["input_ids"], inputs["attention_mask"], guided(inputs)
     if extra is not None:
         ids, mask = torch.cat([ids, extra], 1), torch.cat([mask, torch.ones_like(extra)], 1)
-        if given["clip_spans"] is not None:
-            given["clip_spans"] = torch.nn.functional.pad(given["clip_spans"], (0, 0, 0, extra.shape[1]))
+        if guide["clip_spans"] is not None:
+            guide["clip_spans"] = torch.nn.functional.pad(guide["clip_spans"], (0, 0, 0, extra.shape[1]))
     with torch.no_grad():
-        return decoder_reference(model, ids, mask, **given, **options)
+        return decoder_reference(model, ids, mask, **guide, **options)
 
 
 def position_ids(mask):
@@ -40,8 +40,8 @@ def position_ids(mask):
 
 
 def assert_agree(logits, expected, columns=slice(None)):
-    there = torch.from_numpy(np.asarray(expected.alive))[:, columns]
-    difference = (logits - expected.logits[:, columns])[there].abs().max()
+    present = torch.from_numpy(np.asarray(expected.alive))[:, columns]
+    difference = (logits - expected.logits[:, columns])[present].abs().max()
     assert difference <= TOLERANCE, float(difference)
 
 

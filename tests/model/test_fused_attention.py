@@ -55,8 +55,8 @@ def averaged_map(query, key, scale):
 
 def test_interpreted_it_is_weights_times_the_averaged_map():
     root = Path(__file__).parents[2]
-    given = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
-    run = subprocess.run([sys.executable, "-c", INTERPRETED], env=given, cwd=root, capture_output=True, text=True)
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
+    run = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, cwd=root, capture_output=True, text=True)
     if "only 0-dimensional arrays can be converted" in run.stderr:
         pytest.skip("this version of Triton's interpreter does not work with this version of NumPy")
     assert run.returncode == 0, run.stderr[-2000:]

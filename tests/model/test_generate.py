@@ -127,8 +127,8 @@ def test_a_second_turn_goes_on_with_the_first_turns_cache(model, cache, second):
     turn = prompt([second], seed=7)
     ids = torch.cat([answered, turn["input_ids"]], 1)
     spans = torch.nn.functional.pad(turn["clip_spans"], (0, 0, answered.shape[1], 0))
-    given = turn | {"input_ids": ids, "attention_mask": torch.ones_like(ids), "clip_spans": spans}
-    answer = model.generate(**given, past_key_values=past, max_new_tokens=NEW, do_sample=False)[:, ids.shape[1] :]
+    turns = turn | {"input_ids": ids, "attention_mask": torch.ones_like(ids), "clip_spans": spans}
+    answer = model.generate(**turns, past_key_values=past, max_new_tokens=NEW, do_sample=False)[:, ids.shape[1] :]
 
     # The same by hand, one forward pass a token.
     past = DynamicCache()
@@ -157,9 +157,9 @@ def test_a_first_turn_without_image_is_followed_by_one_with(model):
     answered = model.generate(**first, past_key_values=past, max_new_tokens=4, do_sample=False)
     ids = torch.cat([answered, turn["input_ids"]], 1)
     spans = torch.nn.functional.pad(turn["clip_spans"], (0, 0, answered.shape[1], 0))
-    given = turn | {"input_ids": ids, "attention_mask": torch.ones_like(ids), "clip_spans": spans}
-    answer = model.generate(**given, past_key_values=past, max_new_tokens=NEW, do_sample=False)
-    whole = model.generate(**given, max_new_tokens=NEW, do_sample=False)
+    turns = turn | {"input_ids": ids, "attention_mask": torch.ones_like(ids), "clip_spans": spans}
+    answer = model.generate(**turns, past_key_values=past, max_new_tokens=NEW, do_sample=False)
+    whole = model.generate(**turns, max_new_tokens=NEW, do_sample=False)
     assert torch.equal(answer, whole)
     assert past.layers[-1].keys.shape[2] == answer.shape[1] - 1 - 12
 
@@ -301,7 +301,7 @@ def test_layers_that_share_a_mask_go_on_sharing_it(model, change):
 def test_a_reset_cache_serves_padded_prompts_without_pruning(model):
     """What an earlier prompt said of its rows is not true of these."""
     whole, padded = prompt([[3, "image", 7], [4, "image", 6]]), prompt([[3, "image", 9], [2, "image", 4]], seed=3)
-    told = []
+    outputs = []
     for used in (True, False):
         cache = DynamicCache(config=model.config.text_config)
         if used:
@@ -309,8 +309,10 @@ def test_a_reset_cache_serves_padded_prompts_without_pruning(model):
             cache.reset()
         with model.pruning(enabled=False):
             options = {"return_dict_in_generate": True, "output_logits": True}
-            told.append(model.generate(**padded, past_key_values=cache, max_new_tokens=6, do_sample=False, **options))
-    for ours, right in zip(told[0].logits, told[1].logits, strict=True):
+            outputs.append(
+                model.generate(**padded, past_key_values=cache, max_new_tokens=6, do_sample=False, **options)
+            )
+    for ours, right in zip(outputs[0].logits, outputs[1].logits, strict=True):
         torch.testing.assert_close(ours, right, atol=1e-5, rtol=0)
 
 

@@ -91,16 +91,16 @@ def test_the_kernel_writes_no_map(monkeypatch):
 @torch.no_grad()
 def test_a_prompt_is_run_without_waiting_for_the_gpu(rows, cache):
     model, inputs = tiny_model().cuda(), on_gpu(prompt(rows))
-    answer(model, inputs)  # what is made once is made
+    answer(model, inputs)  # what is allocated once is allocated
     generation = model.prepare_inputs_for_generation
-    given = []
+    prompts = []
 
     def prepared(*args, **kwargs):
-        told = generation(*args, **kwargs)
+        prepared_inputs = generation(*args, **kwargs)
         if kwargs.get("is_first_iteration"):
-            given.append(told)
+            prompts.append(prepared_inputs)
             torch.cuda.set_sync_debug_mode("error")
-        return told
+        return prepared_inputs
 
     original = type(model).forward
 
@@ -118,7 +118,7 @@ def test_a_prompt_is_run_without_waiting_for_the_gpu(rows, cache):
     finally:
         type(model).forward = original
         torch.cuda.set_sync_debug_mode("default")
-    assert len(given) == 1
+    assert len(prompts) == 1
     # The control: what the host has to know makes it wait.
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -191,8 +191,8 @@ def test_a_model_need_not_be_on_the_current_gpu():
     model, plain = tiny_model().to("cuda:1"), tiny_model()
     for seed in range(4):
         inputs = prompt([[3, "image", 7]], seed=seed)
-        there = {name: value.to("cuda:1") for name, value in inputs.items()}
-        assert torch.equal(answer(model, there).cpu(), answer(plain, inputs))
+        moved = {name: value.to("cuda:1") for name, value in inputs.items()}
+        assert torch.equal(answer(model, moved).cpu(), answer(plain, inputs))
     assert len(model.model.prompt_graphs.graphs) == 2
 
 

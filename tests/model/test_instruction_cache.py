@@ -19,41 +19,41 @@ def model():
 
 def runs(model, monkeypatch):
     """Notes the shape of the ids of every run of CLIP's text tower."""
-    told = []
+    shapes = []
     tower = model.model.clip_text_model.text_model
     original = type(tower).forward
 
     def forward(self, *args, **kwargs):
-        told.append(tuple(kwargs["input_ids"].shape))
+        shapes.append(tuple(kwargs["input_ids"].shape))
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(type(tower), "forward", forward)
-    return told
+    return shapes
 
 
 @torch.no_grad()
 def test_the_same_words_are_run_once(model, monkeypatch):
-    told = runs(model, monkeypatch)
+    shapes = runs(model, monkeypatch)
     first, others = prompt(ROWS, seed=1), prompt(ROWS, seed=2)
     expected = [model(**first).logits, model(**others).logits]
-    assert len(told) == 2
+    assert len(shapes) == 2
     again = [model(**first).logits, model(**others).logits]
-    assert len(told) == 2
+    assert len(shapes) == 2
     assert all(torch.equal(*pair) for pair in zip(expected, again, strict=True))
     # Another picture and the same words.
     model(**first | {"pixel_values": others["pixel_values"]})
-    assert len(told) == 2
+    assert len(shapes) == 2
 
 
 @torch.no_grad()
 def test_rows_that_say_the_same_share_a_run(model, monkeypatch):
-    told, row = runs(model, monkeypatch), prompt(ROWS[:1])
+    shapes, row = runs(model, monkeypatch), prompt(ROWS[:1])
     several = {name: value.repeat(3, *[1] * (value.dim() - 1)) for name, value in row.items()}
     expected = model(**row).logits
     model.model.instruction_cache.clear()
     torch.testing.assert_close(model(**several).logits, expected.expand(3, -1, -1), atol=1e-5, rtol=0)
     windows = row["clip_input_ids"].shape[1]
-    assert [shape[0] for shape in told] == [windows, windows]
+    assert [shape[0] for shape in shapes] == [windows, windows]
 
 
 @torch.no_grad()
@@ -63,9 +63,9 @@ def test_some_new_words_beside_known_ones(model, monkeypatch):
     expected = model(**mixed).logits
     model.model.instruction_cache.clear()
     model(**first)
-    told = runs(model, monkeypatch)
+    shapes = runs(model, monkeypatch)
     assert torch.allclose(model(**mixed).logits, expected, atol=1e-5)
-    assert sum(shape[0] for shape in told) < mixed["clip_input_ids"].flatten(0, 1).shape[0]
+    assert sum(shape[0] for shape in shapes) < mixed["clip_input_ids"].flatten(0, 1).shape[0]
 
 
 @torch.no_grad()
@@ -75,10 +75,10 @@ def test_padding_is_not_run(model, monkeypatch):
     ids = inputs["clip_input_ids"]
     ids[..., 6:] = ids[..., -1:]
     inputs["clip_spans"] = inputs["clip_spans"].clamp_max(5 - ids.shape[2]) * (inputs["clip_spans"] != 0)
-    told = runs(model, monkeypatch)
+    shapes = runs(model, monkeypatch)
     short = model.model.text_features(ids, (tuple(ids[0, 0, :7].tolist()),))
     whole = model.model.text_features(ids)
-    assert [shape[1] for shape in told] == [7, ids.shape[2]]
+    assert [shape[1] for shape in shapes] == [7, ids.shape[2]]
     torch.testing.assert_close(short[:, :7], whole[:, :7], atol=1e-5, rtol=0)
     assert not short[:, 7:].any()
 
@@ -91,12 +91,12 @@ def test_windows_are_read_without_their_padding():
 
 
 def test_training_asks_and_fills_no_cache(model, monkeypatch):
-    told, inputs = runs(model, monkeypatch), prompt(ROWS)
+    shapes, inputs = runs(model, monkeypatch), prompt(ROWS)
     model(**inputs)
     model.train()
     for _ in range(2):
         model(**inputs, labels=inputs["input_ids"]).loss.backward()
-    assert len(told) == 3
+    assert len(shapes) == 3
     model.eval()
     model.model.instruction_cache.clear()
     model.train()
@@ -174,10 +174,10 @@ def test_the_last_used_are_kept():
 @torch.no_grad()
 def test_a_limit_of_zero_keeps_nothing(model, monkeypatch):
     model.model.instruction_cache.limit = 0
-    told, inputs = runs(model, monkeypatch), prompt(ROWS)
+    shapes, inputs = runs(model, monkeypatch), prompt(ROWS)
     for _ in range(2):
         model(**inputs)
-    assert len(told) == 2
+    assert len(shapes) == 2
     assert len(model.model.instruction_cache) == 0
 
 
@@ -187,8 +187,8 @@ def test_a_copy_of_the_model_has_its_own(model):
     copied = copy.deepcopy(model)
     copied.model.clip_text_model.text_projection.weight.zero_()
     assert len(model.model.instruction_cache) > 0
-    given = prompt(ROWS[:1])["clip_input_ids"][:, :1]
-    assert not copied.model.text_features(given, (tuple(given[0, 0].tolist()),)).any()
+    window = prompt(ROWS[:1])["clip_input_ids"][:, :1]
+    assert not copied.model.text_features(window, (tuple(window[0, 0].tolist()),)).any()
 
 
 @torch.no_grad()

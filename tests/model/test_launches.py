@@ -47,9 +47,9 @@ def launched(model, **inputs):
 
 @pytest.fixture
 def model():
-    made = tiny_model()
-    made.model.instruction_cache.limit = 0
-    return made
+    tiny = tiny_model()
+    tiny.model.instruction_cache.limit = 0
+    return tiny
 
 
 @pytest.mark.parametrize("rows", [[[3, "image", 7]] * 2, [[3, "image", 7], [2, "image", 5]]], ids=["whole", "padded"])
@@ -69,14 +69,14 @@ def test_a_prompt_launches_the_same_whatever_the_batch(model, rows):
     ids=["whole", "padded", "ragged"],
 )
 def test_no_step_of_a_prompt_waits(model, rows, monkeypatch):
-    given = prepared(model, prompt(rows))
-    assert looks(model, given, monkeypatch) == []
+    inputs = prepared(model, prompt(rows))
+    assert looks(model, inputs, monkeypatch) == []
     # The control: without what was read ahead, the prompt reads it first.
-    del given["prompt_index"]
-    assert "tolist" in looks(model, given, monkeypatch)
+    del inputs["prompt_index"]
+    assert "tolist" in looks(model, inputs, monkeypatch)
 
 
-def looks(model, given, monkeypatch):
+def looks(model, inputs, monkeypatch):
     """What the host asks of tensors during a prompt."""
     asked = []
     with monkeypatch.context() as patch, torch.no_grad():
@@ -88,26 +88,26 @@ def looks(model, given, monkeypatch):
                 return original(self, *args, **kwargs)
 
             patch.setattr(torch.Tensor, name, looking)
-        model(**given)
+        model(**inputs)
     return asked
 
 
 def steps(model, inputs, new_tokens, monkeypatch):
     """What the decoding steps of an answer launch, one after the other."""
-    told = []
+    counts = []
     original = type(model).forward
 
     @functools.wraps(original)
     def forward(self, *args, **kwargs):
         with Launched() as counted:
             result = original(self, *args, **kwargs)
-        told.append(counted.names)
+        counts.append(counted.names)
         return result
 
     with monkeypatch.context() as patch, torch.no_grad():
         patch.setattr(type(model), "forward", forward)
         model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
-    return told[1:]
+    return counts[1:]
 
 
 def test_a_step_launches_what_stock_launches(model, monkeypatch):
@@ -132,15 +132,15 @@ def test_a_padded_step_makes_a_mask_for_every_length(model, monkeypatch):
 
 def called(model, inputs, new_tokens):
     """How often each step of an answer calls which Python function, as (file, function)."""
-    told = []
+    calls = []
 
     def begin(input_ids, scores, **kwargs):
-        told.append(Counter())
+        calls.append(Counter())
         return torch.zeros(len(input_ids), dtype=torch.bool)
 
     def note(frame, event, argument):
-        if event == "call" and told:
-            told[-1][frame.f_code.co_filename, frame.f_code.co_name] += 1
+        if event == "call" and calls:
+            calls[-1][frame.f_code.co_filename, frame.f_code.co_name] += 1
 
     sys.setprofile(note)
     try:
@@ -148,7 +148,7 @@ def called(model, inputs, new_tokens):
             model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, stopping_criteria=[begin])
     finally:
         sys.setprofile(None)
-    return told[:-1]
+    return calls[:-1]
 
 
 def test_a_step_calls_one_function_of_ours_per_layer(model):

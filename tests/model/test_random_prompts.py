@@ -59,9 +59,9 @@ def test_a_random_prompt_agrees_with_reference_mode(seed):
     later = torch.randint(3, 120, (batch, 5), generator=torch.Generator().manual_seed(seed))
     mask = torch.cat([inputs["attention_mask"], torch.ones_like(later)], 1)
     places = (mask.cumsum(1) - 1).clamp_min(0)
-    given = {name: inputs[name] for name in ("pixel_values", "clip_input_ids", "clip_spans")}
-    given["clip_spans"] = torch.nn.functional.pad(given["clip_spans"], (0, 0, 0, 5))
-    expected = decoder_reference(model, torch.cat([inputs["input_ids"], later], 1), mask, **given)
+    rest = {name: inputs[name] for name in ("pixel_values", "clip_input_ids", "clip_spans")}
+    rest["clip_spans"] = torch.nn.functional.pad(rest["clip_spans"], (0, 0, 0, 5))
+    expected = decoder_reference(model, torch.cat([inputs["input_ids"], later], 1), mask, **rest)
     alive = torch.from_numpy(np.asarray(expected.alive))
     static = draw.random() < 0.5
     cache = StaticCache(config=model.config.text_config, max_cache_len=length + 5) if static else DynamicCache()

@@ -322,7 +322,7 @@ def test_masks_equal_physical_absence(
     pruning = Pruning(positions=positions, layers_per_group=layers_per_group)
     inputs = make_inputs(row)
     groups = {2: (3, 2), 3: (2, 2), None: (1, 1)}[layers_per_group]
-    given = [
+    prescribed = [
         reference.Selection(
             [np.arange(g, PATCHES - g) for g in range(groups[0])],
             [np.arange(4 + g + i, 9 - g) for g in range(groups[1])],
@@ -331,9 +331,9 @@ def test_masks_equal_physical_absence(
     ]
     with torch.no_grad():
         result = reference.decoder_reference(
-            model, **inputs, pruning=pruning, selection=given if how == "given" else None
+            model, **inputs, pruning=pruning, selection=prescribed if how == "given" else None
         )
-        selection = given if how == "given" else result.selection
+        selection = prescribed if how == "given" else result.selection
         cls, entering, logits = run_physically(model, inputs, selection, pruning)
     assert_close(result.vision.projected_cls, torch.stack(cls))
     for (columns, _), alive in zip(entering, [*result.layer_alive, result.alive], strict=True):
@@ -471,12 +471,12 @@ def test_generated_tokens_change_nothing_before_them(model: SimpleNamespace, pse
     with torch.no_grad():
         prompt = reference.decoder_reference(model, **inputs, pruning=pruning)
         computed = reference.decoder_reference(model, **longer, pruning=pruning)
-        given = reference.decoder_reference(model, **longer, pruning=pruning, selection=prompt.selection)
-    for result in (computed, given):
+        prescribed = reference.decoder_reference(model, **longer, pruning=pruning, selection=prompt.selection)
+    for result in (computed, prescribed):
         assert (result.alive[:, :-3] == prompt.alive).all()
         assert result.alive[:, -3:].all()
         assert_close(result.logits[:, :-3][prompt.alive], prompt.logits[prompt.alive])
-    assert torch.equal(computed.logits, given.logits)
+    assert torch.equal(computed.logits, prescribed.logits)
 
 
 def test_relevance_is_the_cosine_of_stock_clip_features(model: SimpleNamespace) -> None:
@@ -565,8 +565,8 @@ def test_loss_ignores_what_a_dropped_token_predicts(model: SimpleNamespace) -> N
     model.stock.zero_grad()
     losses = {}
     for name, last in {"dropped": [0, 1, 2], "kept": [0, 1, PATCHES - 1]}.items():
-        given = reference.Selection(tower, [np.arange(PATCHES), np.array(last)])
-        result = reference.decoder_reference(model, **inputs, selection=[given])
+        prescribed = reference.Selection(tower, [np.arange(PATCHES), np.array(last)])
+        result = reference.decoder_reference(model, **inputs, selection=[prescribed])
         per_token = nn.functional.cross_entropy(result.logits[0, :-1], labels[0, 1:], reduction="none")
         counted = [s for s in range(1, len(labels[0])) if labels[0, s] >= 0 and (name == "kept" or s != behind_image)]
         assert (behind_image in counted) == (name == "kept")

@@ -80,9 +80,9 @@ def test_pruning_off_costs_not_one_operation():
     stock = stock_twin(model)
     (inputs,) = rows_alone(prompt(ROWS[:1]), ROWS[:1])
     counts = []
-    for each, given in ((model, inputs), (stock, without_clip(inputs))):
+    for each, batch in ((model, inputs), (stock, without_clip(inputs))):
         with Operations() as operations:
-            past = each(**given).past_key_values
+            past = each(**batch).past_key_values
             for token in range(3):
                 each(input_ids=torch.tensor([[token + 5]]), past_key_values=past)
         counts.append(operations.count)
@@ -96,8 +96,8 @@ def test_a_decoding_step_behind_a_pruned_prompt_costs_no_more_operations_than_st
     stock = stock_twin(model)
     (inputs,) = rows_alone(prompt(ROWS[:1]), ROWS[:1])
     counts = []
-    for each, given in ((model, inputs), (stock, without_clip(inputs))):
-        past = each(**given).past_key_values
+    for each, batch in ((model, inputs), (stock, without_clip(inputs))):
+        past = each(**batch).past_key_values
         with Operations() as operations:
             each(input_ids=torch.tensor([[5]]), past_key_values=past)
         counts.append(sum(operations.count.values()))

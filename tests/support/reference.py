@@ -136,11 +136,15 @@ def keep_most_important(candidates: np.ndarray, importance: np.ndarray, k: int) 
 
 
 def prune_group(
-    layers: tuple[int, int], row: np.ndarray, norms: np.ndarray, candidates: np.ndarray, k: int, given: Any
+    layers: tuple[int, int], row: np.ndarray, norms: np.ndarray, candidates: np.ndarray, k: int, prescribed: Any
 ) -> GroupReference:
-    """The top of a group, from the row and the value norms of all patches (N,); ``given`` replaces the choice."""
+    """The top of a group, from the row and the value norms of all patches (N,); ``prescribed`` replaces the choice."""
     importance = importance_scores(row[candidates], norms[candidates])
-    kept = keep_most_important(candidates, importance, k) if given is None else np.sort(np.asarray(given, np.int64))
+    kept = (
+        keep_most_important(candidates, importance, k)
+        if prescribed is None
+        else np.sort(np.asarray(prescribed, np.int64))
+    )
     return GroupReference(layers, candidates, importance, kept)
 
 
@@ -200,7 +204,7 @@ def vision_reference(
     groups, features, last_cls = [], [], []
     for i, pixels in enumerate(pixel_values):
         x = tower.pre_layrnorm(tower.embeddings(pixels[None]))[0]
-        given = selection[i] if selection is not None else None
+        prescribed = selection[i] if selection is not None else None
         schedule = geometric_schedule(len(x) - 1, budget, len(bounds))
         candidates, visible = np.arange(len(x) - 1), np.ones((len(x), len(x)), dtype=bool)
         done, maps, hidden_states = [], [], [x]
@@ -211,7 +215,7 @@ def vision_reference(
             g = len(done)
             if g < len(bounds) and index == bounds[g][1]:
                 row = aggregate(maps, 0, pruning.aggregation)[1:]
-                choice = given.tower[g] if given is not None else None
+                choice = prescribed.tower[g] if prescribed is not None else None
                 done.append(prune_group(bounds[g], row, norms[1:], candidates, schedule[g], choice))
                 candidates, maps = done[-1].kept, []
                 visible[:, 1 + np.delete(np.arange(len(x) - 1), candidates)] = False
@@ -322,9 +326,9 @@ def decoder_reference(
             relevance = instruction_relevance(pruning.guidance, spans, c, embeds, cls)
             images.append(guide_image(pruning, row, columns, tower, relevance, embeds, cls))
             inputs[columns] = vision.projected[i].to(inputs.dtype)
-        given = selection[first : len(images)] if selection is not None else [None] * (len(images) - first)
+        prescribed = selection[first : len(images)] if selection is not None else [None] * (len(images) - first)
         valid = attention_mask[row].bool().cpu().numpy()
-        rows.append(decode_row(language, pruning, inputs, valid, position_ids[row], images[first:], given))
+        rows.append(decode_row(language, pruning, inputs, valid, position_ids[row], images[first:], prescribed))
     hidden = torch.stack([out for out, _ in rows])
     seen = [np.stack(layer) for layer in zip(*(alive for _, alive in rows), strict=True)]
     return DecoderReference(model.lm_head(hidden), hidden, seen[-1], seen[:-1], images, vision)
@@ -337,7 +341,7 @@ def decode_row(
     valid: np.ndarray,
     position_ids: np.ndarray,
     images: list[ImageReference],
-    given: Sequence[Selection | None],
+    prescribed: Sequence[Selection | None],
 ) -> tuple[Tensor, list[np.ndarray]]:
     """Stage 2 (Sec. 3.3) on the embeddings (S, d) of one row; fills in ``image.decoder``.
 
@@ -365,7 +369,7 @@ def decode_row(
         if g < len(bounds) and index == bounds[g][1]:
             for m, image in enumerate(images):
                 row = aggregate(maps, length + m, pruning.aggregation)
-                choice = given[m].decoder[g] if given[m] is not None else None
+                choice = prescribed[m].decoder[g] if prescribed[m] is not None else None
                 at = image.columns
                 image.decoder.append(prune_group(bounds[g], row[at], norms[at], image.kept, schedules[m][g], choice))
                 exists[image.dropped_columns] = False
