@@ -3,7 +3,7 @@
 import copy
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
+    get_model_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.models.clip.configuration_clip import CLIPConfig, CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPPreTrainedModel, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -314,3 +316,15 @@ def register_weight_names() -> None:
         mapping = get_checkpoint_conversion_mapping(stock)
         if mapping is not None:
             register_checkpoint_conversion_mapping(ours, mapping, overwrite=True)
+
+
+def with_our_names(model: PreTrainedModel, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return weights by a model's own names; those of official names, as `save_pretrained` writes them, are renamed."""
+    own = model.state_dict()
+    if own.keys() >= state_dict.keys():
+        return state_dict
+    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+    return {
+        name if name in own else rename_source_key(name, renamings, [], model.base_model_prefix, own)[0]: weight
+        for name, weight in state_dict.items()
+    }

@@ -20,7 +20,7 @@ from transformers.models.llava.modeling_llava import (
     LlavaPreTrainedModel,
 )
 
-from .checkpoint_ivtp import load_llava, naming_damaged_weights, register_weight_names, sparing
+from .checkpoint_ivtp import load_llava, naming_damaged_weights, register_weight_names, sparing, with_our_names
 from .compat import CACHE, cache_argument, cache_of, is_exporting, one_cache
 from .configuration_ivtp import IVTPLlavaConfig, IVTPPruningConfig
 from .generation_ivtp import PrunedGeneration
@@ -28,7 +28,7 @@ from .guide import InstructionGuide
 from .instruction_cache import InstructionCache
 from .labels import TEXT_TOWER, labelled
 from .language_ivtp import DECODERS, check_architecture
-from .outputs import IMAGES, IVTPImageFeatures, check_encoded, model_output, training_targets, trimmed
+from .outputs import IMAGES, IVTPImageFeatures, check_encoded, model_output, training_targets, trimmed, without_targets
 from .prompt import PromptIndex, PromptInputs, build_prompt, choose_features, index_prompt
 from .prompt_graphs import MAX_GRAPHS, PromptGraphs
 from .pruner import Choice, FeatureStep, IVTPPruner, Pruner
@@ -63,6 +63,14 @@ class IVTPLlavaPreTrainedModel(LlavaPreTrainedModel):
             )
         with naming_damaged_weights(pretrained_model_name_or_path):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load weights as PyTorch does, by the model's own names or by the official ones.
+
+        `save_pretrained` writes official names, and Trainer reads them back by this method when it resumes a run; it
+        would leave out all that it does not know.
+        """
+        return super().load_state_dict(with_our_names(self, state_dict), *args, **kwargs)
 
     @property
     def pruning_config(self) -> IVTPPruningConfig:
@@ -239,6 +247,8 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
         feature_layers = (layers,) if isinstance(layers, int) else tuple(layers)
         return_dict = kwargs.pop("return_dict", None)
         return_dict = self.config.return_dict if return_dict is None else return_dict
+        if kwargs.get("output_hidden_states") is None and self.config.vision_config.output_hidden_states:
+            kwargs["output_hidden_states"] = True
         if kwargs.pop("output_attentions", None):
             raise ValueError(
                 "output_attentions=True: under pruning each layer's attention map has another size. Use "
@@ -528,6 +538,18 @@ class IVTPLlavaForConditionalGeneration(
             If tower and CLIP do not fit, or a checkpoint has missing or unexpected weights.
         """
         return load_llava(cls, llava, clip, pruning=pruning, clip_options=clip_options, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run `forward` with the labels on image tokens ignored.
+
+        Trainers replace a model's `forward` by one of their own that computes the loss from the hidden states (TRL
+        since 1.16, Liger), so the labels are masked before it sees them.
+        """
+        labels = {name: kwargs[name] for name in ("labels", "shift_labels") if kwargs.get(name) is not None}
+        input_ids, inputs_embeds = args[0] if args else kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        if labels and (input_ids is not None or inputs_embeds is not None):
+            kwargs |= without_targets(self.model.placeholders(input_ids, inputs_embeds), **labels)
+        return super().__call__(*args, **kwargs)
 
     def forward(
         self,

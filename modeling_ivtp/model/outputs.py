@@ -117,8 +117,16 @@ def training_targets(
     ignored, kept = images, getattr(outputs, "kept_tokens", None)
     if kept is not None:
         ignored = ignored | ~nn.functional.pad(kept[:, :-1], (1, 0), value=True).to(ignored.device)
-    ignored = ignored.to(labels.device)
-    targets = {"labels": labels.masked_fill(ignored, -100)}
+    return without_targets(ignored, labels, shift_labels)
+
+
+def without_targets(
+    ignored: torch.Tensor, labels: torch.Tensor | None = None, shift_labels: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
+    """Return labels (B, S), and the same moved up by one, without those of ignored tokens (bool (B, S))."""
+    targets = {}
+    if labels is not None:
+        targets["labels"] = labels.masked_fill(ignored.to(labels.device), -100)
     if shift_labels is not None:
         shifted = nn.functional.pad(ignored[:, 1:], (0, 1), value=False)
         targets["shift_labels"] = shift_labels.masked_fill(shifted.to(shift_labels.device), -100)

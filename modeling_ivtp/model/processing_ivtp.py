@@ -83,6 +83,10 @@ num_additional_image_tokens
         match if it has none; every match counts. By default the user turns are found by the role markers of the chat
         template, else by those of the known LLaVA formats; a prompt without role markers is all instruction. Special
         tokens and image placeholders never belong to it.
+    clip_inputs : bool, default True
+        False: return stock LLaVA's inputs only; the model then reads the same question from the prompt's tokens, with
+        the processor saved beside its weights. For clients that hand every input to a function of fixed arguments, as
+        TRL's GRPO and RLOO do.
 
     Raises
     ------
@@ -104,6 +108,7 @@ num_additional_image_tokens
         image_token: str = "<image>",
         num_additional_image_tokens: int = 0,
         instruction_pattern: str | None = None,
+        clip_inputs: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -127,6 +132,7 @@ num_additional_image_tokens
                 ) from error
         self.clip_tokenizer = clip_tokenizer
         self.instruction_pattern = instruction_pattern
+        self.clip_inputs = clip_inputs
         self._markers_of_template: dict[str, tuple[str, str] | None] = {}
 
     @classmethod
@@ -205,9 +211,13 @@ num_additional_image_tokens
         return found
 
     @property
+    def _adds_inputs(self) -> bool:
+        return self.clip_tokenizer is not None and self.clip_inputs
+
+    @property
     def model_input_names(self) -> list[str]:
         """Names of what the processor returns for the model."""
-        if self.clip_tokenizer is None:
+        if not self._adds_inputs:
             return super().model_input_names
         return [*dict.fromkeys(super().model_input_names), "clip_input_ids", "clip_spans"]
 
@@ -235,7 +245,7 @@ num_additional_image_tokens
         """
         own_size = {*kwargs, *(kwargs.get("images_kwargs") or {})} & _OF_SIZE
         images = images if own_size else self._crop_all(images)
-        if self.clip_tokenizer is None or text is None:
+        if not self._adds_inputs or text is None:
             return super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
         text_kwargs = dict(kwargs.pop("text_kwargs", None) or {})
         kwargs |= {"images": images, "text": text, "videos": videos, "audio": audio, "text_kwargs": text_kwargs}

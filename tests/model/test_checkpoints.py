@@ -17,6 +17,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     pipeline,
 )
+from transformers.trainer_utils import load_sharded_checkpoint
 
 from modeling_ivtp import IVTPLlavaConfig, IVTPLlavaForConditionalGeneration, IVTPLlavaModel
 from tests.model.test_stock import stock_twin, without_clip
@@ -237,3 +238,23 @@ def test_a_folder_that_leaves_the_installed_package_still_carries_its_code(share
     model.save_pretrained(tmp_path)
     assert (tmp_path / "modeling_ivtp.py").is_file()
     assert (tmp_path / "language_ivtp.py").is_file()
+
+
+@pytest.mark.parametrize("cls", [IVTPLlavaForConditionalGeneration, IVTPLlavaModel])
+def test_the_weights_of_a_saved_folder_load_as_a_state_dict(cls, official, tmp_path):
+    # Trainer resumes a run so; names that a model does not know it would leave out.
+    official[1].save_pretrained(tmp_path, max_shard_size="40KB")
+    config = IVTPLlavaConfig.from_pretrained(tmp_path)
+    model, weights = cls(config), {}
+    for shard in tmp_path.glob("*.safetensors"):
+        weights |= load_file(shard)
+    expected = cls.from_pretrained(tmp_path).state_dict()
+    if cls is IVTPLlavaForConditionalGeneration:
+        assert model.load_state_dict(weights).missing_keys == []
+    else:
+        assert model.load_state_dict(weights, strict=False).unexpected_keys == ["language_model.lm_head.weight"]
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, expected[name]), name
+    load_sharded_checkpoint(again := cls(config), tmp_path, strict=False)
+    assert torch.equal(again.get_input_embeddings().weight, model.get_input_embeddings().weight)
+    again.load_state_dict(expected)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from PIL import Image
-from transformers import DynamicCache
+from transformers import AutoProcessor, DynamicCache
 
 from modeling_ivtp import IVTPLlavaForConditionalGeneration, IVTPLlavaProcessor
 from tests.support.text_tokenizers import (
@@ -119,6 +119,22 @@ def test_missing_inputs_change_nothing(model, processor, pictures, options):
     # The question does decide: guided by the image alone, other tokens stay.
     with model.pruning(guidance="visual_cls"):
         assert not torch.equal(kept(model, inputs)[1], kept_tokens)
+
+
+def test_a_processor_without_clip_inputs_returns_stock_inputs_and_changes_nothing(saved, model, pictures, tmp_path):
+    plain = AutoProcessor.from_pretrained(saved[0], clip_inputs=False)
+    full = AutoProcessor.from_pretrained(saved[0])
+    options = {"images": pictures, "text": PROMPTS, "padding": True, "padding_side": "left", "return_tensors": "pt"}
+    inputs, expected = plain(**options), full(**options)
+    assert set(inputs) == {"input_ids", "attention_mask", "pixel_values"} == set(plain.model_input_names)
+    assert set(expected) - set(inputs) == {"clip_input_ids", "clip_spans"}
+    for result, right in zip(kept(model, inputs), kept(model, expected), strict=True):
+        assert torch.equal(result, right)
+    plain.save_pretrained(tmp_path)
+    assert not AutoProcessor.from_pretrained(tmp_path).clip_inputs
+    model.save_pretrained(tmp_path)
+    again = IVTPLlavaForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.equal(kept(again, inputs)[0], kept(model, expected)[0])
 
 
 def as_trained(processor, pictures):

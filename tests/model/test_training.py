@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.support.reference import decoder_reference, reference_loss
-from tests.support.tiny import PAD_TOKEN, prompt, tiny_model
+from tests.support.tiny import IMAGE_TOKEN, PAD_TOKEN, prompt, tiny_model
 
 ROWS = [[3, "image", 7], [5], [2, "image", 4, "image", 3]]
 
@@ -56,6 +56,26 @@ def test_a_label_behind_a_dropped_token_is_left_out():
     assert torch.equal(model(**inputs).loss, loss)
     inputs["labels"][0, 21] = 55
     assert not torch.equal(model(**inputs).loss, loss)
+
+
+@pytest.mark.parametrize("words", ["input_ids", "inputs_embeds", "position"])
+def test_a_trainers_own_forward_gets_no_labels_on_image_tokens(words):
+    model = tiny_model()
+    inputs = prompt([[3, "image", 7], [2, "image", 8]])
+    images = inputs["input_ids"] == IMAGE_TOKEN
+    labels = inputs["input_ids"].clone()
+    inputs["labels"] = labels
+    inputs["shift_labels"] = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    positional = [inputs.pop("input_ids")] if words == "position" else []
+    if words == "inputs_embeds":
+        inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids"))
+    # Trainers replace the forward of one object, and compute the loss from its hidden states.
+    model.forward = lambda *args, **kwargs: kwargs
+    passed = model(*positional, **inputs)
+    assert (passed["labels"][images] == -100).all()
+    assert torch.equal(passed["labels"][~images], labels[~images])
+    assert torch.equal(passed["shift_labels"][:, :-1], passed["labels"][:, 1:])
+    assert torch.equal(inputs["labels"], labels)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

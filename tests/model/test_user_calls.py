@@ -62,6 +62,9 @@ def test_image_features_are_what_stock_llava_returns(model, inputs):
     assert torch.equal(encoded.last_hidden_state, encoded.hidden_states[-1])
     assert model.model.get_image_features(pixels).last_hidden_state.shape == (2, 10, 32)
     assert isinstance(model.model.get_image_features(pixels, return_dict=False), tuple)
+    model.config.vision_config.output_hidden_states = True
+    assert len(model.model.get_image_features(pixels).hidden_states) == 7
+    assert model.model.get_image_features(pixels, output_hidden_states=False).hidden_states is None
     model.config.return_dict = False
     assert isinstance(model.model.get_image_features(pixels), tuple)
     assert isinstance(model(**inputs), tuple)
