@@ -1,6 +1,8 @@
 """What every test runs under: one thread, a reason for skipping, and a bound on memory."""
 
 import json
+import os
+import re
 import resource
 import sys
 import time
@@ -30,8 +32,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     config.stash[_PEAKS] = []
+    for name in _marks_of_transformers():
+        config.addinivalue_line("markers", f"{name}: of transformers' own tests")
     if config.pluginmanager.hasplugin("dsession"):
         config.pluginmanager.register(_Workers(config), "memory of workers")
+
+
+def _marks_of_transformers() -> set[str]:
+    """Find the marks that transformers' tests use, for a run with a checkout of them (test_transformers_suite.py)."""
+    checkout = os.environ.get("TRANSFORMERS_CHECKOUT")
+    if checkout is None:
+        return set()
+    from transformers import testing_utils
+
+    files = [testing_utils.__file__, *Path(checkout, "tests").glob("*.py")]
+    return {name for file in files for name in re.findall(r"\bmark\.([a-z_]\w*)", Path(file).read_text())}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
