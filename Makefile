@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+CLIENTS := .venv-clients
 MODEL ?= examples/miniature
 SEED ?= 0
 # glibc would hand every large tensor back to the system and ask for it anew: a tenth of the time.
 TRAIN := MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=8000000000 $(RUN)/python -m benchmarks.quality
 
-.PHONY: help setup demo space cards quality miniature test test-fast test-oldest lint docs clean
+.PHONY: help setup demo space cards quality miniature test test-fast test-oldest test-clients lint docs clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -48,6 +49,15 @@ test-fast: setup  ## the tests that need neither seconds, a process of their own
 test-oldest:  ## all tests with the oldest supported transformers and torch
 	PIP_CONSTRAINT=$(CURDIR)/tests/oldest.txt $(MAKE) test VENV=.venv-oldest
 
+test-clients: $(CLIENTS)/.installed  ## short runs of the newest TRL, PEFT, openai, LangChain and LiteLLM, in .venv-clients
+	OMP_NUM_THREADS=1 $(CLIENTS)/bin/python -m pytest tests/clients tests/model/test_transformers_suite.py
+
+$(CLIENTS)/.installed: pyproject.toml tests/clients/requirements.txt
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet --upgrade pip
+	$(CLIENTS)/bin/python -m pip install --quiet --editable '.[dev]' --requirement tests/clients/requirements.txt
+	@touch $@
+
 lint: setup  ## style, types, and the layers of the package
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
@@ -64,4 +74,4 @@ docs: setup  ## these pages as a site with an API reference, in build/site; warn
 	! grep -E '^(griffe|mkdocstrings):' build/docs.log
 
 clean:  ## remove environments and outputs
-	rm -rf .venv .venv-ci .venv-oldest out build dist *.egg-info .import_linter_cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-ci .venv-clients .venv-oldest out build dist *.egg-info .import_linter_cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
