@@ -44,19 +44,21 @@ class InstructionGuide:
         """
         source = str(model.name_or_path or "")
         if source != self._source:
-            self._source, self._processor = source, self._load(source, model.config) if source else None
+            self._source, self._processor = source, self._load(source, model) if source else None
         return self._processor
 
-    def _load(self, source: str, config: Any) -> IVTPLlavaProcessor | None:
+    def _load(self, source: str, model: Any) -> IVTPLlavaProcessor | None:
         clip = None if self.clip is None or is_open_clip(self.clip) else self.clip
-        folder, commit = Path(source), getattr(config, "_commit_hash", None)
+        folder, commit = Path(source), getattr(model.config, "_commit_hash", None)
         # Nothing is looked for on the Hub unless the model came from there: a folder may be gone by now.
         if folder.is_dir():
-            known, access = clip is not None or (folder / "clip_tokenizer").is_dir(), {}
+            known, access = clip is not None or (folder / "clip_tokenizer").is_dir(), dict[str, Any]()
         else:
             known, access = commit is not None, {"revision": commit}
         if not known:
             return None
+        if type(model).__module__.startswith("transformers_modules"):
+            access["trust_remote_code"] = True  # this very code came from there, and nobody is asked twice
         try:
             if clip is not None:
                 return IVTPLlavaProcessor.from_llava(source, clip_tokenizer=clip, **access)

@@ -175,6 +175,7 @@ assert model.model(**inputs).last_hidden_state.shape[1] == inputs["input_ids"].s
 model.save_pretrained(copy)
 processor.save_pretrained(copy)
 again = AutoModelForImageTextToText.from_pretrained(copy, **trust).eval()
+assert again.model.guide.processor(again) is not None
 answers.append(again.generate(**AutoProcessor.from_pretrained(copy, **trust)(
     images=Image.open(image), text=question, return_tensors="pt"),
     max_new_tokens=6, do_sample=False)[0].tolist())
