@@ -10,6 +10,7 @@ import io
 import json
 import shlex
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -42,17 +43,17 @@ def prepare() -> None:
 
 
 def main(steps: Path, outcomes: Path) -> None:
-    """Run all blocks and write, for each page, what it printed and the error that ended it, if any."""
+    """Run all blocks and write, for each page, what it printed, its time, and the error that ended it, if any."""
     names: dict = {}
     blocks = json.loads(steps.read_text())
     if any(kind == "bash" for _, kind, _ in blocks):
         prepare()
     results: dict = {}
     for page, kind, block in blocks:
-        result = results.setdefault(page, {"output": "", "error": None})
+        result = results.setdefault(page, {"output": "", "error": None, "cpu_seconds": 0.0})
         if result["error"] is not None:
             continue
-        output = io.StringIO()
+        output, started = io.StringIO(), time.process_time()
         try:
             with contextlib.redirect_stdout(output):
                 if kind == "bash":
@@ -62,6 +63,7 @@ def main(steps: Path, outcomes: Path) -> None:
         except BaseException:
             result["error"] = f"{block}\n{traceback.format_exc()}"
         result["output"] += output.getvalue()
+        result["cpu_seconds"] += time.process_time() - started
     outcomes.write_text(json.dumps(results))
 
 
