@@ -145,19 +145,23 @@ def read_clip(
         If a file is missing or damaged.
     """
     hub: dict[str, Any] = {
-        "revision": revision or "main",
+        "revision": revision,
         "token": token,
         "cache_dir": cache_dir,
         "local_files_only": local_files_only,
     }
-    if is_open_clip(clip):
-        reader = CLIP_READERS.get("open_clip")
-        if reader is None:
-            raise ImportError(
-                f"{clip} is a CLIP of open_clip, which only the installed package reads: pip install ivtp-llava, and "
-                "import IVTPLlavaForConditionalGeneration from modeling_ivtp"
-            )
-        return reader(clip, activation=activation, **hub | {"revision": revision})
+    if not is_open_clip(clip):
+        return _read_transformers_clip(clip, hub | {"revision": revision or "main"})
+    reader = CLIP_READERS.get("open_clip")
+    if reader is None:
+        raise ImportError(
+            f"{clip} is a CLIP of open_clip, which only the installed package reads: pip install ivtp-llava, and "
+            "import IVTPLlavaForConditionalGeneration from modeling_ivtp"
+        )
+    return reader(clip, activation=activation, **hub)
+
+
+def _read_transformers_clip(clip: str | os.PathLike[str], hub: dict[str, Any]) -> ClipText:
     folder = Path(clip).expanduser()
     source = folder if folder.is_dir() else clip
     with naming_adapter(source, **hub):

@@ -26,7 +26,7 @@ CARDS = ("ivtp-llava-1.5-7b", "ivtp-llava-1.5-13b", "ivtp-llava-miniature")
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A LLaVA, a CLIP that fits, and the two joined."""
     root = tmp_path_factory.mktemp("recipes")
     stock = llava_folder(root / "llava")
@@ -84,7 +84,7 @@ def test_options_beside_a_recipe_go_before_it(tmp_path: Path) -> None:
 
 
 def test_a_recipe_takes_a_base_of_its_shape_and_no_other(
-    tmp_path: Path, made: Any, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, folders: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sparse_llava(tmp_path / "13b", "llava-1.5-13b")
     for base, said in (
@@ -92,17 +92,17 @@ def test_a_recipe_takes_a_base_of_its_shape_and_no_other(
             tmp_path / "13b",
             "not of the shape llava-1.5-7b that recipe ivtp-llava-1.5-7b-64 is for: text_config.hidden_size",
         ),
-        (made.llava, "not of the shape llava-1.5-7b"),
+        (folders.llava, "not of the shape llava-1.5-7b"),
     ):
         arguments = ["convert", str(base), "--recipe", "ivtp-llava-1.5-7b-64", "--out", str(tmp_path / "out")]
-        assert main([*arguments, "--clip", str(made.root / "clip")]) == 1
+        assert main([*arguments, "--clip", str(folders.root / "clip")]) == 1
         message = capsys.readouterr().err
         assert said in message
         assert message.count("\n") == 1
         assert not (tmp_path / "out").exists()
     # The 13B base passes its own recipe's check, and then meets a CLIP that is not its tower's.
     arguments = ["convert", str(tmp_path / "13b"), "--recipe", "ivtp-llava-1.5-13b-64", "--out", str(tmp_path / "out")]
-    assert main([*arguments, "--clip", str(made.root / "clip"), "--dry-run"]) == 1
+    assert main([*arguments, "--clip", str(folders.root / "clip"), "--dry-run"]) == 1
     assert "1024" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -141,19 +141,19 @@ def test_a_recipe_that_is_not_there_or_no_json(tmp_path: Path) -> None:
         convert(None, None, tmp_path / "out")
 
 
-def test_the_terms_of_the_weights_go_with_them(made: Any) -> None:
-    assert (made.joined / "LICENSE.txt").read_text() == "terms of the weights"
+def test_the_terms_of_the_weights_go_with_them(folders: Any) -> None:
+    assert (folders.joined / "LICENSE.txt").read_text() == "terms of the weights"
 
 
 @pytest.mark.parametrize(
     "names", ["as converted", "as the model saves them", "as a new model saves them", "of the modules"]
 )
-def test_without_our_extras_a_folder_is_an_official_llava(tmp_path: Path, made: Any, names: str) -> None:
-    source = made.joined
+def test_without_our_extras_a_folder_is_an_official_llava(tmp_path: Path, folders: Any, names: str) -> None:
+    source = folders.joined
     if names != "as converted":
         source = tmp_path / "saved"
-        shutil.copytree(made.joined, source, ignore=shutil.ignore_patterns("*.safetensors*"))
-        model = IVTPLlavaForConditionalGeneration.from_pretrained(made.joined)
+        shutil.copytree(folders.joined, source, ignore=shutil.ignore_patterns("*.safetensors*"))
+        model = IVTPLlavaForConditionalGeneration.from_pretrained(folders.joined)
         if names == "as a new model saves them":
             trained = IVTPLlavaForConditionalGeneration(model.config)
             trained.load_state_dict(model.state_dict())
@@ -164,9 +164,9 @@ def test_without_our_extras_a_folder_is_an_official_llava(tmp_path: Path, made: 
         else:  # sharded training saves the state of the modules
             save_file(model.state_dict(), source / "model.safetensors", {"format": "pt"})
     result = export_stock(source, tmp_path / "stock", max_shard_size="100KB")
-    assert result.llava_tensors == len(made.stock.state_dict())
+    assert result.llava_tensors == len(folders.stock.state_dict())
     # The names of llava-hf's folders, which other software looks for.
-    official = set(load_file(made.llava / "model.safetensors"))
+    official = set(load_file(folders.llava / "model.safetensors"))
     assert set(Checkpoint.from_folder(tmp_path / "stock", "stock").tensors) == official
     config = json.loads((tmp_path / "stock" / "config.json").read_text())
     assert (config["model_type"], config["architectures"]) == ("llava", ["LlavaForConditionalGeneration"])
@@ -175,7 +175,7 @@ def test_without_our_extras_a_folder_is_an_official_llava(tmp_path: Path, made: 
     assert not list((tmp_path / "stock").glob("*.py"))
     model, info = LlavaForConditionalGeneration.from_pretrained(tmp_path / "stock", output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    for name, tensor in made.stock.state_dict().items():
+    for name, tensor in folders.stock.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
     processor = AutoProcessor.from_pretrained(tmp_path / "stock")
     assert type(processor).__name__ == "LlavaProcessor"
@@ -190,13 +190,13 @@ def test_recipes_without_their_base_are_not_offered(tmp_path: Path, monkeypatch:
 
 
 def test_the_way_back_refuses_what_makes_no_sense(
-    tmp_path: Path, made: Any, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, folders: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["convert", "--stock", "--out", str(tmp_path / "out")]) == 1
     assert "--stock needs the folder" in capsys.readouterr().err
     wrong = [
         "convert",
-        str(made.joined),
+        str(folders.joined),
         "--stock",
         "--clip",
         "x",
@@ -207,7 +207,7 @@ def test_the_way_back_refuses_what_makes_no_sense(
     ]
     assert main(wrong) == 1
     assert "leave out --clip, visual_tokens" in capsys.readouterr().err
-    assert main(["convert", str(made.llava), "--stock", "--out", str(tmp_path / "out")]) == 1
+    assert main(["convert", str(folders.llava), "--stock", "--out", str(tmp_path / "out")]) == 1
     assert "is a stock LLaVA already" in capsys.readouterr().err
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
     assert main(["convert", str(tmp_path), "--stock", "--out", str(tmp_path / "out")]) == 1

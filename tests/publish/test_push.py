@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The miniature, built by its recipe in several shards, and a tiny one of nobody's."""
     root = tmp_path_factory.mktemp("push")
     convert(None, None, root / "miniature", recipe="ivtp-llava-miniature-32", max_shard_size="10MB", progress=False)
@@ -101,9 +101,9 @@ def as_stranger(hub: Hub, revision: str, home: Path, *, token: str = "") -> subp
 
 
 def test_what_was_pushed_answers_in_a_strangers_hands(
-    hub: Hub, made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    hub: Hub, folders: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status, out, err = push(capsys, made.miniature, NAME, "--private", "--yes")
+    status, out, err = push(capsys, folders.miniature, NAME, "--private", "--yes")
     assert (status, err) == (0, "")
     assert "a fresh process loads it and answers 'yellow'" in out
     revision = re.search(r'revision="([0-9a-f]{40})"', out)[1]  # type: ignore[index]
@@ -115,7 +115,7 @@ def test_what_was_pushed_answers_in_a_strangers_hands(
     assert {"config.json", "README.md", "handler.py", "handler_images.py", "LICENSE", ".gitattributes"} <= set(tree)
     assert {"clip_tokenizer/tokenizer.json", "images/scene.png", "modeling_ivtp.py", "ivtp_recipe.json"} <= set(tree)
     assert len([name for name in tree if name.endswith(".safetensors")]) == 4
-    for name in made.miniature.glob("*.safetensors"):
+    for name in folders.miniature.glob("*.safetensors"):
         assert tree[name.name] == name.read_bytes()
 
     done = as_stranger(hub, revision, tmp_path, token=READER)
@@ -136,47 +136,47 @@ def test_what_was_pushed_answers_in_a_strangers_hands(
 
 
 def test_a_dry_run_shows_everything_and_needs_no_network(
-    made: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folders: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def nowhere(*_: Any, **__: Any) -> Any:
         raise AssertionError("a dry run must not use the network")
 
     monkeypatch.setattr("socket.socket.connect", nowhere)
-    before = sorted(Path(made.miniature).rglob("*"))
-    status, out, err = push(capsys, made.miniature, NAME, "--dry-run")
+    before = sorted(Path(folders.miniature).rglob("*"))
+    status, out, err = push(capsys, folders.miniature, NAME, "--dry-run")
     assert (status, err) == (0, "")
     assert "model-00001-of-00004.safetensors" in out
     assert "card: ivtp-llava-miniature" in out
     assert "answers 'yellow'" in out
     assert "nothing was sent" in out
-    assert sorted(Path(made.miniature).rglob("*")) == before
+    assert sorted(Path(folders.miniature).rglob("*")) == before
 
 
 @pytest.mark.usefixtures("unchecked")
 def test_pushing_again_sends_nothing_again_and_clears_what_is_stale(
-    hub: Hub, made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    hub: Hub, folders: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hub.publish(NAME, {"pytorch_model.bin": b"old", "notes.md": b"mine", "model-00009-of-00009.safetensors": b"old"})
-    _, out, _ = push(capsys, made.miniature, NAME, "--yes")
+    _, out, _ = push(capsys, folders.miniature, NAME, "--yes")
     assert "removed there" in out
     tree = hub.head(NAME)
     assert "notes.md" in tree
     assert not {"pytorch_model.bin", "model-00009-of-00009.safetensors"} & set(tree)
     revision = re.search(r'revision="([0-9a-f]{40})"', out)[1]  # type: ignore[index]
     hub.requests.clear()
-    status, out, _ = push(capsys, made.miniature, NAME, "--yes")
+    status, out, _ = push(capsys, folders.miniature, NAME, "--yes")
     assert status == 0
     assert f'revision="{revision}"' in out
     assert not [request for request in hub.requests if request[0] == "PUT" or "/commit/" in request[1]]
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_branches_and_pull_requests(hub: Hub, made: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_branches_and_pull_requests(hub: Hub, folders: Any, capsys: pytest.CaptureFixture[str]) -> None:
     hub.publish(NAME, {"notes.md": b"mine"})
-    assert push(capsys, made.miniature, NAME, "--yes", "--revision", "budget-32")[0] == 0
+    assert push(capsys, folders.miniature, NAME, "--yes", "--revision", "budget-32")[0] == 0
     assert "config.json" in hub.head(NAME, "budget-32")
     assert "config.json" not in hub.head(NAME)
-    status, out, _ = push(capsys, made.miniature, NAME, "--yes", "--create-pr")
+    status, out, _ = push(capsys, folders.miniature, NAME, "--yes", "--create-pr")
     assert status == 0
     assert "discussions/1" in out
     assert "config.json" not in hub.head(NAME)
@@ -184,10 +184,12 @@ def test_branches_and_pull_requests(hub: Hub, made: Any, capsys: pytest.CaptureF
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_a_new_branch_holds_nothing_of_the_old_weights(hub: Hub, made: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_new_branch_holds_nothing_of_the_old_weights(
+    hub: Hub, folders: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A branch begins as a copy of main, whose single file transformers would load before any shard."""
     hub.publish(NAME, {"model.safetensors": b"old", "old_code.py": b"", "scripts/train.py": b"", "notes.md": b"mine"})
-    status, _, _ = push(capsys, made.miniature, NAME, "--yes", "--revision", "b32")
+    status, _, _ = push(capsys, folders.miniature, NAME, "--yes", "--revision", "b32")
     assert status == 0
     tree = hub.head(NAME, "b32")
     assert not {"model.safetensors", "old_code.py"} & set(tree)
@@ -200,30 +202,30 @@ def test_a_new_branch_holds_nothing_of_the_old_weights(hub: Hub, made: Any, caps
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_what_the_repository_says_of_large_files_stays(hub: Hub, made: Any) -> None:
+def test_what_the_repository_says_of_large_files_stays(hub: Hub, folders: Any) -> None:
     hub.publish(NAME, {".gitattributes": b"*.gguf filter=lfs diff=lfs merge=lfs -text"})
-    assert main(["push", str(made.miniature), NAME, "--yes"]) == 0
+    assert main(["push", str(folders.miniature), NAME, "--yes"]) == 0
     assert hub.head(NAME)[".gitattributes"].startswith(b"*.gguf")
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_the_hubs_own_words_are_passed_on(hub: Hub, made: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_hubs_own_words_are_passed_on(hub: Hub, folders: Any, capsys: pytest.CaptureFixture[str]) -> None:
     for status, reason in ((403, "storage limit reached"), (400, "license is not known")):
         hub.faults[:] = [Fault("POST", "/commit/", status=status, headers={"X-Error-Message": reason})]
-        _, _, err = push(capsys, made.miniature, NAME, "--yes")
+        _, _, err = push(capsys, folders.miniature, NAME, "--yes")
         assert reason in err
     hub.faults[:] = [
         Fault("POST", "/objects/batch", status=429, headers={"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"})
     ]
-    assert "again in a few minutes" in push(capsys, made.miniature, NAME, "--yes")[2]
+    assert "again in a few minutes" in push(capsys, folders.miniature, NAME, "--yes")[2]
 
 
 @pytest.mark.parametrize("change", ["weights", "pruning", "off"])
 def test_a_card_speaks_of_the_weights_and_options_it_was_measured_on(
-    made: Any, tmp_path: Path, change: str, capsys: pytest.CaptureFixture[str]
+    folders: Any, tmp_path: Path, change: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, target = tmp_path / "changed", tmp_path / "repository"
-    shutil.copytree(made.miniature, folder)
+    shutil.copytree(folders.miniature, folder)
     target.mkdir()
     if change == "weights":
         file = next(folder.glob("model-00001*.safetensors"))
@@ -243,12 +245,12 @@ def test_a_card_speaks_of_the_weights_and_options_it_was_measured_on(
     assert "accuracy in %" not in card.text
     assert any("are not those that recipe" in str(one.message) for one in warned) == (change == "weights")
     (tmp_path / "untouched").mkdir()
-    stage(made.miniature, NAME, tmp_path / "untouched")
+    stage(folders.miniature, NAME, tmp_path / "untouched")
     assert ModelCard((tmp_path / "untouched" / "README.md").read_text()).data.eval_results
 
 
-def test_llama_2s_terms_go_along(made: Any, tmp_path: Path) -> None:
-    convert(made.stock, made.clip, tmp_path / "own", pruning={"layers_per_group": 2, "decoder_layers": 4})
+def test_llama_2s_terms_go_along(folders: Any, tmp_path: Path) -> None:
+    convert(folders.stock, folders.clip, tmp_path / "own", pruning={"layers_per_group": 2, "decoder_layers": 4})
     (tmp_path / "repository").mkdir()
     with pytest.warns(UserWarning, match="Llama 2 licence asks for a copy of itself"):
         stage(tmp_path / "own", NAME, tmp_path / "repository", card="ivtp-llava-1.5-7b")
@@ -258,8 +260,8 @@ def test_llama_2s_terms_go_along(made: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_a_name_without_owner_is_ones_own(hub: Hub, made: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, _ = push(capsys, made.miniature, "mine", "--yes")
+def test_a_name_without_owner_is_ones_own(hub: Hub, folders: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = push(capsys, folders.miniature, "mine", "--yes")
     assert status == 0
     assert f"{OWNER}/mine" in out
     assert f'repo, revision = "{OWNER}/mine"' in hub.head(f"{OWNER}/mine")["README.md"].decode()
@@ -267,15 +269,15 @@ def test_a_name_without_owner_is_ones_own(hub: Hub, made: Any, capsys: pytest.Ca
 
 @pytest.mark.usefixtures("unchecked")
 def test_it_asks_before_it_sends(
-    hub: Hub, made: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    hub: Hub, folders: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status, _, err = push(capsys, made.miniature, NAME)
+    status, _, err = push(capsys, folders.miniature, NAME)
     assert status == 1
     assert "--yes" in err
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     asked: list[str] = []
     monkeypatch.setattr("typer.confirm", lambda question: bool(asked.append(question)))
-    status, out, _ = push(capsys, made.miniature, NAME)
+    status, out, _ = push(capsys, folders.miniature, NAME)
     assert (status, NAME in hub.repos) == (0, False)
     assert asked == [f"Upload to a new repository, {NAME}?"]
     assert "nothing was sent" in out
@@ -299,14 +301,14 @@ FAILURES = {
 @pytest.mark.parametrize("existing", [False, True], ids=["new", "existing"])
 @pytest.mark.parametrize("what", FAILURES)
 def test_an_upload_that_fails_leaves_no_half_and_goes_on_where_it_was(
-    hub: Hub, made: Any, what: str, existing: bool, capsys: pytest.CaptureFixture[str]
+    hub: Hub, folders: Any, what: str, existing: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if existing:
         hub.publish(NAME, {"model.safetensors": b"the old weights", "config.json": b"{}"})
     before = dict(hub.head(NAME)) if existing else {}
     fault, said = FAILURES[what]
     hub.faults.append(Fault(**vars(fault)))
-    status, _, err = push(capsys, made.miniature, NAME, "--yes")
+    status, _, err = push(capsys, folders.miniature, NAME, "--yes")
     assert status == 1
     assert said in err
     assert err.count("\n") == 1
@@ -316,56 +318,56 @@ def test_an_upload_that_fails_leaves_no_half_and_goes_on_where_it_was(
     hub.faults.clear()
     there = set(hub.large)
     hub.requests.clear()
-    assert push(capsys, made.miniature, NAME, "--yes")[0] == 0
+    assert push(capsys, folders.miniature, NAME, "--yes")[0] == 0
     assert "config.json" in hub.head(NAME)
     sent = {path.rpartition("/")[2] for method, path in hub.requests if method == "PUT"}
     assert not sent & there
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_a_fault_that_passes_is_not_noticed(hub: Hub, made: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_fault_that_passes_is_not_noticed(hub: Hub, folders: Any, capsys: pytest.CaptureFixture[str]) -> None:
     hub.faults += [Fault("PUT", "/large/", status=503, times=1), Fault("POST", "/objects/batch", status=429, times=1)]
-    assert push(capsys, made.miniature, NAME, "--yes")[0] == 0
+    assert push(capsys, folders.miniature, NAME, "--yes")[0] == 0
     assert "config.json" in hub.head(NAME)
 
 
 @pytest.mark.usefixtures("unchecked")
 def test_tokens_and_names(
-    hub: Hub, made: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    hub: Hub, folders: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for token, said in ((READER, "may not write"), ("hf_wrong", "does not accept the token")):
-        status, _, err = push(capsys, made.miniature, NAME, "--yes", "--token", token)
+        status, _, err = push(capsys, folders.miniature, NAME, "--yes", "--token", token)
         assert status == 1
         assert said in err
     assert NAME not in hub.repos
     hub.create("somebody/else", private=True)
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(pushing, "get_token", lambda: None)
-    status, _, err = push(capsys, made.miniature, NAME, "--yes")
+    status, _, err = push(capsys, folders.miniature, NAME, "--yes")
     assert status == 1
     assert "hf auth login" in err
     for name in ("a b/c", "a/b/c", "--x--", "a/" + "b" * 100, "x.git"):
-        status, _, err = push(capsys, "--dry-run", "--", made.miniature, name)
+        status, _, err = push(capsys, "--dry-run", "--", folders.miniature, name)
         assert status == 1
         assert "no name of a repository" in err
         assert err.count("\n") == 1
 
 
-def test_no_network(made: Any, hub: Hub, unchecked: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_network(folders: Any, hub: Hub, unchecked: None, capsys: pytest.CaptureFixture[str]) -> None:
     hub.shutdown()
     hub.server_close()
-    status, _, err = push(capsys, made.miniature, NAME, "--yes")
+    status, _, err = push(capsys, folders.miniature, NAME, "--yes")
     assert status == 1
     assert "the connection to" in err
     assert err.count("\n") == 1
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_folders_that_are_not_ours(made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folders_that_are_not_ours(folders: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "bert"}))
     (tmp_path / "empty").mkdir()
-    convert(made.stock, made.clip, tmp_path / "damaged", pruning={"layers_per_group": 2, "decoder_layers": 4})
+    convert(folders.stock, folders.clip, tmp_path / "damaged", pruning={"layers_per_group": 2, "decoder_layers": 4})
     weights = tmp_path / "damaged" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     for folder, said in (
@@ -378,16 +380,16 @@ def test_folders_that_are_not_ours(made: Any, tmp_path: Path, capsys: pytest.Cap
         assert status == 1
         assert said in err
         assert err.count("\n") == 1
-    status, _, err = push(capsys, made.stock, NAME, "--dry-run")
+    status, _, err = push(capsys, folders.stock, NAME, "--dry-run")
     assert status == 1
     assert "is a stock LLaVA" in err
-    status, _, err = push(capsys, made.miniature, NAME, "--dry-run", "--card", "bert")
+    status, _, err = push(capsys, folders.miniature, NAME, "--dry-run", "--card", "bert")
     assert status == 1
     assert "allowed: a file, or one of ivtp-llava-1.5-13b" in err
 
 
 def test_a_repository_that_does_not_answer_is_not_sent(
-    made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     original = pushing.stage
 
@@ -397,25 +399,25 @@ def test_a_repository_that_does_not_answer_is_not_sent(
         return repository
 
     monkeypatch.setattr(pushing, "stage", broken)
-    status, _, err = push(capsys, made.miniature, NAME, "--dry-run")
+    status, _, err = push(capsys, folders.miniature, NAME, "--dry-run")
     assert status == 1
     assert "a fresh process cannot answer from the repository" in err
     assert "schedule" in err
 
 
 def test_weights_that_do_not_fit_into_memory_are_checked_without_loading_them(
-    made: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folders: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1_000_000))
-    status, out, _ = push(capsys, made.miniature, NAME, "--dry-run")
+    status, out, _ = push(capsys, folders.miniature, NAME, "--dry-run")
     assert status == 0
     assert "weights and code fit; there is too little free memory" in out
 
 
 def test_a_checkpoint_of_ones_own_gets_a_card_that_claims_nothing(
-    made: Any, tmp_path: Path, hub: Hub, unchecked: None
+    folders: Any, tmp_path: Path, hub: Hub, unchecked: None
 ) -> None:
-    convert(made.stock, made.clip, tmp_path / "own", pruning={"layers_per_group": 2, "decoder_layers": 4})
+    convert(folders.stock, folders.clip, tmp_path / "own", pruning={"layers_per_group": 2, "decoder_layers": 4})
     assert main(["push", str(tmp_path / "own"), f"{OWNER}/own", "--yes"]) == 0
     tree = hub.head(f"{OWNER}/own")
     text = tree["README.md"].decode()

@@ -1,6 +1,6 @@
 """A small Hugging Face Hub on loopback: the HTTP that `huggingface_hub` speaks to make, fill and read a repository.
 
-What it keeps is what git would: commits, each a whole tree; a branch is a name for one. Large files come apart from
+It keeps commits, each a whole tree, and branches, each the name of a commit. Large files are uploaded apart from
 commits, as on the Hub. `faults` make it fail on purpose.
 """
 
@@ -48,8 +48,8 @@ class Repo:
     pulls: list[str] = field(default_factory=list)
 
     def commit(self, tree: dict[str, bytes], branch: str | None) -> str:
-        told = json.dumps([sorted((path, _sha(data)) for path, data in tree.items()), len(self.commits)])
-        oid = hashlib.sha1(told.encode()).hexdigest()
+        content = json.dumps([sorted((path, _sha(data)) for path, data in tree.items()), len(self.commits)])
+        oid = hashlib.sha1(content.encode()).hexdigest()
         self.commits[oid] = tree
         if branch is None:
             self.pulls.append(oid)
@@ -86,7 +86,7 @@ class Hub(ThreadingHTTPServer):
         return repo
 
     def publish(self, name: str, files: dict[str, bytes]) -> str:
-        """A repository with these files, as somebody else would have made it; its commit."""
+        """Commit these files to a repository as another user, and return the commit."""
         return (self.repos.get(name) or self.create(name)).commit(dict(files), "main")
 
     def head(self, name: str, branch: str = "main") -> dict[str, bytes]:
@@ -94,7 +94,7 @@ class Hub(ThreadingHTTPServer):
         return repo.commits[repo.branches[branch]]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Connections that are cut on purpose, or by a client that was killed, are no news; a mistake here is."""
+        """Keep mistakes of this server; connections that are cut on purpose, or by a killed client, are none."""
         error = sys.exc_info()[1]
         if not isinstance(error, (ConnectionError, ValueError)):
             self.mistakes.append(error)
@@ -172,8 +172,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.rfile.readline()
         self.rfile.readline()
 
-    def _reply(self, status: int, told: Any = None, headers: dict[str, str] | None = None) -> None:
-        data = told if isinstance(told, bytes) else json.dumps(told).encode()
+    def _reply(self, status: int, answer: Any = None, headers: dict[str, str] | None = None) -> None:
+        data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
         self.send_response(status)
         for name, value in {
             "Content-Type": "application/json",
@@ -224,13 +224,13 @@ class _Handler(BaseHTTPRequestHandler):
     def create(self, body: bytes) -> None:
         if not self._may_write():
             return
-        asked = json.loads(body)
-        name = f"{asked.get('organization') or OWNER}/{asked['name']}"
+        options = json.loads(body)
+        name = f"{options.get('organization') or OWNER}/{options['name']}"
         url = {"url": f"{self.server.url}/{name}", "name": name}
         if name in self.server.repos:
             self._reply(409, url | {"error": "You already created this model repo"})
             return
-        self.server.create(name, private=bool(asked.get("private")) or asked.get("visibility") == "private")
+        self.server.create(name, private=bool(options.get("private")) or options.get("visibility") == "private")
         self._reply(200, url)
 
     def info(self, body: bytes, name: str, revision: str = "main") -> None:
@@ -267,12 +267,12 @@ class _Handler(BaseHTTPRequestHandler):
     def preupload(self, body: bytes, name: str, revision: str) -> None:
         if self._may_write() and (found := self._tree(name, revision)) is not None:
             files = []
-            for asked in json.loads(body)["files"]:
-                data = found[1].get(asked["path"])
-                large = asked["path"].endswith(_LARGE)
+            for file in json.loads(body)["files"]:
+                data = found[1].get(file["path"])
+                large = file["path"].endswith(_LARGE)
                 oid = None if data is None else _sha(data) if large else _blob_id(data)
                 files.append(
-                    {"path": asked["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
+                    {"path": file["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
                     | ({} if oid is None else {"oid": oid})
                 )
             self._reply(200, {"files": files})
@@ -281,11 +281,11 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._may_write():
             return
         objects = []
-        for asked in json.loads(body)["objects"]:
-            entry = {"oid": asked["oid"], "size": asked["size"]}
-            if asked["oid"] not in self.server.large:
+        for file in json.loads(body)["objects"]:
+            entry = {"oid": file["oid"], "size": file["size"]}
+            if file["oid"] not in self.server.large:
                 entry["actions"] = {
-                    "upload": {"href": f"{self.server.url}/large/{asked['oid']}", "header": {}},
+                    "upload": {"href": f"{self.server.url}/large/{file['oid']}", "header": {}},
                     "verify": {"href": f"{self.server.url}/verify", "header": {}},
                 }
             objects.append(entry)
@@ -299,9 +299,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._reply(200, {})
 
     def verify(self, body: bytes) -> None:
-        asked = json.loads(body)
-        there = len(self.server.large.get(asked["oid"], b"")) == asked["size"]
-        self._reply(200 if there else 404, {})
+        file = json.loads(body)
+        arrived = len(self.server.large.get(file["oid"], b"")) == file["size"]
+        self._reply(200 if arrived else 404, {})
 
     def commit(self, body: bytes, name: str, revision: str) -> None:
         if not self._may_write() or (found := self._tree(name, revision)) is None:
@@ -324,8 +324,8 @@ class _Handler(BaseHTTPRequestHandler):
                 del after[value["path"]]
         proposed = parse_qs(urlsplit(self.path).query).get("create_pr") == ["1"]
         oid = repo.commit(after, None if proposed else revision)
-        told = {"success": True, "commitOid": oid, "commitUrl": f"{self.server.url}/{name}/commit/{oid}"}
-        self._reply(200, told | {"pullRequestUrl": f"{self.server.url}/{name}/discussions/1"} if proposed else told)
+        answer = {"success": True, "commitOid": oid, "commitUrl": f"{self.server.url}/{name}/commit/{oid}"}
+        self._reply(200, answer | {"pullRequestUrl": f"{self.server.url}/{name}/discussions/1"} if proposed else answer)
 
     def validate(self, body: bytes) -> None:
         good = json.loads(body)["content"].startswith("---\n")
