@@ -1,6 +1,6 @@
 """The methods that IVTP is compared with, on one engine: `with FastV(keep=64)(model): model.generate(...)`.
 
-A method is one file here, a row in `METHODS`, and a row in `tests/methods/test_methods.py`.
+The checklist for a new one is in CONTRIBUTING.md.
 """
 
 from __future__ import annotations
