@@ -74,7 +74,7 @@ def test_paths_in_code_exist(page: str) -> None:
 
 def test_the_design_names_every_file_that_travels() -> None:
     page = (ROOT / "docs" / "design.md").read_text()
-    table = page.partition("## Files that travel to the Hub")[2].partition("\n## ")[0]
+    table = page.partition("## The code that travels to the Hub")[2].partition("\n## ")[0]
     rows = [row.split("|")[1] for row in table.splitlines() if row.startswith("|")]
     named = {name for row in rows for name in re.findall(r"`(\w+\.py)`", row)}
     files = {file.name for file in (ROOT / "modeling_ivtp" / "model").glob("*.py")}
