@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality import report
+from benchmarks.quality.findings import BUDGET, findings, method_findings
 from benchmarks.quality.paper_tables import with_interval
 from benchmarks.quality.plots import MAIN, flops_unit, unpruned_of
 from modeling_ivtp.files.tables import markdown_table
@@ -19,8 +20,6 @@ from modeling_ivtp.files.tables import markdown_table
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 README, QUALITY_PAGE = ROOT / "README.md", ROOT / "docs" / "quality.md"
-BUDGET = 64
-"""Visual tokens in the table of methods, as in the paper's."""
 SHORT = ("unpruned", "ivtp", "ivtp-v", "cls-topk", "random")
 """Rows of the README's table."""
 
@@ -95,6 +94,7 @@ def excerpt(file: Path, page: Path = QUALITY_PAGE) -> str:
             f"![Accuracy against visual tokens]({base}-tokens.png)",
             "",
             f"[Types, costs and ablations]({base}.md); [accuracy against computation]({base}-tflops.png).",
+            *_bullets(findings(results)),
             end,
         ]
     )
@@ -123,6 +123,7 @@ def systems_excerpt(file: Path, page: Path = QUALITY_PAGE) -> str:
             "",
             markdown_table(("method", "final tokens", "layer-averaged", unit, "accuracy in %"), lines),
             f"[All budgets, types and times]({base}.md); [every method's curve]({base}-systems-tflops.png).",
+            *_bullets(method_findings(results)),
             end,
         ]
     )
@@ -141,6 +142,11 @@ def _left_out(main: list[Mapping[str, Any]], questions: Mapping[str, Any]) -> st
     if not types:
         return ""
     return f" This small model does not answer every type well; these are left out of the average: {', '.join(types)}."
+
+
+def _bullets(sentences: list[str]) -> list[str]:
+    """Return sentences as a list after an empty line; nothing for none."""
+    return ["", *(f"- {sentence}" for sentence in sentences)] if sentences else []
 
 
 def filled(page: str, text: str) -> str:

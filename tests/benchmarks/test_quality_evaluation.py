@@ -482,10 +482,7 @@ def test_seeds_that_agree_and_seeds_that_do_not(tmp_path: Path) -> None:
     assert "75.0 / 25.0" in told
 
 
-def test_the_readme_tells_the_newest_results_and_keeps_the_rest(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(readme, "ROOT", tmp_path)
+def test_a_page_tells_the_newest_results_and_keeps_the_rest(tmp_path: Path) -> None:
     folder = tmp_path / "benchmarks" / "results"
     folder.mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match="make quality"):
@@ -493,10 +490,12 @@ def test_the_readme_tells_the_newest_results_and_keeps_the_rest(
     for date, right in (("2026-01-01", 100), ("2026-02-01", 300)):
         results = results_of({("unpruned", 576): share(400), ("ivtp", 64): share(right)}, "a")
         (folder / f"quality-{date}.json").write_text(json.dumps(results))
-    text = readme.excerpt(readme.newest(folder))
+    text = readme.excerpt(readme.newest(folder), tmp_path / "docs" / "quality.md")
     assert "| ivtp |  | 75.0 ± " in text
-    assert "benchmarks/results/quality-2026-02-01-tokens.png" in text
-    page = f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n"
+    assert "At 64 tokens IVTP loses 25.0 points" in text
+    assert "](../benchmarks/results/quality-2026-02-01-tokens.png)" in text
+    begin, end = readme.marks("quality")
+    page = f"before\n{begin}\nold\n{end}\nafter\n"
     once = readme.filled(page, text)
     assert once == f"before\n{text}\nafter\n"
     assert readme.filled(once, text) == once

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from benchmarks.quality.findings import findings, method_findings
 from benchmarks.quality.intervals import bootstrap_interval, paired_interval
 from benchmarks.quality.report import METRIC, pack, right_answers, unpack
 
@@ -52,3 +53,20 @@ def test_right_and_wrong_can_be_packed() -> None:
     right = np.random.default_rng(0).random(2001) < 0.5
     assert len(pack(right)) < 600
     assert (unpack(pack(right), 2001) == right).all()
+
+
+def test_findings_leave_out_what_was_not_measured() -> None:
+    row = {"mode": "inference", "table": "", "options": {}}
+    unpruned = row | {"method": "unpruned", "visual_tokens": 576, "accuracy": 0.95}
+    ivtp = row | {"method": "ivtp", "visual_tokens": 64, "accuracy": 0.9}
+    wide = row | {"method": "ivtp tower_tokens=192", "visual_tokens": 64, "accuracy": 0.93, "table": "hand-over"}
+    wide["options"] = {"tower_tokens": 192}
+    assert findings({"rows": []}) == []
+    assert method_findings({"rows": [unpruned, ivtp]}) == []
+    loss, hand_over = findings({"rows": [unpruned, ivtp, wide]})
+    assert "IVTP loses 5.0 points" in loss
+    assert "retrained" not in loss
+    assert "5.0 points with 120 and 2.0 points with 192 tokens" in hand_over
+    accuracies = (("tome", 0.5), ("tome+", 0.8))
+    both = [row | {"method": name, "visual_tokens": 64, "accuracy": share} for name, share in accuracies]
+    assert method_findings({"rows": [unpruned, *both]}) == ["The decoder's stage adds 30 points to ToMe."]

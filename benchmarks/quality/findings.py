@@ -1,0 +1,123 @@
+"""What follows from quality results, in sentences with numbers; `benchmarks.quality.readme` puts them on a page."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+BUDGET = 64
+"""Visual tokens of the paper's main comparison."""
+PAPER_LOSS, PAPER_LOSS_RETRAINED = 3.4, 1.0
+"""Points that LLaVA-1.5-7B loses at `BUDGET` tokens, averaged over the paper's twelve benchmarks."""
+
+
+def findings(results: Mapping[str, Any]) -> list[str]:
+    """Return sentences on IVTP; what was not measured is left out."""
+    return [*_losses(results), *_oracle(results), *_survival(results), *_hand_over(results), *_other_seed(results)]
+
+
+def method_findings(results: Mapping[str, Any]) -> list[str]:
+    """Return sentences on the other methods at `BUDGET` tokens; what was not measured is left out."""
+    gains = [
+        f"{100 * (both - alone):.0f} points to {name}"
+        for name, one, two in (("ToMe", "tome", "tome+"), ("TopK", "topk", "topk+"), ("IVTP", "ivtp-v", "ivtp"))
+        if (alone := accuracy(results, one)) is not None and (both := accuracy(results, two)) is not None
+    ]
+    sentences = [f"The decoder's stage adds {_listed(gains)}."] if gains else []
+    for method, option in (("cdpruner", "negated=False"), ("fastv", "layer=6")):
+        default, changed = accuracy(results, method), accuracy(results, f"{method} {option}")
+        if default is not None and changed is not None:
+            sentences.append(
+                f"`{method}` reaches {default:.1%} with its paper's default and {changed:.1%} with `{option}`."
+            )
+    return sentences
+
+
+def accuracy(
+    results: Mapping[str, Any], method: str, mode: str = "inference", budget: int | None = None, table: str = ""
+) -> float | None:
+    """Return the accuracy of one row; None if it was not measured."""
+    tokens = budget or (unpruned_tokens(results) if method == "unpruned" else BUDGET)
+    for row in results["rows"]:
+        if (row["method"], row["mode"], row["visual_tokens"], row["table"]) == (method, mode, tokens, table):
+            return row["accuracy"]
+    return None
+
+
+def unpruned_tokens(results: Mapping[str, Any]) -> int | None:
+    """Return the visual tokens of the unpruned model."""
+    return next((row["visual_tokens"] for row in results["rows"] if row["method"] == "unpruned"), None)
+
+
+def _loss(results: Mapping[str, Any], *row: Any, **options: Any) -> float | None:
+    """Return the points that a row loses against the unpruned model."""
+    unpruned, pruned = accuracy(results, "unpruned"), accuracy(results, *row, **options)
+    return None if unpruned is None or pruned is None else 100 * (unpruned - pruned)
+
+
+def _losses(results: Mapping[str, Any]) -> Iterator[str]:
+    loss, retrained = _loss(results, "ivtp"), _loss(results, "ivtp", "retrained")
+    if loss is not None:
+        again = f"; retrained, {retrained:.1f} instead of {PAPER_LOSS_RETRAINED}" if retrained is not None else ""
+        yield (
+            f"At {BUDGET} tokens IVTP loses {loss:.1f} points, where the paper reports {PAPER_LOSS} for "
+            f"LLaVA-1.5-7B{again}."
+        )
+
+
+def _oracle(results: Mapping[str, Any]) -> Iterator[str]:
+    oracle, unpruned = accuracy(results, "oracle"), accuracy(results, "unpruned")
+    if oracle is not None and unpruned is not None and oracle >= unpruned:
+        yield (
+            f"The choice costs, not the number of tokens: an oracle answers {oracle:.1%} from {BUDGET} tokens, the "
+            f"unpruned model {unpruned:.1%}."
+        )
+
+
+def _survival(results: Mapping[str, Any]) -> Iterator[str]:
+    followed = results.get("survival")
+    methods = {} if followed is None else followed["methods"]
+    if "ivtp" not in methods:
+        return
+    ivtp = methods["ivtp"]
+    yield (
+        f"With IVTP, an object that the question needs is gone for good in {1 - ivtp['steps'][-1]['share']:.1%} of the "
+        f"questions that were followed. If all objects are left, at least in parts, {ivtp['accuracy']['left']:.1%} "
+        "are answered."
+    )
+    whole = [name for name in methods if name.startswith("cls-topk")]
+    if whole:
+        shares = [f"{methods[name]['accuracy']['gone']:.0%} with `{name}`" for name in whole]
+        shares.append(f"{ivtp['accuracy']['gone']:.0%} with IVTP")
+        yield (
+            "Patches that went through the whole tower also know what stands elsewhere. If no patch of an object is "
+            f"left, {_listed(shares)} are answered."
+        )
+
+
+def _hand_over(results: Mapping[str, Any]) -> Iterator[str]:
+    losses = {
+        row["options"]["tower_tokens"]: _loss(results, row["method"], table="hand-over")
+        for row in results["rows"]
+        if row["table"] == "hand-over" and row["visual_tokens"] == BUDGET
+    }
+    if losses and accuracy(results, "unpruned") is not None:
+        losses[round(1.875 * BUDGET)] = _loss(results, "ivtp")
+        measured = sorted((tokens, loss) for tokens, loss in losses.items() if loss is not None)
+        each = _listed([f"{loss:.1f} points with {tokens}" for tokens, loss in measured])
+        yield f"The hand-over matters most: IVTP loses {each} tokens from the tower."
+
+
+def _other_seed(results: Mapping[str, Any]) -> Iterator[str]:
+    other = results.get("other_seed")
+    if other is None:
+        return
+    rows = {row["method"]: row["accuracy"] for row in other["rows"] if row["visual_tokens"] == BUDGET}
+    agrees = not any(found["disagree"] for found in other["budgets"].values())
+    each = _listed([f"{name} {share:.1%}" for name, share in sorted(rows.items(), key=lambda item: item[1])])
+    verdict = "puts the methods in the same order" if agrees else "does not put all methods in the same order"
+    note = f", {other['note']}," if other.get("note") else ""
+    yield f"A second training seed{note} {verdict}; at {BUDGET} tokens: {each}."
+
+
+def _listed(parts: list[str]) -> str:
+    """Return parts as an enumeration: "a", "a and b", "a, b and c"."""
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
