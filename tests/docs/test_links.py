@@ -119,6 +119,21 @@ def test_every_page_is_in_the_navigation() -> None:
             assert f'"{page}"' in navigation, page
 
 
+@pytest.mark.parametrize(
+    ("page", "sentence", "results"),
+    [
+        ("docs/speed.md", r"takes ([\d.]+) TFLOPs unpruned and ([\d.]+) with IVTP", "flops.md"),
+        ("docs/speed.md", r"the paper prints ([\d.]+)\s+and ([\d.]+)\.", "flops.md"),
+        ("docs/batch.md", r"answered 768 rows ([\d.]+) times as fast .*? and ([\d.]+)\s+times", "batch-2026-11-28.md"),
+    ],
+)
+def test_numbers_in_prose_are_those_of_the_results(page: str, sentence: str, results: str) -> None:
+    found = re.search(sentence, (ROOT / page).read_text(), re.DOTALL)
+    assert found is not None
+    for number in found.groups():
+        assert number in (ROOT / "benchmarks" / "results" / results).read_text()
+
+
 def test_the_readme_is_short_and_begins_with_what_a_newcomer_needs() -> None:
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 150
