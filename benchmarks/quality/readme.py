@@ -94,7 +94,6 @@ def excerpt(file: Path, page: Path = QUALITY_PAGE) -> str:
             f"![Accuracy against visual tokens]({base}-tokens.png)",
             "",
             f"[Types, costs and ablations]({base}.md); [accuracy against computation]({base}-tflops.png).",
-            *_bullets(findings(results)),
             end,
         ]
     )
@@ -144,6 +143,12 @@ def _left_out(main: list[Mapping[str, Any]], questions: Mapping[str, Any]) -> st
     return f" This small model does not answer every type well; these are left out of the average: {', '.join(types)}."
 
 
+def findings_excerpt(file: Path) -> str:
+    """Return the block with what follows from the results, as a list."""
+    begin, end = marks("findings")
+    return "\n".join([begin, *_bullets(findings(json.loads(file.read_text()))), "", end])
+
+
 def _bullets(sentences: list[str]) -> list[str]:
     """Return sentences as a list after an empty line; nothing for none."""
     return ["", *(f"- {sentence}" for sentence in sentences)] if sentences else []
@@ -165,7 +170,10 @@ def filled(page: str, text: str) -> str:
 
 def blocks(file: Path) -> dict[Path, list[str]]:
     """Return the blocks of each page."""
-    return {README: [short_excerpt(file)], QUALITY_PAGE: [excerpt(file), systems_excerpt(file)]}
+    return {
+        README: [short_excerpt(file)],
+        QUALITY_PAGE: [excerpt(file), findings_excerpt(file), systems_excerpt(file)],
+    }
 
 
 def write_pages(pages: Mapping[Path, list[str]]) -> None:

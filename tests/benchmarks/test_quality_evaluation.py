@@ -492,7 +492,7 @@ def test_a_page_tells_the_newest_results_and_keeps_the_rest(tmp_path: Path) -> N
         (folder / f"quality-{date}.json").write_text(json.dumps(results))
     text = readme.excerpt(readme.newest(folder), tmp_path / "docs" / "quality.md")
     assert "| ivtp |  | 75.0 ± " in text
-    assert "At 64 tokens IVTP loses 25.0 points" in text
+    assert "At 64 tokens IVTP loses 25.0 points" in readme.findings_excerpt(readme.newest(folder))
     assert "](../benchmarks/results/quality-2026-02-01-tokens.png)" in text
     begin, end = readme.marks("quality")
     page = f"before\n{begin}\nold\n{end}\nafter\n"

@@ -87,6 +87,18 @@ def test_the_design_names_every_folder() -> None:
     assert folders == set(re.findall(r"\| `modeling_ivtp/(\w+)/` \|", page))
 
 
+def test_checklists_name_what_is_in_their_files() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    items = re.findall(r"^- \[ \] (.*?)(?=^- \[ \]|^\n)", page, re.DOTALL | re.MULTILINE)
+    assert len(items) == 19
+    for item in items:
+        codes = re.findall(r"`(.+?)`", item)
+        text = "".join((ROOT / code).read_text() for code in codes if "/" in code and (ROOT / code).is_file())
+        for name in codes:
+            if re.fullmatch(r"[A-Z_]{3,}|__all__|__post_init__", name) and "NAME" not in name:
+                assert name in text or name in item.partition("in the order of")[2], name
+
+
 @pytest.mark.parametrize("page", ["docs/design.md", "docs/glossary.md"])
 def test_names_in_code_are_names_of_the_code(page: str) -> None:
     words = {word for file in (ROOT / "modeling_ivtp").rglob("*.py") for word in re.findall(r"\w+", file.read_text())}
