@@ -83,14 +83,13 @@ def _survival(results: Mapping[str, Any]) -> Iterator[str]:
         f"questions that were followed. If all objects are left, at least in parts, {ivtp['accuracy']['left']:.1%} "
         "are answered."
     )
-    whole = [name for name in methods if name.startswith("cls-topk")]
-    if whole:
-        shares = [f"{methods[name]['accuracy']['gone']:.0%} with `{name}`" for name in whole]
-        shares.append(f"{ivtp['accuracy']['gone']:.0%} with IVTP")
-        yield (
-            "Patches that went through the whole tower also know what stands elsewhere. If no patch of an object is "
-            f"left, {_listed(shares)} are answered."
-        )
+    gone = {name: method["accuracy"]["gone"] for name, method in methods.items() if name != "random"}
+    shares = [f"{share:.0%} with `{name}`" for name, share in gone.items() if share is not None]
+    if shares:
+        yield f"If no patch of an object is left, {_listed(shares)} are answered."
+    for name, share in gone.items():
+        if share is None:
+            yield f"`{name}` leaves a part of every object."
 
 
 def _hand_over(results: Mapping[str, Any]) -> Iterator[str]:

@@ -20,7 +20,9 @@ from modeling_ivtp.files.tables import markdown_table
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 README, QUALITY_PAGE = ROOT / "README.md", ROOT / "docs" / "quality.md"
-SHORT = ("unpruned", "ivtp", "ivtp-v", "cls-topk", "random")
+WHOLE = ("cls-topk", "cls-topk-all-layers", "oracle")
+"""Rows that choose among the features of whole pictures: no methods of anybody."""
+SHORT = ("unpruned", "ivtp", "ivtp-v", "cls-topk", "cls-topk-all-layers", "random")
 """Rows of the README's table."""
 
 
@@ -103,7 +105,7 @@ def systems_excerpt(file: Path, page: Path = QUALITY_PAGE) -> str:
     """Return the block with all methods at one budget, from the least computation to the most; empty without them."""
     results: Mapping[str, Any] = json.loads(file.read_text())
     rows = [row for row in results["rows"] if not row["table"] and row["mode"] == "inference"]
-    shown = [row for row in rows if row["visual_tokens"] == BUDGET and row["method"] not in ("cls-topk", "oracle")]
+    shown = [row for row in rows if row["visual_tokens"] == BUDGET and row["method"] not in WHOLE]
     unpruned = unpruned_of(rows)
     begin, end = marks("systems")
     if unpruned is None or all(row["method"] in MAIN for row in shown):
