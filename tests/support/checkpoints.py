@@ -119,8 +119,12 @@ def open_clip_file(path: Path) -> CLIP:
 def sparse_llava(folder: Path, shape: str) -> None:
     """An official-format LLaVA of a published shape: true headers before holes in place of numbers."""
     shape_config = load_shape(shape)
-    config = LlavaConfig(vision_config=shape_config.vision_config, text_config=shape_config.text_config)
-    llava_folder(folder)
+    stock = llava_folder(folder, side=shape_config.vision_config.image_size)
+    config = LlavaConfig(
+        vision_config=shape_config.vision_config,
+        text_config=shape_config.text_config,
+        image_token_index=stock.config.image_token_id,
+    )
     config.architectures = ["LlavaForConditionalGeneration"]
     config.save_pretrained(folder)
     with torch.device("meta"):
