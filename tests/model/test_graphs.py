@@ -23,6 +23,7 @@ from modeling_ivtp.model.cuda_graphs import Graphs, Packing, SharedMemory
 from modeling_ivtp.model.prompt_graphs import MAX_GRAPHS, _asks_the_device
 from modeling_ivtp.speed.captured_stock import captured
 from modeling_ivtp.speed.models import stock_twin
+from modeling_ivtp.speed.stopwatch import Stopwatch
 from tests.support.tiny import prompt, tiny_model
 
 ROWS = [[3, "image", 7], [4, "image", 6]]
@@ -121,6 +122,20 @@ def test_answers_are_those_of_a_model_that_captures_nothing(model, rows):
     # Images and prompts ran once, were captured at the second time, and replayed from then on.
     assert len(model.model.prompt_graphs.graphs) == 2
     assert replays(model) == 2 * 2
+
+
+def test_a_model_that_is_timed_replays_nothing_and_replays_again_afterwards(model):
+    """Inside a graph nothing can be timed."""
+    inputs, watch = prompt(ROWS), Stopwatch()
+    expected = [answer(model, inputs) for _ in range(3)][-1]
+    before = replays(model)
+    assert before == 2
+    with watch.watching(model):
+        assert torch.equal(answer(model, inputs), expected)
+    assert replays(model) == before
+    assert watch.selection > 0
+    answer(model, inputs)
+    assert replays(model) == before + 2
 
 
 def test_other_shapes_are_captured_apart(model):
