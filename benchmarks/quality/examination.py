@@ -89,7 +89,7 @@ class Examination:
     def _encode(self, row: Row, plan: PruningPlan) -> tuple[Any, Taken]:
         inner = self.model.model
         if row.chooser:
-            whole, taken = self._whole()
+            whole, taken = self._once("whole", lambda: encode_whole(self.model, self.pixels))
             order, more = self._once(row.chooser, lambda: self._order(row, whole))
             return whole.keep(order, row.visual_tokens), taken + replace(more, selection=more.prefill)
         pruner = inner.pruner
@@ -108,12 +108,11 @@ class Examination:
         key = (plan.tower, choice, pruner.needs.image_embeds, getattr(pruner.needs.options, "aggregation", None))
         return self._once(key, lambda: inner.get_image_features(self.pixels))
 
-    def patch_order(self, row: Row) -> torch.Tensor:
-        """Return the order in which a row that chooses before the decoder keeps patches: int64 (B, N)."""
-        return self._order(row, self._whole()[0])
-
-    def _whole(self) -> tuple[WholeImages, Taken]:
-        return self._once("whole", lambda: encode_whole(self.model, self.pixels))
+    def kept_patches(self, row: Row) -> torch.Tensor:
+        """Return the patches from which a row that chooses before the decoder answers: int64 (B, k)."""
+        with row.applied(self.model):
+            image, _ = self._image(row)
+        return image["mm_encoder_outputs"]["image"].kept_patches
 
     def _order(self, row: Row, whole: WholeImages) -> torch.Tensor:
         places = range(self.first, self.first + len(self.asked))

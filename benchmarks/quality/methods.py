@@ -116,7 +116,7 @@ def variants(config: Any) -> list[tuple[str, dict[str, Any]]]:
 
 
 def system_rows(config: Any, budgets: Sequence[int] = BUDGETS) -> tuple[list[Row], dict[str, str]]:
-    """List every system of `modeling_ivtp.methods` at every budget; IVTP is taken from the main rows.
+    """List every system of `modeling_ivtp.methods` at every budget; those in the main rows are the same rows.
 
     Returns
     -------
@@ -125,14 +125,14 @@ def system_rows(config: Any, budgets: Sequence[int] = BUDGETS) -> tuple[list[Row
         Rows that do not fit the model, each with the reason.
     """
     rows, skipped = [], {}
-    own = {row.key: row for row in main_rows(config, budgets) if row.method in ("ivtp", "ivtp-v")}
+    main = {row.key: row for row in main_rows(config, budgets)}
     for tokens in budgets:
         if tokens >= config.num_patches:
             continue
         named: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in METHODS]
         for name, options in (*named, *variants(config)):
             label = " ".join([name, *(f"{option}={value}" for option, value in options.items())])
-            row = own.get(f"{label}@{tokens}") or Row(label, tokens, options, system=name)
+            row = main.get(f"{label}@{tokens}") or Row(label, tokens, options, system=name)
             try:
                 row.plan(config)
             except ValueError as error:
@@ -161,6 +161,8 @@ def compact_rows(config: Any, budgets: Sequence[int] = BUDGETS) -> tuple[list[Ro
             row = Row(f"{name} positions=compact", tokens, {"positions": "compact"}, system=name, table=COMPACT)
             if name == "ivtp":
                 row = replace(row, options=_ivtp(tokens, positions="compact"), system="")
+            elif name in CHOOSERS:
+                row = replace(row, options=_chosen(tokens) | {"positions": "compact"}, system="", chooser=name)
             try:
                 row.plan(config)
             except ValueError as error:

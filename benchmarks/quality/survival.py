@@ -32,7 +32,7 @@ def whats_left(examination: Examination, row: Row) -> dict[str, torch.Tensor]:
     """Return the patches that a row keeps for each question after every step: int64 (B, k) by the step's name."""
     model = examination.model
     if row.chooser:
-        return {"before the decoder": examination.patch_order(row)[:, : row.visual_tokens]}
+        return {"before the decoder": examination.kept_patches(row)}
     with model.pruning(**row.options):
         trace = model.explain(examination.processor, **examination.inputs, pixel_values=examination.pixels)
     return {

@@ -17,7 +17,7 @@ from benchmarks.quality import readme, report, retrain
 from benchmarks.quality.answer_log import AnswerLog
 from benchmarks.quality.checkpoint import check_world
 from benchmarks.quality.evaluate_quality import MINIATURE, _rows, _well_answered, evaluate_checkpoint
-from benchmarks.quality.examination import Asked, Examination, row_cost
+from benchmarks.quality.examination import Asked, Examination, row_cost, row_signature
 from benchmarks.quality.intervals import bootstrap_interval, paired_interval
 from benchmarks.quality.methods import (
     CHOOSERS,
@@ -105,14 +105,12 @@ def test_cls_looks_from_the_last_group_of_the_checkpoint_whatever_a_row_changes(
     assert examination.last_group == model.config.pruning.layers_per_group == 2
     rows = {row.method: row for row in main_rows(model.config, (24,))}
     assert rows["cls-topk"].options["layers_per_group"] is None
-    found = {}
-    for name in ("cls-topk", "cls-topk-all-layers"):
-        with rows[name].applied(model):
-            image, _ = examination._image(rows[name])
-        found[name] = image["mm_encoder_outputs"]["image"].kept_patches
-        own = examination.patch_order(rows[name])[:, :24].sort(1).values
-        assert torch.equal(found[name], own), name
-    assert not torch.equal(*found.values())
+    whole, places = encode_whole(model, examination.pixels), range(len(examination.asked))
+    kept = {name: examination.kept_patches(rows[name]) for name in ("cls-topk", "cls-topk-all-layers")}
+    for name in kept:
+        order = patch_order(name, whole, examination.asked, places, last_group=2)
+        assert torch.equal(kept[name], order[:, :24].sort(1).values), name
+    assert not torch.equal(*kept.values())
 
 
 def test_patches_handed_over_are_what_a_tower_that_had_kept_them_hands_over(
@@ -152,6 +150,16 @@ def test_more_patches_hold_the_fewer_and_random_ones_depend_on_the_question_alon
         assert needed[row[: min(16, int(needed.sum()))].numpy()].all()
     with pytest.raises(ValueError, match="allowed: random, cls-topk, cls-topk-all-layers, oracle"):
         patch_order("luck", whole, asked, range(11), last_group=2)
+
+
+def test_rows_of_one_name_are_one_row(loaded: tuple[Any, Any]) -> None:
+    """Results of one name replace each other, and what is followed or compared under it is the same."""
+    config = loaded[0].config
+    rows = [*main_rows(config, (24,)), *system_rows(config, (24,))[0], *compact_rows(config, (24,))[0]]
+    signatures: dict[str, set[str]] = {}
+    for row in (*rows, *ablation_rows(config, (24,))[0]):
+        signatures.setdefault(row.key, set()).add(row_signature(row, config))
+    assert not {name for name, found in signatures.items() if len(found) > 1}
 
 
 @pytest.mark.parametrize("name", ["unpruned", "blind", *CHOOSERS, "ivtp", "ivtp-v"])
@@ -202,6 +210,9 @@ def test_every_system_answers_as_it_does_when_applied_by_hand(
     rows, skipped = system_rows(model.config, (24,))
     assert not skipped
     row = next(row for row in rows if row.method == name)
+    if name == "random":  # the benchmark's own draws depend on the question, the method's on the picture
+        assert row.chooser == name
+        row = Row(name, 24, {}, system=name)
     before = set(vars(model.model))
     said, taken = examination.answers(row)
     assert set(vars(model.model)) == before
