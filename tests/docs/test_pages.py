@@ -57,6 +57,11 @@ ELSEWHERE = {
 """How the commands begin that no page's test runs, and what runs them."""
 
 
+def runs_pages(test: Any) -> Any:
+    """Mark a test that takes long and starts a process."""
+    return pytest.mark.slow(pytest.mark.subprocess(test))
+
+
 def blocks(text: str) -> list[tuple[str, str]]:
     """Return the shell and Python blocks of a page that run here, in their order."""
     kept = []
@@ -145,11 +150,13 @@ def ran(hub: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return SimpleNamespace(outcomes=outcomes, folder=folder)
 
 
+@runs_pages
 @pytest.mark.parametrize("page", PAGES)
 def test_what_a_page_shows_runs(ran: Any, page: str) -> None:
     assert ran.outcomes[page]["error"] is None, ran.outcomes[page]["error"]
 
 
+@runs_pages
 def test_what_pages_show_gives_what_they_say(hub: Any, ran: Any) -> None:
     output = {page: outcome["output"] for page, outcome in ran.outcomes.items()}
     assert (ran.folder / "kept.png").is_file()
@@ -169,6 +176,7 @@ def test_every_page_with_commands_is_run() -> None:
     assert names == set(PAGES)
 
 
+@runs_pages
 @pytest.mark.parametrize("name", card_names())
 def test_a_card(hub: Any, tmp_path: Path, name: str) -> None:
     """Its Python as somebody who has transformers and nothing else; its commands with the package."""
@@ -184,6 +192,7 @@ def test_a_card(hub: Any, tmp_path: Path, name: str) -> None:
     assert outcomes[name]["error"] is None, outcomes[name]["error"]
 
 
+@runs_pages
 def test_the_notebook(tmp_path: Path) -> None:
     notebook = nbformat.read(ROOT / "examples" / "notebook.ipynb", as_version=4)
     saved = [
@@ -196,6 +205,7 @@ def test_the_notebook(tmp_path: Path) -> None:
     assert any("image/png" in out.get("data", {}) for out in outputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", card_names())
 def test_a_card_is_what_was_counted_and_measured(name: str) -> None:
     folder = ROOT / "hub_cards" / name
@@ -242,6 +252,7 @@ def test_nobody_types_numbers_into_a_card() -> None:
         assert not re.findall(r"\d+(?:\.\d+)? ?(?:TFLOPs|GFLOPs|MB KV|% of)", text), template
 
 
+@pytest.mark.subprocess
 def test_make_help_lists_every_target() -> None:
     output = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
