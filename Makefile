@@ -6,6 +6,8 @@ STAMP := $(VENV)/.installed
 CLIENTS := .venv-clients
 MODEL ?= examples/miniature
 SEED ?= 0
+RECIPE ?= taught
+TRAINED = out/miniature-$(if $(filter-out taught,$(RECIPE)),$(RECIPE)-)$(SEED)
 # glibc would hand every large tensor back to the system and ask for it anew: a tenth of the time.
 TRAIN := MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=8000000000 $(RUN)/python -m benchmarks.quality
 
@@ -35,10 +37,10 @@ cards: setup  ## model cards anew, from what is counted and measured
 quality: setup  ## evaluate MODEL (the miniature) on held-out questions of the drawn world: benchmarks/results
 	$(RUN)/ivtp quality --model $(MODEL) --rows all --out benchmarks/results
 
-miniature: setup  ## train a miniature from nothing with SEED, on CPU or GPU; goes on where it was stopped
-	$(TRAIN).train_clip --out out/miniature-$(SEED)/clip --seed $(SEED)
-	$(TRAIN).train_llava --clip out/miniature-$(SEED)/clip --out out/miniature-$(SEED)/llava --seed $(SEED)
-	$(TRAIN).assemble --clip out/miniature-$(SEED)/clip --llava out/miniature-$(SEED)/llava --out out/miniature-$(SEED)/model
+miniature: setup  ## train a miniature from nothing with SEED by RECIPE (taught, plain), on CPU or GPU; goes on where it was stopped
+	$(TRAIN).train_clip --recipe $(RECIPE) --out $(TRAINED)/clip --seed $(SEED)
+	$(TRAIN).train_llava --clip $(TRAINED)/clip --out $(TRAINED)/llava --seed $(SEED)
+	$(TRAIN).assemble --clip $(TRAINED)/clip --llava $(TRAINED)/llava --out $(TRAINED)/model
 
 test: setup  ## all tests
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest --numprocesses 2 --dist loadfile

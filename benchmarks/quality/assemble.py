@@ -11,8 +11,9 @@ import torch
 import typer
 
 from benchmarks.quality import command
-from benchmarks.quality.loop import saved_weights
-from benchmarks.quality.miniature import PRUNING, clip_text_config, decoder_config, vision_config
+from benchmarks.quality.loop import saved_settings, saved_weights
+from benchmarks.quality.miniature import clip_text_config, decoder_config, vision_config
+from benchmarks.quality.recipes import recipe_named
 from benchmarks.quality.speaker import Speaker
 from benchmarks.quality.tokenizer import decoder_tokenizer, processor
 from benchmarks.quality.train_clip import Teacher
@@ -23,15 +24,25 @@ from modeling_ivtp.files.folder import new_folder
 
 
 def assemble(teacher: Teacher, speaker: Speaker) -> IVTPLlavaForConditionalGeneration:
-    """Build one IVTP-LLaVA of both stages; the features' normalisation becomes part of the projector."""
+    """Build one IVTP-LLaVA of both stages; the features' normalisation becomes part of the projector.
+
+    Raises
+    ------
+    ValueError
+        If the stages were trained by different recipes.
+    """
+    recipe = teacher.recipe
+    if speaker.recipe.name != recipe.name:
+        raise ValueError(f"The towers were trained by recipe={recipe.name!r}, the decoder by {speaker.recipe.name!r}.")
     tokenizer = decoder_tokenizer()
     config = IVTPLlavaConfig(
-        vision_config=vision_config().to_dict(),
-        text_config=decoder_config(len(tokenizer)).to_dict(),
+        vision_config=vision_config(recipe).to_dict(),
+        text_config=decoder_config(recipe, len(tokenizer)).to_dict(),
         clip_text_config=clip_text_config().to_dict(),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        pruning=PRUNING,
+        pruning=recipe.pruning,
         world_fingerprint=fingerprint(),
+        training_recipe=recipe.name,
     )
     model = IVTPLlavaForConditionalGeneration(config).eval()
     body = model.model
@@ -53,7 +64,7 @@ def assemble(teacher: Teacher, speaker: Speaker) -> IVTPLlavaForConditionalGener
 
 def load_speaker(folder: Path) -> Speaker:
     """Load what stages 2 and 3 trained."""
-    speaker = Speaker(decoder_config(len(decoder_tokenizer())), vision_config().hidden_size)
+    speaker = Speaker(recipe_named(saved_settings(folder)["recipe"]))
     speaker.load_state_dict(saved_weights(folder))
     return speaker.eval()
 

@@ -42,13 +42,24 @@ def _kinds_by_word() -> dict[str, int]:
     return {word: number for number, kind in enumerate(kinds()) for word in (kind.name, kind.plural)}
 
 
-def texts_of(scenes: list[Scene], draw: np.random.Generator, question_share: float = 0.4) -> Texts:
-    """Draw a caption or a question of each scene; half of them are read whole, half at one of their words.
+def texts_of(
+    scenes: list[Scene], draw: np.random.Generator, question_share: float = 0.4, word_share: float = 0.5
+) -> Texts:
+    """Draw a caption or a question of each scene, read whole or at one of their words.
 
     Eq. 6 compares single words with the image and counts those above a threshold as visible. From the web's billions of
     captions CLIP learns that by itself; here it is trained: a text read at a word matches the images that show what
     this word names, and no image if it names nothing. Questions take part without their answers, so that the tower
     knows their wording.
+
+    Parameters
+    ----------
+    scenes : list of Scene
+    draw : numpy Generator
+    question_share : float, default 0.4
+        Share of questions among the texts.
+    word_share : float, default 0.5
+        Share of texts that are read at a word; the others are read whole, at the end token, as CLIP reads captions.
     """
     texts = []
     for scene in scenes:
@@ -65,7 +76,7 @@ def texts_of(scenes: list[Scene], draw: np.random.Generator, question_share: flo
         last = sum(encoded["attention_mask"][row]) - 1
         words = [match.span() for match in re.finditer(r"\w+", text)]
         end = last
-        if draw.random() < 0.5:
+        if draw.random() < word_share:
             # Words that name something are as often read as words that do not.
             naming = [span for span in words if text[slice(*span)].lower() in _kinds_by_word()]
             words = [span for span in words if span not in naming] if draw.random() < 0.5 or not naming else naming

@@ -173,13 +173,30 @@ def saved_weights(folder: Path, module: str = "") -> dict[str, torch.Tensor]:
     FileNotFoundError
         If there is no state.
     """
+    prefix = f"weights.{module}"
+    with safe_open(_state_in(folder), framework="pt") as state:
+        names = [name for name in state.keys() if name.startswith(prefix)]  # noqa: SIM118
+        return {name.removeprefix(prefix): state.get_tensor(name) for name in names}
+
+
+def saved_settings(folder: Path) -> dict[str, Any]:
+    """Read the settings that a training state was begun with.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no state.
+    """
+    with safe_open(_state_in(folder), framework="pt") as state:
+        settings: dict[str, Any] = json.loads(state.metadata()["run"])["settings"]
+    return settings
+
+
+def _state_in(folder: Path) -> Path:
     file = folder / "state.safetensors"
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: run the stage before it first (make miniature runs all of them).")
-    prefix = f"weights.{module}"
-    with safe_open(file, framework="pt") as state:
-        names = [name for name in state.keys() if name.startswith(prefix)]  # noqa: SIM118
-        return {name.removeprefix(prefix): state.get_tensor(name) for name in names}
+    return file
 
 
 def drawn_ahead(draw: Callable[[int], Any], first: int, ahead: int = 4) -> Iterator[Any]:

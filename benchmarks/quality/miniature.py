@@ -1,23 +1,24 @@
 """The miniature LLaVA: real geometry, small widths.
 
 576 patches of 14 pixels and CLS, a CLIP tower that LLaVA reads one layer before the last, CLIP's own BPE for the text
-tower and another BPE of LLaMA's kind for the decoder, two layers of projection. Groups have two layers: eight tower
-layers and the decoder's first eight make four groups each, as LLaVA-1.5's twelve pruned decoder layers do, and four
-decoder layers stay above them to answer from what is left.
+tower and another BPE of LLaMA's kind for the decoder, two layers of projection. A recipe says how many layers there
+are. Both stages have four groups, as LLaVA-1.5's twelve pruned decoder layers do, and four decoder layers stay above
+them to answer from what is left.
 """
 
 from transformers import CLIPTextConfig, CLIPVisionConfig, LlamaConfig
 
-WIDTH, TEXT_WIDTH, HEADS, LAYERS, DECODER_LAYERS, PROJECTION = 192, 128, 3, 8, 12, 128
-PRUNING = {"layers_per_group": 2, "decoder_layers": 8}
+from benchmarks.quality.recipes import Recipe
+
+WIDTH, TEXT_WIDTH, HEADS, PROJECTION = 192, 128, 3, 128
 
 
-def vision_config() -> CLIPVisionConfig:
-    """Return the configuration of the vision tower: a ViT of 8 layers at 336 pixels."""
+def vision_config(recipe: Recipe) -> CLIPVisionConfig:
+    """Return the configuration of the vision tower: a ViT at 336 pixels."""
     return CLIPVisionConfig(
         hidden_size=WIDTH,
         intermediate_size=4 * WIDTH,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=recipe.tower_layers,
         num_attention_heads=HEADS,
         image_size=336,
         patch_size=14,
@@ -39,12 +40,12 @@ def clip_text_config() -> CLIPTextConfig:
     )
 
 
-def decoder_config(vocabulary: int) -> LlamaConfig:
-    """Return the configuration of the decoder: a LLaMA of 12 layers, its RoPE period long enough for 576 patches."""
+def decoder_config(recipe: Recipe, vocabulary: int) -> LlamaConfig:
+    """Return the configuration of the decoder: a LLaMA, its RoPE period long enough for 576 patches."""
     return LlamaConfig(
         hidden_size=WIDTH,
         intermediate_size=512,
-        num_hidden_layers=DECODER_LAYERS,
+        num_hidden_layers=recipe.decoder_layers,
         num_attention_heads=HEADS,
         vocab_size=vocabulary,
         max_position_embeddings=2048,

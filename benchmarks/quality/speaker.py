@@ -9,17 +9,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import LlamaConfig, LlamaModel
+from transformers import LlamaModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from benchmarks.quality.miniature import WIDTH, decoder_config
+from benchmarks.quality.recipes import Recipe
+from benchmarks.quality.tokenizer import decoder_tokenizer
 from benchmarks.quality.world import COLOURS, GRID, SIZES
 
-NAMED_AT, SOURCE_AT = 2, 4
-"""Layers after which training asks for the object named, and for the place the answer is read from.
-
-Without these questions so small a decoder reads patches late; with them it has read a patch before a group drops it."""
-LOOKING = 4
-"""Number of first layers whose heads start out attending to tokens like themselves."""
 NAMING = {"there": 1, "colour": len(COLOURS), "row": GRID, "column": GRID, "size": len(SIZES)}
 """Properties that are asked of the object named, each with its number of values."""
 
@@ -28,18 +25,21 @@ class Speaker(nn.Module):
     """Projector, decoder and head; they get the frozen tower's features normalised.
 
     Two more heads help in training and are dropped in the end: `naming` predicts the properties of the object that a
-    noun names, `source` the place of the object that the answer is read from.
+    noun names, `source` the place of the object that the answer is read from. The recipe says after which layers: asked
+    early, a decoder has read a patch before a group drops it.
     """
 
-    def __init__(self, config: LlamaConfig, width: int) -> None:
+    def __init__(self, recipe: Recipe) -> None:
         super().__init__()
+        config, width, course = decoder_config(recipe, len(decoder_tokenizer())), WIDTH, recipe.course
+        self.recipe, self.halfway = recipe, (course.named_after, course.source_after)
         self.language = LlamaModel(config)
         # Words and patches enter as large as what a layer adds to them, else the first layers drown them. The heads of
         # the first layers start out attending to tokens like themselves: "dog" to the patches of a dog.
         nn.init.normal_(self.language.embed_tokens.weight)
         for index, layer in enumerate(self.language.layers):
             attention = layer.self_attn
-            if index < LOOKING:
+            if index < course.alike_layers:
                 nn.init.normal_(attention.q_proj.weight, std=0.1)
                 attention.k_proj.weight.data.copy_(attention.q_proj.weight)
             for values in (attention.v_proj, attention.o_proj):
@@ -90,7 +90,7 @@ class Speaker(nn.Module):
         -------
         hidden : Tensor (B, Q, T, d)
         halfway : list of Tensor (B, Q, T, d)
-            After `NAMED_AT` and `SOURCE_AT` layers, where the decoder is that deep.
+            After the recipe's `named_after` and `source_after` layers, where the decoder is that deep.
         idle : float32 Tensor
             Share of attention that questions and objects pay to ground, averaged over layers and heads; 0 without
             `ground`. Attention to the first token, which is always there, is not idle.
@@ -113,8 +113,7 @@ class Speaker(nn.Module):
         for index, layer in enumerate(self.language.layers, 1):
             states, share = _run_layer(layer, states, cos, sin, reading, own, penalty)
             idle = idle + share / len(self.language.layers)
-            if index in (NAMED_AT, SOURCE_AT):
-                halfway.append(states[:, read:].unflatten(1, (number, length)))
+            halfway += [states[:, read:].unflatten(1, (number, length))] * self.halfway.count(index)
         return self.language.norm(states[:, read:]).unflatten(1, (number, length)), halfway, idle
 
 

@@ -2,14 +2,16 @@
 
 CLIP's loss brings CLS and words together. Because the world is drawn, there are labels besides: for every patch what it
 shows (kind and tile colour, the object's size and the place of its middle), for CLS the kinds in the scene and where
-things are. Both are trained at the top of every group, so that a patch knows early, and still knows once its neighbours
-are dropped. The heads for these labels are dropped in the end. The first steps learn from the labels alone, on small
-scenes of 168 pixels at random windows of the position table; words join with whole scenes.
+things are. A recipe says after which layers and for how long they are taught; their heads are dropped in the end. In
+the recipe `taught` this is the top of every group, so that a patch knows early, and still knows once its neighbours are
+dropped. In `plain` patches are taught only where LLaVA reads them and only at first, and CLS learns from captions
+alone. The first steps run on small scenes of 168 pixels at random windows of the position table.
 
-    python -m benchmarks.quality.train_clip --out out/miniature/clip
+    python -m benchmarks.quality.train_clip --recipe plain --out out/miniature-plain-0/clip
 """
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +25,8 @@ from transformers import CLIPConfig, CLIPModel
 from benchmarks.quality import command, plain_attention
 from benchmarks.quality.captions_for_clip import Texts, texts_of
 from benchmarks.quality.loop import TrainingRun, cosine_rate, drawn_ahead, optimize, optimizers_of, set_up
-from benchmarks.quality.miniature import LAYERS, PROJECTION, WIDTH, clip_text_config, vision_config
+from benchmarks.quality.miniature import PROJECTION, WIDTH, clip_text_config, vision_config
+from benchmarks.quality.recipes import TAUGHT, Recipe, TowerCourse, recipe_named
 from benchmarks.quality.world import COLOURS, GRID, PATCH, SIDE, SIZES, Scene, draw_scene, kinds
 
 MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -35,19 +38,20 @@ PATCH_LABELS = {
     "size": len(SIZES) + 1,
 }
 """Labels of every patch, each with its number of values."""
-PATCHES_WEIGHT, CLS_WEIGHT, WORDS_WEIGHT = 3.0, 0.1, 0.1
+PATCHES_WEIGHT, CLS_WEIGHT = 3.0, 0.1
 CELLS = 6
 """Cells on a side of the whole grid; CLS predicts how much of each is covered."""
-SMALL_BATCH, BATCH, TEXTS = 64, 24, 3
-"""Small scenes of a step, whole scenes of a step, and texts about each whole scene."""
+SMALL_BATCH, BATCH = 64, 24
+"""Small scenes of a step, and whole ones."""
 
 
 class Teacher(nn.Module):
     """The CLIP in training, with heads for labels that are dropped in the end."""
 
-    def __init__(self) -> None:
+    def __init__(self, recipe: Recipe) -> None:
         super().__init__()
-        text, vision = clip_text_config(), vision_config()
+        self.recipe = recipe
+        text, vision = clip_text_config(), vision_config(recipe)
         self.clip = CLIPModel(
             CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=PROJECTION)
         )
@@ -55,13 +59,13 @@ class Teacher(nn.Module):
             self.clip.set_attn_implementation(plain_attention.NAME)
         self.bias = nn.Parameter(torch.tensor(-6.0))
         nn.init.constant_(self.clip.logit_scale, 2.3)
-        self.patch_heads = nn.ModuleList(_head(sum(PATCH_LABELS.values())) for _ in range(LAYERS // 2))
-        self.cls_heads = nn.ModuleList(_head(len(kinds()) + CELLS**2) for _ in range(LAYERS // 2))
+        self.patch_heads = nn.ModuleList(_head(sum(PATCH_LABELS.values())) for _ in recipe.tower.patches_after)
+        self.cls_heads = nn.ModuleList(_head(len(kinds()) + CELLS**2) for _ in recipe.tower.cls_after)
         for _, last in self.cls_heads:
             nn.init.constant_(last.bias, -4.0)  # most kinds are not in a scene
 
     def see(self, pixels: torch.Tensor, window: tuple[int, int]) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Return the states of CLS and patches at the top of each group, and the patches where LLaVA reads them.
+        """Return the states of CLS and patches after each layer, and the patches where LLaVA reads them.
 
         `window` is the row and column of the first patch in the whole grid.
         """
@@ -73,30 +77,46 @@ class Teacher(nn.Module):
         patches = patches.flatten(2).transpose(1, 2) + tower.embeddings.position_embedding(positions)
         cls = tower.embeddings.class_embedding + tower.embeddings.position_embedding(positions.new_zeros(1))
         hidden = tower.pre_layrnorm(torch.cat([cls.expand(len(patches), 1, -1), patches], 1))
-        tops, features = [], hidden
-        for index, layer in enumerate(tower.encoder.layers):
+        states = []
+        for layer in tower.encoder.layers:
             hidden = layer(hidden, None)
-            if index == LAYERS - 2:
-                features = hidden
-            if index % 2:
-                tops.append(hidden)
-        return tops, features[:, 1:]
+            states.append(hidden)
+        return states, states[self.recipe.feature_layer - 1][:, 1:]
 
-    def losses(self, batch: "Batch", device: torch.device) -> dict[str, torch.Tensor]:
-        """Compute everything that is minimised, and shares of right answers to watch."""
-        tops, features = self.see(batch.pixels.to(device), batch.window)
+    def losses(self, batch: "Batch", device: torch.device, *, teach_patches: bool = True) -> dict[str, torch.Tensor]:
+        """Compute everything that is minimised, and shares of right answers to watch.
+
+        Parameters
+        ----------
+        batch : Batch
+        device : torch.device
+        teach_patches : bool, default True
+            Learn from the labels of patches. False: only watch what is left of it.
+        """
+        course = self.recipe.tower
+        states, _ = self.see(batch.pixels.to(device), batch.window)
         present = batch.present.to(device)
-        cls = [top[:, 0] for top in tops]
-        losses = self._of_patches([*(top[:, 1:] for top in tops[:-1]), features], batch.labels)
-        losses |= self._of_cls(cls, present, batch.covered.to(device))
-        loss = PATCHES_WEIGHT * (losses["dense"] + losses["early"]) + CLS_WEIGHT * losses["cls"]
+        loss = torch.zeros((), device=device)
+        with torch.set_grad_enabled(teach_patches and torch.is_grad_enabled()):
+            losses = self._of_patches([states[after - 1][:, 1:] for after in course.patches_after], batch.labels)
+        if teach_patches:
+            loss = PATCHES_WEIGHT * (losses["dense"] + losses["early"])
+        if course.cls_after:
+            cls = [states[after - 1][:, 0] for after in course.cls_after]
+            losses |= self._of_cls(cls, present, batch.covered.to(device))
+            loss = loss + CLS_WEIGHT * losses["cls"]
         if batch.texts is not None:
-            losses |= self._of_words(cls[-1], present, batch.texts)
-            loss = loss + WORDS_WEIGHT * losses["contrast"]
+            texts, images = self._embedded(batch.texts, states[-1][:, 0])
+            losses |= (
+                self._of_labelled(texts, images, present, batch.texts.names.to(device))
+                if course.labelled_texts
+                else self._of_captions(texts, images)
+            )
+            loss = loss + course.texts_weight * losses["contrast"]
         return {"loss": loss} | losses
 
     def _of_patches(self, depths: list[torch.Tensor], labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Compare patches with their labels, at the tops of the groups and, last, where LLaVA reads them."""
+        """Compare patches with their labels after some layers, the last of which is where LLaVA reads them."""
         wanted = labels.to(depths[0].device).flatten(0, 2).unbind(-1)
         objects = wanted[0] < len(kinds())
         weight = torch.where(objects, 1.0, 0.2)
@@ -111,10 +131,11 @@ class Teacher(nn.Module):
                 loss = loss + share * (F.cross_entropy(logits, label, reduction="none") * weight).mean()
                 right[name] = (logits.argmax(-1) == label)[objects].float().mean()
             losses.append(loss)
-        return {"dense": losses[-1], "early": torch.stack(losses[:-1]).mean()} | right
+        early = torch.stack(losses[:-1]).mean() if losses[:-1] else torch.zeros_like(losses[-1])
+        return {"dense": losses[-1], "early": early} | right
 
     def _of_cls(self, cls: list[torch.Tensor], present: torch.Tensor, covered: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Compare CLS with the kinds in the scene and the cover of each cell, at the top of every group."""
+        """Compare CLS after some layers with the kinds in the scene and the cover of each cell."""
         wanted = torch.cat([present.float(), covered.flatten(1)], 1)
         logits = [head(state.float()) for head, state in zip(self.cls_heads, cls, strict=True)]
         losses = [F.binary_cross_entropy_with_logits(of_top, wanted, reduction="none") for of_top in logits]
@@ -122,18 +143,39 @@ class Teacher(nn.Module):
         f1 = 2 * (guess & present).sum() / (guess.sum() + present.sum()).clamp(min=1)
         return {"cls": torch.stack([loss.sum(1).mean() for loss in losses]).mean(), "cls_f1": f1}
 
-    def _of_words(self, cls: torch.Tensor, present: torch.Tensor, texts: Texts) -> dict[str, torch.Tensor]:
+    def _embedded(self, texts: Texts, cls: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the unit embeddings of texts and pictures in CLIP's common space: (texts, 128), (B, 128)."""
+        hidden = self.clip.text_model(input_ids=texts.input_ids.to(cls.device)).last_hidden_state
+        words = self.clip.text_projection(hidden[torch.arange(len(hidden)), texts.ends.to(cls.device)])
+        images = self.clip.visual_projection(self.clip.vision_model.post_layernorm(cls))
+        return F.normalize(words.float(), dim=-1), F.normalize(images.float(), dim=-1)
+
+    def _scale(self) -> torch.Tensor:
+        return self.clip.logit_scale.exp().clamp(max=100)
+
+    def _of_captions(self, texts: torch.Tensor, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Compute CLIP's own loss: a text belongs to the picture it was written about, and a picture to its text.
+
+        `texts` holds one text for every picture, then a second one for every picture, and so on.
+        """
+        logits = texts @ images.T * self._scale()
+        own = torch.arange(len(images), device=images.device)
+        by_draw = logits.unflatten(0, (-1, len(images)))
+        of_texts = F.cross_entropy(logits, own.repeat(len(by_draw)))
+        of_images = torch.stack([F.cross_entropy(draw.T, own) for draw in by_draw]).mean()
+        right = (by_draw.argmax(2) == own).float().mean()
+        return {"contrast": (of_texts + of_images) / 2, "texts": right}
+
+    def _of_labelled(
+        self, texts: torch.Tensor, images: torch.Tensor, present: torch.Tensor, named: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
         """Compare every text with every picture.
 
         A text that names little fits several pictures, and one that names nothing fits none. So each pair is judged by
         itself, with the sigmoid loss that open_clip offers beside the contrastive one.
         """
-        named = texts.names.to(cls.device)
-        hidden = self.clip.text_model(input_ids=texts.input_ids.to(cls.device)).last_hidden_state
-        words = self.clip.text_projection(hidden[torch.arange(len(hidden)), texts.ends.to(cls.device)])
-        images = self.clip.visual_projection(self.clip.vision_model.post_layernorm(cls))
-        logits = F.normalize(words.float(), dim=-1) @ F.normalize(images.float(), dim=-1).T
-        logits = logits * self.clip.logit_scale.exp().clamp(max=100) + self.bias
+        logits = texts @ images.T
+        logits = logits * self._scale() + self.bias
         fits = named.any(1, keepdim=True) & ~(named[:, None] & ~present[None]).any(-1)
         contrast = -F.logsigmoid(torch.where(fits, logits, -logits)).sum(1).mean()
         names = named.any(1)
@@ -175,9 +217,22 @@ def patch_labels(scene: Scene, window: tuple[int, int]) -> np.ndarray:
 
 
 class Batch:
-    """The scenes of a step with their labels, and with texts about them if asked for, drawn from the step number."""
+    """The scenes of a step with their labels, drawn from the step number.
 
-    def __init__(self, step: int, size: int, side: int, texts: int = 0) -> None:
+    Parameters
+    ----------
+    step : int
+    size : int
+        Number of scenes.
+    side : int
+        Their side in pixels.
+    texts : int, default 0
+        Number of texts about each scene.
+    course : TowerCourse, optional
+        Decides which texts these are; default: the one of `TAUGHT`.
+    """
+
+    def __init__(self, step: int, size: int, side: int, texts: int = 0, course: TowerCourse = TAUGHT.tower) -> None:
         draw = np.random.Generator(np.random.PCG64([7, step]))
         scenes = [draw_scene("train", step * 64 + number, side=side) for number in range(size)]
         self.pixels = pixel_values(scenes)
@@ -191,34 +246,43 @@ class Batch:
         rows, columns = (slice(start, start + side // PATCH) for start in self.window)
         whole[:, rows, columns] = (self.labels[..., 0] < len(kinds())).float()
         self.covered = F.avg_pool2d(whole, GRID // CELLS)
-        self.texts = texts_of(scenes * texts, draw) if texts else None
+        shares = course.question_share, course.word_share
+        self.texts = texts_of(scenes * texts, draw, *shares) if texts else None
+
+    @classmethod
+    def of(cls, course: TowerCourse, step: int) -> "Batch":
+        """Draw the batch of a step of a course."""
+        if step < course.small_steps:
+            return cls(step, SMALL_BATCH, 168, course.small_texts, course)
+        return cls(step, BATCH, SIDE, course.texts, course)
 
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder of state and log; an earlier run there is continued.")],
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1800,
-    small_steps: Annotated[int, typer.Option(help="How many of them, the first ones, run on small scenes.")] = 800,
+    recipe: Annotated[str, typer.Option(help="taught or plain; later stages follow it.")] = TAUGHT.name,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps; default: the recipe's.")] = None,
+    small_steps: Annotated[
+        int | None, typer.Option(help="How many of them, the first ones, run on small scenes; default: the recipe's.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = os.cpu_count() or 1,
 ) -> None:
     """Train, or continue training."""
+    chosen = recipe_named(recipe).with_steps("tower", steps=steps, small_steps=small_steps)
+    course = chosen.tower
     device = set_up(seed, threads)
-    teacher = Teacher().to(device)
+    teacher = Teacher(chosen).to(device)
     optimizers = optimizers_of(teacher)
-    run = TrainingRun(out, teacher, optimizers, {"steps": steps, "small_steps": small_steps, "seed": seed})
-
-    def draw(step: int) -> Batch:
-        return Batch(step, SMALL_BATCH, 168) if step < small_steps else Batch(step, BATCH, SIDE, TEXTS)
-
-    batches = drawn_ahead(draw, run.step)
+    run = TrainingRun(out, teacher, optimizers, {"recipe": chosen.name, "seed": seed} | asdict(course))
+    batches = drawn_ahead(lambda step: Batch.of(course, step), run.step)
 
     def one_step(step: int) -> dict[str, float]:
         batch = next(batches)
         with torch.autocast(device.type, torch.bfloat16):
-            losses = teacher.losses(batch, device)
-        return optimize(teacher, optimizers, losses, cosine_rate(step, steps))
+            losses = teacher.losses(batch, device, teach_patches=course.teaches_patches(step))
+        return optimize(teacher, optimizers, losses, cosine_rate(step, course.steps))
 
-    run.train(steps, one_step, title="CLIP")
+    run.train(course.steps, one_step, title="CLIP")
 
 
 if __name__ == "__main__":

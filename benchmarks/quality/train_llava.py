@@ -3,18 +3,20 @@
 Stage 2 aligns the projector: a patch of a dog on a red tile is to land near the words "dog" and "red". Stage 3 reads
 every picture once and asks many questions about it side by side. It begins with every kind by its bare name, from which
 words learn within minutes to find what they name. Then come questions in their fewest words, on larger scenes and on
-whole ones; then whole sentences with idle words around them, and more of those that relate two objects.
+whole ones; then whole sentences with idle words around them, and more of those that relate two objects. No patch is
+ever dropped in training.
 
-On the way to an answer the decoder is asked for the place of the object named, and of the one that the answer is read
-from; this help fades out, and its heads are dropped. Attention to the ground costs a little all along, and in the end
-so does an object's attention to other objects: a token that finds nothing to look at is to rest on the first token, as
-in large models, not on patches that pruning drops. No patch is ever dropped in training.
+The recipe of stage 1 says what helps on the way. In `taught` the decoder is asked for the place of the object named and
+of the one that the answer is read from; this fades out, and its heads are dropped. Attention to the ground costs a
+little all along, and in the end so does an object's attention to other objects: a token that finds nothing to look at
+is to rest on the first token, as in large models, not on patches that pruning drops. In `plain` nothing is asked on the
+way, and attention is free.
 
     python -m benchmarks.quality.train_llava --clip out/miniature/clip --out out/miniature/llava
 """
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -25,15 +27,15 @@ import typer
 from benchmarks.quality import command
 from benchmarks.quality.loop import (
     TrainingRun,
-    cosine_rate,
     drawn_ahead,
     optimize,
     optimizers_of,
+    saved_settings,
     saved_weights,
     set_up,
 )
-from benchmarks.quality.miniature import decoder_config
 from benchmarks.quality.question_batches import UNKNOWN, Asked, Named, Pictures, ask, name_all, words_of_kinds
+from benchmarks.quality.recipes import Course, recipe_named
 from benchmarks.quality.speaker import NAMING, Speaker
 from benchmarks.quality.tokenizer import decoder_tokenizer
 from benchmarks.quality.train_clip import Teacher, pixel_values
@@ -43,90 +45,28 @@ NO_CORNERS = tuple(one for one in TYPES if one != "corner")
 """Types without corners: the corner of a small scene is no corner of the whole grid in which it stands."""
 TWO_THINGS = tuple(one for one in TYPES if one not in ("existence", "count", "colour", "corner"))
 """Types that relate two objects, which take longest to learn."""
-PLACES_WEIGHT, IDLE_WEIGHT = 0.3, 0.5
 MUON = 0.01
 """Peak learning rate, lower than the tower's because labels are sparser."""
 
 
-@dataclass(frozen=True)
-class Course:
-    """The number of steps of each part of training, in order.
-
-    Attributes
-    ----------
-    align : int
-        Stage 2, on small scenes of 168 pixels.
-    name : int
-        Small scenes; every kind by its bare name.
-    middle : int
-        Scenes of 224 pixels; questions in their fewest words.
-    whole : int
-        Whole scenes; the same questions. Every third step keeps the smaller scenes, so that the model does not get
-        used to one number of patches.
-    sentences : int
-        The same scenes; whole sentences, every second step with idle words around them.
-    practice : int
-        The same, every second step with `TWO_THINGS` only. The smaller scenes are crowded, so that the model does not
-        get used to one share of ground.
-    settle : int
-        The same, with a cost on objects' attention to other objects, and the highest cost on the attention to ground
-        of the token that answers.
-    """
-
-    align: int
-    name: int
-    middle: int
-    whole: int
-    sentences: int
-    practice: int
-    settle: int
-
-    @property
-    def terse(self) -> int:
-        """The number of steps before the first sentence."""
-        return self.align + self.name + self.middle + self.whole
-
-    @property
-    def steps(self) -> int:
-        """The number of all steps."""
-        return self.terse + self.sentences + self.practice + self.settle
-
-    def settling(self, step: int) -> bool:
-        """Return whether a step belongs to the last part."""
-        return step >= self.steps - self.settle
-
-    def batch(self, step: int, gpu: bool = False) -> Asked | Named:
-        """Draw the batch of a step, with four times as many pictures on a GPU."""
-        more = 4 if gpu else 1
-        if step < self.align + self.name:
-            return name_all(step, 24 * more, side=168)
-        terse, practice = step < self.terse, step >= self.terse + self.sentences
-        number, style = (32, "terse") if terse else (24, "plain") if step % 2 else (16, "full")
-        types = TWO_THINGS if practice and step % 2 else TYPES
-        if step < self.align + self.name + self.middle or step % 3 == 2:
-            types = tuple(kind for kind in types if kind in NO_CORNERS)
-            return ask(step, (16 if terse else 12) * more, number, types, side=224, style=style, crowded=practice)
-        return ask(step, 8 * more, 40 if terse else number, types, style=style)
-
-    def rate(self, step: int) -> float:
-        """Return the share of the peak learning rates: a cosine, and half of one for each part after the terse ones."""
-        if step < self.terse:
-            return cosine_rate(step, self.terse)
-        step -= self.terse
-        for part in (self.sentences, self.practice, self.settle):
-            if step < part:
-                return 0.5 * cosine_rate(step, part)
-            step -= part
-        return 0.0
-
-    def help(self, step: int) -> float:
-        """Return the weight of the help: full at first, 0 in the last quarter before the sentences."""
-        return PLACES_WEIGHT * min(1.0, max(0.0, 3 - 4 * step / self.terse))
+def draw_batch(course: Course, step: int, gpu: bool = False) -> Asked | Named:
+    """Draw the batch of a step, with four times as many pictures on a GPU."""
+    more = 4 if gpu else 1
+    if step < course.align + course.name:
+        return name_all(step, 24 * more, side=168)
+    terse, practice = step < course.terse, step >= course.terse + course.sentences
+    number, style = (32, "terse") if terse else (24, "plain") if step % 2 else (16, "full")
+    types = TWO_THINGS if practice and step % 2 else TYPES
+    if step < course.align + course.name + course.middle or step % 3 == 2:
+        types = tuple(kind for kind in types if kind in NO_CORNERS)
+        size = (16 if terse else 12) * more
+        return ask(step, size, number, types, side=224, style=style, crowded=practice and course.crowded)
+    return ask(step, 8 * more, 40 if terse else number, types, style=style)
 
 
 def load_teacher(folder: Path) -> Teacher:
-    """Load the towers that stage 1 trained, without its heads."""
-    teacher = Teacher()
+    """Load the towers that stage 1 trained, without what its heads learned."""
+    teacher = Teacher(recipe_named(saved_settings(folder)["recipe"]))
     teacher.clip.load_state_dict(saved_weights(folder, "clip."))
     return teacher.eval().requires_grad_(False)
 
@@ -134,22 +74,31 @@ def load_teacher(folder: Path) -> Teacher:
 def main(
     clip: Annotated[Path, typer.Option(help="Folder of stage 1.")],
     out: Annotated[Path, typer.Option(help="Folder of state and log; an earlier run there is continued.")],
-    align: Annotated[int, typer.Option(help="Steps of stage 2.")] = 200,
-    name: Annotated[int, typer.Option(help="Steps with bare names.")] = 400,
-    middle: Annotated[int, typer.Option(help="Steps with terse questions about larger scenes.")] = 600,
-    whole: Annotated[int, typer.Option(help="Steps with terse questions about whole scenes.")] = 900,
-    sentences: Annotated[int, typer.Option(help="Steps with whole sentences.")] = 700,
-    practice: Annotated[int, typer.Option(help="Steps with more of the hard questions.")] = 900,
-    settle: Annotated[int, typer.Option(help="Steps in which objects learn to look at themselves.")] = 500,
+    align: Annotated[int | None, typer.Option(help="Steps of stage 2; default of all parts: the recipe's.")] = None,
+    name: Annotated[int | None, typer.Option(help="Steps with bare names.")] = None,
+    middle: Annotated[int | None, typer.Option(help="Steps with terse questions about larger scenes.")] = None,
+    whole: Annotated[int | None, typer.Option(help="Steps with terse questions about whole scenes.")] = None,
+    sentences: Annotated[int | None, typer.Option(help="Steps with whole sentences.")] = None,
+    practice: Annotated[int | None, typer.Option(help="Steps with more of the hard questions.")] = None,
+    settle: Annotated[int | None, typer.Option(help="Steps in which objects learn to look at themselves.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = os.cpu_count() or 1,
 ) -> None:
-    """Train, or continue training."""
+    """Train, or continue training, by the recipe of stage 1."""
     device = set_up(seed, threads)
-    course = Course(align, name, middle, whole, sentences, practice, settle)
     teacher = load_teacher(clip).to(device)
-    width = teacher.clip.config.vision_config.hidden_size
-    speaker = Speaker(decoder_config(len(decoder_tokenizer())), width).to(device)
+    recipe = teacher.recipe.with_steps(
+        "course",
+        align=align,
+        name=name,
+        middle=middle,
+        whole=whole,
+        sentences=sentences,
+        practice=practice,
+        settle=settle,
+    )
+    course = recipe.course
+    speaker = Speaker(recipe).to(device)
 
     @torch.no_grad()
     def see(pixels: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
@@ -160,23 +109,22 @@ def main(
     speaker.mean.copy_(sample.mean((0, 1)))
     speaker.deviation.copy_(sample.std())
     optimizers = optimizers_of(speaker, MUON)
-    run = TrainingRun(out, speaker, optimizers, asdict(course) | {"seed": seed, "device": device.type})
-    batches = drawn_ahead(lambda step: course.batch(step, device.type == "cuda"), run.step)
+    settings = {"recipe": recipe.name, "seed": seed, "device": device.type} | asdict(course)
+    run = TrainingRun(out, speaker, optimizers, settings)
+    batches = drawn_ahead(lambda step: draw_batch(course, step, device.type == "cuda"), run.step)
 
     def one_step(step: int) -> dict[str, float]:
         batch = next(batches)
         features = see(batch.pixels, batch.window)
         with torch.autocast(device.type, torch.bfloat16):
-            values = losses(
-                speaker, features, batch, aligning=step < align, help=course.help(step), settling=course.settling(step)
-            )
+            values = losses(speaker, features, batch, course, step)
         return optimize(speaker, optimizers, values, course.rate(step))
 
     run.train(course.steps, one_step, title="LLaVA")
 
 
 def losses(
-    speaker: Speaker, features: torch.Tensor, batch: Asked | Named, *, aligning: bool, help: float, settling: bool
+    speaker: Speaker, features: torch.Tensor, batch: Asked | Named, course: Course, step: int
 ) -> dict[str, torch.Tensor]:
     """Compute the `loss` of a step, and values to watch.
 
@@ -186,21 +134,18 @@ def losses(
     features : Tensor (B, N, width)
         The tower's features of the batch's pictures.
     batch : Asked or Named
-    aligning : bool
-        Whether the step is of stage 2.
-    help : float
-        Weight of the help on the way to an answer.
-    settling : bool
-        Whether objects' attention to other objects costs.
+    course : Course
+    step : int
+        Decides which part of the course it is.
     """
-    if aligning:
-        return _align(speaker, features, batch)
+    if step < course.align:
+        return _align(speaker, features, batch, course.projector_alone)
     if isinstance(batch, Named):
         return _name(speaker, features, batch)
-    return _answer(speaker, features, batch, help, settling)
+    return _answer(speaker, features, batch, course, step)
 
 
-def _align(speaker: Speaker, features: torch.Tensor, batch: Pictures) -> dict[str, torch.Tensor]:
+def _align(speaker: Speaker, features: torch.Tensor, batch: Pictures, projector_alone: bool) -> dict[str, torch.Tensor]:
     """Compute the loss of stage 2: among all kinds and all colours, a patch lies nearest to the words for its own."""
     projected = speaker.project(features).float().flatten(0, 1)
     tokenizer = decoder_tokenizer()
@@ -209,6 +154,8 @@ def _align(speaker: Speaker, features: torch.Tensor, batch: Pictures) -> dict[st
     losses = {}
     for name, words, shown in zip(("kind", "colour"), (words_of_kinds(), colours), batch.shown.unbind(-1), strict=True):
         embedded = speaker.language.embed_tokens(torch.tensor([*words, nothing], device=features.device)).float()
+        if projector_alone:
+            embedded = embedded.detach()
         logits = projected @ embedded.T / embedded.shape[1] ** 0.5
         losses[name] = F.cross_entropy(logits, shown.to(features.device).flatten())
     return {"loss": losses["kind"] + losses["colour"]} | losses
@@ -238,14 +185,14 @@ def _name(speaker: Speaker, features: torch.Tensor, batch: Named) -> dict[str, t
 
 
 def _answer(
-    speaker: Speaker, features: torch.Tensor, batch: Asked, help: float, settling: bool
+    speaker: Speaker, features: torch.Tensor, batch: Asked, course: Course, step: int
 ) -> dict[str, torch.Tensor]:
     """Compute the loss of stage 3: the answer and the end after it."""
-    device = features.device
+    device, help = features.device, course.help(step)
     tokens, at, nouns = batch.tokens.to(device), batch.answers.to(device), batch.nouns.to(device)
-    ground = batch.shown[..., 0].to(device) == len(kinds())
+    ground = batch.shown[..., 0].to(device) == len(kinds()) if course.idle_weight else None
     things = asking = None
-    if settling:
+    if course.settling(step):
         things = (batch.shown[..., 0] * (len(COLOURS) + 1) + batch.shown[..., 1]).to(device)
         asking = _asking(tokens, at)
     hidden, halfway, idle = speaker(
@@ -254,8 +201,11 @@ def _answer(
     places = torch.stack([at, at + 1], -1)
     logits = speaker.head(_states_at(hidden, places)).float()
     wanted = tokens.gather(2, places + 1)
-    loss = F.cross_entropy(logits.flatten(0, 2), wanted.flatten()) + IDLE_WEIGHT * idle
-    values = {"idle": idle}
+    loss = F.cross_entropy(logits.flatten(0, 2), wanted.flatten())
+    values = {}
+    if course.idle_weight:
+        loss = loss + course.idle_weight * idle
+        values["idle"] = idle
     if help:
         named = speaker.naming(_states_at(halfway[0], nouns[..., None]).squeeze(2)).split(list(NAMING.values()), -1)
         source = speaker.source(_states_at(halfway[1], at[..., None]).squeeze(2)).split(GRID, -1)

@@ -11,36 +11,37 @@ from torch import nn
 from benchmarks.quality.assemble import assemble
 from benchmarks.quality.captions_for_clip import texts_of
 from benchmarks.quality.loop import Stopped, TrainingRun, cosine_rate
-from benchmarks.quality.miniature import decoder_config, vision_config
+from benchmarks.quality.miniature import vision_config
 from benchmarks.quality.question_batches import UNKNOWN, ask, name_all
+from benchmarks.quality.recipes import RECIPES, TAUGHT
 from benchmarks.quality.speaker import NAMING, Speaker
 from benchmarks.quality.tokenizer import decoder_tokenizer
 from benchmarks.quality.train_clip import PATCH_LABELS, Batch, Teacher, patch_labels
-from benchmarks.quality.train_llava import NO_CORNERS, TWO_THINGS, Course, losses
+from benchmarks.quality.train_llava import NO_CORNERS, TWO_THINGS, draw_batch, losses
 from benchmarks.quality.world import COLOURS, GRID, SIZES, TYPES, answer_words, draw_scene, kinds
 
 
 @pytest.fixture(scope="module")
 def teacher():
     torch.manual_seed(0)
-    return Teacher().eval()
+    return Teacher(TAUGHT).eval()
 
 
 @torch.no_grad()
 def test_the_tower_sees_what_transformers_tower_sees(teacher):
     batch = Batch(0, 2, 336)
     assert batch.window == (0, 0)
-    tops, features = teacher.see(batch.pixels, batch.window)
+    states, features = teacher.see(batch.pixels, batch.window)
     stock = teacher.clip.vision_model(batch.pixels, output_hidden_states=True)
     torch.testing.assert_close(features, stock.hidden_states[-2][:, 1:])
-    torch.testing.assert_close(tops[-1], stock.last_hidden_state)
+    torch.testing.assert_close(states[-1], stock.last_hidden_state)
 
 
 @torch.no_grad()
 def test_questions_side_by_side_get_the_answers_they_get_alone():
     torch.manual_seed(0)
     asked = ask(0, 2, 3, TYPES)
-    speaker = Speaker(decoder_config(len(decoder_tokenizer())), 192).eval()
+    speaker = Speaker(TAUGHT).eval()
     features = torch.randn(2, 576, 192)
     together, *_ = speaker(features, asked.lead, asked.tokens)
     for row in range(2):
@@ -59,7 +60,7 @@ def test_patches_of_a_small_scene_stand_where_they_would_in_a_whole_one():
     asked = ask(1, 1, 2, NO_CORNERS, side=168)
     assert asked.patches[0] == asked.window[0] * GRID + asked.window[1]
     assert asked.patches.shape == (144,)
-    speaker = Speaker(decoder_config(len(decoder_tokenizer())), 192).eval()
+    speaker = Speaker(TAUGHT).eval()
     features = torch.randn(1, 144, 192)
     together, *_ = speaker(features, asked.lead, asked.tokens, asked.patches)
     lead = len(asked.lead)
@@ -77,9 +78,7 @@ def test_patches_of_a_small_scene_stand_where_they_would_in_a_whole_one():
 def test_what_is_paid_idly_is_what_eager_attention_shows(settling):
     torch.manual_seed(0)
     asked = ask(1, 1, 1, NO_CORNERS, side=168)
-    config = decoder_config(len(decoder_tokenizer()))
-    config.num_hidden_layers = 3
-    speaker = Speaker(config, 192).eval()
+    speaker = Speaker(replace(TAUGHT, decoder_layers=3)).eval()
     features = torch.randn(1, 144, 192)
     ground = asked.shown[..., 0] == len(kinds())
     assert 0 < ground.sum() < 144
@@ -160,9 +159,15 @@ def test_the_place_asked_for_is_that_of_the_thing_named():
     assert min(seen.values()) > 40
 
 
+def a_course(recipe=TAUGHT, **parts):
+    """A recipe's course with other numbers of steps, 0 for the parts that are not named."""
+    names = ("align", "name", "middle", "whole", "sentences", "practice", "settle")
+    return replace(recipe.course, **{name: parts.get(name, 0) for name in names})
+
+
 def test_practice_is_about_two_things_in_every_second_step_and_crowded_where_it_is_small():
-    course = Course(align=0, name=0, middle=0, whole=0, sentences=0, practice=12, settle=0)
-    batches = [course.batch(step) for step in range(12)]
+    course = a_course(practice=12)
+    batches = [draw_batch(course, step) for step in range(12)]
     for step, batch in enumerate(batches):
         types = {TYPES[one] for one in batch.types.flatten().tolist()}
         assert (types <= {*TWO_THINGS, "existence"}) == bool(step % 2)
@@ -223,16 +228,14 @@ def first_pictures(batch, number):
 
 def test_every_part_of_the_course_can_be_learned_from(teacher):
     torch.manual_seed(0)
-    course = Course(align=1, name=1, middle=1, whole=1, sentences=3, practice=2, settle=1)
-    speaker = Speaker(decoder_config(len(decoder_tokenizer())), 192)
+    course = a_course(align=1, name=1, middle=1, whole=1, sentences=3, practice=2, settle=1)
+    speaker = Speaker(TAUGHT)
     styles = []
     for step in range(course.steps):
-        batch = first_pictures(course.batch(step), 2)
+        batch = first_pictures(draw_batch(course, step), 2)
         with torch.no_grad():
             features = teacher.see(batch.pixels, batch.window)[1]
-        told = losses(
-            speaker, features, batch, aligning=step < 1, help=course.help(step), settling=course.settling(step)
-        )
+        told = losses(speaker, features, batch, course, step)
         assert torch.isfinite(told["loss"])
         speaker.zero_grad()
         told["loss"].backward()
@@ -246,7 +249,7 @@ def test_every_part_of_the_course_can_be_learned_from(teacher):
 
 
 def test_help_on_the_way_fades_before_training_ends():
-    course = Course(align=1, name=2, middle=3, whole=10, sentences=4, practice=4, settle=2)
+    course = a_course(align=1, name=2, middle=3, whole=10, sentences=4, practice=4, settle=2)
     weights = [course.help(step) for step in range(course.steps)]
     assert weights == sorted(weights, reverse=True)
     assert weights[0] > 0
@@ -258,7 +261,7 @@ def test_help_on_the_way_fades_before_training_ends():
 def test_the_assembled_model_answers_what_was_trained(teacher):
     torch.manual_seed(0)
     asked = ask(0, 1, 1, TYPES)
-    speaker = Speaker(decoder_config(len(decoder_tokenizer())), 192).eval()
+    speaker = Speaker(TAUGHT).eval()
     features = teacher.see(asked.pixels, (0, 0))[1]
     speaker.mean.copy_(features.mean((0, 1)))
     speaker.deviation.copy_(features.std())
@@ -375,8 +378,9 @@ def test_the_learning_rate_warms_up_and_comes_down():
     assert rates[-1] == pytest.approx(0.05, abs=1e-3)
 
 
-def test_the_miniature_has_the_real_geometry():
-    config = vision_config()
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_the_miniature_has_the_real_geometry(recipe):
+    config = vision_config(recipe)
     assert (config.image_size, config.patch_size) == (336, 14)
     assert config.hidden_size % 64 == 0
     assert config.num_attention_heads == config.hidden_size // 64
