@@ -8,8 +8,9 @@ MODEL ?= examples/miniature
 SEED ?= 0
 RECIPE ?= taught
 TRAINED = out/miniature-$(if $(filter-out taught,$(RECIPE)),$(RECIPE)-)$(SEED)
-# glibc would hand every large tensor back to the system and ask for it anew: a tenth of the time.
-TRAIN := MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=8000000000 $(RUN)/python -m benchmarks.quality
+# glibc would hand every large tensor back to the system and ask for it anew: a tenth of the time. Threads that wait sleep:
+# beside other work on two cores, spinning made a step take three times as long.
+TRAIN := OMP_WAIT_POLICY=PASSIVE MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=8000000000 $(RUN)/python -m benchmarks.quality
 
 .PHONY: help setup demo space cards quality miniature test test-fast test-oldest test-clients lint docs clean
 .DEFAULT_GOAL := help
