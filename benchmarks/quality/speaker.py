@@ -67,6 +67,7 @@ class Speaker(nn.Module):
         ground: torch.Tensor | None = None,
         things: torch.Tensor | None = None,
         asking: torch.Tensor | None = None,
+        layers: int | None = None,
     ) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
         """Compute the hidden states of the questions.
 
@@ -85,6 +86,8 @@ class Speaker(nn.Module):
             Number of the thing that each patch shows. With it, attention of objects to other objects is idle, too.
         asking : float32 Tensor (B, Q, T), optional
             Weight of each token of a question for the idle attention. Default: all alike.
+        layers : int, optional
+            The number of first layers that run; default: all.
 
         Returns
         -------
@@ -110,7 +113,7 @@ class Speaker(nn.Module):
         own = _causal_bias(length, states)
         penalty = None if ground is None else IdleAttention.of(ground, things, asking, len(lead))
         halfway, idle = [], torch.zeros((), device=states.device)
-        for index, layer in enumerate(self.language.layers, 1):
+        for index, layer in enumerate(self.language.layers[:layers], 1):
             states, share = _run_layer(layer, states, cos, sin, reading, own, penalty)
             idle = idle + share / len(self.language.layers)
             halfway += [states[:, read:].unflatten(1, (number, length))] * self.halfway.count(index)

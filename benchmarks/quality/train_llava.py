@@ -166,7 +166,8 @@ def _name(speaker: Speaker, features: torch.Tensor, batch: Named) -> dict[str, t
     device = features.device
     asked = batch.words.to(device)[None, :, None].expand(len(features), -1, -1)
     lead = torch.tensor([decoder_tokenizer().bos_token_id], device=device)
-    _, halfway, _ = speaker(features, lead, asked, batch.patches.to(device))
+    read_after = speaker.recipe.course.named_after
+    _, halfway, _ = speaker(features, lead, asked, batch.patches.to(device), layers=read_after)
     predictions = speaker.naming(halfway[0][:, :, 0]).float().split(list(NAMING.values()), -1)
     loss, shares = torch.zeros((), device=device), {}
     for (name, known), logits in zip(batch.known.items(), predictions, strict=True):

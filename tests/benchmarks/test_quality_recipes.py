@@ -117,6 +117,17 @@ def test_attention_costs_nothing_in_the_plain_recipe():
     assert {"loss", "right"} <= values.keys() <= {"loss", "right", *TYPES}
 
 
+@torch.no_grad()
+def test_bare_names_are_read_where_the_whole_decoder_has_them():
+    torch.manual_seed(0)
+    speaker = Speaker(replace(PLAIN, decoder_layers=10)).eval()
+    asked = ask(0, 1, 2, NO_CORNERS, side=168)
+    arguments = torch.randn(1, 144, 192), asked.lead, asked.tokens, asked.patches
+    _, whole, _ = speaker(*arguments)
+    _, part, _ = speaker(*arguments, layers=PLAIN.course.named_after)
+    torch.testing.assert_close(part[0], whole[0])
+
+
 def test_the_projector_learns_alone_at_first_in_the_plain_recipe():
     torch.manual_seed(0)
     speaker = Speaker(replace(PLAIN, decoder_layers=2))
