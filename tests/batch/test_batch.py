@@ -54,6 +54,7 @@ def expected(sample):
     return answered
 
 
+@pytest.mark.slow
 def test_a_row_gets_the_answer_it_has_alone(capsys, sample, expected, tmp_path):
     assert batch(capsys, sample, tmp_path / "out", "--id-column", "name") == expected
     # One table to whoever reads Parquet, and nothing left of the work.
@@ -62,6 +63,7 @@ def test_a_row_gets_the_answer_it_has_alone(capsys, sample, expected, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
 
 
+@pytest.mark.slow
 def test_an_answer_ends_where_it_ends_alone(capsys, sample, loaded, tmp_path, monkeypatch):
     """A word that many answers have is made an end; what is after it, in rows that go on for others, is no answer."""
     replies = [
@@ -102,6 +104,7 @@ def sources(sample):
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "more"),
     [
@@ -134,6 +137,7 @@ def test_questions_without_pictures(capsys, sample, loaded, tmp_path):
     assert [row["images"] for row in rows] == [0] * 4
 
 
+@pytest.mark.slow
 def test_another_system_and_another_budget(capsys, sample, tmp_path):
     for number, more in enumerate((["--visual-tokens", 2], ["--method", "divprune", "--visual-tokens", 3])):
         (row,) = batch(
@@ -252,6 +256,7 @@ def test_answers_do_not_become_data(capsys, sample, tmp_path):
     assert not inside.exists()
 
 
+@pytest.mark.slow
 def test_a_folder_of_something_else_is_left_alone(capsys, sample, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
@@ -276,6 +281,7 @@ def test_other_settings_are_refused_with_every_difference(capsys, sample, loaded
     assert "_run.json is damaged" in fails(capsys, sample, tmp_path / "out", "--limit", 4)
 
 
+@pytest.mark.slow
 def test_another_models_weights_are_refused(capsys, sample, tmp_path):
     convert(sample.root / "llava", sample.root / "clip", tmp_path / "model", pruning=PRUNING)
     batch(capsys, sample, tmp_path / "out", "--limit", 2, "-m", tmp_path / "model")
@@ -314,6 +320,7 @@ def test_a_finished_run_does_nothing(capsys, sample, tmp_path, monkeypatch):
     assert [path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()] == times
 
 
+@pytest.mark.slow
 def test_ctrl_c_and_a_torn_line_cost_one_batch(capsys, sample, loaded, tmp_path, monkeypatch):
     options = ["--batch-size", 4, "--shard-rows", 20, "--memory", "1GB"]
     batch(capsys, sample, tmp_path / "whole", *options)
@@ -392,6 +399,7 @@ def started(sample, out, *more, launcher=(sys.executable,)):
     )
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_the_rows_are_the_same(capsys, sample, loaded, tmp_path):
     options = ["--batch-size", 1, "--shard-rows", 10, "--memory", "1GB", "--max-new-tokens", 24]
     batch(capsys, sample, tmp_path / "whole", *options)
@@ -413,6 +421,7 @@ def test_killed_again_and_again_the_rows_are_the_same(capsys, sample, loaded, tm
     assert contents(out) == contents(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_two_processes_answer_every_row_once(capsys, sample, loaded, tmp_path):
     options = ["--shard-rows", 5, "--memory", "1GB"]
     batch(capsys, sample, tmp_path / "whole", *options)
@@ -481,6 +490,7 @@ def limited(monkeypatch, model, most, error):
     return sizes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error",
     [
@@ -503,6 +513,7 @@ def test_out_of_memory_halves_the_batch(capsys, sample, loaded, expected, tmp_pa
     assert lines[0].endswith("going on with 4")
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_over_pictures_halves_the_batch_too(
     capsys, sample, loaded, expected, tmp_path, monkeypatch
 ):
@@ -520,6 +531,7 @@ def test_memory_that_runs_out_over_pictures_halves_the_batch_too(
     assert capsys.readouterr().err.count("out of memory with") == 3
 
 
+@pytest.mark.slow
 def test_a_row_that_does_not_fit_alone_is_an_error_row(capsys, sample, loaded, tmp_path, monkeypatch):
     limited(monkeypatch, sample.model, 0, torch.OutOfMemoryError("CUDA out of memory."))
     assert ivtp_cli.main(arguments(sample, tmp_path / "out", "--limit", 2)) == 1
@@ -531,6 +543,7 @@ def test_a_row_that_does_not_fit_alone_is_an_error_row(capsys, sample, loaded, t
     assert error == "ivtp: all 2 rows failed; the first: row 0: out of memory, with this row alone"
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_with_one_row_costs_that_row(capsys, sample, loaded, expected, tmp_path, monkeypatch):
     generate = sample.model.generate
 
@@ -791,6 +804,7 @@ def test_a_checkpoint_that_cannot_be_loaded_begins_nothing(capsys, sample, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_stored_pictures_of_more_than_two_gigabytes(tmp_path):
     """Sizes are read chunk by chunk; here the chunks are one and the same in memory."""
     chunk = pa.array([{"bytes": b"x" * 25_000_000, "path": None}])

@@ -36,6 +36,7 @@ def write_parquet(table, path):
         pytest.skip(f"this pyarrow does not write such columns: {error}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COLUMNS)
 def test_parquet_columns_of_every_type_that_holds_files(capsys, sample, loaded, tmp_path, name):
     """Rows without a picture are among them, of which some types count the places."""
@@ -56,6 +57,7 @@ def test_parquet_columns_of_every_type_that_holds_files(capsys, sample, loaded, 
     ]
 
 
+@pytest.mark.slow
 def test_files_of_one_length(capsys, sample, loaded, tmp_path):
     file = (sample.root / "pictures/0.png").read_bytes()
     table = pa.table({"image": pa.array([file, None], pa.binary(len(file))), "question": [QUESTIONS[0]] * 2})
@@ -142,6 +144,7 @@ def test_no_error_repeats_a_long_value(capsys, sample, loaded, tmp_path):
         assert len(row["error"]) < 400
 
 
+@pytest.mark.slow
 def test_the_other_commands_read_base64_and_repeat_no_long_source(capsys, sample, tmp_path):
     text = base64.b64encode((sample.root / "pictures/0.png").read_bytes()).decode()
     assert load_image(text).tobytes() == load_image(sample.root / "pictures/0.png").tobytes()

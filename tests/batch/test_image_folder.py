@@ -47,6 +47,7 @@ def test_linked_folders_are_read_once_and_links_in_a_circle_end(tmp_path):
     assert places(folder)[0] == "gone.png"
 
 
+@pytest.mark.slow
 def test_a_picture_that_cannot_be_read_is_an_error_row(capsys, sample, loaded, tmp_path):
     folder = tmp_path / "pictures"
     folder.mkdir()
@@ -63,6 +64,7 @@ def test_a_picture_that_cannot_be_read_is_an_error_row(capsys, sample, loaded, t
     assert drawing["error"].startswith(f"row 3: {folder}/d.svg is not an image in a known format")
 
 
+@pytest.mark.slow
 def test_what_is_no_picture_is_counted_in_one_warning(capsys, sample, loaded, tmp_path, monkeypatch):
     folder = tmp_path / "pictures"
     picture(folder / "a.png")
@@ -150,6 +152,7 @@ def test_a_name_that_is_no_text_is_a_row_too(capsys, sample, loaded, tmp_path):
     assert "d\\udce9.png is not an image" in damaged["error"]
 
 
+@pytest.mark.slow
 def test_only_the_main_process_warns(capsys, sample, loaded, tmp_path, monkeypatch):
     from modeling_ivtp.batch import process as running
 

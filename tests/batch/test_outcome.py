@@ -23,6 +23,7 @@ def outcome(capsys, sample, out, data, *more):
     return status, captured.out, captured.err
 
 
+@pytest.mark.slow
 def test_a_run_whose_rows_all_failed_is_a_failure(capsys, sample, loaded, tmp_path):
     """Also if it was finished before; its answers are written all the same."""
     data = write_rows(tmp_path / "rows.jsonl", [FAILING] * 3)
@@ -35,6 +36,7 @@ def test_a_run_whose_rows_all_failed_is_a_failure(capsys, sample, loaded, tmp_pa
     assert len(answers(tmp_path / "out")) == 3
 
 
+@pytest.mark.slow
 def test_some_failed_rows_are_a_failure_only_if_asked(capsys, sample, loaded, tmp_path):
     data = write_rows(tmp_path / "rows.jsonl", [SOUND, FAILING, FAILING])
     status, out, err = outcome(capsys, sample, tmp_path / "out", data)
@@ -87,6 +89,7 @@ def test_ids_and_questions_that_are_stored_as_bytes(capsys, sample, loaded, tmp_
     assert len(prints) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extra", ["batch", "dev"])
 def test_filelock_stays_below_4_beside_lmms_eval(extra):
     project = (Path(__file__).parents[2] / "pyproject.toml").read_text()

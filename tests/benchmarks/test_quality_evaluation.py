@@ -75,6 +75,7 @@ def evaluate(checkpoint: Path, out: Path, **options: Any) -> Path:
     )
 
 
+@pytest.mark.slow
 def test_whole_images_have_the_features_of_the_stock_model_and_the_attention_that_eager_attention_shows(
     loaded: tuple[Any, Any], examination: Examination
 ) -> None:
@@ -324,6 +325,7 @@ def test_ablations_are_compared_with_each_other_question_by_question() -> None:
     assert "| aggregation=last | +0.0 [+0.0, +0.0] |" in report.markdown(results)
 
 
+@pytest.mark.slow
 def test_an_evaluation_writes_results_a_table_and_plots(checkpoint: Path, tmp_path: Path) -> None:
     file = evaluate(checkpoint, tmp_path, rows="all", ablation_budgets=(24,), headline=("existence", "colour"))
     results = json.loads(file.read_text())
@@ -356,6 +358,7 @@ def test_types_that_are_not_answered_well_stay_out_of_the_headline(asked: list[A
     assert _well_answered(nothing, told) == list(TYPES)
 
 
+@pytest.mark.slow
 def test_results_can_be_told_again_under_another_headline(checkpoint: Path, tmp_path: Path) -> None:
     every = json.loads(evaluate(checkpoint, tmp_path / "every").read_text())
     few = json.loads(evaluate(checkpoint, tmp_path / "few", headline=("corner", "larger")).read_text())
@@ -371,6 +374,7 @@ def test_results_can_be_told_again_under_another_headline(checkpoint: Path, tmp_
         report.retold(every, ("smell",))
 
 
+@pytest.mark.slow
 def test_an_interrupted_evaluation_goes_on_where_it_was(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -396,6 +400,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(
     assert [row["right"] for row in rows] == [row["right"] for row in whole["rows"]]
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_old_results(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = evaluate(checkpoint, tmp_path, methods=["blind"])
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -414,6 +419,7 @@ def test_a_full_disk_leaves_the_old_results(checkpoint: Path, tmp_path: Path, mo
     assert [row["method"] for row in rows] == ["unpruned", "blind", "random"]
 
 
+@pytest.mark.slow
 def test_other_questions_and_damaged_files_get_files_of_their_own(checkpoint: Path, tmp_path: Path) -> None:
     first = evaluate(checkpoint, tmp_path, methods=["blind"])
     second = evaluate(checkpoint, tmp_path, methods=["blind"], number=11)
@@ -423,6 +429,7 @@ def test_other_questions_and_damaged_files_get_files_of_their_own(checkpoint: Pa
     assert second.read_text() == "{"
 
 
+@pytest.mark.slow
 def test_a_retrained_checkpoint_joins_the_results_of_the_one_it_came_from(
     checkpoint: Path, loaded: tuple[Any, Any], tmp_path: Path
 ) -> None:
@@ -477,6 +484,7 @@ def share(number: int) -> np.ndarray:
     return np.arange(400) < number
 
 
+@pytest.mark.slow
 def test_seeds_that_agree_and_seeds_that_do_not(tmp_path: Path) -> None:
     first = results_of({("ivtp", 64): share(300), ("random", 64): share(200), ("topk", 64): share(201)}, "a")
     same = results_of({("ivtp", 64): share(280), ("random", 64): share(205), ("topk", 64): share(200)}, "b")
@@ -524,6 +532,7 @@ def test_seeds_are_compared_on_the_same_questions_only() -> None:
         agreement(first, second | {"rows": []})
 
 
+@pytest.mark.slow
 def test_retraining_changes_what_answers_and_not_what_chooses_and_goes_on_where_it_was(
     checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -591,6 +600,7 @@ def few_words(_: Any) -> torch.nn.Module:
     return torch.nn.Embedding(100, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -637,6 +647,7 @@ def test_answers_of_the_log_come_in_order_and_survive(tmp_path: Path) -> None:
         assert not log.has("row", 1)
 
 
+@pytest.mark.slow
 def test_the_miniatures_tokenizer_says_every_answer_in_one_token() -> None:
     tokenizer = miniature_processor().tokenizer
     assert all(len(tokenizer(word, add_special_tokens=False)["input_ids"]) == 1 for word in answer_words())

@@ -32,6 +32,7 @@ def test_an_unknown_recipe_is_refused_with_those_that_there_are():
         recipe_named("plian")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "largest"), [(TAUGHT, 34e6), (PLAIN, 45e6)], ids=RECIPES)
 def test_a_checkpoint_says_which_recipe_trained_it_and_is_small(recipe, largest):
     model = assemble(Teacher(recipe), Speaker(recipe))
@@ -54,6 +55,7 @@ def test_stages_of_different_recipes_make_no_checkpoint(teacher):
         assemble(teacher, Speaker(TAUGHT))
 
 
+@pytest.mark.slow
 def test_the_taught_recipe_learns_as_it_did_when_it_made_the_miniature_that_ships():
     torch.manual_seed(0)
     teacher = Teacher(TAUGHT)
@@ -137,6 +139,7 @@ def test_the_projector_learns_alone_at_first_in_the_plain_recipe():
     assert reached == {"linear_1", "linear_2"}
 
 
+@pytest.mark.slow
 def test_stage_one_resumes_and_later_stages_follow_its_recipe(tmp_path, monkeypatch):
     monkeypatch.setattr(train_clip, "SMALL_BATCH", 2)
     monkeypatch.setattr(train_clip, "BATCH", 1)
@@ -149,6 +152,7 @@ def test_stage_one_resumes_and_later_stages_follow_its_recipe(tmp_path, monkeypa
         train_clip.main(tmp_path, **arguments | {"recipe": "taught"})
 
 
+@pytest.mark.slow
 def test_a_heads_optimizer_survives_the_steps_in_which_patches_are_not_taught(teacher):
     optimizers = optimizers_of(teacher)
     batch = Batch(1, 2, 168, 1, PLAIN.tower)

@@ -55,6 +55,7 @@ def test_right_and_wrong_can_be_packed() -> None:
     assert (unpack(pack(right), 2001) == right).all()
 
 
+@pytest.mark.slow
 def test_findings_leave_out_what_was_not_measured() -> None:
     row = {"mode": "inference", "table": "", "options": {}}
     unpruned = row | {"method": "unpruned", "visual_tokens": 576, "accuracy": 0.95}

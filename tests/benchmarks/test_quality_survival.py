@@ -80,6 +80,7 @@ def test_an_object_is_left_where_a_patch_that_shows_it_is_kept() -> None:
     assert survival.all_left(pair, torch.tensor([patches[1:]])) == [False]
 
 
+@pytest.mark.slow
 def test_shares_are_of_questions_that_ask_about_something(followed: dict[str, Any]) -> None:
     asked = [question for _, question in sample_questions("test", 11, side=SIDE)]
     right = {method: np.arange(11) % 2 == 0 for method in followed}
@@ -97,6 +98,7 @@ def test_shares_are_of_questions_that_ask_about_something(followed: dict[str, An
     assert told["random"]["accuracy"]["left"] == pytest.approx(sum(1 - place % 2 for place in with_all) / len(with_all))
 
 
+@pytest.mark.slow
 def test_results_learn_where_patches_were_lost(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

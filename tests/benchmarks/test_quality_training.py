@@ -37,6 +37,7 @@ def test_the_tower_sees_what_transformers_tower_sees(teacher):
     torch.testing.assert_close(states[-1], stock.last_hidden_state)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_questions_side_by_side_get_the_answers_they_get_alone():
     torch.manual_seed(0)
@@ -165,6 +166,7 @@ def a_course(recipe=TAUGHT, **parts):
     return replace(recipe.course, **{name: parts.get(name, 0) for name in names})
 
 
+@pytest.mark.slow
 def test_practice_is_about_two_things_in_every_second_step_and_crowded_where_it_is_small():
     course = a_course(practice=12)
     batches = [draw_batch(course, step) for step in range(12)]
@@ -226,6 +228,7 @@ def first_pictures(batch, number):
     return replace(batch, **{name: cut(value) for name, value in vars(batch).items() if name in per_picture})
 
 
+@pytest.mark.slow
 def test_every_part_of_the_course_can_be_learned_from(teacher):
     torch.manual_seed(0)
     course = a_course(align=1, name=1, middle=1, whole=1, sentences=3, practice=2, settle=1)
@@ -257,6 +260,7 @@ def test_help_on_the_way_fades_before_training_ends():
     assert min(map(course.rate, range(course.steps))) > 0
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_assembled_model_answers_what_was_trained(teacher):
     torch.manual_seed(0)
@@ -378,6 +382,7 @@ def test_the_learning_rate_warms_up_and_comes_down():
     assert rates[-1] == pytest.approx(0.05, abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_the_miniature_has_the_real_geometry(recipe):
     config = vision_config(recipe)

@@ -57,6 +57,7 @@ def excess(answers: list[str], options: tuple[str, ...]) -> tuple[float, float]:
     return seen.max() / even - 1, (((seen - even) ** 2 / even).sum() - freedom) / np.sqrt(2 * freedom)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("type", TYPES)
 def test_answers_are_even(type: str, sampled: dict[str, list[Question]]) -> None:
     options = OPTIONS.get(type, NAMES)
@@ -65,12 +66,14 @@ def test_answers_are_even(type: str, sampled: dict[str, list[Question]]) -> None
     assert surprise < 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("type", OPTIONS)
 def test_answers_are_even_in_training_too(type: str, trained: dict[str, list[Question]]) -> None:
     most, _ = excess([question.answer for question in trained[type]], OPTIONS[type])
     assert most < 0.06
 
 
+@pytest.mark.slow
 def test_names_are_even_over_all_relations(trained: dict[str, list[Question]]) -> None:
     answers = [q.answer for type in TYPES if type not in OPTIONS and type != "larger" for q in trained[type]]
     most, _ = excess(answers, NAMES)
@@ -83,6 +86,7 @@ def test_absent_kinds_are_as_plausible_as_present_ones(answer: str, trained: dic
     assert excess(asked, NAMES)[0] < 0.2
 
 
+@pytest.mark.slow
 def test_the_larger_one_is_named_first_half_of_the_time(sampled: dict[str, list[Question]]) -> None:
     first = []
     for question in sampled["larger"]:
@@ -123,6 +127,7 @@ def test_words_alone_do_not_answer(
     assert right <= chance(type) + 0.03
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("type", TYPES)
 def test_the_most_frequent_answer_of_training_does_not_pay(
     type: str, trained: dict[str, list[Question]], sampled: dict[str, list[Question]]

@@ -90,6 +90,7 @@ def test_most_objects_are_small() -> None:
     assert 0.85 < np.mean([size <= 50 for size in sizes]) < 0.97
 
 
+@pytest.mark.slow
 def test_every_kind_and_colour_is_drawn_about_equally_often() -> None:
     things = [thing for index in range(3000) for thing in draw_scene("test", index).objects]
     for values, options in (([t.kind for t in things], len(kinds())), ([t.colour for t in things], len(COLOURS))):

@@ -61,6 +61,7 @@ DOORS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("door", DOORS)
 def test_an_adapter_is_no_whole_model(folders, tmp_path, door):
     with pytest.raises((OSError, ValueError), match=MESSAGE):
@@ -75,6 +76,7 @@ def test_a_folder_of_nothing_is_no_7b_model(tmp_path):
         IVTPLlavaForConditionalGeneration.from_llava(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_way_that_the_message_tells_works(folders, tmp_path):
     base = IVTPLlavaForConditionalGeneration.from_pretrained(folders.ours)
     PeftModel.from_pretrained(base, folders.lora).merge_and_unload().save_pretrained(tmp_path / "merged")
@@ -94,6 +96,7 @@ def test_transformers_own_way_to_load_an_adapter_stays(folders):
     assert AutoConfig.from_pretrained(folders.ours).model_type == "ivtp_llava"
 
 
+@pytest.mark.slow
 def test_a_whole_model_with_an_adapter_beside_it_is_a_whole_model(folders, tmp_path):
     shutil.copytree(folders.ours, tmp_path / "both")
     for file in folders.lora.glob("adapter_*"):
@@ -122,6 +125,7 @@ print(json.dumps(messages))
 """
 
 
+@pytest.mark.slow
 def test_an_adapter_on_the_hub_is_no_whole_model(folders, tmp_path):
     with running_hub() as hub:
         hub.publish("owner/lora", {file.name: file.read_bytes() for file in folders.lora.iterdir()})

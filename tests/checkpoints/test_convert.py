@@ -61,6 +61,7 @@ def assert_same_weights(model, stock, clip):
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shards", ["5GB", "100KB"], ids=["one file", "shards"])
 @pytest.mark.parametrize("decoder", ["llama", "mistral", "qwen2"])
 def test_llava_and_clip_arrive_bit_by_bit(tmp_path, folders, decoder, shards):
@@ -75,6 +76,7 @@ def test_llava_and_clip_arrive_bit_by_bit(tmp_path, folders, decoder, shards):
     assert result.clip_tensors == len(load_clip_text(folders.clip).shapes)
 
 
+@pytest.mark.slow
 def test_the_folder_is_that_of_the_model_and_processor(tmp_path, folders):
     convert(folders.llava, folders.clip, tmp_path / "out", pruning=PRUNING)
     load(tmp_path / "out").save_pretrained(tmp_path / "saved")
@@ -88,6 +90,7 @@ def test_the_folder_is_that_of_the_model_and_processor(tmp_path, folders):
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["max_length"] == 77
 
 
+@pytest.mark.slow
 def test_llavas_own_names_are_kept(tmp_path, folders):
     convert(folders.llava, folders.clip, tmp_path / "out", pruning=PRUNING)
     names = set(Checkpoint.from_folder(tmp_path / "out", "out").tensors)
@@ -98,6 +101,7 @@ def test_llavas_own_names_are_kept(tmp_path, folders):
     }
 
 
+@pytest.mark.slow
 def test_it_answers_as_stock_llava_does_with_pruning_off(tmp_path, folders):
     convert(folders.llava, folders.clip, tmp_path / "out", pruning=PRUNING)
     model, processor = load(tmp_path / "out"), IVTPLlavaProcessor.from_pretrained(tmp_path / "out")
@@ -112,6 +116,7 @@ def test_it_answers_as_stock_llava_does_with_pruning_off(tmp_path, folders):
     assert model.generate(**inputs, **options).shape == unpruned.shape
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the vision tower of")
 def test_from_llava_and_convert_give_the_same_model(tmp_path, folders):
     convert(folders.llava, folders.root / "clip.safetensors", tmp_path / "out", pruning=PRUNING)
@@ -123,6 +128,7 @@ def test_from_llava_and_convert_give_the_same_model(tmp_path, folders):
     assert all(torch.equal(joined[name], tensor) for name, tensor in converted.items())
 
 
+@pytest.mark.slow
 def test_dtypes(tmp_path, folders):
     stock = llava_folder(tmp_path / "half", dtype=torch.float16)
     result = convert(tmp_path / "half", folders.clip, tmp_path / "kept", pruning=PRUNING)
@@ -138,6 +144,7 @@ def test_dtypes(tmp_path, folders):
     assert load(tmp_path / "cast", dtype="auto").dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_one_of_ours_is_converted_again(tmp_path, folders):
     convert(folders.llava, folders.clip, tmp_path / "first", pruning=PRUNING)
     convert(tmp_path / "first", None, tmp_path / "second", pruning={"visual_tokens": 3})
@@ -156,6 +163,7 @@ def test_one_of_ours_is_converted_again(tmp_path, folders):
     assert_same_weights(load(tmp_path / "third"), folders.stock, other)
 
 
+@pytest.mark.slow
 def test_a_saved_folder_keeps_its_pruning_options_and_a_stock_one_asks_for_its_clip(tmp_path, folders):
     """The default options fit neither tower here: 3 layers per group, of 4."""
     convert(folders.llava, folders.clip, tmp_path / "first", pruning=PRUNING)
@@ -171,6 +179,7 @@ def test_a_saved_folder_keeps_its_pruning_options_and_a_stock_one_asks_for_its_c
             convert(source, None, tmp_path / "third")
 
 
+@pytest.mark.slow
 def test_one_tensor_is_in_memory_at_a_time(tmp_path, folders, monkeypatch):
     alive, most, original = weakref.WeakSet(), [], Checkpoint.read
 
@@ -186,6 +195,7 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path, folders, monkeypatch):
     assert max(most) <= 1
 
 
+@pytest.mark.slow
 def test_a_dry_run_writes_nothing_and_tells_the_truth(parent, folders):
     options = {"dtype": "float16", "max_shard_size": "100KB", "pruning": PRUNING}
     plan = convert(folders.llava, folders.clip, parent / "out", dry_run=True, **options)
@@ -315,6 +325,7 @@ def test_a_truncated_shard_is_named(parent, tmp_path, folders):
     assert os.listdir(parent) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "processor_config.json"])
 @pytest.mark.parametrize("content", [b"[1]", b"{", b"\xff\xfe"], ids=["list", "cut short", "no text"])
 def test_a_damaged_small_file_is_named(parent, tmp_path, folders, name, content):
@@ -325,6 +336,7 @@ def test_a_damaged_small_file_is_named(parent, tmp_path, folders, name, content)
     assert os.listdir(parent) == []
 
 
+@pytest.mark.slow
 def test_one_of_ours_without_clips_tokenizer_asks_for_a_clip(parent, tmp_path, folders):
     convert(folders.llava, folders.clip, tmp_path / "ours", pruning=PRUNING)
     shutil.rmtree(tmp_path / "ours" / "clip_tokenizer")
@@ -335,6 +347,7 @@ def test_one_of_ours_without_clips_tokenizer_asks_for_a_clip(parent, tmp_path, f
     assert (parent / "out" / "clip_tokenizer").is_dir()
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_noticed_beforehand(parent, folders, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     for dry_run in (True, False):
@@ -388,6 +401,7 @@ conversion.convert(*sys.argv[1:], pruning={"decoder_layers": 4, "layers_per_grou
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_in_the_middle_leaves_nothing(parent, folders, number, status):
     with subprocess.Popen(
@@ -411,6 +425,7 @@ def test_a_text_tower_of_another_clip_is_noticed(tmp_path, folders):
         convert(folders.llava, tmp_path / "clip", tmp_path / "out", pruning=PRUNING)
 
 
+@pytest.mark.slow
 def test_buffers_of_older_libraries_are_left_out(tmp_path, folders):
     shutil.copytree(folders.llava, tmp_path / "llava")
     tensors = load_file(tmp_path / "llava" / "model.safetensors")
@@ -421,6 +436,7 @@ def test_buffers_of_older_libraries_are_left_out(tmp_path, folders):
     load(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_clips_own_tokenizer_travels_along(tmp_path, folders):
     shutil.copytree(folders.clip, tmp_path / "clip")
     clip_tokenizer().save_pretrained(tmp_path / "clip")
@@ -430,6 +446,7 @@ def test_clips_own_tokenizer_travels_along(tmp_path, folders):
     assert tokenizer.model_max_length == 20
 
 
+@pytest.mark.slow
 def test_stock_transformers_reads_the_source_it_was_made_from(folders):
     _, info = LlavaForConditionalGeneration.from_pretrained(folders.llava, output_loading_info=True)
     assert not info["missing_keys"]

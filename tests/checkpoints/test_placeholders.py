@@ -43,6 +43,7 @@ def answers(model_class, folder, processor=None):
     return model.generate(**inputs, max_new_tokens=2, do_sample=False).shape[1] > inputs["input_ids"].shape[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_old_llava_is_converted_into_one_that_answers(folders, tmp_path, layout):
     source = aged(folders.llava, tmp_path / "source", layout)
@@ -50,6 +51,7 @@ def test_an_old_llava_is_converted_into_one_that_answers(folders, tmp_path, layo
     assert answers(IVTPLlavaForConditionalGeneration, tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_ivtp_llava_with_an_old_processor_is_mended_by_every_command(folders, tmp_path, layout):
     source = aged(folders.ours, tmp_path / "source", layout)
@@ -64,6 +66,7 @@ def test_an_ivtp_llava_with_an_old_processor_is_mended_by_every_command(folders,
     assert isinstance(answer_text(model, processor, prepare(model, processor, [Image.new("RGB", (9, 9))], PROMPT)), str)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_from_llava_in_python_takes_what_is_missing_from_the_model(folders, tmp_path, layout):
     source = aged(folders.llava, tmp_path / "source", layout)
@@ -84,6 +87,7 @@ def change(folder, file, **values):
     (folder / file).write_text(json.dumps(config))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "values", "message"),
     [
@@ -117,6 +121,7 @@ def test_a_folder_that_cannot_answer_is_not_written(folders, tmp_path, file, val
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_written_folder_itself_is_checked(folders, tmp_path, monkeypatch):
     """A processor that is right in memory and wrong on the disk is noticed, and nothing is kept."""
     original = IVTPLlavaProcessor.save_pretrained

@@ -59,6 +59,7 @@ def test_a_recipe_is_a_configuration_and_back(name: str, tmp_path: Path) -> None
     assert set(stated["pruning"]) == set(recipe.pruning.to_dict())
 
 
+@pytest.mark.slow
 def test_the_miniature_is_built_by_its_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = ROOT / "configuration" / "ivtp-llava-miniature-32.json"
     assert main(["convert", "--recipe", str(recipe), "--out", str(tmp_path / "out"), "--no-progress"]) == 0
@@ -75,6 +76,7 @@ def test_the_miniature_is_built_by_its_recipe(tmp_path: Path, capsys: pytest.Cap
     AutoProcessor.from_pretrained(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_options_beside_a_recipe_go_before_it(tmp_path: Path) -> None:
     arguments = ["convert", "--recipe", "ivtp-llava-miniature-64", "--out", str(tmp_path / "out")]
     assert main([*arguments, "--visual-tokens", "48", "--dtype", "float32", "--no-progress"]) == 0
@@ -83,6 +85,7 @@ def test_options_beside_a_recipe_go_before_it(tmp_path: Path) -> None:
     assert config.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_a_recipe_takes_a_base_of_its_shape_and_no_other(
     tmp_path: Path, folders: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -145,6 +148,7 @@ def test_the_terms_of_the_weights_go_with_them(folders: Any) -> None:
     assert (folders.joined / "LICENSE.txt").read_text() == "terms of the weights"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "names", ["as converted", "as the model saves them", "as a new model saves them", "of the modules"]
 )
@@ -189,6 +193,7 @@ def test_recipes_without_their_base_are_not_offered(tmp_path: Path, monkeypatch:
     assert {name.rpartition("-")[0] for name in recipe_names()} == {"ivtp-llava-1.5-7b", "ivtp-llava-1.5-13b"}
 
 
+@pytest.mark.slow
 def test_the_way_back_refuses_what_makes_no_sense(
     tmp_path: Path, folders: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,6 +11,7 @@ import ivtp_cli
 from modeling_ivtp.checkpoints import sources
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -99,6 +99,7 @@ def test_wrong_usage_is_one_line(capsys, arguments, message):
     assert message in fails(capsys, *arguments).lower()
 
 
+@pytest.mark.slow
 def test_convert(capsys, folders, tmp_path):
     options = ["--clip", folders.clip, "--decoder-layers", 4, "--layers-per-group", 2, "--visual-tokens", 3]
     options += ["--max-shard-size", "300KB", "--dtype", "float16"]
@@ -116,6 +117,7 @@ def test_convert(capsys, folders, tmp_path):
     assert run(capsys, "convert", folders.llava, "--out", tmp_path / "out", *options, "--overwrite")[0] == 0
 
 
+@pytest.mark.slow
 def test_a_stage_can_be_one_group(capsys, folders, tmp_path):
     options = ["--clip", folders.clip, "--decoder-layers", 4]
     assert "layers_per_group=3" in fails(capsys, "convert", folders.llava, "--out", tmp_path / "out", *options)
@@ -124,6 +126,7 @@ def test_a_stage_can_be_one_group(capsys, folders, tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["pruning"]["layers_per_group"] is None
 
 
+@pytest.mark.slow
 def test_convert_refuses_in_one_line(capsys, folders, tmp_path):
     out = ["--out", tmp_path / "out"]
     assert "neither a folder here nor" in fails(capsys, "convert", "./no/where", *out, "--clip", folders.clip)
@@ -145,6 +148,7 @@ def test_a_warning_is_one_line_too(capsys, folders, tmp_path):
     assert err.startswith("ivtp: warning: the vision tower of")
 
 
+@pytest.mark.slow
 def test_generate_answers_what_the_model_answers(capsys, folders):
     status, out, err = run(
         capsys, "generate", "-m", folders.ivtp, "-i", folders.photo, "-p", "What is this?", "--max-new-tokens", 5
@@ -175,6 +179,7 @@ def unguided(folders, tmp_path_factory):
     return {root / "official": "no text tower of CLIP", root / "ours": "no clip_tokenizer/"}
 
 
+@pytest.mark.slow
 def test_what_the_question_needs_and_lacks_is_one_warning(folders, unguided):
     for command, (folder, missing) in zip(("generate", "explain"), unguided.items(), strict=True):
         result = process(command, "-m", folder, "-i", folders.photo, "-p", "What?")
@@ -185,6 +190,7 @@ def test_what_the_question_needs_and_lacks_is_one_warning(folders, unguided):
         assert f"`ivtp convert {folder} --clip CLIP --out FOLDER`" in line
 
 
+@pytest.mark.slow
 def test_no_warning_comes_before_an_error_or_without_need(capsys, folders, unguided):
     for folder in unguided:
         assert "the prompt is empty" in fails(capsys, "generate", "-m", folder, "-i", folders.photo, "-p", " ")
@@ -209,6 +215,7 @@ def test_what_the_package_logs_is_one_line_too(capsys, monkeypatch):
     assert logging.getLogger("modeling_ivtp").propagate
 
 
+@pytest.mark.slow
 def test_compare(capsys, folders):
     arguments = ["generate", "-m", folders.ivtp, "-i", folders.photo, "-i", folders.photo, "-p", "Which is older?"]
     arguments += ["--max-new-tokens", 3, "--compare"]
@@ -235,6 +242,7 @@ def test_an_answer_that_looks_like_markup_is_shown_as_it_is(capsys):
     assert capsys.readouterr().out.count("[/INST] [red]") == 2
 
 
+@pytest.mark.slow
 def test_visual_tokens_and_text_alone(capsys, folders):
     arguments = ["generate", "-m", folders.ivtp, "-p", "Hello?", "--max-new-tokens", 2, "--json"]
     answer = json.loads(run(capsys, *arguments, "-i", folders.photo, "--visual-tokens", 2)[1])
@@ -244,6 +252,7 @@ def test_visual_tokens_and_text_alone(capsys, folders):
     assert "visual_tokens=0" in fails(capsys, *arguments, "-i", folders.photo, "--visual-tokens", 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -331,11 +340,13 @@ def test_weights_that_do_not_fit_the_config_are_named_with_both_shapes(capsys, f
     assert f"lm_head.weight: {stored} in the weights, (2000, 32) by config.json" in line
 
 
+@pytest.mark.slow
 def test_a_damaged_chat_template_is_one_line(capsys, folders, shards):
     (shards / "chat_template.jinja").write_text("{% for x in %}")
     assert "chat template is damaged" in fails(capsys, "generate", "-m", shards, "-i", folders.photo, "-p", "What?")
 
 
+@pytest.mark.slow
 def test_explain(capsys, folders, tmp_path):
     picture, data = tmp_path / "trace.png", tmp_path / "trace.json"
     arguments = [
@@ -358,6 +369,7 @@ def test_explain(capsys, folders, tmp_path):
     assert Image.open(picture).size[0] > 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -372,6 +384,7 @@ def test_explain_refuses_in_one_line(capsys, folders, arguments, message):
     assert message in fails(capsys, "explain", "-m", folders.ivtp, "-i", folders.photo, "-p", "What?", *arguments)
 
 
+@pytest.mark.slow
 def test_explain_says_that_pruning_is_off(capsys, folders, shards):
     config = json.loads((shards / "config.json").read_text())
     config["pruning"]["enabled"] = False
@@ -412,6 +425,7 @@ def test_ctrl_c_exits_with_130(capsys, monkeypatch):
     assert run(capsys, "convert", "x", "--out", "y") == (130, "", "")
 
 
+@pytest.mark.slow
 def test_the_process_says_the_same():
     result = process("convert", "./no/where", "--out", "x", "--clip", "y", PYTHONWARNINGS="ignore")
     assert result.returncode == 1
@@ -451,6 +465,7 @@ def test_quality_outside_of_a_clone_says_where_it_is(capsys, monkeypatch, tmp_pa
     assert "--questions" in out
 
 
+@pytest.mark.slow
 def test_results_tell_the_command_that_made_them(capsys, monkeypatch, tmp_path):
     asked = {}
 

@@ -36,6 +36,7 @@ def explain(model, photo, capsys):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_any_method_is_explained(explain, tmp_path, name):
     status, out, err = explain("--method", name, "--visual-tokens", 20, "--json", tmp_path / "trace.json")
@@ -46,6 +47,7 @@ def test_any_method_is_explained(explain, tmp_path, name):
     assert out.startswith("1 image" if name == "ivtp" else f"{name}: 1 image")
 
 
+@pytest.mark.slow
 def test_several_methods_are_explained_at_one_budget_and_drawn_side_by_side(explain, tmp_path):
     picture, data = tmp_path / "fig5.png", tmp_path / "fig5.json"
     options = ["--method", "topk", "--method", "ivtp", "--visual-tokens", 12, "--out", picture, "--json", data]
@@ -61,6 +63,7 @@ def test_several_methods_are_explained_at_one_budget_and_drawn_side_by_side(expl
     assert three[1] > np.asarray(Image.open(one)).shape[1]
 
 
+@pytest.mark.slow
 def test_a_method_that_asks_no_word_is_drawn_under_the_question_too(explain, tmp_path):
     for file, question in (("short.png", QUESTION), ("long.png", QUESTION * 9)):
         explain("--method", "topk", "--out", tmp_path / file, question=question)
@@ -68,6 +71,7 @@ def test_a_method_that_asks_no_word_is_drawn_under_the_question_too(explain, tmp
     assert long > short + 30
 
 
+@pytest.mark.slow
 def test_without_a_budget_every_method_has_the_models(explain, tmp_path):
     explain("--method", "fastv", "--method", "ivtp", "--json", tmp_path / "traces.json")
     assert [trace["final_tokens"] for trace in json.loads((tmp_path / "traces.json").read_text())] == [[64], [64]]
@@ -77,6 +81,7 @@ def test_a_method_twice_is_shown_once(explain):
     assert explain("--method", "topk", "--method", "topk")[1].count("1 image") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -91,6 +96,7 @@ def test_what_cannot_be_explained_is_told_in_one_line(explain, options, message)
     assert len(err.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_help_says_how_methods_are_compared(capsys):
     ivtp_cli.main(["explain", "--help"])
     assert "--method" in (text := capsys.readouterr().out)

@@ -37,6 +37,7 @@ def test_all_commands_are_here():
     assert tuple(get_command(ivtp_cli.app).commands) == COMMANDS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--help"], *([command, "--help"] for command in COMMANDS)], ids=" ".join)
 def test_help_takes_half_a_second_of_cpu_time(arguments):
     module, function = entry_point()
@@ -46,6 +47,7 @@ def test_help_takes_half_a_second_of_cpu_time(arguments):
     assert min(seconds) < LONGEST_SECONDS, seconds
 
 
+@pytest.mark.slow
 def test_help_imports_nothing_heavy():
     pages = [["--help"], *([command, "-h"] for command in COMMANDS)]
     code = f"import sys, ivtp_cli\nfor page in {pages}: assert ivtp_cli.main(page) == 0\n"
@@ -53,12 +55,14 @@ def test_help_imports_nothing_heavy():
     assert out.splitlines()[-1] == "imported:"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_says_what_it_is(command):
     for parameter in get_command(ivtp_cli.app).commands[command].params:
         assert parameter.help or parameter.name == "help", parameter.name
 
 
+@pytest.mark.slow
 def test_the_package_still_runs_as_a_module():
     result = subprocess.run(
         [sys.executable, "-m", "modeling_ivtp.cli", "--version"], cwd=ROOT, capture_output=True, text=True, check=True

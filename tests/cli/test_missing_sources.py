@@ -103,6 +103,7 @@ def test_data_on_a_hub_that_cannot_be_reached(capsys, places, no_cache, monkeypa
     assert line.startswith(f"ivtp: {MISSING} is no file or folder here, and the Hugging Face Hub cannot be reached: ")
 
 
+@pytest.mark.slow
 def test_data_that_the_hub_does_not_have(capsys, places, no_cache, monkeypatch, tmp_path):
     with running_hub() as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)

@@ -146,6 +146,7 @@ def test_numbers_in_prose_are_those_of_the_results(page: str, sentence: str, res
         assert number in (ROOT / "benchmarks" / "results" / results).read_text()
 
 
+@pytest.mark.slow
 def test_the_readme_is_short_and_begins_with_what_a_newcomer_needs() -> None:
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 150

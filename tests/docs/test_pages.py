@@ -245,6 +245,7 @@ def test_a_cards_metadata(name: str) -> None:
     assert result.metric_value == round(100 * row["accuracy"], 1)
 
 
+@pytest.mark.slow
 def test_nobody_types_numbers_into_a_card() -> None:
     """Templates hold no figure of cost or accuracy but those that the paper is quoted with."""
     for template in (ROOT / "hub_cards").glob("*.jinja"):

@@ -23,6 +23,7 @@ def test_the_questions_are_of_three_sorts_and_about_different_things():
     assert apart > 15
 
 
+@pytest.mark.slow
 def test_every_question_is_answered_at_every_budget_and_drawn(tmp_path, capsys):
     model = untaught(tmp_path / "model")
     demo.main(out=tmp_path / "new" / "demo.png", scene=3, model=model, repeats=0)
@@ -53,6 +54,7 @@ def test_the_picture_dims_what_was_dropped_and_nothing_else():
         assert frame.get_height() == bottom - top + 6
 
 
+@pytest.mark.slow
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(OSError, match="no config"):
         demo.main(out=tmp_path / "demo.png", scene=3, model=tmp_path, repeats=0)

@@ -27,12 +27,14 @@ def loaded():
     return model, processor
 
 
+@pytest.mark.slow
 def test_it_is_small_and_of_this_world(loaded):
     assert sum(file.stat().st_size for file in MINIATURE.rglob("*") if file.is_file()) < 40e6
     assert not list(MINIATURE.rglob("*.py"))
     check_world(*loaded)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "least"), [({"enabled": False}, 0.9), ({"visual_tokens": 64}, 0.75)])
 @torch.no_grad()
 def test_it_answers_questions_about_scenes_it_has_never_seen(loaded, options, least):
@@ -66,6 +68,7 @@ def test_its_template_takes_plain_text_and_marks_the_answer(loaded):
     assert processor.tokenizer.convert_ids_to_tokens(taught) == ["▁yes", "</s>"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_code_names_none(tmp_path: Path):
     (tmp_path / "modeling.py").write_text("")
     (tmp_path / "inner").mkdir()

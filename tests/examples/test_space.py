@@ -45,6 +45,7 @@ def ask(space: Any, question: str, budget: float, scene: int = 113) -> tuple[str
     return space.demo.ask(Image.fromarray(draw_scene("test", scene, side=336).pixels), question, budget)
 
 
+@pytest.mark.slow
 def test_both_answers_their_cost_the_words_and_the_stages(space: Any) -> None:
     answers, words, stages = ask(space, "Which colour is the tile behind the scooter?", 64)
     assert re.findall("<p>(.*?)</p>", answers) == ["yellow", "yellow"]
@@ -57,12 +58,14 @@ def test_both_answers_their_cost_the_words_and_the_stages(space: Any) -> None:
     assert space.demo.model.pruning_config.visual_tokens == 64
 
 
+@pytest.mark.slow
 def test_the_budget_is_that_of_the_slider(space: Any) -> None:
     for budget in (8, 16.0, 512):
         stages = ask(space, "Do you see a scooter here?", budget)[2]
         assert re.findall("<b>(.*?)</b>", stages)[-1] == str(int(budget))
 
 
+@pytest.mark.slow
 def test_what_people_write_is_text(space: Any) -> None:
     answers, words, _ = ask(space, "<script>alert(1)</script> Is there a drum?", 64)
     assert "<script>" not in answers + words
@@ -83,6 +86,7 @@ def test_nothing_to_ask(space: Any, image: Any, question: str, said: str) -> Non
         space.demo.ask(image, question, 64)
 
 
+@pytest.mark.slow
 def test_pictures_of_every_kind(space: Any) -> None:
     for mode in ("L", "RGBA", "P"):
         assert "576" in space.demo.ask(Image.new(mode, (90, 50)), "What is this?", 32)[2]
@@ -94,6 +98,7 @@ def test_every_example_is_there_with_its_licence(space: Any) -> None:
     assert "Apache-2.0" in (SPACE / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_versions_are_those_of_the_project() -> None:
     wanted = (ROOT / "pyproject.toml").read_text()
     for line in (SPACE / "requirements.txt").read_text().splitlines():
@@ -102,6 +107,7 @@ def test_the_versions_are_those_of_the_project() -> None:
         assert f'"{line}"' in wanted, line
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium; this machine has none (Debian: apt install chromium)")
 @pytest.mark.parametrize(("name", "width", "height"), [("desk", 1200, 900), ("phone", 390, 844)])
 def test_in_a_browser(address: str, tmp_path: Path, name: str, width: int, height: int) -> None:

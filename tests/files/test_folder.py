@@ -186,6 +186,7 @@ def test_a_handler_of_somebody_else_stays(parent, number):
         signal.signal(number, before)
 
 
+@pytest.mark.slow
 def test_a_hangup_that_is_ignored_stays_ignored(parent):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

@@ -25,6 +25,7 @@ def test_words_in_bytes():
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["lots", "", "0", "0GB", "0.0001KB", "-1GB", "5", "5GiB", "1e3MB", 0, -1])
 def test_what_is_no_size_is_refused_by_name(size):
     with pytest.raises(ValueError, match=r"shard=.*allowed: a number above zero with KB, MB, GB or TB, such as 5GB"):

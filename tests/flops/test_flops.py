@@ -33,6 +33,7 @@ TABLE_3 = {
 """IVTP's Table 3: TFLOPs of LLaVA-1.5-7B at 128, 256, 512 and 1024 text tokens, printed to a tenth."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TABLE_3)
 def test_table_3_is_what_the_model_executes(name, llava):
     for text, printed in zip((128, 256, 512, 1024), TABLE_3[name], strict=True):
@@ -40,6 +41,7 @@ def test_table_3_is_what_the_model_executes(name, llava):
         assert abs(executed - printed) <= max(0.01 * printed, 0.05 + 0.01 * printed), (text, executed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "printed"), [("unpruned", 15.364), ("topk", 7.962), ("tome", 7.962), ("ivtp", 8.228)])
 def test_totals_of_table_9_are_within_a_percent(name, printed, llava):
     assert count_named(llava, name, 64, text_tokens=512).total_tflops == pytest.approx(printed, rel=0.01)
@@ -58,6 +60,7 @@ def test_parts_of_table_9_follow_from_the_papers_rule(llava):
     assert text_tower_flops(llava, 6) / 1e12 == pytest.approx(0.080, rel=0.01)  # 0.080 are six windows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "printed"), [("unpruned", 29.4), ("random", 15.4), ("topk", 15.4), ("tome", 15.4), ("evit", 15.4),
                           ("spatial_pooling", 15.6), ("ivtp", 15.6)]
@@ -68,6 +71,7 @@ def test_table_2_is_what_the_larger_model_executes(name, printed):
     assert abs(executed - printed) <= 0.01 * printed + 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [128, 512, 1024])
 @pytest.mark.parametrize("name", ["unpruned", *methods.METHODS])
 def test_executed_and_formula_agree_within_half_a_percent(name, text, llava):
@@ -75,6 +79,7 @@ def test_executed_and_formula_agree_within_half_a_percent(name, text, llava):
     assert found.formula_tflops == pytest.approx(found.total_tflops, rel=0.005)
 
 
+@pytest.mark.slow
 def test_ivtps_formula_is_exact(llava):
     for text in (64, 700):
         found = count_named(llava, "ivtp", 32, text_tokens=text)
@@ -130,6 +135,7 @@ def test_counting_leaves_the_configuration_as_it_was():
     assert config.to_dict() == before
 
 
+@pytest.mark.slow
 def test_the_command_prints_json_and_tables(capsys):
     arguments = ["flops", "--preset", "llava-1.5-7b", "--text-tokens", "512", "--visual-tokens", "64"]
     assert cli.main([*arguments, "--json"]) == 0
@@ -147,6 +153,7 @@ def test_the_command_prints_json_and_tables(capsys):
     assert "128 text" in table
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

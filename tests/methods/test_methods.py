@@ -326,6 +326,7 @@ def test_what_does_not_fit_the_model_is_refused_before_anything_changes(method, 
     assert snapshot(model) == before
 
 
+@pytest.mark.slow
 @EVERY
 def test_an_average_over_layers_is_a_budget(name, llava):
     """The final number is the one whose schedule comes nearest to the average."""

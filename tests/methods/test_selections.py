@@ -106,6 +106,7 @@ def test_choices_on_random_tensors_equal_numpy_loops(name, step, options, monkey
     assert choices
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "step"), CHECKED)
 @torch.no_grad()
 def test_choices_on_the_trained_miniature_equal_numpy_loops(name, step, miniature, monkeypatch):
@@ -312,6 +313,7 @@ def test_the_order_of_tome_is_carried_from_layer_to_layer(monkeypatch):
     assert all(moved)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "patches"), [({}, 53), ({"keep_cls": False}, 54), ({"contextual": 64}, 0), ({"contextual": 0}, 63)]
 )

@@ -201,6 +201,7 @@ def shared(tmp_path_factory):
     return folder, image
 
 
+@pytest.mark.slow
 def test_a_stranger_without_the_package_loads_generates_saves_and_loads_again(shared, tmp_path):
     folder, image = shared
     printed = stranger.run(STRANGER, folder, tmp_path / "copy", image, home=tmp_path)
@@ -233,6 +234,7 @@ def test_the_saved_configuration_names_every_auto_class(shared):
         assert (Path(folder) / f"{reference.split('.')[0]}.py").is_file()
 
 
+@pytest.mark.slow
 def test_a_folder_that_leaves_the_installed_package_still_carries_its_code(shared, tmp_path):
     folder, _ = shared
     model = AutoModelForImageTextToText.from_pretrained(folder)
@@ -241,6 +243,7 @@ def test_a_folder_that_leaves_the_installed_package_still_carries_its_code(share
     assert (tmp_path / "language_ivtp.py").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", [IVTPLlavaForConditionalGeneration, IVTPLlavaModel])
 def test_the_weights_of_a_saved_folder_load_as_a_state_dict(cls, official, tmp_path):
     # Trainer resumes a run so; names that a model does not know it would leave out.

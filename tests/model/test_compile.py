@@ -30,6 +30,7 @@ def compiled(model, **options):
     return model
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("rows", [ROWS, PADDED, [[3, "image", 7, "image", 4]]], ids=["whole", "padded", "two images"])
 @pytest.mark.parametrize("kind", [None, DynamicCache, StaticCache])
@@ -54,6 +55,7 @@ def test_a_prompt_is_one_graph(rows, kind):
         assert lengths[0] == lengths[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["static", "dynamic"])
 def test_answers_of_a_compiled_model(cache):
     model = tiny_model()
@@ -66,6 +68,7 @@ def test_answers_of_a_compiled_model(cache):
     assert not counters["graph_break"]
 
 
+@pytest.mark.slow
 def test_other_words_of_the_same_length_need_no_other_graph():
     model = compiled(tiny_model())
     answer(model, prompt(ROWS, seed=1), cache_implementation="static")
@@ -78,6 +81,7 @@ def test_other_words_of_the_same_length_need_no_other_graph():
     assert counters["stats"]["unique_graphs"] == graphs
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_row_with_too_few_image_tokens_fails_when_the_graph_runs():
     model, inputs = compiled(tiny_model()), prompt(ROWS)
@@ -95,6 +99,7 @@ def test_what_cannot_be_one_graph_says_so():
         compiled(tiny_model())(**inputs)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_counts_that_depend_on_the_picture_cannot_be_one_graph():
     model, inputs = tiny_model(), prompt(ROWS)

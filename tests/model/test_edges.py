@@ -230,6 +230,7 @@ def test_a_prompt_that_failed_leaves_a_static_cache_as_it_was():
         assert torch.equal(told, model.generate(**given, max_new_tokens=4, do_sample=False))
 
 
+@pytest.mark.slow
 def test_layers_of_a_reset_cache_share_what_they_hold():
     model = tiny_model()
     cache = StaticCache(config=model.config.text_config, max_cache_len=64)

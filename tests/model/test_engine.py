@@ -238,6 +238,7 @@ def test_a_second_turn_with_a_new_image_agrees_with_reference_mode(cache, positi
     assert_agree(c.logits, expected, slice(ids.shape[1], ids.shape[1] + 2))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_text_turn_before_the_image_agrees_with_reference_mode():
     model = tiny_model()

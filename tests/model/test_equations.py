@@ -143,6 +143,7 @@ def test_the_schedule_gives_the_flops_of_table_3(text, paper):
     assert total == pytest.approx(paper, abs=0.06)
 
 
+@pytest.mark.slow
 @given(
     visual=st.integers(1, 700),
     tower=st.none() | st.integers(1, 700),

@@ -143,6 +143,7 @@ def test_the_trace_of_any_method_says_what_happened_and_no_more(name):
     assert whole.mask.all()
 
 
+@pytest.mark.slow
 def test_methods_are_drawn_side_by_side(asked):
     pytest.importorskip("matplotlib", reason="plots need matplotlib")
     model, processor, picture, inputs = asked

@@ -155,6 +155,7 @@ def test_other_models_and_formats_are_no_clip(folder, tmp_path):
         join(folder, tmp_path)
 
 
+@pytest.mark.slow
 def test_open_clip_needs_the_package(folder, monkeypatch):
     monkeypatch.delitem(CLIP_READERS, "open_clip")
     assert join(folder, "clip").model.has_text_tower
@@ -178,6 +179,7 @@ print(json.dumps([cls.__module__, sorted(name for name, _ in model.named_paramet
 """
 
 
+@pytest.mark.slow
 def test_a_stranger_without_the_package_joins_a_clip_of_transformers(folder, tmp_path):
     model = join(folder)
     model.save_pretrained(tmp_path / "ours")

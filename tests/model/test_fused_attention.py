@@ -53,6 +53,7 @@ def averaged_map(query, key, scale):
     return total / heads
 
 
+@pytest.mark.slow
 def test_interpreted_it_is_weights_times_the_averaged_map():
     root = Path(__file__).parents[2]
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}

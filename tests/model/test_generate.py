@@ -164,6 +164,7 @@ def test_a_first_turn_without_image_is_followed_by_one_with(model):
     assert past.layers[-1].keys.shape[2] == answer.shape[1] - 1 - 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_decoding_with_a_static_cache_compiles_to_one_graph(attention, monkeypatch):
     """What `generate` does by itself on a GPU; the backend runs the captured graph as it is."""
@@ -215,6 +216,7 @@ def test_no_cache_gives_the_answer_of_the_cache(model):
     assert torch.equal(generate(model, inputs, use_cache=False), generate(model, inputs))
 
 
+@pytest.mark.slow
 def test_ten_thousand_words_are_an_instruction(model):
     inputs = prompt([[3, "image", 10_000]])
     outputs = model(**inputs, logits_to_keep=1)

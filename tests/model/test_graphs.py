@@ -145,6 +145,7 @@ def test_other_shapes_are_captured_apart(model):
     assert len(model.model.prompt_graphs.graphs) == 3  # images share one
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"positions": "compact"}, {"pseudo_cls": "pool"}], ids=str)
 @pytest.mark.parametrize("after", [5, 6], ids=["whole", "padded"])
 @torch.no_grad()
@@ -183,6 +184,7 @@ def test_a_prompt_that_ends_on_an_image_keeps_its_length(model):
     assert [lengths["input_ids"] for lengths in prompts_of(model)] == [(1, 19)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"positions": "compact"}, {"pseudo_cls": "pool"}], ids=str)
 def test_what_was_launched_once_serves_all_prompts_of_its_shapes(options):
     plain, model = tiny_model(**options), tiny_model(**options)
@@ -258,6 +260,7 @@ def test_options_are_part_of_a_graphs_key(model):
     assert len(model.model.prompt_graphs.graphs) == 4
 
 
+@pytest.mark.slow
 def test_what_cannot_be_replayed_is_run(model):
     plain, ragged = tiny_model(), prompt([[3, "image", 7], [5], [2, "image", 4, "image", 3]])
     for _ in range(3):
@@ -371,6 +374,7 @@ def test_the_replayed_baseline_is_stock_llava():
     assert sum(graph.runs for graph in graphs._captured.values()) == 2
 
 
+@pytest.mark.slow
 def test_threads_get_their_own_answers(model):
     plain = tiny_model()
     inputs = [prompt(ROWS[:1], seed=seed) for seed in range(12)]
@@ -500,6 +504,7 @@ def test_a_hook_that_was_there_first_refuses_nothing_for_good(model):
     assert replays(model) > 0
 
 
+@pytest.mark.slow
 def test_a_forward_that_was_replaced_is_called(model):
     for seed in range(3):
         answer(model, prompt(ROWS, seed=seed))
@@ -566,6 +571,7 @@ def test_a_model_that_is_moved_or_cast_drops_its_graphs(model, change):
     assert not model.model.prompt_graphs.graphs._memory
 
 
+@pytest.mark.slow
 def test_a_model_is_freed_without_a_search_for_cycles():
     model = tiny_model()
     model.model.prompt_graphs.graphs = StandinGraphs(8)
@@ -585,6 +591,7 @@ def test_a_model_is_freed_without_a_search_for_cycles():
         gc.enable()
 
 
+@pytest.mark.slow
 def test_more_shapes_than_are_kept_are_captured_ever_less(model):
     model.model.prompt_graphs.graphs.limit = 2
     captured = []
@@ -788,6 +795,7 @@ def test_a_capture_that_fails_gives_the_stream_back(cuda, caplog):
     assert graphs.limit == 0
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_refuses_one_prompt(model, caplog):
     class Full(StandinGraphs):
         def capture(self, function, inputs, packing, memory):

@@ -107,6 +107,7 @@ def test_answers_that_were_appended_are_no_question(processor, pictures):
     assert not read["clip_spans"][:, inputs["input_ids"].shape[1] :].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"use_cache": False}], ids=str)
 def test_missing_inputs_change_nothing(model, processor, pictures, options):
     inputs = processor(images=pictures, text=PROMPTS, padding=True, padding_side="left", return_tensors="pt")
@@ -121,6 +122,7 @@ def test_missing_inputs_change_nothing(model, processor, pictures, options):
         assert not torch.equal(kept(model, inputs)[1], kept_tokens)
 
 
+@pytest.mark.slow
 def test_a_processor_without_clip_inputs_returns_stock_inputs_and_changes_nothing(saved, model, pictures, tmp_path):
     plain = AutoProcessor.from_pretrained(saved[0], clip_inputs=False)
     full = AutoProcessor.from_pretrained(saved[0])
@@ -156,6 +158,7 @@ def as_trained(processor, pictures):
     return prompts, batch | {"pixel_values": prompts["pixel_values"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("passed", ["misplaced", "dropped", "same length"])
 def test_a_collators_batch_keeps_the_patches_of_the_prompts_alone(model, processor, pictures, passed):
     prompts, batch = as_trained(processor, pictures)
@@ -211,6 +214,7 @@ def test_a_later_turn_is_read_from_its_own_tokens(model, processor, pictures):
     assert torch.equal(model.generate(**without_clip(turn), cache=cache, **options), expected)
 
 
+@pytest.mark.slow
 def test_saving_keeps_the_processor_beside_the_weights(model, bare, tmp_path):
     model.save_pretrained(tmp_path / "whole")
     assert (tmp_path / "whole" / "clip_tokenizer" / "tokenizer.json").is_file()
@@ -231,6 +235,7 @@ def test_nothing_is_looked_for_on_the_hub_for_a_model_that_did_not_come_from_the
     bare.save_pretrained(tmp_path)
 
 
+@pytest.mark.slow
 def test_reading_needs_a_clip_tokenizer(processor):
     stock = make_processor(size=56, clip=None)
     with pytest.raises(ValueError, match="needs clip_tokenizer"):

@@ -213,6 +213,7 @@ def test_what_autocast_computed_is_kept_apart(model):
     torch.testing.assert_close(found, model.model.text_features(ids))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_hooked_tower_is_always_run(model):
     ids = prompt(ROWS[:1])["clip_input_ids"][:, :1]

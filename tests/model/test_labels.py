@@ -74,6 +74,7 @@ def test_a_timer_hears_of_its_own_thread_only():
     assert counts == {SCORE: 1}
 
 
+@pytest.mark.slow
 def test_a_label_that_nobody_reads_costs_next_to_nothing():
     start = time.perf_counter()
     for _ in range(10_000):

@@ -151,6 +151,7 @@ def called(model, inputs, new_tokens):
     return calls[:-1]
 
 
+@pytest.mark.slow
 def test_a_step_calls_one_function_of_ours_per_layer(model):
     calls = called(model, prompt([[3, "image", 7]]), 4)[-1]
     ours = {(Path(file).stem, name): count for (file, name), count in calls.items() if file.startswith(OURS)}

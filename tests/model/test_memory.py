@@ -73,6 +73,7 @@ def vit_l():
     return randomize(model).eval(), inputs
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_peak_of_a_pruned_prompt_lies_below_the_unpruned_one(vit_l):
     model, inputs = vit_l
@@ -85,6 +86,7 @@ def test_the_peak_of_a_pruned_prompt_lies_below_the_unpruned_one(vit_l):
     assert peaks[True] < peaks[False]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_no_attention_map_outlives_its_use(vit_l):
     """A head's map goes with its layer; the average over heads, if a CPU makes one, when its group was scored."""

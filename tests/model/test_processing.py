@@ -411,6 +411,7 @@ def test_images_alone_and_words_alone_are_processed(processor, image):
 # Saving and loading
 
 
+@pytest.mark.slow
 def test_a_saved_processor_comes_back_the_same(processor, image, tmp_path):
     processor.save_pretrained(tmp_path)
     assert (tmp_path / "clip_tokenizer" / "tokenizer.json").is_file()
@@ -426,6 +427,7 @@ def test_a_saved_processor_comes_back_the_same(processor, image, tmp_path):
     assert_same(stock(images=image, text=PROMPT), stock_of(processor)(images=image, text=PROMPT))
 
 
+@pytest.mark.slow
 def test_remote_code_loads_it_where_the_package_is_not_installed(processor, tmp_path):
     folder = tmp_path / "checkpoint"
     processor.save_pretrained(folder)
@@ -443,6 +445,7 @@ print(type(processor).__module__, processor(text={BATCH[1]!r})["clip_spans"])
     assert spans == str(processor(text=BATCH[1])["clip_spans"])
 
 
+@pytest.mark.slow
 def test_from_llava_joins_a_llava_folder_with_a_clip_tokenizer(processor, image, tmp_path):
     stock_of(processor).save_pretrained(tmp_path / "llava")
     processor.clip_tokenizer.save_pretrained(tmp_path / "clip")
@@ -537,6 +540,7 @@ def test_placeholders_that_do_not_match_the_images_meet_the_stock_processors_ans
         assert len(outputs["clip_spans"][0]) == len(outputs["input_ids"][0])
 
 
+@pytest.mark.slow
 def test_sanitized_control_tokens_cost_the_clip_inputs_and_it_is_said(image, monkeypatch):
     processor = text_tokenizers.processor(*CHATML, chat_template=CHATML_TEMPLATE)
     if not hasattr(processor.tokenizer, "_mark_chat_inputs"):
@@ -555,6 +559,7 @@ def test_sanitized_control_tokens_cost_the_clip_inputs_and_it_is_said(image, mon
     assert len(warnings) == 1
 
 
+@pytest.mark.slow
 def test_a_tokenizer_saved_without_its_length_takes_clips_77(processor, tmp_path):
     tokenizer = copy.deepcopy(processor.clip_tokenizer)
     tokenizer.model_max_length = int(1e30)

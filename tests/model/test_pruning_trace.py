@@ -58,6 +58,7 @@ def test_summary_of_unequal_images_and_of_none():
     assert "no key words" in pruning_trace(smaller).summary()
 
 
+@pytest.mark.slow
 def test_to_dict_survives_json():
     tokens = (*spell(["▁a"]), TokenTrace(41, 7, "▁b", math.nan, True))
     trace = pruning_trace(image_trace((4, 4), (8, 2), (4, 1), tokens), image_trace())

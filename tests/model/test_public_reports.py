@@ -113,6 +113,7 @@ def test_a_merged_adapter_answers_as_before_and_after_saving(inputs, tmp_path):
     assert torch.equal(answer(loaded, inputs), expected)
 
 
+@pytest.mark.slow
 def test_an_answer_can_be_streamed_from_a_thread(model):
     """LLaVA-NeXT's demos and many others: a streamer that reads while generate runs."""
 

@@ -46,6 +46,7 @@ def random_options(draw):
             continue
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(60))
 @torch.no_grad()
 def test_a_random_prompt_agrees_with_reference_mode(seed):

@@ -593,6 +593,7 @@ def test_single_precision_agrees_with_double(model: SimpleNamespace) -> None:
         np.testing.assert_allclose(one.importance, other.importance, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_the_reference_cannot_do_raises(model: SimpleNamespace) -> None:
     inputs = make_inputs("ttItqqt")
     full = SimpleNamespace(**vars(model.config) | {"vision_feature_select_strategy": "full"})

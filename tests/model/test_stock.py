@@ -111,6 +111,7 @@ def test_with_pruning_on_the_logits_differ():
     assert (model(**inputs).logits[:, -1] - stock_twin(model)(**without_clip(inputs)).logits[:, -1]).abs().max() > 1e-2
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_no_attention_map_is_asked_for():
     model = tiny_model(attention="sdpa")

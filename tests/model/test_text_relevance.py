@@ -374,6 +374,7 @@ def test_clip_tokenizer_has_the_ids_of_open_clips_own():
     assert compared > 500
 
 
+@pytest.mark.slow
 def test_a_missing_open_clip_is_named(monkeypatch):
     monkeypatch.setattr("modeling_ivtp.checkpoints.clip_bpe.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install open_clip_torch"):

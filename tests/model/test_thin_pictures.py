@@ -45,6 +45,7 @@ def test_other_pictures_stay_as_they_are(processor, size):
     assert processor.crop_thin(picture) is picture
 
 
+@pytest.mark.slow
 def test_a_size_of_ones_own_is_not_cropped_for(processor):
     whole = processor.image_processor(noise(400, 2), do_center_crop=False, return_tensors="np")["pixel_values"]
     own = processor(images=noise(400, 2), do_center_crop=False, return_tensors="np")["pixel_values"]
@@ -89,6 +90,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("door", ["generate", "batch", "endpoint"])
 def test_a_thin_picture_takes_little_memory(door):
     result = subprocess.run(

@@ -70,6 +70,7 @@ def pixels(axes):
     return shown.reshape(int(rows), cell, int(columns), cell, 3)[:, cell // 2, :, cell // 2].reshape(-1, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("grid", "tower", "decoder"),
     [((24, 24), 8, 4), ((24, 24), 0, 1), ((4, 4), 1, 0), ((4, 4), 2, 3), ((3, 5), 1, 1)],
@@ -100,6 +101,7 @@ def test_kept_regions_are_outlined_without_inner_lines():
     assert segments == {((1, 1), (3, 1)), ((1, 3), (3, 3)), ((1, 1), (1, 3)), ((3, 1), (3, 3))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "pieces",
     [
@@ -154,6 +156,7 @@ def test_the_caption_says_when_no_word_guided(pieces):
     assert "576 → 120 → 64 visual tokens" in words(figure)
 
 
+@pytest.mark.slow
 def test_panels_say_what_they_show(trace):
     text = words(trace.plot(COFFEE, title="A title"))
     for expected in (
@@ -250,6 +253,7 @@ def test_what_cannot_be_drawn_is_named(trace, options, message):
         trace.plot(**{"image": COFFEE, **options})
 
 
+@pytest.mark.slow
 def test_without_matplotlib_the_error_says_what_to_install(trace, monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)

@@ -57,6 +57,7 @@ def test_dropped_patches_are_dim_and_kept_ones_untouched():
     assert after[~kept].std() > 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("image", "message"),
     [

@@ -115,6 +115,7 @@ class Conversations(torch.utils.data.Dataset):
         return {name: value[0] for name, value in row.items()}
 
 
+@pytest.mark.slow
 def test_trainer_learns(tmp_path):
     from transformers import Trainer, TrainingArguments
 
@@ -165,6 +166,7 @@ def test_offloaded_weights_give_the_same_logits():
     torch.testing.assert_close(model(**inputs).logits, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 4])
 @torch.no_grad()
 def test_quantised_weights_load_prune_and_answer(tmp_path, bits):

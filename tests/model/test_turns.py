@@ -90,6 +90,7 @@ def test_a_whole_conversation_with_all_its_images_goes_on_from_the_cache(loaded,
     assert torch.equal(model.generate(**text, past_key_values=copy.deepcopy(cache), **options), without)
 
 
+@pytest.mark.slow
 def test_explaining_a_later_turn_leaves_its_cache_and_counts_the_whole(loaded):
     model, processor, pictures = loaded
     cache = DynamicCache()

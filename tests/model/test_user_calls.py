@@ -198,6 +198,7 @@ def test_pixel_values_without_a_value_are_none_at_all(model, inputs):
     assert torch.equal(model.generate(**text, pixel_values=None, **options), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "strategy"),
     [
@@ -213,6 +214,7 @@ def test_decoding_strategies_that_left_transformers_are_named(model, inputs, opt
         model.generate(**inputs, max_new_tokens=3, **options)
 
 
+@pytest.mark.slow
 def test_export_says_what_it_needs(model, inputs):
     with pytest.raises(Exception, match=r"torch\.export takes no cache as an output; export with use_cache=False"):
         torch.export.export(model, (), kwargs=dict(inputs))

@@ -98,6 +98,7 @@ def test_the_model_imports_its_own_flat_files_and_nothing_else_of_the_package(fi
             assert not str(module).startswith("modeling_ivtp"), f"{file.name}: {module}"
 
 
+@pytest.mark.slow
 def test_what_is_saved_with_a_model_is_the_model_folder(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path)
     make_processor(size=56).save_pretrained(tmp_path)

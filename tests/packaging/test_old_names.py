@@ -290,6 +290,7 @@ def test_steps_and_sequences_answer_to_the_old_names_of_their_attributes() -> No
     assert PrunerWrapper(pruner).policy is pruner
 
 
+@pytest.mark.slow
 def test_a_method_of_today_warns_of_nothing() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)

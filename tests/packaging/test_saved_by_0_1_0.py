@@ -102,6 +102,7 @@ def test_it_answers_as_it_did_without_the_package(
     assert [json.loads(line) for line in printed.splitlines()] == [asked[1]] * 2
 
 
+@pytest.mark.slow
 def test_what_is_saved_anew_carries_the_code_of_today(saved: Path, saved_again: Path) -> None:
     assert not {path.name for path in saved.glob("*.py")} <= NEW_CODE
     # The processor's files come with a processor.

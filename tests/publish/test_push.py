@@ -100,6 +100,7 @@ def as_stranger(hub: Hub, revision: str, home: Path, *, token: str = "") -> subp
     )
 
 
+@pytest.mark.slow
 def test_what_was_pushed_answers_in_a_strangers_hands(
     hub: Hub, folders: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,6 +136,7 @@ def test_what_was_pushed_answers_in_a_strangers_hands(
     assert as_stranger(hub, revision, tmp_path / "another").returncode != 0
 
 
+@pytest.mark.slow
 def test_a_dry_run_shows_everything_and_needs_no_network(
     folders: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -152,6 +154,7 @@ def test_a_dry_run_shows_everything_and_needs_no_network(
     assert sorted(Path(folders.miniature).rglob("*")) == before
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_pushing_again_sends_nothing_again_and_clears_what_is_stale(
     hub: Hub, folders: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -170,6 +173,7 @@ def test_pushing_again_sends_nothing_again_and_clears_what_is_stale(
     assert not [request for request in hub.requests if request[0] == "PUT" or "/commit/" in request[1]]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_branches_and_pull_requests(hub: Hub, folders: Any, capsys: pytest.CaptureFixture[str]) -> None:
     hub.publish(NAME, {"notes.md": b"mine"})
@@ -183,6 +187,7 @@ def test_branches_and_pull_requests(hub: Hub, folders: Any, capsys: pytest.Captu
     assert "config.json" in hub.repos[NAME].commits[hub.repos[NAME].pulls[0]]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_a_new_branch_holds_nothing_of_the_old_weights(
     hub: Hub, folders: Any, capsys: pytest.CaptureFixture[str]
@@ -201,6 +206,7 @@ def test_a_new_branch_holds_nothing_of_the_old_weights(
     assert f'model_info("{NAME}", revision="b32").sha' in card
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_what_the_repository_says_of_large_files_stays(hub: Hub, folders: Any) -> None:
     hub.publish(NAME, {".gitattributes": b"*.gguf filter=lfs diff=lfs merge=lfs -text"})
@@ -208,6 +214,7 @@ def test_what_the_repository_says_of_large_files_stays(hub: Hub, folders: Any) -
     assert hub.head(NAME)[".gitattributes"].startswith(b"*.gguf")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_the_hubs_own_words_are_passed_on(hub: Hub, folders: Any, capsys: pytest.CaptureFixture[str]) -> None:
     for status, reason in ((403, "storage limit reached"), (400, "license is not known")):
@@ -220,6 +227,7 @@ def test_the_hubs_own_words_are_passed_on(hub: Hub, folders: Any, capsys: pytest
     assert "again in a few minutes" in push(capsys, folders.miniature, NAME, "--yes")[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["weights", "pruning", "off"])
 def test_a_card_speaks_of_the_weights_and_options_it_was_measured_on(
     folders: Any, tmp_path: Path, change: str, capsys: pytest.CaptureFixture[str]
@@ -249,6 +257,7 @@ def test_a_card_speaks_of_the_weights_and_options_it_was_measured_on(
     assert ModelCard((tmp_path / "untouched" / "README.md").read_text()).data.eval_results
 
 
+@pytest.mark.slow
 def test_llama_2s_terms_go_along(folders: Any, tmp_path: Path) -> None:
     convert(folders.stock, folders.clip, tmp_path / "own", pruning={"layers_per_group": 2, "decoder_layers": 4})
     (tmp_path / "repository").mkdir()
@@ -259,6 +268,7 @@ def test_llama_2s_terms_go_along(folders: Any, tmp_path: Path) -> None:
     assert "TFLOPs" not in text  # it has not the shape that was counted
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_a_name_without_owner_is_ones_own(hub: Hub, folders: Any, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = push(capsys, folders.miniature, "mine", "--yes")
@@ -297,6 +307,7 @@ FAILURES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("existing", [False, True], ids=["new", "existing"])
 @pytest.mark.parametrize("what", FAILURES)
@@ -324,6 +335,7 @@ def test_an_upload_that_fails_leaves_no_half_and_goes_on_where_it_was(
     assert not sent & there
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_a_fault_that_passes_is_not_noticed(hub: Hub, folders: Any, capsys: pytest.CaptureFixture[str]) -> None:
     hub.faults += [Fault("PUT", "/large/", status=503, times=1), Fault("POST", "/objects/batch", status=429, times=1)]
@@ -362,6 +374,7 @@ def test_no_network(folders: Any, hub: Hub, unchecked: None, capsys: pytest.Capt
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_folders_that_are_not_ours(folders: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "other").mkdir()
@@ -388,6 +401,7 @@ def test_folders_that_are_not_ours(folders: Any, tmp_path: Path, capsys: pytest.
     assert "allowed: a file, or one of ivtp-llava-1.5-13b" in err
 
 
+@pytest.mark.slow
 def test_a_repository_that_does_not_answer_is_not_sent(
     folders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -405,6 +419,7 @@ def test_a_repository_that_does_not_answer_is_not_sent(
     assert "schedule" in err
 
 
+@pytest.mark.slow
 def test_weights_that_do_not_fit_into_memory_are_checked_without_loading_them(
     folders: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -414,6 +429,7 @@ def test_weights_that_do_not_fit_into_memory_are_checked_without_loading_them(
     assert "weights and code fit; there is too little free memory" in out
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_ones_own_gets_a_card_that_claims_nothing(
     folders: Any, tmp_path: Path, hub: Hub, unchecked: None
 ) -> None:

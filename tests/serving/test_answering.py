@@ -113,6 +113,7 @@ def test_prompts_that_cannot_be_are_refused(images_first: Any, text: str, images
         as_prompt(images_first, text, images)
 
 
+@pytest.mark.slow
 def test_llavas_own_form_is_answered_by_every_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     traces = []
     for text in (QUESTION, f"<image>\n{QUESTION}"):

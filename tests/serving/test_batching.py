@@ -65,6 +65,7 @@ def test_bytes_that_are_no_text_do_not_stop_the_answer(tokenizer):
         assert listener.sent
 
 
+@pytest.mark.slow
 def test_an_answer_that_began_does_not_begin_again(tokenizer):
     listener = Listener([], lambda piece: None)
     listener.begin()

@@ -77,6 +77,7 @@ def short(inputs: Any, **parameters: Any) -> dict[str, Any]:
     return {"inputs": inputs, "parameters": {"max_new_tokens": 4} | parameters}
 
 
+@pytest.mark.slow
 def test_one_request_in_every_form(handler: Any, asked: list[Any]) -> None:
     image, question = asked[0]
     url, llavas = f"data:image/png;base64,{image}", f"<image>\n{question.text}"
@@ -104,6 +105,7 @@ def test_one_request_in_every_form(handler: Any, asked: list[Any]) -> None:
     json.dumps(answers)
 
 
+@pytest.mark.slow
 def test_text_alone_and_several_images(handler: Any, asked: list[Any]) -> None:
     answer = handler(short({"text": "Is it raining?"}))
     assert answer["visual_tokens"] == []
@@ -111,6 +113,7 @@ def test_text_alone_and_several_images(handler: Any, asked: list[Any]) -> None:
     assert both["visual_tokens"] == [64, 64]
 
 
+@pytest.mark.slow
 def test_the_budget_is_the_requests_own(handler: Any, asked: list[Any]) -> None:
     image, question = asked[0]
     for budget, kept in ((16, 16), (200, 200), (None, 576), (576, 576)):
@@ -120,6 +123,7 @@ def test_the_budget_is_the_requests_own(handler: Any, asked: list[Any]) -> None:
     assert handler.model.pruning_config.enabled
 
 
+@pytest.mark.slow
 def test_a_batch_is_answered_as_its_requests_are_alone(handler: Any, asked: list[Any]) -> None:
     alone = [handler(short({"image": image, "text": question.text})) for image, question in asked]
     together = handler(short([{"image": image, "text": question.text} for image, question in asked]))
@@ -154,6 +158,7 @@ def test_a_bad_one_does_not_sink_the_others(
     assert answers[0]["generated_text"] == answers[2]["generated_text"] == question.answer
 
 
+@pytest.mark.slow
 def test_sampling_is_repeatable(handler: Any, asked: list[Any]) -> None:
     one = {"image": asked[0][0], "text": asked[0][1].text}
     request = short(one, do_sample=True, temperature=3.0, seed=5)
@@ -180,6 +185,7 @@ def test_base64_may_have_line_breaks(handler: Any, asked: list[Any]) -> None:
     assert handler(short({"image": broken, "text": question.text}))["generated_text"] == question.answer
 
 
+@pytest.mark.slow
 def test_large_pictures_do_not_wait_at_full_size(handler: Any) -> None:
     image = encoded(Image.new("L", (4000, 4000)))
     sizes = []
@@ -197,6 +203,7 @@ def test_large_pictures_do_not_wait_at_full_size(handler: Any) -> None:
     assert sizes == [(SIDE, SIDE)] * 8
 
 
+@pytest.mark.slow
 def test_a_ribbon_is_answered_from_its_middle(handler: Any, asked: list[Any]) -> None:
     image, question = asked[0]
     ribbon = Image.new("RGB", (120 * SIDE, SIDE), "red")
@@ -278,6 +285,7 @@ def _hostile(name: str) -> Any:
     return {"image": encoded(Image.new("1", (30_000, 30_000))), "text": "x"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_requests_are_refused(handler: Any, name: str) -> None:
     with pytest.raises(ValueError, match=re.escape(HOSTILE[name][1])):
@@ -351,6 +359,7 @@ def public(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]
     thread.join()
 
 
+@pytest.mark.slow
 def test_addresses_are_followed_to_where_they_lead(
     module: ModuleType, handler: Any, asked: list[Any], public: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -381,6 +390,7 @@ def test_addresses_are_followed_to_where_they_lead(
             handler(short({"image": public + path, "text": "x"}))
 
 
+@pytest.mark.slow
 def test_under_load_nothing_is_mixed_up_or_kept(handler: Any, asked: list[Any]) -> None:
     """200 requests, 16 at a time: every good one gets its own answer, every hostile one is refused, memory is flat."""
     hostile = {name: _hostile(name) for name in HOSTILE if name != "too many bytes"}
@@ -418,6 +428,7 @@ def test_under_load_nothing_is_mixed_up_or_kept(handler: Any, asked: list[Any]) 
     assert handler.model.pruning_config.visual_tokens == 64
 
 
+@pytest.mark.slow
 def test_nothing_that_ships_unpickles(module: ModuleType) -> None:
     files = [file for file in Path(module.folder).rglob("*") if file.is_file()]
     code = {file.name: file.read_text() for file in files if file.suffix == ".py"}

@@ -109,6 +109,7 @@ def test_a_conversation_and_text_alone(client: Any) -> None:
     )
 
 
+@pytest.mark.slow
 def test_many_at_once_get_their_own_answers(client: Any) -> None:
     questions = [QUESTION, "Which thing is the nearest one above the tulip?", "Do you see a scooter here?"] * 4
 
@@ -170,6 +171,7 @@ def ask(client: Any, **options: Any) -> Any:
     return client.chat.completions.create(**{"model": "mini", "messages": messages(), "max_tokens": 48} | options)
 
 
+@pytest.mark.slow
 def test_a_stream_comes_token_by_token(client: Any, talkative: Any) -> None:
     chatter: dict[str, Any] = {"temperature": 4.0, "seed": 1}
     whole = ask(client, **chatter)
@@ -198,6 +200,7 @@ def test_a_stream_tells_its_usage_if_asked(client: Any) -> None:
         assert all(chunk.usage is None for chunk in ask(client, stream=True, **options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_stop_text_ends_the_answer_and_the_work(client: Any, talkative: Any, stream: bool) -> None:
     chatter: dict[str, Any] = {"temperature": 4.0, "seed": 1}
@@ -319,6 +322,7 @@ def together(work: Callable[[Any], Any], jobs: Sequence[Any]) -> list[Any]:
         return list(pool.map(work, jobs))
 
 
+@pytest.mark.slow
 def test_sixteen_at_once_take_far_less_than_sixteen_times_one(client: Any, talkative: Any) -> None:
     questions = [QUESTION, "Which thing is the nearest one above the tulip?", "Do you see a scooter here?", "Well?"] * 4
 
@@ -337,6 +341,7 @@ def test_sixteen_at_once_take_far_less_than_sixteen_times_one(client: Any, talka
     assert seconds < 16 * one / 2, (seconds, one)
 
 
+@pytest.mark.slow
 def test_streams_are_answered_together_as_they_are_alone(client: Any, talkative: Any) -> None:
     questions = [QUESTION, "Do you see a scooter here?", "Well?", "What is below the tulip?"]
 
@@ -415,6 +420,7 @@ def test_who_hangs_up_ends_the_work(address: str, talkative: Any, monkeypatch: p
     assert lengths[0] < 1000
 
 
+@pytest.mark.slow
 def test_no_code_that_came_with_a_checkpoint_runs(tmp_path: Path) -> None:
     convert(None, None, tmp_path / "made", recipe="ivtp-llava-miniature-64", progress=False)
     for file in (tmp_path / "made").glob("*.py"):
@@ -470,6 +476,7 @@ def test_the_command_says_what_is_missing(capsys: pytest.CaptureFixture[str], tm
     assert "neither a folder here nor the name of a repository" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_taken_port_is_noticed_before_the_model_is_loaded(
     capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
@@ -482,6 +489,7 @@ def test_a_taken_port_is_noticed_before_the_model_is_loaded(
     assert "port 8000 of 203.0.113.1 cannot be used" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_command_serves(tmp_path: Path) -> None:
     port = free_port()
     command = [sys.executable, "-m", "ivtp_cli", "serve", str(ROOT / "examples" / "miniature"), "--port", str(port)]
@@ -500,6 +508,7 @@ def test_the_command_serves(tmp_path: Path) -> None:
     assert process.returncode in (0, -15)
 
 
+@pytest.mark.slow
 def test_transformers_own_server_does_not_take_classes_of_remote_code(tmp_path: Path) -> None:
     """Documented in docs/serving.md; when this fails, the way in is open and the page has to say so."""
     manager = pytest.importorskip(

@@ -71,6 +71,7 @@ def test_a_run_reports_its_parts(model: Any, inputs: dict[str, Any]) -> None:
     assert found["kv_bytes"] == 2 * sum(kv_cache_bytes(model.config, layers, 4))
 
 
+@pytest.mark.slow
 def test_arms_take_turns(model: Any, inputs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     arms = [Arm(name, model, lambda name=name: (order.append(name), model.pruning())[1]) for name in "ab"]
@@ -90,6 +91,7 @@ def test_ratios_are_paired() -> None:
     assert low < middle < high
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["bench", "--shape", "tiny", "--arm", "ivtp@64", "--arm", "fastv@64", "--batch", "1", "--batch", "2"]
     arguments += [
@@ -241,6 +243,7 @@ def test_one_of_shape_and_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert "allowed: llava-1.5-13b" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_timed_with_the_attention_that_was_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,6 +261,7 @@ def test_a_checkpoint_is_timed_with_the_attention_that_was_asked_for(
     assert seen == ["eager"]
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_keeps_what_was_measured(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     original = speed_bench.interleaved
@@ -276,6 +280,7 @@ def test_memory_that_runs_out_keeps_what_was_measured(model: Any, monkeypatch: p
     assert "Memory ran out at batch 2" in markdown(results)
 
 
+@pytest.mark.slow
 def test_a_model_without_a_text_tower_is_timed() -> None:
     config = load_shape("tiny")
     config.clip_text_config = None
@@ -285,6 +290,7 @@ def test_a_model_without_a_text_tower_is_timed() -> None:
     assert all(row["products"]["seconds"] > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_cut_short_loses_no_case(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -384,6 +390,7 @@ def test_products_are_those_that_run(model: Any, inputs: dict[str, Any], pruned:
     assert all(len(times) == 2 and min(times) > 0 for times in taken.values())
 
 
+@pytest.mark.slow
 def test_graphs_are_compared_with_graphs() -> None:
     def row(arm: str, seconds: float) -> dict[str, Any]:
         part = {"seconds": seconds, "speed_up": [4.0 / seconds, 0, 0]}
