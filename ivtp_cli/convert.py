@@ -66,6 +66,17 @@ Threshold = Annotated[
     float | None, typer.Option(help="Cosine from which a word counts as a key word.", show_default=False)
 ]
 Aggregation = Annotated[str | None, typer.Option(help="rollout, mean, max, multiply or last.", show_default=False)]
+Importance = Annotated[
+    str | None,
+    typer.Option(help="own, or accumulated over the groups of the vision tower.", show_default=False),
+]
+Choice = Annotated[
+    str | None, typer.Option(help="top: what is most important; diverse: what is and differs.", show_default=False)
+]
+Sharpness = Annotated[
+    float | None,
+    typer.Option(help="Exponent of importance in the diverse choice; 0: diversity alone.", show_default=False),
+]
 Guidance = Annotated[
     str | None, typer.Option(help="clip, mean_text, text_similarity or visual_cls.", show_default=False)
 ]
@@ -90,6 +101,9 @@ def convert(
     decoder_layers: DecoderLayers = None,
     relevance_threshold: Threshold = None,
     aggregation: Aggregation = None,
+    importance: Importance = None,
+    choice: Choice = None,
+    sharpness: Sharpness = None,
     guidance: Guidance = None,
     pseudo_cls: PseudoCLS = None,
     positions: Positions = None,
@@ -107,6 +121,9 @@ def convert(
         "decoder_layers": decoder_layers,
         "relevance_threshold": relevance_threshold,
         "aggregation": aggregation,
+        "importance": importance,
+        "choice": choice,
+        "sharpness": sharpness,
         "guidance": guidance,
         "pseudo_cls": pseudo_cls,
         "positions": positions,

@@ -274,7 +274,14 @@ class _Dry(PrunerWrapper):
         patches = torch.arange(step.patches.shape[1])[None]
         records = [_real_record(record) for record in step.records]
         real = TowerStep(
-            step.group, records, torch.randn(step.hidden.shape), patches, _ones(step.sizes), _counted_off(step.order)
+            step.group,
+            records,
+            torch.randn(step.hidden.shape),
+            patches,
+            step.total,
+            sizes=_ones(step.sizes),
+            order=_counted_off(step.order),
+            carried=_ones(step.carried),
         )
         return self._ask(lambda: self.pruner.in_tower(real), step.group.keep)
 
@@ -358,6 +365,7 @@ class _Dry(PrunerWrapper):
             mixture=None if mixture is None else torch.empty(*batch, keep, mixture.shape[-1], device="meta"),
             sizes=None if choice.sizes is None else torch.empty(*batch, keep, device="meta"),
             order=None if choice.order is None else torch.arange(keep).expand(*batch, -1).to("meta"),
+            carried=None if choice.carried is None else torch.empty(*batch, keep, device="meta"),
         )
 
 

@@ -13,6 +13,8 @@ from .schedule import PruningPlan, plan_pruning
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "aggregation": ("rollout", "mean", "max", "multiply", "last"),
+    "importance": ("own", "accumulated"),
+    "choice": ("top", "diverse"),
     "guidance": ("clip", "mean_text", "text_similarity", "visual_cls"),
     "pseudo_cls": ("propagate", "pool"),
     "positions": ("original", "compact"),
@@ -56,6 +58,14 @@ class IVTPPruningConfig:
         The threshold tau of Eq. 8 on the cosine of Eq. 6.
     aggregation : {"rollout", "mean", "max", "multiply", "last"}, default "rollout"
         How a group's attention maps are combined: Eq. 3, the rows of Table 5, or the last layer alone (Table 4).
+    importance : {"own", "accumulated"}, default "own"
+        Whether a group of the vision tower ranks by its own attention alone, or by that of all groups so far.
+        `"accumulated"` adds up rows that sum to one, so it needs an aggregation other than `max` and `multiply`.
+    choice : {"top", "diverse"}, default "top"
+        Whether the tokens with the highest importance stay, or a set that is important and diverse.
+    sharpness : float or None, default None
+        The exponent of importance in the diverse choice, 0 or more; 0 is diversity alone. None: 0.25. A number needs
+        `choice="diverse"`.
     guidance : {"clip", "mean_text", "text_similarity", "visual_cls"}, default "clip"
         What the pseudo-CLS token is made of (Table 6, from the last row to the first but one).
     pseudo_cls : {"propagate", "pool"}, default "propagate"
@@ -79,6 +89,9 @@ class IVTPPruningConfig:
     decoder_layers: int = 12
     relevance_threshold: float = 0.2
     aggregation: str = "rollout"
+    importance: str = "own"
+    choice: str = "top"
+    sharpness: float | None = None
     guidance: str = "clip"
     pseudo_cls: str = "propagate"
     positions: str = "original"
@@ -111,6 +124,25 @@ class IVTPPruningConfig:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"pruning.{name}={getattr(self, name)!r}; allowed: {', '.join(choices)}.")
+        self._check_extension()
+
+    def _check_extension(self) -> None:
+        """Refuse a sharpness that is out of range, and options that exclude each other."""
+        sharpness = self.sharpness
+        if sharpness is not None:
+            number = isinstance(sharpness, (int, float)) and not isinstance(sharpness, bool)
+            if not number or not 0 <= sharpness < float("inf"):
+                raise ValueError(f"pruning.sharpness={sharpness!r}; allowed: a number of at least 0, or None.")
+            if self.choice != "diverse":
+                raise ValueError(
+                    f'pruning.sharpness={sharpness!r} with choice={self.choice!r}; allowed: None, or choice="diverse".'
+                )
+            object.__setattr__(self, "sharpness", float(sharpness))
+        if self.importance == "accumulated" and self.aggregation in ("max", "multiply"):
+            raise ValueError(
+                f'pruning.aggregation={self.aggregation!r} with importance="accumulated", which adds up rows that sum '
+                "to one; allowed: rollout, mean, last."
+            )
 
     @classmethod
     def create(cls, value: Any = None, **changes: Any) -> "IVTPPruningConfig":

@@ -14,7 +14,15 @@ from typing import Any
 import torch
 
 from .configuration_ivtp import IVTPPruningConfig
-from .rollout import AttentionRecord, DecoderAttentionRecord, decide
+from .diversity import SHARPNESS, choose_diverse
+from .rollout import (
+    AttentionRecord,
+    DecoderAttentionRecord,
+    accumulate,
+    aggregate,
+    importance,
+    keep_most_important,
+)
 from .schedule import Group, PruningPlan, plan_pruning
 from .visual_sequence import VisualSequence
 
@@ -41,6 +49,8 @@ class Choice:
         Whether images may keep different numbers of tokens.
     order : int64 Tensor (..., k') or None
         Indices of the k' tokens in the pruner's own order, for its next step.
+    carried : float32 Tensor (..., k') or None
+        What the pruner wants to know of each of them in its next step in the tower.
     """
 
     kept: torch.Tensor
@@ -49,6 +59,7 @@ class Choice:
     scores: torch.Tensor | None = None
     ragged: bool = False
     order: torch.Tensor | None = None
+    carried: torch.Tensor | None = None
 
     def of(self, tokens: torch.Tensor, cls: torch.Tensor | None = None) -> torch.Tensor:
         """Take the tokens that stay: (..., k, d) to (..., k', d), with any values where `kept` stands for none.
@@ -76,17 +87,22 @@ class TowerStep:
         The group's output, CLS first.
     patches : int64 Tensor (I, k)
         The patches that the tokens are, or stand for.
+    total : int
+        Patches of a whole image, N.
     sizes : float32 Tensor (I, k) or None
     order : int64 Tensor (I, k) or None
-        The `Choice.sizes` and `Choice.order` of the group before.
+    carried : float32 Tensor (I, k) or None
+        The `Choice.sizes`, `Choice.order` and `Choice.carried` of the group before.
     """
 
     group: Group
     records: list[AttentionRecord]
     hidden: torch.Tensor
     patches: torch.Tensor
+    total: int
     sizes: torch.Tensor | None = None
     order: torch.Tensor | None = None
+    carried: torch.Tensor | None = None
 
 
 @dataclass
@@ -345,6 +361,8 @@ class PrunerWrapper(Pruner):
 class IVTPPruner(Pruner):
     """IVTP with a model's pruning options: keeps what matters most to CLS, then to the pseudo-CLS token.
 
+    By option it also remembers what mattered to earlier groups of the tower, and keeps tokens that differ.
+
     Attributes
     ----------
     options : IVTPPruningConfig
@@ -378,13 +396,29 @@ class IVTPPruner(Pruner):
 
     def in_tower(self, step: TowerStep) -> Choice:
         """Keep the patches that matter most to CLS."""
-        scores, kept = decide(step.records, self.options.aggregation, step.group.keep)
-        return Choice(kept[:, 0], scores=scores[:, 0])
+        row, top, carried = aggregate(step.records, self.options.aggregation), step.records[-1], None
+        if self.options.importance == "accumulated":
+            scores = accumulate(row[:, 0], len(step.records), step.total, step.carried)
+        else:
+            scores = importance(row, top.value_norm)[:, 0]
+        kept = self._choose(scores, top.patch_keys, step.group.keep)
+        if self.options.importance == "accumulated":
+            carried = scores.gather(1, kept)
+        return Choice(kept, scores=scores, carried=carried)
 
     def in_decoder(self, step: DecoderStep) -> Choice:
         """Keep the visual tokens that matter most to the pseudo-CLS token."""
-        scores, kept = decide(step.records, self.options.aggregation, step.group.keep)
-        return Choice(kept, scores=scores)
+        scores = importance(aggregate(step.records, self.options.aggregation), step.records[-1].value_norm)
+        diverse = self.options.choice == "diverse"
+        states = step.sequence.visual(step.hidden) if diverse else step.hidden
+        return Choice(self._choose(scores, states, step.group.keep), scores=scores)
+
+    def _choose(self, scores: torch.Tensor, features: torch.Tensor, keep: int) -> torch.Tensor:
+        """Choose by scores (..., k) and, if the choice is diverse, by features (..., k, d): int64 (..., keep)."""
+        if self.options.choice == "top":
+            return keep_most_important(scores, keep)
+        sharpness = SHARPNESS if self.options.sharpness is None else self.options.sharpness
+        return choose_diverse(scores, features.to(scores.device), keep, sharpness)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:

@@ -77,6 +77,11 @@ class AttentionRecord:
         columns = self.value_columns.to(norms.device)
         return norms.gather(1, columns.flatten(1)).view_as(columns)
 
+    @property
+    def patch_keys(self) -> torch.Tensor:
+        """The patches' keys in a layer of the tower, all heads side by side: (B, k, H dh)."""
+        return self.key[:, :, 1:].transpose(1, 2).flatten(2)
+
     def seal(self) -> None:
         """Release the tensors and accept no more."""
         self.query = self.key = self.value = None  # type: ignore[assignment]
@@ -280,6 +285,31 @@ def importance(row: torch.Tensor, value_norm: torch.Tensor) -> torch.Tensor:
     return weighted / weighted.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 
 
+def accumulate(row: torch.Tensor, layers: int, total: int, before: torch.Tensor | None) -> torch.Tensor:
+    """Add a group's row to those of the groups before it: R_g = R_{g-1} + |g| (k_g / N) r_g, over the k_g tokens left.
+
+    A group counts as often as it has layers. Its row sums to one over fewer tokens than those of earlier groups, for
+    which k_g / N makes up.
+
+    Parameters
+    ----------
+    row : float32 Tensor (..., 1 + k)
+        r_g, the reference token's row; its own entry, at index 0, is left out.
+    layers : int
+        |g|.
+    total : int
+        N, the patches of a whole image.
+    before : float32 Tensor (..., k) or None
+        R_{g-1} of the tokens that are left. None: this is the first group.
+
+    Returns
+    -------
+    float32 Tensor (..., k)
+    """
+    own = row[..., 1:] * (layers * (row.shape[-1] - 1) / total)
+    return own if before is None else before.to(own.device) + own
+
+
 def keep_most_important(scores: torch.Tensor, keep: int) -> torch.Tensor:
     """Return the indices of the `keep` highest scores, ascending, so that patches stay in their spatial order.
 
@@ -294,20 +324,6 @@ def keep_most_important(scores: torch.Tensor, keep: int) -> torch.Tensor:
     int64 Tensor (..., keep)
     """
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :keep].sort(dim=-1).values
-
-
-@torch.no_grad()
-def decide(records: list[AttentionRecord], aggregation: str, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Score the visual tokens of a group and choose the ones that stay.
-
-    Returns
-    -------
-    importance : float32 Tensor (B, M, k)
-    kept : int64 Tensor (B, M, keep)
-        Indices into the k visual tokens, ascending.
-    """
-    scores = importance(aggregate(records, aggregation), records[-1].value_norm)
-    return scores, keep_most_important(scores, keep)
 
 
 @dataclass

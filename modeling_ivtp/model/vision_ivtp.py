@@ -119,23 +119,28 @@ class _Pass:
     pruner : Pruner
     patches : int64 Tensor (I, k)
         The patches that are left.
+    total : int
+        Patches of a whole image, N.
     scores : list of GroupScores or None
         Each group's decision is appended.
     features : dict of int to Tensor (I, 1 + k, d)
         Hidden states of the feature layers, by their number.
     sizes : float32 Tensor (I, k) or None
     order : int64 Tensor (I, k) or None
-        The last `Choice.sizes` and `Choice.order`.
+    carried : float32 Tensor (I, k) or None
+        The last `Choice.sizes`, `Choice.order` and `Choice.carried`.
     records : list of AttentionRecord
         Of the current group's layers.
     """
 
     pruner: Pruner
     patches: torch.Tensor
+    total: int
     scores: list[GroupScores] | None
     features: dict[int, torch.Tensor] = field(default_factory=dict)
     sizes: torch.Tensor | None = None
     order: torch.Tensor | None = None
+    carried: torch.Tensor | None = None
     records: list[AttentionRecord] = field(default_factory=list)
 
     def bias(self, hidden: torch.Tensor) -> torch.Tensor | None:
@@ -152,14 +157,25 @@ class _Pass:
     def choose(self, group: Group, hidden: torch.Tensor) -> Choice:
         """Ask the pruner at the top of a group, and drop from everything but the hidden states."""
         with torch.no_grad(), full_precision(self.patches.device), label(CHOOSE):
-            choice = self.pruner.in_tower(TowerStep(group, self.records, hidden, self.patches, self.sizes, self.order))
+            choice = self.pruner.in_tower(
+                TowerStep(
+                    group,
+                    self.records,
+                    hidden,
+                    self.patches,
+                    self.total,
+                    sizes=self.sizes,
+                    order=self.order,
+                    carried=self.carried,
+                )
+            )
         for record in self.records:
             record.seal()
         self.records = []
         kept = self.patches.gather(1, choice.kept)
         if self.scores is not None:
             self.scores.append(GroupScores("tower", group, self.patches, choice.scores, kept, choice.mixture))
-        self.patches, self.sizes, self.order = kept, choice.sizes, choice.order
+        self.patches, self.sizes, self.order, self.carried = kept, choice.sizes, choice.order, choice.carried
         self.features = {number: _apply(choice, feature) for number, feature in self.features.items()}
         return choice
 
@@ -239,7 +255,7 @@ class GroupedCLIPVisionModel(CLIPVisionModel):
         hidden = self.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
         hidden = self.pre_layrnorm(hidden)
         patches = torch.arange(hidden.shape[1] - 1, device=hidden.device).expand(hidden.shape[0], -1)
-        images = _Pass(pruner, patches, scores, {0: hidden} if 0 in feature_numbers else {})
+        images = _Pass(pruner, patches, patches.shape[1], scores, {0: hidden} if 0 in feature_numbers else {})
         tops, group_of = _dropping_groups(plan, patches.shape[1])
         recorded = {layer % len(layers): AttentionRecord(reference_only=True) for layer in pruner.needs.recorded_layers}
         states = [hidden] if output_hidden_states else []

@@ -34,8 +34,9 @@ def compiled(model, **options):
 @torch.no_grad()
 @pytest.mark.parametrize("rows", [ROWS, PADDED, [[3, "image", 7, "image", 4]]], ids=["whole", "padded", "two images"])
 @pytest.mark.parametrize("kind", [None, DynamicCache, StaticCache])
-def test_a_prompt_is_one_graph(rows, kind):
-    model, inputs = tiny_model(), prompt(rows)
+@pytest.mark.parametrize("extended", [{}, {"importance": "accumulated", "choice": "diverse"}], ids=["ivtp", "extended"])
+def test_a_prompt_is_one_graph(rows, kind, extended):
+    model, inputs = tiny_model(**extended), prompt(rows)
     options = {} if kind is None else {"config": model.config.text_config}
     if kind is StaticCache:
         options["max_cache_len"] = 64

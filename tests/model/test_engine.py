@@ -156,6 +156,16 @@ OPTIONS = [
     {"visual_tokens": 1, "tower_tokens": 1},
     {"relevance_threshold": 1.0},
     {"relevance_threshold": -1.0},
+    {"importance": "accumulated"},
+    {"importance": "accumulated", "aggregation": "mean", "layers_per_group": 3, "decoder_layers": 6},
+    {"choice": "diverse"},
+    {"choice": "diverse", "sharpness": 0, "layers_per_group": 1},
+    {"choice": "diverse", "sharpness": 2.0, "aggregation": "max", "guidance": "mean_text"},
+    {"importance": "accumulated", "choice": "diverse"},
+    {"importance": "accumulated", "choice": "diverse", "aggregation": "last", "layers_per_group": 1},
+    {"importance": "accumulated", "choice": "diverse", "decoder_layers": 0, "tower_tokens": 4},
+    {"importance": "accumulated", "choice": "diverse", "tower_layers": 0, "tower_tokens": None},
+    {"importance": "accumulated", "choice": "diverse", "positions": "compact", "pseudo_cls": "pool"},
 ]
 
 

@@ -28,6 +28,12 @@ from tests.support.tiny import prompt, tiny_model
 
 ROWS = [[3, "image", 7], [4, "image", 6]]
 PADDED = [[3, "image", 7], [2, "image", 6]]
+OPTIONS = [
+    {},
+    {"positions": "compact"},
+    {"pseudo_cls": "pool"},
+    {"importance": "accumulated", "choice": "diverse"},
+]
 
 
 class Standin:
@@ -146,7 +152,7 @@ def test_other_shapes_are_captured_apart(model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"positions": "compact"}, {"pseudo_cls": "pool"}], ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("after", [5, 6], ids=["whole", "padded"])
 @torch.no_grad()
 def test_prompts_of_many_lengths_share_a_graph(options, after):
@@ -185,7 +191,7 @@ def test_a_prompt_that_ends_on_an_image_keeps_its_length(model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"positions": "compact"}, {"pseudo_cls": "pool"}], ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_what_was_launched_once_serves_all_prompts_of_its_shapes(options):
     plain, model = tiny_model(**options), tiny_model(**options)
     model.model.prompt_graphs.graphs = BakedGraphs(8)

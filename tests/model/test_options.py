@@ -29,6 +29,20 @@ BAD = [
     ({"guidance": "text"}, "guidance='text'; allowed: clip, mean_text, text_similarity, visual_cls"),
     ({"pseudo_cls": "mean"}, "pseudo_cls='mean'; allowed: propagate, pool"),
     ({"positions": "new"}, "positions='new'; allowed: original, compact"),
+    ({"importance": "sum"}, "importance='sum'; allowed: own, accumulated"),
+    ({"choice": "random"}, "choice='random'; allowed: top, diverse"),
+    ({"sharpness": 0.5}, r"sharpness=0.5 with choice='top'; allowed: None, or choice=\"diverse\""),
+    *(
+        ({"choice": "diverse", "sharpness": value}, rf"sharpness={value!r}; allowed: a number of at least 0, or None")
+        for value in (-0.1, float("nan"), float("inf"), "0.25", True)
+    ),
+    *(
+        (
+            {"importance": "accumulated", "aggregation": how},
+            f"aggregation='{how}' with importance=\"accumulated\".*allowed: rollout, mean, last",
+        )
+        for how in ("max", "multiply")
+    ),
     ({"enabled": 1}, "enabled=1"),
     ({"strict": "yes"}, "strict='yes'"),
     ({"token_budget": 64}, "Unknown pruning option.* token_budget; allowed: enabled, visual_tokens"),
@@ -64,8 +78,20 @@ def test_a_config_file_with_unknown_pruning_keys_is_refused(tmp_path):
 
 def test_options_survive_saving(tmp_path):
     config = tiny_config(guidance="mean_text", positions="compact", strict=True, relevance_threshold=0.25)
+    config.pruning = config.pruning.changed(importance="accumulated", choice="diverse", sharpness=1)
     config.save_pretrained(tmp_path)
     assert IVTPLlavaConfig.from_pretrained(tmp_path).pruning == config.pruning
+
+
+def test_a_config_file_without_the_newer_options_means_the_published_method(tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    for name in ("importance", "choice", "sharpness"):
+        del saved["pruning"][name]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    pruning = IVTPLlavaConfig.from_pretrained(tmp_path).pruning
+    assert (pruning.importance, pruning.choice, pruning.sharpness) == ("own", "top", None)
+    assert pruning == tiny_config().pruning
 
 
 def test_a_budget_above_what_there_is_keeps_all(model):

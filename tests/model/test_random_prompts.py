@@ -38,6 +38,8 @@ def random_options(draw):
             "guidance": draw.choice(["clip", "clip", "mean_text", "text_similarity", "visual_cls"]),
             "pseudo_cls": draw.choice(["propagate", "pool"]),
             "positions": draw.choice(["original", "compact"]),
+            "importance": draw.choice(["own", "accumulated"]),
+            "choice": draw.choice(["top", "diverse"]),
         }
         try:
             if tiny_config(**options).pruning_plan() is not None:

@@ -36,6 +36,9 @@ class Pruning(SimpleNamespace):
             "decoder_layers": 4,
             "relevance_threshold": -0.18,  # parts the random words: some images have key tokens, some words are none
             "aggregation": "rollout",
+            "importance": "own",
+            "choice": "top",
+            "sharpness": None,
             "guidance": "clip",
             "pseudo_cls": "propagate",
             "positions": "original",

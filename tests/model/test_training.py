@@ -7,6 +7,7 @@ from tests.support.reference import decoder_reference, reference_loss
 from tests.support.tiny import IMAGE_TOKEN, PAD_TOKEN, prompt, tiny_model
 
 ROWS = [[3, "image", 7], [5], [2, "image", 4, "image", 3]]
+EXTENDED = {"importance": "accumulated", "choice": "diverse"}
 
 
 def labelled(rows=ROWS):
@@ -26,9 +27,10 @@ def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize("options", [{}, EXTENDED], ids=str)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_loss_and_gradients_agree_with_reference_mode(attention):
-    model = tiny_model(attention=attention)
+def test_loss_and_gradients_agree_with_reference_mode(attention, options):
+    model = tiny_model(attention=attention, **options)
     inputs = labelled()
     loss = model(**inputs, position_ids=positions(inputs), use_cache=False).loss
     loss.backward()
@@ -78,9 +80,10 @@ def test_a_trainers_own_forward_gets_no_labels_on_image_tokens(words):
     assert torch.equal(inputs["labels"], labels)
 
 
+@pytest.mark.parametrize("options", [{}, EXTENDED], ids=str)
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
-    model = tiny_model().train()
+def test_gradient_checkpointing_gives_the_same_gradients(reentrant, options):
+    model = tiny_model(**options).train()
     inputs = labelled()
     model(**inputs).loss.backward()
     expected = gradients(model)

@@ -135,16 +135,48 @@ def keep_most_important(candidates: np.ndarray, importance: np.ndarray, k: int) 
     return np.sort(candidates[np.argsort(-importance, kind="stable")[:k]])
 
 
+def keep_diverse(
+    candidates: np.ndarray, importance: np.ndarray, features: np.ndarray, k: int, sharpness: float | None
+) -> np.ndarray:
+    """The ``k`` candidates that a greedy search for the largest determinant of L_ij = q_i <u_i, u_j> q_j finds.
+
+    q is importance from 0 to 1 within the image, to the power of the sharpness. Every step computes the determinants of
+    all sets that have one candidate more. Where all are 0, the most important candidates fill up.
+    """
+    spread = importance.max() - importance.min()
+    stretched = (importance - importance.min()) / spread if spread > 0 else np.ones(len(importance))
+    vectors = features / np.linalg.norm(features, axis=1, keepdims=True)
+    vectors = vectors * (stretched ** (0.25 if sharpness is None else sharpness))[:, None]
+    chosen: list[int] = []
+    while len(chosen) < k:
+        volumes = np.full(len(candidates), -np.inf)
+        for i in range(len(candidates)):
+            if i not in chosen and np.linalg.matrix_rank(vectors[[*chosen, i]]) == len(chosen) + 1:
+                volumes[i] = np.linalg.slogdet(vectors[[*chosen, i]] @ vectors[[*chosen, i]].T)[1]
+        if np.isinf(volumes.max()):
+            rest = np.argsort(-importance, kind="stable")
+            chosen += [int(i) for i in rest if i not in chosen][: k - len(chosen)]
+        else:
+            chosen.append(int(volumes.round(9).argmax()))  # of equals the one with the lower index
+    return np.sort(candidates[chosen])
+
+
 def prune_group(
-    layers: tuple[int, int], row: np.ndarray, norms: np.ndarray, candidates: np.ndarray, k: int, prescribed: Any
+    pruning: Any,
+    layers: tuple[int, int],
+    candidates: np.ndarray,
+    importance: np.ndarray,
+    features: np.ndarray,
+    k: int,
+    prescribed: Any,
 ) -> GroupReference:
-    """The top of a group, from the row and the value norms of all patches (N,); ``prescribed`` replaces the choice."""
-    importance = importance_scores(row[candidates], norms[candidates])
-    kept = (
-        keep_most_important(candidates, importance, k)
-        if prescribed is None
-        else np.sort(np.asarray(prescribed, np.int64))
-    )
+    """The top of a group, from the candidates' scores (k_in,) and features (k_in, d); ``prescribed`` replaces it."""
+    if prescribed is not None:
+        kept = np.sort(np.asarray(prescribed, np.int64))
+    elif pruning.choice == "diverse":
+        kept = keep_diverse(candidates, importance, features, k, pruning.sharpness)
+    else:
+        kept = keep_most_important(candidates, importance, k)
     return GroupReference(layers, candidates, importance, kept)
 
 
@@ -169,12 +201,12 @@ def project(attention: nn.Module, normed: Tensor) -> tuple[list[Tensor], np.ndar
     return [x.unflatten(-1, (-1, attention.head_dim)).transpose(0, 1) for x in flat], norms
 
 
-def clip_layer(layer: nn.Module, x: Tensor, visible: np.ndarray) -> tuple[Tensor, np.ndarray, np.ndarray]:
-    """One CLIP layer (vision or text) on ``x`` (n, d): output, mean attention map (n, n), value norms (n,)."""
+def clip_layer(layer: nn.Module, x: Tensor, visible: np.ndarray) -> tuple[Tensor, np.ndarray, np.ndarray, np.ndarray]:
+    """One CLIP layer (vision or text) on ``x`` (n, d): output, mean map (n, n), value norms (n,), keys (n, d)."""
     (q, k, v), norms = project(layer.self_attn, layer.layer_norm1(x))
     out, attention_map = attend(q, k, v, visible)
     x = x + layer.self_attn.out_proj(out)
-    return x + layer.mlp(layer.layer_norm2(x)), attention_map, norms
+    return x + layer.mlp(layer.layer_norm2(x)), attention_map, norms, to_numpy(k.transpose(0, 1).flatten(1))
 
 
 def decoder_layer(
@@ -207,16 +239,21 @@ def vision_reference(
         prescribed = selection[i] if selection is not None else None
         schedule = geometric_schedule(len(x) - 1, budget, len(bounds))
         candidates, visible = np.arange(len(x) - 1), np.ones((len(x), len(x)), dtype=bool)
-        done, maps, hidden_states = [], [], [x]
+        done, maps, hidden_states, accumulated = [], [], [x], np.zeros(len(x) - 1)
         for index, layer in enumerate(tower.encoder.layers):
-            x, attention_map, norms = clip_layer(layer, x, visible)
+            x, attention_map, norms, keys = clip_layer(layer, x, visible)
             hidden_states.append(x)
             maps.append(attention_map)
             g = len(done)
             if g < len(bounds) and index == bounds[g][1]:
-                row = aggregate(maps, 0, pruning.aggregation)[1:]
+                row = aggregate(maps, 0, pruning.aggregation)[1:][candidates]
+                scores = importance_scores(row, norms[1:][candidates])
+                if pruning.importance == "accumulated" and schedule[g] < len(candidates):
+                    accumulated[candidates] += len(maps) * len(candidates) / len(accumulated) * row
+                    scores = accumulated[candidates]
                 choice = prescribed.tower[g] if prescribed is not None else None
-                done.append(prune_group(bounds[g], row, norms[1:], candidates, schedule[g], choice))
+                features_of = keys[1:][candidates]
+                done.append(prune_group(pruning, bounds[g], candidates, scores, features_of, schedule[g], choice))
                 candidates, maps = done[-1].kept, []
                 visible[:, 1 + np.delete(np.arange(len(x) - 1), candidates)] = False
         features.append(torch.cat([hidden_states[layer] for layer in np.atleast_1d(config.vision_feature_layer)], -1))
@@ -242,7 +279,7 @@ def clip_text_features(clip_text_model: Any, windows: Tensor) -> np.ndarray:
     for window in windows:
         x = text.embeddings(input_ids=window[None])[0]
         for layer in text.encoder.layers:
-            x, _, _ = clip_layer(layer, x, causal)
+            x = clip_layer(layer, x, causal)[0]
         features.append(projection(text.final_layer_norm(x)))
     return to_numpy(torch.cat(features))
 
@@ -370,8 +407,10 @@ def decode_row(
             for m, image in enumerate(images):
                 row = aggregate(maps, length + m, pruning.aggregation)
                 choice = prescribed[m].decoder[g] if prescribed[m] is not None else None
-                at = image.columns
-                image.decoder.append(prune_group(bounds[g], row[at], norms[at], image.kept, schedules[m][g], choice))
+                at = image.columns[image.kept]
+                scores, states = importance_scores(row[at], norms[at]), to_numpy(x[at])
+                group = prune_group(pruning, bounds[g], image.kept, scores, states, schedules[m][g], choice)
+                image.decoder.append(group)
                 exists[image.dropped_columns] = False
             maps, g = [], g + 1
     return language.norm(x[:length]), [*alive, exists]
