@@ -71,3 +71,16 @@ def test_findings_leave_out_what_was_not_measured() -> None:
     accuracies = (("tome", 0.5), ("tome+", 0.8))
     both = [row | {"method": name, "visual_tokens": 64, "accuracy": share} for name, share in accuracies]
     assert method_findings({"rows": [unpruned, *both]}) == ["The decoder's stage adds 30 points to ToMe."]
+
+
+def test_findings_tell_what_followed_objects_showed() -> None:
+    followed = {
+        name: {"steps": [{"share": share}], "accuracy": {"left": 0.9, "gone": gone}}
+        for name, share, gone in (("ivtp", 0.96, 0.23), ("cls-topk", 0.8, 0.18), ("cls-topk-all-layers", 1.0, None))
+    }
+    assert findings({"rows": [], "survival": {"methods": followed}}) == [
+        "With IVTP, an object that the question needs is gone for good in 4.0% of the questions that were followed. "
+        "If all objects are left, at least in parts, 90.0% are answered.",
+        "If no patch of an object is left, 23% with `ivtp` and 18% with `cls-topk` are answered.",
+        "`cls-topk-all-layers` leaves a part of every object.",
+    ]
