@@ -94,7 +94,8 @@ class Examination:
             return whole.keep(order, row.visual_tokens), taken + replace(more, selection=more.prefill)
         pruner = inner.pruner
         if plan.features is not None and not plan.tower:
-            vision, taken = self._once("vision", lambda: see_whole(self.model, self.pixels))
+            shared = "vision", pruner.needs.recorded_layers if pruner.needs.all_queries else None
+            vision, taken = self._once(shared, lambda: see_whole(self.model, self.pixels, pruner.needs))
             start = time.perf_counter()
             encoded = inner.image_outputs(unsealed(vision), plan, self.pixels)
             seconds = time.perf_counter() - start

@@ -271,9 +271,15 @@ def encode_whole(model: Any, pixel_values: torch.Tensor) -> WholeImages:
 
 
 @torch.no_grad()
-def see_whole(model: Any, pixel_values: torch.Tensor) -> PrunedVisionOutput:
-    """Run the tower on whole images, recording every layer that some method on the features needs."""
-    recorded = {layer for system in METHODS.values() for layer in system.requires.recorded_layers}
+def see_whole(model: Any, pixel_values: torch.Tensor, needs: Needs) -> PrunedVisionOutput:
+    """Run the tower on whole images, recording every layer that some method on the features needs.
+
+    Methods that need the queries of all tokens have a pass of their own, because such records take longer.
+    """
+    if needs.all_queries:
+        return _see(model, pixel_values, needs.recorded_layers, all_queries=True)
+    bound = [make(name, 1).bind(model.config).needs for name in METHODS]
+    recorded = {layer for other in bound if not other.all_queries for layer in other.recorded_layers}
     return _see(model, pixel_values, tuple(sorted(recorded)))
 
 
@@ -282,11 +288,13 @@ def unsealed(vision: PrunedVisionOutput) -> PrunedVisionOutput:
     return replace(vision, records={layer: copy.copy(record) for layer, record in vision.records.items()})
 
 
-def _see(model: Any, pixel_values: torch.Tensor, layers: tuple[int, ...]) -> PrunedVisionOutput:
+def _see(
+    model: Any, pixel_values: torch.Tensor, layers: tuple[int, ...], all_queries: bool = False
+) -> PrunedVisionOutput:
     chosen = model.config.vision_feature_layer
     return model.model.vision_tower(
         pixel_values,
-        pruner=_RecordingPruner(layers),
+        pruner=_RecordingPruner(layers, all_queries),
         plan=PruningPlan(model.config.num_patches),
         feature_layers=[chosen] if isinstance(chosen, int) else chosen,
         to_the_top=False,
@@ -298,11 +306,12 @@ class _RecordingPruner(Pruner):
     """A pruner that drops nothing and records layers of the tower."""
 
     layers: tuple[int, ...]
+    all_queries: bool = False
 
     @property
     def needs(self) -> Needs:
         """The records of these layers."""
-        return Needs(recorded_layers=self.layers)
+        return Needs(recorded_layers=self.layers, all_queries=self.all_queries)
 
 
 def last_group(config: Any) -> int:

@@ -13,6 +13,7 @@ from .cdpruner import CDPruner
 from .divprune import DivPrune
 from .evit import EViT
 from .fastv import FastV
+from .hiprune import HiPrune
 from .ivtp import IVTP, IVTPV
 from .lvpruning import LVPruningTopK
 from .method import Method
@@ -31,6 +32,7 @@ METHODS: dict[str, type[Method]] = {
     for method in (
         Random, TopK, TopKPlus, SpatialPooling, EViT, ToMe, ToMePlus, IVTP, IVTPV, TextAttention, FastV, PyramidDrop,
         SparseVLM, PruMergePlus, VisionZip, DivPrune, CDPruner, LVPruningTopK, ATPSpatial,
+        HiPrune,
     )
 }  # fmt: skip
 """Every method by its name."""
@@ -61,6 +63,7 @@ __all__ = [
     "DivPrune",
     "EViT",
     "FastV",
+    "HiPrune",
     "LVPruningTopK",
     "Method",
     "PruMergePlus",

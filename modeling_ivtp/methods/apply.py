@@ -96,6 +96,7 @@ class Applied(Pruner):
             options=in_decoder.options,
             proportional_attention=any(needs.proportional_attention for needs in parts),
             recorded_layers=tuple(layer for needs in parts for layer in needs.recorded_layers),
+            all_queries=any(needs.all_queries for needs in parts),
             patch_embeds=any(needs.patch_embeds for needs in parts),
             image_embeds=any(needs.image_embeds for needs in parts),
             compact_positions=any(needs.compact_positions for needs in parts),

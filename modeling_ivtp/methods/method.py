@@ -142,6 +142,20 @@ class Method(Pruner):
         self.check_depth("layers", numbers, depth)
         return tuple(number - 1 for number in numbers)
 
+    def tower_layer(self, option: str, default: int, config: Any) -> int:
+        """Return the number of a tower layer, from 1 on: the option's, or a default for 24 layers.
+
+        Raises
+        ------
+        ValueError
+            If the tower does not have it.
+        """
+        depth = config.vision_config.num_hidden_layers
+        number: int = vars(self)[option] or scaled_layers((default,), 24, depth)[0]
+        if number > depth:
+            raise ValueError(f"{self.name}: {option}={number}; allowed: 1 to {depth}, the layers of this tower.")
+        return number
+
     def check_depth(self, option: str, numbers: tuple[int, ...], depth: int) -> None:
         """Refuse numbers of layers that a decoder of this depth does not have."""
         if max(numbers) > depth:

@@ -8,7 +8,7 @@ import torch
 
 from .._moved import old_names
 from ..model.pruner import Choice, DecoderStep
-from ..model.rollout import AttentionRecord, DecoderAttentionRecord, reference_row
+from ..model.rollout import AttentionRecord, DecoderAttentionRecord, reference_row, roll_down
 from ..model.visual_sequence import VisualSequence
 
 
@@ -46,6 +46,16 @@ def best_for_decoder(step: DecoderStep, scores: torch.Tensor, keep: int | None =
 def cls_attention(record: AttentionRecord) -> torch.Tensor:
     """Return the attention of CLS to each patch in a layer of the tower, averaged over heads: float32 (I, k)."""
     return reference_row(record)[:, 0, 1:]
+
+
+def mean_attention(record: AttentionRecord) -> torch.Tensor:
+    """Return the attention that each patch receives in a layer of the tower, from all tokens alike: float32 (I, k).
+
+    It is averaged over heads, patches and CLS. The record holds the queries of all of them.
+    """
+    images, _, tokens, _ = record.key.shape
+    row = torch.full((images, 1, tokens), 1 / tokens, device=record.key.device)
+    return roll_down(row, record, residual=False)[:, 0, 1:]
 
 
 def patch_keys(record: AttentionRecord) -> torch.Tensor:

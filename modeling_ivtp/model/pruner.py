@@ -230,6 +230,8 @@ class Needs:
         The tower's attention counts a token as many times as the patches it stands for.
     recorded_layers : tuple of int
         Tower layers whose records the feature step gets; negative numbers count from the top.
+    all_queries : bool
+        Those records hold the queries of all tokens, not of CLS alone.
     patch_embeds : bool
         The prompt step gets patches and instruction in CLIP's space.
     image_embeds : bool
@@ -248,6 +250,7 @@ class Needs:
     options: Any = None
     proportional_attention: bool = False
     recorded_layers: tuple[int, ...] = ()
+    all_queries: bool = False
     patch_embeds: bool = False
     image_embeds: bool = False
     compact_positions: bool = False

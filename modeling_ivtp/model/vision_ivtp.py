@@ -257,7 +257,8 @@ class GroupedCLIPVisionModel(CLIPVisionModel):
         patches = torch.arange(hidden.shape[1] - 1, device=hidden.device).expand(hidden.shape[0], -1)
         images = _Pass(pruner, patches, patches.shape[1], scores, {0: hidden} if 0 in feature_numbers else {})
         tops, group_of = _dropping_groups(plan, patches.shape[1])
-        recorded = {layer % len(layers): AttentionRecord(reference_only=True) for layer in pruner.needs.recorded_layers}
+        of_cls = not pruner.needs.all_queries
+        recorded = {layer % len(layers): AttentionRecord(of_cls) for layer in pruner.needs.recorded_layers}
         states = [hidden] if output_hidden_states else []
         whole = to_the_top or output_hidden_states
         end = len(layers) if whole else max([*feature_numbers, *(last + 1 for last in (*tops, *recorded))])

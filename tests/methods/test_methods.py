@@ -39,6 +39,7 @@ EXAMPLES = {
     "cdpruner": methods.CDPruner(4),
     "lvpruning-topk": methods.LVPruningTopK(4),
     "atp-spatial": methods.ATPSpatial(4),
+    "hiprune": methods.HiPrune(7, alpha=0.8),
 }
 EVERY = pytest.mark.parametrize("name", methods.METHODS)
 TOLERANCE = 1e-5
@@ -298,6 +299,9 @@ def test_methods_that_get_in_each_others_way_are_refused(first, second, message,
         (lambda: methods.SparseVLM(4, adaptive="no"), r"sparsevlm: adaptive='no'; allowed: True, False"),
         (lambda: methods.PruMergePlus(4, adaptive=2), r"prumerge\+: adaptive=2; allowed: True, False"),
         (lambda: methods.CDPruner(4, negated=None), r"cdpruner: negated=None; allowed: True, False"),
+        (lambda: methods.HiPrune(4, alpha=2), r"hiprune: alpha=2; allowed: from 0 to 1"),
+        (lambda: methods.HiPrune(4, object_layer=0), r"hiprune: object_layer=0; allowed: a whole number of at least 1"),
+        (lambda: methods.HiPrune(4, wrap=None), r"hiprune: wrap=None; allowed: True, False"),
         (lambda: methods.make(["fastv"], 4), r"Unknown method \['fastv'\]"),
         (lambda: methods.TopKPlus(4, tower_tokens=3), r"topk\+: tower_tokens=3; allowed: a whole number of at least 4"),
     ],
@@ -316,6 +320,7 @@ def test_bad_options_are_named(make, message):
         (methods.TextAttention(ratios=(0.5,)), r"ratios=\(0.5,\); allowed: 2 of them, one for each drop"),
         (methods.SpatialPooling(7), r"keep=7 is no grid within 4 x 4 patches; nearest: 6, 8"),
         (methods.ToMePlus(1, tower_tokens=16, decoder_layers=3), r"16 tokens cannot become 1 in 3 layer"),
+        (methods.HiPrune(4, object_layer=7), r"hiprune: object_layer=7; allowed: 1 to 6, the layers of this tower"),
         (methods.TopKPlus(4, decoder_layers=7), r"topk\+: decoder_layers=7; the decoder has 6 layers"),
     ],
 )

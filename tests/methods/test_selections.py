@@ -14,6 +14,7 @@ from benchmarks.quality.world import draw_scene, questions
 from modeling_ivtp import methods
 from modeling_ivtp.flops.shapes import load_shape
 from modeling_ivtp.methods import text_attention
+from modeling_ivtp.methods.hiprune import neighbourhood
 from modeling_ivtp.methods.prumerge import outliers_and_sample
 from modeling_ivtp.methods.random import fingerprint
 from modeling_ivtp.methods.sparsevlm import adapted, recycled_tokens, text_raters
@@ -23,7 +24,7 @@ from modeling_ivtp.model.pruner import PromptStep
 from modeling_ivtp.serving.answering import load_model
 from tests.methods.test_methods import EXAMPLES, ROWS
 from tests.support.selections import BY_IMAGE, BY_ROW, array, raters, top, visual_columns
-from tests.support.tiny import prompt, tiny_model
+from tests.support.tiny import PATCHES, prompt, tiny_model
 
 MINIATURE = Path(__file__).parents[2] / "examples" / "miniature"
 CHECKED = [*BY_IMAGE, *BY_ROW]
@@ -39,6 +40,9 @@ VARIANTS = [
     ("prumerge+", "in_features", {"adaptive": False}),
     ("prumerge+", "in_features", {"keep": 1}),
     ("prumerge+", "in_features", {"keep": 12}),
+    ("hiprune", "in_features", {"wrap": False}),
+    ("hiprune", "in_features", {"keep": 15, "alpha": 1.0}),
+    ("hiprune", "in_features", {"keep": 15, "alpha": 1.0, "wrap": False}),
 ]
 """Options under which a method chooses otherwise than by default."""
 
@@ -132,6 +136,26 @@ def test_a_choice_that_is_off_by_one_token_is_noticed(monkeypatch):
         model(**prompt(ROWS))
 
 
+@pytest.mark.parametrize(("name", "step"), [("hiprune", "in_features")])
+@torch.no_grad()
+def test_one_token_in_place_of_another_is_noticed(name, step, monkeypatch):
+    model, method = tiny_model(), EXAMPLES[name]
+    choose = getattr(type(method), step)
+
+    def swapped(self, asked):
+        choice = choose(self, asked)
+        kept = choice.kept.clone()
+        row = kept.view(-1, kept.shape[-1])[0]
+        row[0] = next(token for token in range(PATCHES) if token not in row)
+        object.__setattr__(choice, "kept", kept)
+        return choice
+
+    monkeypatch.setattr(type(method), step, swapped)
+    watch_choices(monkeypatch, method, step, compare_with_numpy(name, step))
+    with pytest.raises(AssertionError), method(model):
+        model(**prompt(ROWS))
+
+
 @torch.no_grad()
 def test_raters_are_the_text_that_is_similar_to_the_image(monkeypatch):
     model, seen = tiny_model(), []
@@ -221,6 +245,33 @@ def test_merging_never_takes_more_than_half_at_once():
         counts = (576, *halving_schedule(576, end, 23))
         assert counts[-1] == end
         assert all(2 * after >= before > after for before, after in pairwise(counts))
+
+
+@torch.no_grad()
+def test_what_a_patch_receives_follows_from_queries_and_keys_as_from_the_map(monkeypatch):
+    """A record has the averaged map only on a CPU, and without gradients."""
+    steps, choose = [], methods.HiPrune.in_features
+
+    def choose_twice(self, step):
+        steps.append(choose(self, step))
+        for record in step.records.values():
+            assert record.averaged_map is not None
+            record.averaged_map = None
+        return choose(self, step)
+
+    monkeypatch.setattr(methods.HiPrune, "in_features", choose_twice)
+    with EXAMPLES["hiprune"](tiny_model()) as model:
+        again = model.model.get_image_features(prompt(ROWS)["pixel_values"]).kept_patches
+    assert torch.equal(steps[0].kept, again)
+
+
+def test_hiprunes_share_is_counted_in_fives():
+    """As in its authors' code: an anchor and its four neighbours; without a whole five of the budget there is none."""
+    assert [round(keep * 0.1 / 5) for keep in (16, 64, 128, 192)] == [0, 1, 3, 4]
+    corner = torch.tensor([[0], [7]])
+    assert neighbourhood(corner, (2, 4), True).tolist() == [[0, 0, 1, 0, 4], [7, 6, 7, 3, 7]]
+    assert neighbourhood(torch.tensor([[4]]), (2, 4), True).tolist() == [[4, 3, 5, 0, 7]]
+    assert neighbourhood(torch.tensor([[4]]), (2, 4), False).tolist() == [[4, 4, 5, 0, 4]]
 
 
 @pytest.mark.parametrize("seed", range(4))

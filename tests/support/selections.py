@@ -221,6 +221,29 @@ def cdpruner(method: Any, step: Any, row: int, image: int) -> Result:
     return np.sort(picked), None
 
 
+def mean_map(record: Any, image: int) -> np.ndarray:
+    """The mean row of softmax(Q K^T / sqrt(d)) over heads and all tokens, without the entry of CLS."""
+    query, key = array(record.query)[image, :, 0], array(record.key)[image]
+    rows = [softmax(key[h] @ token * record.scale) for h in range(len(key)) for token in query[h]]
+    return np.mean(rows, axis=0)[1:]
+
+
+def hiprune(method: Any, step: Any, image: int) -> Result:
+    middle = mean_map(step.records[method.object_layer - 1], image)
+    deep, (rows, columns) = mean_map(step.records[-2], image), step.grid
+    kept: set[int] = set()
+    for anchor in np.argsort(-middle, kind="stable")[: min(round(step.keep * method.alpha / 5), step.keep // 5)]:
+        y, x = divmod(int(anchor), columns)
+        if method.wrap:
+            near = [anchor + move for move in (0, -1, 1, -columns, columns)]
+            kept |= {min(max(int(patch), 0), len(deep) - 1) for patch in near}
+        else:
+            cells = [(y, x), (y, x - 1), (y, x + 1), (y - 1, x), (y + 1, x)]
+            kept |= {i * columns + j for i, j in cells if 0 <= i < rows and 0 <= j < columns}
+    registers = [int(patch) for patch in np.argsort(-deep, kind="stable") if patch not in kept]
+    return np.sort([*kept, *registers[: step.keep - len(kept)]]), None
+
+
 class Reader:
     """One layer's attention over the prompt of one row, head by head, causal and without padding."""
 
@@ -371,6 +394,7 @@ BY_IMAGE: dict[tuple[str, str], Callable[..., Result]] = {
     ("prumerge+", "in_features"): prumerge,
     ("visionzip", "in_features"): visionzip,
     ("divprune", "in_features"): divprune,
+    ("hiprune", "in_features"): hiprune,
 }
 """Methods at steps of single images."""
 
