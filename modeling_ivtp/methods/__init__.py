@@ -26,13 +26,14 @@ from .text_attention import TextAttention
 from .tome import ToMe, ToMePlus
 from .topk import TopK, TopKPlus
 from .visionzip import VisionZip
+from .vispruner import VisPruner
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
         Random, TopK, TopKPlus, SpatialPooling, EViT, ToMe, ToMePlus, IVTP, IVTPV, TextAttention, FastV, PyramidDrop,
         SparseVLM, PruMergePlus, VisionZip, DivPrune, CDPruner, LVPruningTopK, ATPSpatial,
-        HiPrune,
+        HiPrune, VisPruner,
     )
 }  # fmt: skip
 """Every method by its name."""
@@ -76,6 +77,7 @@ __all__ = [
     "ToMePlus",
     "TopK",
     "TopKPlus",
+    "VisPruner",
     "VisionZip",
     "make",
 ]

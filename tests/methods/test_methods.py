@@ -40,6 +40,7 @@ EXAMPLES = {
     "lvpruning-topk": methods.LVPruningTopK(4),
     "atp-spatial": methods.ATPSpatial(4),
     "hiprune": methods.HiPrune(7, alpha=0.8),
+    "vispruner": methods.VisPruner(4),
 }
 EVERY = pytest.mark.parametrize("name", methods.METHODS)
 TOLERANCE = 1e-5
@@ -302,6 +303,7 @@ def test_methods_that_get_in_each_others_way_are_refused(first, second, message,
         (lambda: methods.HiPrune(4, alpha=2), r"hiprune: alpha=2; allowed: from 0 to 1"),
         (lambda: methods.HiPrune(4, object_layer=0), r"hiprune: object_layer=0; allowed: a whole number of at least 1"),
         (lambda: methods.HiPrune(4, wrap=None), r"hiprune: wrap=None; allowed: True, False"),
+        (lambda: methods.VisPruner(4, important_ratio=-1), r"vispruner: important_ratio=-1; allowed: from 0 to 1"),
         (lambda: methods.make(["fastv"], 4), r"Unknown method \['fastv'\]"),
         (lambda: methods.TopKPlus(4, tower_tokens=3), r"topk\+: tower_tokens=3; allowed: a whole number of at least 4"),
     ],

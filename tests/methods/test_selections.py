@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from benchmarks.quality.world import draw_scene, questions
 from modeling_ivtp import methods
 from modeling_ivtp.flops.shapes import load_shape
-from modeling_ivtp.methods import text_attention
+from modeling_ivtp.methods import text_attention, vispruner
 from modeling_ivtp.methods.hiprune import neighbourhood
 from modeling_ivtp.methods.prumerge import outliers_and_sample
 from modeling_ivtp.methods.random import fingerprint
@@ -43,6 +43,7 @@ VARIANTS = [
     ("hiprune", "in_features", {"wrap": False}),
     ("hiprune", "in_features", {"keep": 15, "alpha": 1.0}),
     ("hiprune", "in_features", {"keep": 15, "alpha": 1.0, "wrap": False}),
+    *(("vispruner", "in_features", {"important_ratio": ratio}) for ratio in (0.0, 0.3, 1.0)),
 ]
 """Options under which a method chooses otherwise than by default."""
 
@@ -136,7 +137,7 @@ def test_a_choice_that_is_off_by_one_token_is_noticed(monkeypatch):
         model(**prompt(ROWS))
 
 
-@pytest.mark.parametrize(("name", "step"), [("hiprune", "in_features")])
+@pytest.mark.parametrize(("name", "step"), [("hiprune", "in_features"), ("vispruner", "in_features")])
 @torch.no_grad()
 def test_one_token_in_place_of_another_is_noticed(name, step, monkeypatch):
     model, method = tiny_model(), EXAMPLES[name]
@@ -272,6 +273,17 @@ def test_hiprunes_share_is_counted_in_fives():
     assert neighbourhood(corner, (2, 4), True).tolist() == [[0, 0, 1, 0, 4], [7, 6, 7, 3, 7]]
     assert neighbourhood(torch.tensor([[4]]), (2, 4), True).tolist() == [[4, 3, 5, 0, 7]]
     assert neighbourhood(torch.tensor([[4]]), (2, 4), False).tolist() == [[4, 4, 5, 0, 4]]
+
+
+def test_vispruner_alternates_over_what_is_left_of_the_first_set_and_then_the_second():
+    """Of patches 0, 2, 4 the most similar to one of 1, 3 goes first; then 2, 1 meet 4, 3, in the new order."""
+    similarity = torch.zeros(1, 5, 5)
+    for one, other, value in ((0, 1, 0.9), (2, 3, 0.5), (4, 3, 0.4), (2, 4, 0.8)):
+        similarity[0, one, other] = similarity[0, other, one] = value
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vispruner, "AT_ONCE", 1)
+        left = [vispruner.without_duplicates(similarity, torch.arange(5)[None], keep)[0].tolist() for keep in (4, 3)]
+    assert left == [[2, 4, 1, 3], [1, 4, 3]]
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -221,6 +221,19 @@ def cdpruner(method: Any, step: Any, row: int, image: int) -> Result:
     return np.sort(picked), None
 
 
+def vispruner(method: Any, step: Any, image: int) -> Result:
+    """Duplicates go, eight in a round: of one half of the patches those with the nearest one in the other half."""
+    attention, features = cls_row(step.records[-2], image), unit(array(step.features)[image])
+    order = [int(patch) for patch in np.argsort(-attention, kind="stable")]
+    important = int(step.keep * method.important_ratio)
+    kept, rest = order[:important], order[important:]
+    while len(rest) > step.keep - important > 0:
+        one, other = rest[::2], rest[1::2]
+        near = sorted(one, key=lambda patch: -max(features[patch] @ features[mate] for mate in other))
+        rest = near[min(8, len(rest) - (step.keep - important), len(one)) :] + other
+    return np.sort(kept if important == step.keep else kept + rest), None
+
+
 def mean_map(record: Any, image: int) -> np.ndarray:
     """The mean row of softmax(Q K^T / sqrt(d)) over heads and all tokens, without the entry of CLS."""
     query, key = array(record.query)[image, :, 0], array(record.key)[image]
@@ -395,6 +408,7 @@ BY_IMAGE: dict[tuple[str, str], Callable[..., Result]] = {
     ("visionzip", "in_features"): visionzip,
     ("divprune", "in_features"): divprune,
     ("hiprune", "in_features"): hiprune,
+    ("vispruner", "in_features"): vispruner,
 }
 """Methods at steps of single images."""
 
