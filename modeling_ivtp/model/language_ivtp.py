@@ -1,4 +1,4 @@
-"""Stage 2: a decoder of LLaMA's cache_index that drops visual tokens under the eyes of a pseudo CLS (IVTP Sec. 3.3)."""
+"""Stage 2: a decoder of LLaMA's architecture that drops visual tokens under the eyes of a pseudo CLS (IVTP Sec. 3.3)."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -44,7 +44,7 @@ class PrunedDecoderOutput(BaseModelOutputWithPast):
 
 
 class GroupedDecoder:
-    """Mixin for decoder models of LLaMA's cache_index that drops visual tokens at the top of each group of layers.
+    """Mixin for decoder models of LLaMA's architecture that drops visual tokens at the top of each group of layers.
 
     Modules and weights are those of the stock class. Without a `visual` prompt and with an unpruned cache, the stock
     forward runs.

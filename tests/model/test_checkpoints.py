@@ -221,6 +221,32 @@ def test_a_stranger_without_the_package_loads_generates_saves_and_loads_again(sh
     assert told["piped"].endswith(processor.decode(here[inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
+@pytest.mark.slow
+def test_a_pipeline_answers_batches_of_pictures_and_mixed_rows_singly(shared):
+    from PIL import Image
+
+    folder, image = shared
+    pipe = pipeline("image-text-to-text", model=str(folder))
+    short, long, blind = (
+        [{"role": "user", "content": [*pictures, {"type": "text", "text": text}]}]
+        for pictures, text in (
+            ([{"type": "image", "image": Image.open(image)}], "the cat"),
+            ([{"type": "image", "image": Image.open(image)}], "what colour is the cat beside the dog"),
+            ([], "a cat"),
+        )
+    )
+
+    def answers(rows, **options):
+        made = pipe(rows, max_new_tokens=4, do_sample=False, **options)
+        return [answer[0]["generated_text"][-1]["content"] for answer in made]
+
+    assert answers([short, long], batch_size=2) == answers([short]) + answers([long])
+    assert answers([short, blind], batch_size=1) == answers([short]) + answers([blind])
+    # transformers refuses such a batch of stock LLaVA, too.
+    with pytest.raises(ValueError, match="different keys"):
+        answers([short, blind], batch_size=2)
+
+
 def test_the_saved_configuration_names_every_auto_class(shared):
     folder, _ = shared
     config = json.loads((Path(folder) / "config.json").read_text())
