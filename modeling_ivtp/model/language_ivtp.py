@@ -1,4 +1,4 @@
-"""Stage 2: a decoder of LLaMA's architecture that drops visual tokens under the eyes of a pseudo CLS (IVTP Sec. 3.3)."""
+"""Stage 2: a decoder of LLaMA's kind that drops visual tokens under the eyes of a pseudo CLS (IVTP Sec. 3.3)."""
 
 from dataclasses import dataclass, replace
 from typing import Any
