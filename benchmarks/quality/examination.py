@@ -106,7 +106,9 @@ class Examination:
             if plan.tower and row.system
             else pruner.needs.patch_embeds
         )
-        key = (plan.tower, choice, pruner.needs.image_embeds, getattr(pruner.needs.options, "aggregation", None))
+        options = pruner.needs.options
+        ranked = [getattr(options, name, None) for name in ("aggregation", "importance", "choice", "sharpness")]
+        key = (plan.tower, choice, pruner.needs.image_embeds, *ranked)
         return self._once(key, lambda: inner.get_image_features(self.pixels))
 
     def kept_patches(self, row: Row) -> torch.Tensor:

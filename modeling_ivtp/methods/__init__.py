@@ -15,6 +15,7 @@ from .evit import EViT
 from .fastv import FastV
 from .hiprune import HiPrune
 from .ivtp import IVTP, IVTPV
+from .ivtp_extended import IVTPExtended, IVTPExtendedFlat, IVTPExtendedLate
 from .lvpruning import LVPruningTopK
 from .method import Method
 from .prumerge import PruMergePlus
@@ -31,8 +32,9 @@ from .vispruner import VisPruner
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
-        Random, TopK, TopKPlus, SpatialPooling, EViT, ToMe, ToMePlus, IVTP, IVTPV, TextAttention, FastV, PyramidDrop,
-        SparseVLM, PruMergePlus, VisionZip, DivPrune, CDPruner, LVPruningTopK, ATPSpatial,
+        Random, TopK, TopKPlus, SpatialPooling, EViT, ToMe, ToMePlus, IVTP, IVTPV, IVTPExtended, IVTPExtendedFlat,
+        IVTPExtendedLate, TextAttention, FastV, PyramidDrop, SparseVLM, PruMergePlus, VisionZip, DivPrune, CDPruner,
+        LVPruningTopK, ATPSpatial,
         HiPrune, VisPruner,
     )
 }  # fmt: skip
@@ -65,6 +67,9 @@ __all__ = [
     "EViT",
     "FastV",
     "HiPrune",
+    "IVTPExtended",
+    "IVTPExtendedFlat",
+    "IVTPExtendedLate",
     "LVPruningTopK",
     "Method",
     "PruMergePlus",

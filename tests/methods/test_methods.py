@@ -29,6 +29,9 @@ EXAMPLES = {
     "tome+": methods.ToMePlus(4),
     "ivtp": methods.IVTP(4),
     "ivtp-v": methods.IVTPV(4),
+    "ivtp-extended": methods.IVTPExtended(4),
+    "ivtp-extended-flat": methods.IVTPExtendedFlat(4),
+    "ivtp-extended-late": methods.IVTPExtendedLate(4),
     "text_attention": methods.TextAttention(4, layers=(2, 4), fuse=2, weights=(1.0, 3.0)),
     "fastv": methods.FastV(4),
     "pyramiddrop": methods.PyramidDrop(4),
@@ -171,6 +174,35 @@ def stock(model):
     return stock
 
 
+def test_the_extended_methods_are_the_options_that_they_stand_for(model):
+    inputs = prompt(ROWS)
+    options = {"importance": "accumulated", "choice": "diverse"}
+    flat = {"decoder_layers": 0, "guidance": "visual_cls", "tower_tokens": None}
+    for method, same in (
+        (methods.IVTPExtended(4), options),
+        (methods.IVTPExtended(4, {"sharpness": 2}), options | {"sharpness": 2}),
+        (methods.IVTPExtended(4, {"choice": "top"}), options | {"choice": "top"}),
+        (methods.IVTPExtendedFlat(4), options | flat),
+    ):
+        with method(model):
+            found = model(**inputs).logits
+        with model.pruning(visual_tokens=4, **same):
+            assert torch.equal(model(**inputs).logits, found)
+    with model.pruning(choice="diverse", sharpness=3), methods.IVTPExtended(4, {"choice": "top"})(model):
+        assert not torch.equal(model(**inputs).logits, found)
+
+
+def test_late_is_late_at_the_cost_of_divprune(model):
+    ours, theirs = (method.bind(model.config) for method in (methods.IVTPExtendedLate(4), methods.DivPrune(4)))
+    assert ours.plan(model.config, PATCHES) == theirs.plan(model.config, PATCHES)
+    assert not ours.needs.image_embeds
+    assert not ours.needs.all_projected
+    config = copy.copy(model.config)
+    config.vision_feature_layer = 0
+    with pytest.raises(ValueError, match="late reads the layers below the features, and vision_feature_layer=0 has no"):
+        methods.IVTPExtendedLate(4).bind(config)
+
+
 @EVERY
 @pytest.mark.parametrize("raising", [False, True])
 def test_the_model_is_as_before_afterwards(name, raising, model):
@@ -196,7 +228,8 @@ def test_a_stock_llava_is_pruned_alike_and_left_as_it_was(name, model, stock):
     stock.generate(**inputs, **settings)  # which leaves traces of its own in any model
     before, unpruned = snapshot(stock), stock(**inputs).logits
     method = EXAMPLES[name]
-    if name in ("ivtp", "ivtp-v"):  # a stock model has no options of its own, and LLaVA-1.5's do not fit six layers
+    if name.startswith("ivtp") and name != "ivtp-extended-late":
+        # A stock model has no options of its own, and LLaVA-1.5's do not fit six layers.
         own = {"layers_per_group": 2, "decoder_layers": 4, "tower_tokens": model.pruning_config.tower_tokens}
         method = type(method)(4, own)
     elif name in ("topk+", "tome+"):
@@ -290,6 +323,10 @@ def test_methods_that_get_in_each_others_way_are_refused(first, second, message,
         (lambda: methods.PyramidDrop(4, layers="24"), r"layers='24'; allowed: ascending"),
         (lambda: methods.LVPruningTopK(4, scores=3), r"lvpruning-topk: scores=3; allowed: a callable"),
         (lambda: methods.TopK(4, criterion="norm"), r"topk: criterion='norm'; allowed: attention, similarity"),
+        (lambda: methods.IVTPExtended(4, options="x"), r"ivtp-extended: options='x'; allowed: a dict of fields"),
+        (lambda: methods.IVTPExtendedLate(4, sharpness=-1), r"late: sharpness=-1; allowed: a number of at least 0"),
+        (lambda: methods.IVTPExtendedLate(4, sharpness=float("inf")), r"late: sharpness=inf; allowed: a number of at"),
+        (lambda: methods.IVTPExtendedLate(4, sharpness=None), r"late: sharpness=None; allowed: a number of at least"),
         (lambda: methods.IVTP(4, options="x"), r"ivtp: options='x'; allowed: a dict of fields"),
         (lambda: methods.IVTP(4, options={"visual_tokens": 2}), r"allowed: a dict of fields .* other than enabled"),
         (lambda: methods.SparseVLM(published=100), r"sparsevlm: published=100; allowed: 192, 128, 64 or None"),
@@ -323,6 +360,9 @@ def test_bad_options_are_named(make, message):
         (methods.SpatialPooling(7), r"keep=7 is no grid within 4 x 4 patches; nearest: 6, 8"),
         (methods.ToMePlus(1, tower_tokens=16, decoder_layers=3), r"16 tokens cannot become 1 in 3 layer"),
         (methods.HiPrune(4, object_layer=7), r"hiprune: object_layer=7; allowed: 1 to 6, the layers of this tower"),
+        (methods.IVTPExtended(4, {"aggregation": "max"}), r"aggregation='max' with importance=\"accumulated\""),
+        (methods.IVTPExtended(4, {"sharpness": -1}), r"sharpness=-1; allowed: a number of at least 0"),
+        (methods.IVTPExtended(4, {"choice": "top", "sharpness": 1}), r"sharpness=1 with choice='top'"),
         (methods.TopKPlus(4, decoder_layers=7), r"topk\+: decoder_layers=7; the decoder has 6 layers"),
     ],
 )

@@ -44,6 +44,9 @@ VARIANTS = [
     ("hiprune", "in_features", {"keep": 15, "alpha": 1.0}),
     ("hiprune", "in_features", {"keep": 15, "alpha": 1.0, "wrap": False}),
     *(("vispruner", "in_features", {"important_ratio": ratio}) for ratio in (0.0, 0.3, 1.0)),
+    ("ivtp-extended", "in_tower", {"options": {"sharpness": 0}}),
+    ("ivtp-extended", "in_decoder", {"options": {"sharpness": 2.0}}),
+    ("ivtp-extended-late", "in_features", {"sharpness": 2.0}),
 ]
 """Options under which a method chooses otherwise than by default."""
 
@@ -104,7 +107,7 @@ def compare_with_numpy(name, step_name):
 @torch.no_grad()
 def test_choices_on_random_tensors_equal_numpy_loops(name, step, options, monkeypatch):
     model, method = tiny_model(), replace(EXAMPLES[name], **options)
-    choices = watch_choices(monkeypatch, method, step, compare_with_numpy(name, step))
+    choices = watch_choices(monkeypatch, method.bind(model.config), step, compare_with_numpy(name, step))
     inputs = prompt([["image", 9], [3, "image", 5]] if name == "cdpruner" else ROWS)
     with method(model):
         model(**inputs)
@@ -117,7 +120,7 @@ def test_choices_on_random_tensors_equal_numpy_loops(name, step, options, monkey
 def test_choices_on_the_trained_miniature_equal_numpy_loops(name, step, miniature, monkeypatch):
     model, inputs = miniature
     method = methods.make(name, 16)
-    choices = watch_choices(monkeypatch, method, step, compare_with_numpy(name, step))
+    choices = watch_choices(monkeypatch, method.bind(model.config), step, compare_with_numpy(name, step))
     with method(model):
         model(**inputs)
     assert choices

@@ -127,7 +127,7 @@ def test_the_trace_of_any_method_says_what_happened_and_no_more(name):
     with methods.make(name, 6)(model):
         trace = model.explain(**prompt([[3, "image", 7]]))
     image = trace.images[0]
-    guided = name in ("ivtp", "topk+")  # by the pseudo-CLS token, or by the visual CLS in its place
+    guided = name in ("ivtp", "ivtp-extended", "topk+")  # by the pseudo-CLS token, or by the visual CLS in its place
     assert ("key words" in trace.summary()) == guided
     assert (image.reference is not None) == guided
     assert ("key words" in repr(image)) == guided

@@ -257,6 +257,68 @@ def hiprune(method: Any, step: Any, image: int) -> Result:
     return np.sort([*kept, *registers[: step.keep - len(kept)]]), None
 
 
+def spanning(scores: np.ndarray, features: np.ndarray, keep: int, sharpness: float | None) -> np.ndarray:
+    """The longest of the vectors q_i u_i first; then each that is longest when the others' directions are taken out."""
+    stretched = (scores - scores.min()) / (scores.max() - scores.min())
+    weights = stretched ** (0.25 if sharpness is None else sharpness)
+    vectors, least = unit(features) * weights[:, None], len(scores) * np.finfo(float).eps * weights.max() ** 2
+    picked: list[int] = []
+    while len(picked) < keep:
+        # Unit vectors are of equal length, whatever rounding makes of it.
+        lengths = np.square(vectors).sum(1) if picked else weights**2
+        lengths[picked] = -1
+        if lengths.max() <= least:
+            picked += [int(token) for token in np.argsort(-scores, kind="stable") if token not in picked]
+            break
+        picked.append(int(lengths.argmax()))
+        direction = vectors[picked[-1]] / np.sqrt(lengths.max())
+        vectors = vectors - np.outer(vectors @ direction, direction)
+    return np.sort(picked[:keep])
+
+
+def rolled_row(records: Any, at: tuple[int, ...], image: int) -> np.ndarray:
+    """Eq. 3 for the reference token of an image, over the tracked tokens: the row of the top layer, and maps below."""
+    row: Any = None
+    for record in records[::-1]:
+        query, keys = array(record.query)[at[0], :, image], array(record.key)[at[0]]
+        keys = np.repeat(keys, len(query) // len(keys), axis=0)
+        logits = query @ keys.transpose(0, 2, 1) * record.scale
+        if record.visible is not None:
+            logits[:, ~array(record.visible)[at[0], image][: logits.shape[1]]] = -np.inf
+        powers = np.exp(logits - logits.max(-1, keepdims=True))
+        attention = (powers / powers.sum(-1, keepdims=True)).mean(0)
+        if record.columns is not None:
+            attention = attention[:, array(record.columns)[at[0], image]]
+        identity = np.eye(attention.shape[1])[: len(attention)]
+        weights = attention if record is records[0] else (attention + identity) / 2
+        row = weights[0] if row is None else row @ weights
+    return row
+
+
+def ivtp_in_tower(pruner: Any, step: Any, image: int) -> Result:
+    row, patches = rolled_row(step.records, (image,), 0)[1:], len(step.patches[image])
+    scores = len(step.records) * patches / step.total * row
+    if step.carried is not None:
+        scores = scores + array(step.carried)[image]
+    keys = np.concatenate(array(step.records[-1].key)[image], axis=1)[1:]
+    return spanning(scores, keys, step.group.keep, pruner.options.sharpness), None
+
+
+def ivtp_in_decoder(pruner: Any, step: Any, row: int, image: int) -> Result:
+    columns, top_record = visual_columns(step.sequence, row, image), step.records[-1]
+    values = array(top_record.value)[row][:, array(top_record.value_columns)[row, image]]
+    weighted = rolled_row(step.records, (row,), image)[1:] * np.sqrt(np.square(values).sum((0, 2)))
+    scores = weighted / weighted.sum()
+    return spanning(scores, array(step.hidden)[row][columns], step.group.keep, pruner.options.sharpness), None
+
+
+def ivtp_late(pruner: Any, step: Any, image: int) -> Result:
+    depth = len(step.records)
+    scores = sum(cls_row(step.records[layer], image) for layer in range(depth))
+    keys = np.concatenate(array(step.records[depth - 1].key)[image], axis=1)[1:]
+    return spanning(scores, keys, step.keep, pruner.method.sharpness), None
+
+
 class Reader:
     """One layer's attention over the prompt of one row, head by head, causal and without padding."""
 
@@ -409,11 +471,15 @@ BY_IMAGE: dict[tuple[str, str], Callable[..., Result]] = {
     ("divprune", "in_features"): divprune,
     ("hiprune", "in_features"): hiprune,
     ("vispruner", "in_features"): vispruner,
+    ("ivtp-extended", "in_tower"): ivtp_in_tower,
+    ("ivtp-extended-flat", "in_tower"): ivtp_in_tower,
+    ("ivtp-extended-late", "in_features"): ivtp_late,
 }
 """Methods at steps of single images."""
 
 BY_ROW: dict[tuple[str, str], Callable[..., Result]] = {
     ("cdpruner", "in_prompt"): cdpruner,
+    ("ivtp-extended", "in_decoder"): ivtp_in_decoder,
     ("topk+", "in_decoder"): topk_plus,
     ("tome+", "in_decoder"): tome_plus,
     ("text_attention", "in_decoder"): text_attention,
