@@ -19,6 +19,7 @@ from .ivtp_extended import IVTPExtended, IVTPExtendedFlat, IVTPExtendedLate
 from .lvpruning import LVPruningTopK
 from .method import Method
 from .prumerge import PruMergePlus
+from .prunesid import PruneSID
 from .pyramiddrop import PyramidDrop
 from .random import Random
 from .sparsevlm import SparseVLM
@@ -35,7 +36,7 @@ METHODS: dict[str, type[Method]] = {
         Random, TopK, TopKPlus, SpatialPooling, EViT, ToMe, ToMePlus, IVTP, IVTPV, IVTPExtended, IVTPExtendedFlat,
         IVTPExtendedLate, TextAttention, FastV, PyramidDrop, SparseVLM, PruMergePlus, VisionZip, DivPrune, CDPruner,
         LVPruningTopK, ATPSpatial,
-        HiPrune, VisPruner,
+        HiPrune, VisPruner, PruneSID,
     )
 }  # fmt: skip
 """Every method by its name."""
@@ -73,6 +74,7 @@ __all__ = [
     "LVPruningTopK",
     "Method",
     "PruMergePlus",
+    "PruneSID",
     "PyramidDrop",
     "Random",
     "SparseVLM",

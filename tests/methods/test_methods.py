@@ -44,6 +44,7 @@ EXAMPLES = {
     "atp-spatial": methods.ATPSpatial(4),
     "hiprune": methods.HiPrune(7, alpha=0.8),
     "vispruner": methods.VisPruner(4),
+    "prunesid": methods.PruneSID(9),
 }
 EVERY = pytest.mark.parametrize("name", methods.METHODS)
 TOLERANCE = 1e-5
@@ -341,6 +342,7 @@ def test_methods_that_get_in_each_others_way_are_refused(first, second, message,
         (lambda: methods.HiPrune(4, object_layer=0), r"hiprune: object_layer=0; allowed: a whole number of at least 1"),
         (lambda: methods.HiPrune(4, wrap=None), r"hiprune: wrap=None; allowed: True, False"),
         (lambda: methods.VisPruner(4, important_ratio=-1), r"vispruner: important_ratio=-1; allowed: from 0 to 1"),
+        (lambda: methods.PruneSID(4, keep_cls=1), r"prunesid: keep_cls=1; allowed: True, False"),
         (lambda: methods.make(["fastv"], 4), r"Unknown method \['fastv'\]"),
         (lambda: methods.TopKPlus(4, tower_tokens=3), r"topk\+: tower_tokens=3; allowed: a whole number of at least 4"),
     ],

@@ -16,6 +16,7 @@ from modeling_ivtp.flops.shapes import load_shape
 from modeling_ivtp.methods import text_attention, vispruner
 from modeling_ivtp.methods.hiprune import neighbourhood
 from modeling_ivtp.methods.prumerge import outliers_and_sample
+from modeling_ivtp.methods.prunesid import shares, suppressed
 from modeling_ivtp.methods.random import fingerprint
 from modeling_ivtp.methods.sparsevlm import adapted, recycled_tokens, text_raters
 from modeling_ivtp.methods.spatial_pooling import cells
@@ -47,6 +48,8 @@ VARIANTS = [
     ("ivtp-extended", "in_tower", {"options": {"sharpness": 0}}),
     ("ivtp-extended", "in_decoder", {"options": {"sharpness": 2.0}}),
     ("ivtp-extended-late", "in_features", {"sharpness": 2.0}),
+    *(("prunesid", "in_features", {"keep": keep}) for keep in (1, 2, 3, 8, 14, 15)),
+    ("prunesid", "in_features", {"keep_cls": False}),
 ]
 """Options under which a method chooses otherwise than by default."""
 
@@ -140,7 +143,7 @@ def test_a_choice_that_is_off_by_one_token_is_noticed(monkeypatch):
         model(**prompt(ROWS))
 
 
-@pytest.mark.parametrize(("name", "step"), [("hiprune", "in_features"), ("vispruner", "in_features")])
+@pytest.mark.parametrize(("name", "step"), [(name, "in_features") for name in ("hiprune", "vispruner", "prunesid")])
 @torch.no_grad()
 def test_one_token_in_place_of_another_is_noticed(name, step, monkeypatch):
     model, method = tiny_model(), EXAMPLES[name]
@@ -287,6 +290,34 @@ def test_vispruner_alternates_over_what_is_left_of_the_first_set_and_then_the_se
         patch.setattr(vispruner, "AT_ONCE", 1)
         left = [vispruner.without_duplicates(similarity, torch.arange(5)[None], keep)[0].tolist() for keep in (4, 3)]
     assert left == [[2, 4, 1, 3], [1, 4, 3]]
+
+
+def test_prunesid_suppresses_what_is_similar_to_a_picked_patch_of_its_group():
+    attention, groups = torch.tensor([0.1, 0.4, 0.3, 0.2]), torch.tensor([0, 0, 0, 1])
+    similar = torch.tensor([[1, 0, 0, 1], [0, 1, 1, 1], [0, 1, 1, 0], [1, 1, 0, 1]]).bool()
+    assert suppressed(attention, similar, groups, 2).tolist() == [1, 0, 4, 0]
+    assert suppressed(attention, similar, torch.zeros(4, dtype=torch.long), 2).tolist() == [1, 0, 4, 4]
+
+
+def test_prunesids_shares_follow_what_was_not_suppressed():
+    assert shares([10, 10, 4], [2, 6, 4], 12, 11) == [2, 5, 4]  # at most five of each 64
+    assert shares([10, 10, 4], [1, 1, 1], 12, 12) == [4, 4, 4]  # more than was picked, evenly
+    assert shares([12, 0, 4], [6, 0, 2], 8, 8) == [5, 0, 3]
+    assert sum(shares([30, 300, 246], [3, 30, 24], 192, 191)) == 191
+
+
+@torch.no_grad()
+def test_prunesid_keeps_as_many_patches_less_one_and_cls(monkeypatch):
+    choices, choose = [], methods.PruneSID.in_features
+    monkeypatch.setattr(
+        methods.PruneSID, "in_features", lambda self, step: choices.append(choose(self, step)) or choices[-1]
+    )
+    for keep_cls in (True, False):
+        with methods.PruneSID(9, keep_cls=keep_cls)(tiny_model()) as model:
+            model.model.get_image_features(prompt(ROWS)["pixel_values"])
+    assert choices[0].kept.shape == choices[1].kept.shape == (5, 9)
+    assert choices[0].mixture[..., -1].sum(-1).tolist() == [1.0] * 5
+    assert choices[1].mixture is None
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -234,6 +234,46 @@ def vispruner(method: Any, step: Any, image: int) -> Result:
     return np.sort(kept if important == step.keep else kept + rest), None
 
 
+def prunesid(method: Any, step: Any, image: int) -> Result:
+    """Groups are eigenvectors of the patches' covariance; inside each a non-maximum suppression."""
+    attention, features, keep = cls_row(step.records[-2], image), array(step.features)[image], step.keep
+    tokens, number = len(attention), max(1, keep // 4)
+    values = 1 / (1 + np.exp(-features))
+    values = values - values.mean(1, keepdims=True)
+    components = np.linalg.eigh(values @ values.T)[1][:, ::-1][:, :number]
+    group = np.argmax(np.abs(components), axis=1)
+    similarity = unit(features) @ unit(features).T
+    threshold = np.mean([similarity[i, j] for i in range(tokens) for j in range(i)]) * keep / 32
+    members, picked = [], []
+    for g in range(number):
+        left = sorted(np.flatnonzero(group == g), key=lambda patch: -attention[patch])
+        members.append(list(left))
+        picked.append([])
+        while left:
+            picked[g].append(left[0])
+            left = [patch for patch in left[1:] if similarity[left[0], patch] <= threshold]
+    with_cls = method.keep_cls and keep > 1
+    most = [min(5 * int(np.ceil(keep / 64)), len(kept)) for kept in picked]
+    while sum(most) < keep:
+        most = [min(limit + 1, len(of)) for limit, of in zip(most, members, strict=True)]
+    number_of_groups = sum(bool(of) for of in members)
+    others = max(0, keep - with_cls - number_of_groups)
+    ends = np.round(np.cumsum([len(kept) for kept in picked]) / sum(map(len, picked)) * others).astype(int)
+    given = np.diff([0, *ends]) + [int(bool(of)) for of in members]
+    given = np.minimum(given, most)
+    for g in sorted(range(number), key=lambda g: -len(picked[g])):
+        given[g] += min(most[g] - given[g], others + number_of_groups - given.sum())
+    kept = []
+    for g in range(number):
+        kept += [*picked[g], *(patch for patch in members[g] if patch not in picked[g])][: given[g]]
+    if not with_cls:
+        return np.sort(kept), None
+    rows = {int(patch): np.eye(tokens + 1)[patch] for patch in kept}
+    rows[max((p for p in range(tokens) if p not in rows), key=lambda p: attention[p])] = np.eye(tokens + 1)[tokens]
+    order = np.array(sorted(rows))
+    return order, np.stack([rows[patch] for patch in order])
+
+
 def mean_map(record: Any, image: int) -> np.ndarray:
     """The mean row of softmax(Q K^T / sqrt(d)) over heads and all tokens, without the entry of CLS."""
     query, key = array(record.query)[image, :, 0], array(record.key)[image]
@@ -474,6 +514,7 @@ BY_IMAGE: dict[tuple[str, str], Callable[..., Result]] = {
     ("ivtp-extended", "in_tower"): ivtp_in_tower,
     ("ivtp-extended-flat", "in_tower"): ivtp_in_tower,
     ("ivtp-extended-late", "in_features"): ivtp_late,
+    ("prunesid", "in_features"): prunesid,
 }
 """Methods at steps of single images."""
 
