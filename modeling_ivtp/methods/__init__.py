@@ -29,6 +29,7 @@ from .tome import ToMe, ToMePlus
 from .topk import TopK, TopKPlus
 from .visionzip import VisionZip
 from .vispruner import VisPruner
+from .vscan import VScan
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
@@ -36,7 +37,7 @@ METHODS: dict[str, type[Method]] = {
         Random, TopK, TopKPlus, SpatialPooling, EViT, ToMe, ToMePlus, IVTP, IVTPV, IVTPExtended, IVTPExtendedFlat,
         IVTPExtendedLate, TextAttention, FastV, PyramidDrop, SparseVLM, PruMergePlus, VisionZip, DivPrune, CDPruner,
         LVPruningTopK, ATPSpatial,
-        HiPrune, VisPruner, PruneSID,
+        HiPrune, VisPruner, PruneSID, VScan,
     )
 }  # fmt: skip
 """Every method by its name."""
@@ -84,6 +85,7 @@ __all__ = [
     "ToMePlus",
     "TopK",
     "TopKPlus",
+    "VScan",
     "VisPruner",
     "VisionZip",
     "make",

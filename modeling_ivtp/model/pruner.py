@@ -40,7 +40,8 @@ class Choice:
         Indices of the tokens, ascending. k stands for none, at the end, if an image keeps fewer than others.
     mixture : float32 Tensor (..., k', k or k + 1) or None
         What each of them becomes, as weights of the k tokens and, in the feature step, of the image's CLS after them.
-        None: they stay as they are.
+        None: they stay as they are. In the feature step they are weights of projected features if the pruner read
+        those, and of features before the projector if it did not.
     sizes : float32 Tensor (..., k') or None
         How many patches each of them stands for, if the pruner counts that.
     scores : float32 Tensor (..., k) or None
@@ -145,8 +146,9 @@ class FeatureStep:
 
     def apply(self, choice: Choice) -> torch.Tensor:
         """Return the chosen features in the language model's space: (I, k', d)."""
-        if choice.mixture is None and self._projected is not None:
-            return choice.of(self._projected)
+        if self._projected is not None:
+            # The pruner read features without gradients; the model learns from these.
+            return choice.of(self.project(self.features) if torch.is_grad_enabled() else self._projected)
         return self.project(choice.of(self.features, self.cls))
 
 

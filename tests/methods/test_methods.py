@@ -45,6 +45,7 @@ EXAMPLES = {
     "hiprune": methods.HiPrune(7, alpha=0.8),
     "vispruner": methods.VisPruner(4),
     "prunesid": methods.PruneSID(9),
+    "vscan": methods.VScan(4, tower_tokens=9, windows=2),
 }
 EVERY = pytest.mark.parametrize("name", methods.METHODS)
 TOLERANCE = 1e-5
@@ -150,6 +151,14 @@ def test_beams_and_static_caches_answer_as_rows_alone_do(name, options, model):
         for row, single in enumerate(rows_alone(inputs, ROWS[::2])):
             alone = model.generate(**single, **settings)[:, -5:]
             assert torch.equal(together[row * number : (row + 1) * number], alone)
+
+
+@EVERY
+def test_the_projector_learns_whatever_prunes(name):
+    model, inputs = tiny_model(), prompt(ROWS[:1])
+    with EXAMPLES[name](model):
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert all(weight.grad.abs().sum() > 0 for weight in model.model.multi_modal_projector.parameters())
 
 
 def snapshot(model):
@@ -343,6 +352,10 @@ def test_methods_that_get_in_each_others_way_are_refused(first, second, message,
         (lambda: methods.HiPrune(4, wrap=None), r"hiprune: wrap=None; allowed: True, False"),
         (lambda: methods.VisPruner(4, important_ratio=-1), r"vispruner: important_ratio=-1; allowed: from 0 to 1"),
         (lambda: methods.PruneSID(4, keep_cls=1), r"prunesid: keep_cls=1; allowed: True, False"),
+        (lambda: methods.VScan(4, tower_tokens=3), r"vscan: tower_tokens=3; allowed: a whole number of at least 4"),
+        (lambda: methods.VScan(4, local_layer=0), r"vscan: local_layer=0; allowed: a whole number of at least 1"),
+        (lambda: methods.VScan(4, local_ratio="a"), r"vscan: local_ratio='a'; allowed: from 0 to 1"),
+        (lambda: methods.VScan(4, windows=0), r"vscan: windows=0; allowed: a whole number of at least 1"),
         (lambda: methods.make(["fastv"], 4), r"Unknown method \['fastv'\]"),
         (lambda: methods.TopKPlus(4, tower_tokens=3), r"topk\+: tower_tokens=3; allowed: a whole number of at least 4"),
     ],
@@ -365,6 +378,8 @@ def test_bad_options_are_named(make, message):
         (methods.IVTPExtended(4, {"aggregation": "max"}), r"aggregation='max' with importance=\"accumulated\""),
         (methods.IVTPExtended(4, {"sharpness": -1}), r"sharpness=-1; allowed: a number of at least 0"),
         (methods.IVTPExtended(4, {"choice": "top", "sharpness": 1}), r"sharpness=1 with choice='top'"),
+        (methods.VScan(4, layer=6), r"vscan: layer=6; allowed: 1 to 5, because the next layer of this decoder ranks"),
+        (methods.VScan(4, local_layer=7), r"vscan: local_layer=7; allowed: 1 to 6, the layers of this tower"),
         (methods.TopKPlus(4, decoder_layers=7), r"topk\+: decoder_layers=7; the decoder has 6 layers"),
     ],
 )

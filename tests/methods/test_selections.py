@@ -21,11 +21,12 @@ from modeling_ivtp.methods.random import fingerprint
 from modeling_ivtp.methods.sparsevlm import adapted, recycled_tokens, text_raters
 from modeling_ivtp.methods.spatial_pooling import cells
 from modeling_ivtp.methods.tome import halving_schedule, merge
+from modeling_ivtp.methods.vscan import merged_into, scanned
 from modeling_ivtp.model.pruner import PromptStep
 from modeling_ivtp.serving.answering import load_model
 from tests.methods.test_methods import EXAMPLES, ROWS
 from tests.support.selections import BY_IMAGE, BY_ROW, array, raters, top, visual_columns
-from tests.support.tiny import PATCHES, prompt, tiny_model
+from tests.support.tiny import prompt, tiny_model
 
 MINIATURE = Path(__file__).parents[2] / "examples" / "miniature"
 CHECKED = [*BY_IMAGE, *BY_ROW]
@@ -50,8 +51,16 @@ VARIANTS = [
     ("ivtp-extended-late", "in_features", {"sharpness": 2.0}),
     *(("prunesid", "in_features", {"keep": keep}) for keep in (1, 2, 3, 8, 14, 15)),
     ("prunesid", "in_features", {"keep_cls": False}),
+    ("vscan", "in_features", {"windows": 3, "tower_tokens": 15, "local_ratio": 0.8}),
+    ("vscan", "in_features", {"local_ratio": 0.0}),
+    ("vscan", "in_features", {"local_ratio": 1.0}),
 ]
 """Options under which a method chooses otherwise than by default."""
+NEWEST = [
+    *((name, "in_features") for name in ("hiprune", "vispruner", "prunesid", "vscan")),
+    ("vscan", "in_decoder"),
+]
+"""Steps at which one token in place of another must be noticed."""
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +152,7 @@ def test_a_choice_that_is_off_by_one_token_is_noticed(monkeypatch):
         model(**prompt(ROWS))
 
 
-@pytest.mark.parametrize(("name", "step"), [(name, "in_features") for name in ("hiprune", "vispruner", "prunesid")])
+@pytest.mark.parametrize(("name", "step"), NEWEST)
 @torch.no_grad()
 def test_one_token_in_place_of_another_is_noticed(name, step, monkeypatch):
     model, method = tiny_model(), EXAMPLES[name]
@@ -153,7 +162,7 @@ def test_one_token_in_place_of_another_is_noticed(name, step, monkeypatch):
         choice = choose(self, asked)
         kept = choice.kept.clone()
         row = kept.view(-1, kept.shape[-1])[0]
-        row[0] = next(token for token in range(PATCHES) if token not in row)
+        row[0] = next(token for token in range(choice.scores.shape[-1]) if token not in row)
         object.__setattr__(choice, "kept", kept)
         return choice
 
@@ -290,6 +299,32 @@ def test_vispruner_alternates_over_what_is_left_of_the_first_set_and_then_the_se
         patch.setattr(vispruner, "AT_ONCE", 1)
         left = [vispruner.without_duplicates(similarity, torch.arange(5)[None], keep)[0].tolist() for keep in (4, 3)]
     assert left == [[2, 4, 1, 3], [1, 4, 3]]
+
+
+def test_vscans_local_tokens_are_as_many_of_every_window():
+    """96 tokens of LLaVA-1.5: three of each of 16 windows of 6 x 6; a remainder is global."""
+    attention = torch.rand(2, 576, generator=torch.Generator().manual_seed(0))
+    chosen = scanned(attention, (24, 24), 4, 48)
+    windows = chosen.view(2, 4, 6, 4, 6).sum((2, 4))
+    assert (windows == 3).all()
+    assert scanned(attention, (24, 24), 4, 63).sum(1).tolist() == [48, 48]
+    assert scanned(attention, (24, 24), 4, 15).sum(1).tolist() == [0, 0]
+    assert scanned(torch.rand(1, 10), (2, 5), 4, 16).all()  # no more windows than rows and columns
+
+
+def test_vscans_schedule_is_that_of_its_scripts():
+    """96 tokens before the decoder and 32 after layer 16 make an average of 64."""
+    config = load_shape("llava-1.5-7b")
+    plan = methods.VScan(average=64).plan(config, 576)
+    assert (plan.features, plan.decoder[0].last, plan.decoder[0].keep) == (96, 15, 32)
+    assert plan.layer_average(32) == 64
+    assert methods.VScan(32).bind(config).needs.recorded_layers == (5, -2)
+
+
+def test_merging_takes_the_mean_of_a_kept_token_and_of_those_nearest_to_it():
+    unit = torch.nn.functional.normalize(torch.tensor([[[1.0, 0], [0, 1], [0.9, 0.1], [1, 0]]]), dim=-1)
+    mixture = merged_into(unit @ unit.transpose(1, 2), torch.tensor([[0, 1, 3]]))
+    assert mixture[0].tolist() == [[0.5, 0, 0.5, 0], [0, 1, 0, 0], [0, 0, 0, 1]]
 
 
 def test_prunesid_suppresses_what_is_similar_to_a_picked_patch_of_its_group():

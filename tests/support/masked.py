@@ -80,10 +80,13 @@ def tower_features(
         if index + 1 == wanted:
             features.append(x.clone())
     (feature,) = features
+    of_projected = pruner.needs.all_projected
+    if of_projected:
+        feature = model.model.multi_modal_projector(feature)
     for scores in recorder.tower:
         if scores.stage == "features":
             slots.apply([feature[1:]], scores, (image,), feature[0])
-    return model.model.multi_modal_projector(feature[1:]), slots
+    return feature[1:] if of_projected else model.model.multi_modal_projector(feature[1:]), slots
 
 
 @torch.no_grad()

@@ -274,6 +274,29 @@ def prunesid(method: Any, step: Any, image: int) -> Result:
     return order, np.stack([rows[patch] for patch in order])
 
 
+def vscan(method: Any, step: Any, image: int) -> Result:
+    """Eq. 2 to 4: the best of each window in a shallow layer, then the best of all in a deep one; the rest merged."""
+    shallow, deep = cls_row(step.records[method.local_layer - 1], image), cls_row(step.records[-2], image)
+    features, (rows, columns) = unit(array(step.projected)[image]), step.grid
+    windows, tokens = method.windows, len(deep)
+    kept: list[int] = []
+    for i in range(windows):
+        for j in range(windows):
+            ys = range(i * rows // windows, (i + 1) * rows // windows)
+            xs = range(j * columns // windows, (j + 1) * columns // windows)
+            inside = sorted((y * columns + x for y in ys for x in xs), key=lambda patch: (-shallow[patch], patch))
+            kept += inside[: int(step.keep * method.local_ratio) // windows**2]
+    others = [int(patch) for patch in np.argsort(-deep, kind="stable") if patch not in kept]
+    kept = sorted(kept + others[: step.keep - len(kept)])
+    rows_of = {patch: [patch] for patch in kept}
+    for patch in range(tokens):
+        if patch not in rows_of:
+            rows_of[kept[int(np.argmax([features[patch] @ features[mate] for mate in kept]))]].append(patch)
+    return np.array(kept), np.stack(
+        [np.isin(np.arange(tokens), rows_of[patch]) / len(rows_of[patch]) for patch in kept]
+    )
+
+
 def mean_map(record: Any, image: int) -> np.ndarray:
     """The mean row of softmax(Q K^T / sqrt(d)) over heads and all tokens, without the entry of CLS."""
     query, key = array(record.query)[image, :, 0], array(record.key)[image]
@@ -405,6 +428,11 @@ def pyramiddrop(method: Any, step: Any, row: int, image: int) -> Result:
     return top(received[visual_columns(step.sequence, row, image)], step.group.keep), None
 
 
+def vscan_in_decoder(method: Any, step: Any, row: int, image: int) -> Result:
+    received = Reader(step.next_record, step.sequence, row).attention(step.sequence.size - 1)
+    return top(received[visual_columns(step.sequence, row, image)], step.group.keep), None
+
+
 def text_attention(method: Any, step: Any, row: int, image: int) -> Result:
     weights = method.weights or [1.0] * len(step.decoder_records)
     text = text_after(step.sequence, row, image)
@@ -515,6 +543,7 @@ BY_IMAGE: dict[tuple[str, str], Callable[..., Result]] = {
     ("ivtp-extended-flat", "in_tower"): ivtp_in_tower,
     ("ivtp-extended-late", "in_features"): ivtp_late,
     ("prunesid", "in_features"): prunesid,
+    ("vscan", "in_features"): vscan,
 }
 """Methods at steps of single images."""
 
@@ -526,6 +555,7 @@ BY_ROW: dict[tuple[str, str], Callable[..., Result]] = {
     ("text_attention", "in_decoder"): text_attention,
     ("fastv", "in_decoder"): fastv,
     ("pyramiddrop", "in_decoder"): pyramiddrop,
+    ("vscan", "in_decoder"): vscan_in_decoder,
     ("sparsevlm", "in_decoder"): sparsevlm,
     ("lvpruning-topk", "in_decoder"): lvpruning,
     ("atp-spatial", "in_decoder"): atp,
