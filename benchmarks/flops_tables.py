@@ -77,7 +77,7 @@ def main() -> None:
     for name, printed in TABLE_9.items():
         parts = counts[LLAVA_7B, name, 512].parts
         tower, language = parts["tower"] + parts["projector"], parts["decoder"] + parts["head"]
-        extra = parts["text_tower"] + parts["scoring"]
+        extra = parts["text_tower"] + parts["scoring"] + parts["selection"]
         ninth.append([name, f"{tower:.3f}", f"{language:.3f}", f"{extra:.3f}", beside(total(name), printed, 3)])
     both = [
         [name, beside(total(name), seven, 2), beside(total(name, LLAVA_13B), thirteen, 2)]

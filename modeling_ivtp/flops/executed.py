@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from ..methods import METHODS, Method, make
+from ..model import diversity
 from ..model.configuration_ivtp import IVTPLlavaConfig
 from ..model.modeling_ivtp import IVTPLlavaForConditionalGeneration
 from ..model.prompt import PromptInputs, build_prompt
@@ -26,7 +27,17 @@ from ..model.pruner import Choice, DecoderStep, FeatureStep, IVTPPruner, PromptS
 from ..model.rollout import AttentionRecord, DecoderAttentionRecord
 from ..model.schedule import PruningPlan
 from ..model.visual_sequence import VisualSequence, count_rows, locate_images
-from .formula import PARTS, closed_formula, kv_cache_bytes
+from .formula import PARTS, closed_formula, farthest_flops, kv_cache_bytes, spanning_flops
+
+_CHOICES: dict[Any, Callable[..., int]] = {
+    getattr(torch.ops, diversity.NAMESPACE).spanning: lambda features, weights, scores, keep, **_: (
+        features[0] * spanning_flops(features[1], features[2], keep)
+    ),
+    getattr(torch.ops, diversity.NAMESPACE).farthest: lambda distance, keep, **_: (
+        distance[0] * farthest_flops(distance[1], keep)
+    ),
+}
+"""The operators that choose by diversity, with functions from the shapes of their arguments to FLOPs."""
 
 _TEXT_BEFORE = 1
 """Text tokens before the image; where the image stands changes next to nothing."""
@@ -193,6 +204,7 @@ def _run(config: Any, pruner: Pruner, plan: PruningPlan | None, text_tokens: int
             model.lm_head(left)
         parts["head"] = counted()
     parts["scoring"] = 0 if dry is None else dry.scoring
+    parts["selection"] = 0 if dry is None else dry.selection
     return parts
 
 
@@ -257,7 +269,7 @@ class _Dry(PrunerWrapper):
     def __init__(self, pruner: Pruner, plan: PruningPlan, before: int, text: int) -> None:
         super().__init__(pruner)
         self.schedule, self.before, self.text = plan, before, text
-        self.scoring, self._new = 0, 0
+        self.scoring, self.selection, self._new = 0, 0, 0
         self._state: Any = None
 
     def newly_counted(self) -> int:
@@ -350,10 +362,13 @@ class _Dry(PrunerWrapper):
         return locate_images(image, None, rows, patches).keep(torch.arange(tokens)[None, None])[0]
 
     def _count(self, work: Callable[[], Any]) -> Any:
-        with FlopCounterMode(display=False) as mode:
+        with FlopCounterMode(display=False, custom_mapping=_CHOICES) as mode:
             result = work()
-        self.scoring += mode.get_total_flops()
-        self._new += mode.get_total_flops()
+        by_operator = mode.get_flop_counts().get("Global", {})
+        chosen = sum(flops for operator, flops in by_operator.items() if operator in _CHOICES)
+        self.selection += chosen
+        self.scoring += mode.get_total_flops() - chosen
+        self._new += mode.get_total_flops() - chosen  # the counter around this one does not know these operators
         return result
 
     def _ask(self, work: Callable[[], Choice], keep: int) -> Choice:

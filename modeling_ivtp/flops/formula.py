@@ -14,7 +14,7 @@ from ..model.pruned_cache import key_value_shape
 from ..model.pruner import Pruner
 from ..model.schedule import PruningPlan
 
-PARTS = ("tower", "projector", "text_tower", "scoring", "decoder", "head")
+PARTS = ("tower", "projector", "text_tower", "scoring", "selection", "decoder", "head")
 
 
 def layer_flops(
@@ -123,6 +123,31 @@ def kv_cache_bytes(config: Any, tokens: Sequence[float], value_bytes: int) -> li
     return [round(2 * number * kv_width(config) * value_bytes) for number in tokens]
 
 
+def spanning_flops(tokens: int, width: int, keep: int) -> int:
+    """Count `diversity.spanning` for one image: the products of all pairs of vectors, and a factor's row per pick."""
+    return 2 * tokens * tokens * width + keep * keep * tokens
+
+
+def farthest_flops(tokens: int, keep: int) -> int:
+    """Count `diversity.farthest` for one image: a minimum and a maximum over all tokens per pick."""
+    return 2 * keep * tokens
+
+
+def _selection_flops(plan: PruningPlan, config: Any, pruner: Pruner) -> int:
+    """Count IVTP's diverse choices in tower and decoder; a choice of the highest scores multiplies nothing."""
+    if pruner.needs.options.choice != "diverse":
+        return 0
+    total = 0
+    for groups, tokens, sizes in (
+        (plan.tower, plan.patches, config.vision_config),
+        (plan.decoder, plan.tower_tokens, config.text_config),
+    ):
+        for group in groups:
+            total += spanning_flops(tokens, sizes.hidden_size, group.keep)
+            tokens = group.keep
+    return total
+
+
 def _rollout_flops(plan: PruningPlan, config: Any, pruner: Pruner, text_before: int) -> int:
     """Count IVTP's rollout (Eq. 3) in tower and decoder: queries with keys, and rows with maps, down every group."""
     options, total = pruner.needs.options, 0
@@ -161,8 +186,8 @@ def closed_formula(
     plan : PruningPlan or None
         None: nothing is dropped, and stock LLaVA runs.
     pruner : Pruner or None
-        What prunes. Only IVTP's scoring has a formula; the scoring of other methods, and the sums that merging methods
-        make, count as 0.
+        What prunes. Only IVTP's scoring and selection have formulas; those of other methods, and the sums that merging
+        methods make, count as 0.
     text_tokens : int
         Of the prompt, without the image.
     windows : int
@@ -193,6 +218,7 @@ def closed_formula(
     parts["decoder"] = round(decoder_flops(config, text_tokens, visual))
     if pruned and pruner is not None and pruner.needs.pseudo_cls:
         parts["scoring"] = _rollout_flops(schedule, config, pruner, text_before)
+        parts["selection"] = _selection_flops(schedule, config, pruner)
         # The pseudo CLS is one more token in the layers of the groups.
         text = config.text_config
         pseudo_cls = layer_flops(

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch.nn.functional import normalize
 
+from ..model.diversity import spanning
 from ..model.pruner import Choice, Needs, PromptStep
 from ..model.schedule import PruningPlan
 from .method import Method
@@ -18,8 +19,8 @@ class CDPruner(Method):
     """Picks the visual tokens with the largest determinant of similarity, scaled with relevance to the instruction.
 
     Similarity is the cosine of projected features. Relevance is the cosine of a patch with the instruction in CLIP's
-    space, averaged over the instruction's windows and stretched to 0 … 1 within the image. The determinant's greedy
-    maximum is found by incremental Cholesky factors. All of it is computed in float64, since near-ties are common.
+    space, averaged over the instruction's windows and stretched to 0 … 1 within the image. All of it is computed in
+    float64, since near-ties are common. Where no token adds anything to those picked, the most relevant fill up.
 
     Parameters
     ----------
@@ -52,9 +53,8 @@ class CDPruner(Method):
         windows = step.windows[:, None, None].to(similarity.device)
         relevance = (similarity * windows).sum(-1) / windows.sum(-1).clamp_min(1)
         scores = stretched(-relevance if self.negated else relevance)
-        unit = normalize(step.features.double(), dim=-1)
-        kernel = scores[..., None] * (unit @ unit.transpose(-1, -2)) * scores[..., None, :]
-        kept = most_spanning(kernel.flatten(0, 1), step.keep).sort(-1).values
+        rows = scores.flatten(0, 1)
+        kept = spanning(step.features.flatten(0, 1), rows, rows, step.keep).sort(-1).values
         return Choice(kept.unflatten(0, scores.shape[:2]), scores=scores.float())
 
 
@@ -62,25 +62,3 @@ def stretched(values: torch.Tensor) -> torch.Tensor:
     """Stretch values (..., k) to 0 … 1, with none at exactly 0."""
     low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
     return (values - low + 1e-6) / (high - low + 1e-6)
-
-
-def most_spanning(kernel: torch.Tensor, keep: int) -> torch.Tensor:
-    """Pick tokens greedily by the determinant of a float64 kernel (I, k, k), in their order: int64 (I, keep).
-
-    Each token's squared length outside the span of the picked ones is kept up to date. The token with the largest one
-    is next, of equals the earlier.
-    """
-    images, tokens, _ = kernel.shape
-    rows = torch.arange(images, device=kernel.device)
-    left = kernel.diagonal(dim1=1, dim2=2).clone()
-    factors = kernel.new_zeros(images, keep, tokens)
-    picked: list[torch.Tensor] = []
-    for step in range(keep):
-        picked.append(left.argmax(-1))
-        at = picked[-1]
-        before = torch.einsum("it,itk->ik", factors[rows, :step, at], factors[:, :step])
-        length = left[rows, at].clamp_min(1e-12).sqrt()
-        factors[:, step] = (kernel[rows, at] - before) / length[:, None]
-        left = left - factors[:, step].square()
-        left[rows, torch.stack(picked)] = float("-inf")
-    return torch.stack(picked, 1)

@@ -6,7 +6,8 @@
 The determinant of a Gram matrix is the product of the squared lengths that each vector has outside the span of those
 before it. So the greedy maximum is a Cholesky factorisation that always goes on with the largest diagonal entry left.
 Tokens are picked in float64 (in float32 where a device has no more), since near-ties are common. Images are looked at
-one by one on a CPU, so that a batch chooses what its images choose alone.
+one by one on a CPU, so that a batch chooses what its images choose alone; on a GPU kernels of Triton pick, where it is
+to be had.
 """
 
 import re
@@ -14,10 +15,12 @@ import re
 import numpy as np
 import torch
 
+from .fused_diversity import fused_span, fused_spread, is_served
+
 SHARPNESS = 0.25
 """The exponent alpha of `quality`, unless the options set another one."""
 
-_NAMESPACE = re.sub(r"\W", "_", __name__)
+NAMESPACE = re.sub(r"\W", "_", __name__)
 """Code from the Hub and the installed package may be loaded side by side, so each has operators of its own."""
 
 
@@ -111,22 +114,23 @@ def _precise(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::spanning", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::spanning", mutates_args=())
 def _spanning(features: torch.Tensor, weights: torch.Tensor, scores: torch.Tensor, keep: int) -> torch.Tensor:
     if features.device.type == "cpu":
         rows = [_span_on_cpu(*image, keep) for image in zip(features, weights, strict=True)]
         picked = torch.from_numpy(np.stack(rows)) if rows else features.new_empty((0, keep), dtype=torch.int64)
     else:
-        picked = _span(_kernel(features, weights), keep)
+        kernel = _kernel(features, weights)
+        picked = fused_span(kernel, keep) if is_served(kernel) else _span(kernel, keep)
     return _filled(picked, scores)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::farthest", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::farthest", mutates_args=())
 def _farthest(distance: torch.Tensor, keep: int) -> torch.Tensor:
     if distance.device.type == "cpu":
         rows = [_spread_on_cpu(image.numpy(), keep) for image in distance]
         return torch.from_numpy(np.stack(rows)) if rows else distance.new_empty((0, keep), dtype=torch.int64)
-    return _spread(distance, keep)
+    return fused_spread(distance, keep) if is_served(distance) else _spread(distance, keep)
 
 
 @_spanning.register_fake

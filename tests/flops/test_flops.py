@@ -80,10 +80,33 @@ def test_executed_and_formula_agree_within_half_a_percent(name, text, llava):
 
 
 @pytest.mark.slow
-def test_ivtps_formula_is_exact(llava):
+@pytest.mark.parametrize("name", ["ivtp", "ivtp-extended", "ivtp-extended-flat"])
+def test_ivtps_formula_is_exact(llava, name):
     for text in (64, 700):
-        found = count_named(llava, "ivtp", 32, text_tokens=text)
+        found = count_named(llava, name, 32, text_tokens=text)
         assert found.formula == pytest.approx(found.parts, rel=1e-9)
+
+
+def test_a_diverse_choice_is_counted_and_nothing_else_changes():
+    """By hand: all pairs of vectors, and for each pick the products of its row with those before."""
+    config = tiny_config()
+    plain = count(config, text_tokens=5)
+    config.pruning = config.pruning.changed(importance="accumulated", choice="diverse")
+    diverse = count(config, text_tokens=5)
+    steps = [(16, 13), (13, 11), (11, 9), (9, 6), (6, 4)]
+    by_hand = sum(2 * tokens**2 * 32 + keep**2 * tokens for tokens, keep in steps)
+    assert diverse.parts["selection"] * 1e12 == pytest.approx(by_hand)
+    assert diverse.parts | {"selection": 0.0} == plain.parts
+    assert count(config, methods.CDPruner(4), text_tokens=5).parts["selection"] * 1e12 == 2 * 16**2 * 32 + 16 * 16
+    assert count(config, methods.DivPrune(4), text_tokens=5).parts["selection"] * 1e12 == 2 * 4 * 16
+    assert count(config, methods.FastV(4), text_tokens=5).parts["selection"] == 0
+
+
+def test_late_costs_what_divprune_costs_in_the_model(llava):
+    late, other = (count_named(llava, name, 64, text_tokens=64).parts for name in ("ivtp-extended-late", "divprune"))
+    assert (late["tower"], late["decoder"]) == (other["tower"], other["decoder"])
+    assert late["projector"] < other["projector"]  # DivPrune looks at projected features
+    assert late["scoring"] + late["selection"] < other["scoring"] + other["selection"]
 
 
 LVPRUNING = {None: 8.38, 0.6: 3.97, 0.5: 3.18, 0.45: 2.79}

@@ -1,10 +1,18 @@
-"""Greedy choices against determinants and distances spelt out, on every path; ties, and images with nothing left."""
+"""Greedy choices against determinants and distances spelt out, on every path; ties, and images with nothing left.
+
+There is no GPU here: the Triton kernels are run by Triton's interpreter, and compiled for GPUs of several generations.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from modeling_ivtp.model import diversity
+from modeling_ivtp.model import diversity, fused_diversity
 from modeling_ivtp.model.diversity import choose_diverse, farthest, quality, spanning
 from modeling_ivtp.model.rollout import accumulate
 
@@ -12,6 +20,11 @@ from modeling_ivtp.model.rollout import accumulate
 def on_any_device(features, weights, scores, keep):
     """What `spanning` does where there is no CPU."""
     return diversity._filled(diversity._span(diversity._kernel(features, weights), keep), scores)
+
+
+def in_triton(features, weights, scores, keep):
+    """What `spanning` does on a GPU, in a process with Triton's interpreter."""
+    return diversity._filled(fused_diversity.fused_span(diversity._kernel(features, weights), keep), scores)
 
 
 PATHS = {"cpu": spanning, "any device": on_any_device}
@@ -156,6 +169,75 @@ def test_accumulated_rows_are_sums_over_the_groups_that_a_patch_has_seen():
         np.testing.assert_allclose(before[0], total[alive], rtol=1e-6)
     # The control: the last group's own row ranks otherwise.
     assert not np.allclose(before[0], row[1:], rtol=0.1)
+
+
+INTERPRETED = """
+import torch
+from modeling_ivtp.model.fused_diversity import fused_spread
+from tests.model import test_diversity as tests
+for seed in range(5):
+    tests.test_each_pick_has_the_largest_determinant(tests.in_triton, seed)
+tests.test_of_equals_the_earlier_token_is_picked(tests.in_triton)
+for width in (1, 3):
+    tests.test_where_nothing_differs_any_more_the_highest_scores_fill_up(tests.in_triton, width)
+tests.test_copies_add_nothing_and_tokens_without_weight_or_direction_come_last(tests.in_triton)
+for broken in ("features", "weights", "scores", "all"):
+    tests.test_whatever_comes_every_token_is_picked_once(tests.in_triton, broken)
+tests.test_the_farthest_are_picked_one_after_the_other(fused_spread)
+# Several panels, of which the last is not full; or nothing is left to pick in the second one.
+for tokens, width in ((50, 64), (50, 20), (33, 64)):
+    features, weights = tests.draw(9, images=3, tokens=tokens, width=width)
+    for keep in (1, 16, 33):
+        found = tests.in_triton(features, weights, weights, keep)
+        assert torch.equal(found, tests.spanning(features, weights, weights, keep)), (tokens, width, keep)
+print("agreed")
+"""
+
+
+@pytest.mark.subprocess
+def test_interpreted_the_kernels_pick_as_the_loops_do():
+    pytest.importorskip("triton", reason="Triton has no build for this platform")
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
+    run = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, cwd=root, capture_output=True, text=True)
+    if "only 0-dimensional arrays can be converted" in run.stderr:
+        pytest.skip("this version of Triton's interpreter does not work with this version of NumPy")
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "agreed" in run.stdout
+
+
+@pytest.mark.parametrize("numbers", ["fp32", "fp64"])
+@pytest.mark.parametrize("generation", [75, 80, 90])
+def test_the_kernels_compile(generation, numbers):
+    triton = pytest.importorskip("triton", reason="Triton has no build for this platform")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    floats = dict.fromkeys(("matrix", "left", "floor", "factors"), f"*{numbers}")
+    sizes = dict.fromkeys(("tokens", "keep", "first", "count"), "i32")
+    for kernel, signature, constants in (
+        (fused_diversity._pick_panel, floats | {"picked": "*i64"} | sizes, {"PANEL": 16, "WIDTH": 1024}),
+        (
+            fused_diversity._pick_farthest,
+            {"distance": f"*{numbers}", "first": "*i64", "picked": "*i64", "tokens": "i32", "keep": "i32"},
+            {"WIDTH": 1024},
+        ),
+    ):
+        source = ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants)
+        options = {"num_warps": fused_diversity._WARPS}
+        assert triton.compile(source, target=GPUTarget("cuda", generation, 32), options=options).asm["ptx"]
+
+
+def test_where_the_kernels_fail_pytorch_takes_over(monkeypatch, caplog):
+    """Without a C compiler Triton can be imported and cannot run."""
+
+    def failing(*_):
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+
+    assert not fused_diversity.is_served(torch.eye(3)[None])
+    monkeypatch.setattr(fused_diversity, "fused_span", failing)
+    assert not fused_diversity._compiles(torch.device("cpu"), torch.float64)
+    assert "Choosing falls back to PyTorch on cpu" in caplog.text
 
 
 @pytest.mark.parametrize("function", [lambda f, w: spanning(f, w, w, 4), lambda f, w: farthest(torch.cdist(f, f), 4)])
