@@ -27,6 +27,7 @@ from .spatial_pooling import SpatialPooling
 from .text_attention import TextAttention
 from .tome import ToMe, ToMePlus
 from .topk import TopK, TopKPlus
+from .tops import TOPS
 from .visionzip import VisionZip
 from .vispruner import VisPruner
 from .vscan import VScan
@@ -37,7 +38,7 @@ METHODS: dict[str, type[Method]] = {
         Random, TopK, TopKPlus, SpatialPooling, EViT, ToMe, ToMePlus, IVTP, IVTPV, IVTPExtended, IVTPExtendedFlat,
         IVTPExtendedLate, TextAttention, FastV, PyramidDrop, SparseVLM, PruMergePlus, VisionZip, DivPrune, CDPruner,
         LVPruningTopK, ATPSpatial,
-        HiPrune, VisPruner, PruneSID, VScan,
+        HiPrune, VisPruner, PruneSID, VScan, TOPS,
     )
 }  # fmt: skip
 """Every method by its name."""
@@ -63,6 +64,7 @@ __all__ = [
     "IVTP",
     "IVTPV",
     "METHODS",
+    "TOPS",
     "ATPSpatial",
     "CDPruner",
     "DivPrune",

@@ -46,6 +46,7 @@ EXAMPLES = {
     "vispruner": methods.VisPruner(4),
     "prunesid": methods.PruneSID(9),
     "vscan": methods.VScan(4, tower_tokens=9, windows=2),
+    "tops": methods.TOPS(1),
 }
 EVERY = pytest.mark.parametrize("name", methods.METHODS)
 TOLERANCE = 1e-5
@@ -356,6 +357,10 @@ def test_methods_that_get_in_each_others_way_are_refused(first, second, message,
         (lambda: methods.VScan(4, local_layer=0), r"vscan: local_layer=0; allowed: a whole number of at least 1"),
         (lambda: methods.VScan(4, local_ratio="a"), r"vscan: local_ratio='a'; allowed: from 0 to 1"),
         (lambda: methods.VScan(4, windows=0), r"vscan: windows=0; allowed: a whole number of at least 1"),
+        (lambda: methods.TOPS(4, layers=(2,)), r"tops: layers=\(2,\); allowed: two numbers"),
+        (lambda: methods.TOPS(4, diversity=None), r"tops: diversity=None; allowed: a number of at least 0"),
+        (lambda: methods.TOPS(4, coverage=-1), r"tops: coverage=-1; allowed: a number of at least 0"),
+        (lambda: methods.TOPS(4, normalization="max"), r"tops: normalization='max'; allowed: mean, minmax"),
         (lambda: methods.make(["fastv"], 4), r"Unknown method \['fastv'\]"),
         (lambda: methods.TopKPlus(4, tower_tokens=3), r"topk\+: tower_tokens=3; allowed: a whole number of at least 4"),
     ],

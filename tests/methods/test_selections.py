@@ -21,6 +21,7 @@ from modeling_ivtp.methods.random import fingerprint
 from modeling_ivtp.methods.sparsevlm import adapted, recycled_tokens, text_raters
 from modeling_ivtp.methods.spatial_pooling import cells
 from modeling_ivtp.methods.tome import halving_schedule, merge
+from modeling_ivtp.methods.tops import preserved
 from modeling_ivtp.methods.vscan import merged_into, scanned
 from modeling_ivtp.model.pruner import PromptStep
 from modeling_ivtp.serving.answering import load_model
@@ -54,11 +55,13 @@ VARIANTS = [
     ("vscan", "in_features", {"windows": 3, "tower_tokens": 15, "local_ratio": 0.8}),
     ("vscan", "in_features", {"local_ratio": 0.0}),
     ("vscan", "in_features", {"local_ratio": 1.0}),
+    *(("tops", step, {"normalization": "minmax"}) for step in ("in_features", "in_decoder")),
+    *(("tops", "in_decoder", {"keep": keep, "diversity": 2.0, "coverage": 0.3}) for keep in (2, 3)),
 ]
 """Options under which a method chooses otherwise than by default."""
 NEWEST = [
-    *((name, "in_features") for name in ("hiprune", "vispruner", "prunesid", "vscan")),
-    ("vscan", "in_decoder"),
+    *((name, "in_features") for name in ("hiprune", "vispruner", "prunesid", "vscan", "tops")),
+    *((name, "in_decoder") for name in ("vscan", "tops")),
 ]
 """Steps at which one token in place of another must be noticed."""
 
@@ -319,6 +322,35 @@ def test_vscans_schedule_is_that_of_its_scripts():
     assert (plan.features, plan.decoder[0].last, plan.decoder[0].keep) == (96, 15, 32)
     assert plan.layer_average(32) == 64
     assert methods.VScan(32).bind(config).needs.recorded_layers == (5, -2)
+
+
+@pytest.mark.parametrize(("name", "layers"), [("llava-1.5-7b", (12, 24)), ("llava-1.5-13b", (15, 30))])
+def test_the_schedule_of_tops_is_table_9(name, layers):
+    """128 tokens, 64 and 16 are what the paper calls 64; the larger model's layers are the same shares of its depth."""
+    config = load_shape(name)
+    for target, coverage in ((128, 0.5), (64, 1.0), (32, 1.0)):
+        method = methods.TOPS(target // 4).bind(config)
+        plan = method.plan(config, 576)
+        assert plan.features == 2 * target
+        assert [(group.last + 1, group.keep) for group in plan.decoder] == [
+            *zip(layers, (target, target // 4), strict=True)
+        ]
+        assert method.coverage == coverage
+
+
+def test_tops_takes_relevance_coverage_and_diversity_by_their_weights():
+    """Token 0 is the most relevant; 1 is like it and relevant; 2 stands for 3 and 4; 5 is unlike all others."""
+    relevance = torch.tensor([0.5, 0.4, 0.02, 0.02, 0.02, 0.04]).double()
+    similarity = torch.eye(6).double()
+    similarity[0, 1] = similarity[1, 0] = 0.9
+    for one, other in ((2, 3), (2, 4)):
+        similarity[one, other] = similarity[other, one] = 0.8
+    similarity[5, :5] = similarity[:5, 5] = -0.5
+    chosen = {
+        weights: preserved(relevance, similarity, 2, *weights, "mean").tolist()[1]
+        for weights in ((0.0, 0.0), (9.0, 0.0), (0.0, 9.0))
+    }
+    assert chosen == {(0.0, 0.0): 1, (9.0, 0.0): 5, (0.0, 9.0): 2}
 
 
 def test_merging_takes_the_mean_of_a_kept_token_and_of_those_nearest_to_it():

@@ -297,6 +297,31 @@ def vscan(method: Any, step: Any, image: int) -> Result:
     )
 
 
+def optimal_set(method: Any, relevance: np.ndarray, states: np.ndarray, keep: int, weights: Any) -> Result:
+    """Eq. 6 and 7 of TOPS from the start at every step, as its Algorithms 1 and 2 normalise or as its Sec. 4.1 does."""
+    similarity = unit(states) @ unit(states).T
+    picked = [int(np.argmax(relevance))]
+    while len(picked) < keep:
+        rest = [token for token in range(len(relevance)) if token not in picked]
+        near = similarity[np.ix_(rest, picked)].max(1)
+        covers = [np.maximum(0, similarity[i, rest] - near).sum() for i in rest]
+        criteria = [relevance[rest], 1 - near, covers]
+        score = np.zeros(len(rest))
+        for weight, values in zip((1.0, *weights), np.array(criteria), strict=True):
+            if method.normalization == "minmax":
+                values = (values - values.min()) / max(np.ptp(values), 1e-300)
+            else:
+                values = values / max(values.mean(), 1e-300)
+            score += weight * values
+        picked.append(rest[int(np.argmax(score))])
+    return np.sort(picked), None
+
+
+def tops(method: Any, step: Any, image: int) -> Result:
+    attention = cls_row(step.records[-2], image)
+    return optimal_set(method, attention, array(step.projected)[image], step.keep, (0.5, 0.5))
+
+
 def mean_map(record: Any, image: int) -> np.ndarray:
     """The mean row of softmax(Q K^T / sqrt(d)) over heads and all tokens, without the entry of CLS."""
     query, key = array(record.query)[image, :, 0], array(record.key)[image]
@@ -433,6 +458,16 @@ def vscan_in_decoder(method: Any, step: Any, row: int, image: int) -> Result:
     return top(received[visual_columns(step.sequence, row, image)], step.group.keep), None
 
 
+def tops_in_decoder(method: Any, step: Any, row: int, image: int) -> Result:
+    """Raters are the text tokens after the image that attend to it at least as much as the mean of them."""
+    sequence, columns = step.sequence, visual_columns(step.sequence, row, image)
+    reader = Reader(step.decoder_records[-1], sequence, row)
+    rows = np.stack([reader.attention(column)[columns] for column in text_after(sequence, row, image)])
+    relevance = rows[rows.sum(1) >= rows.sum(1).mean() - 1e-9].mean(0)
+    weights = method.diversity, method.coverage
+    return optimal_set(method, relevance, array(step.hidden)[row][columns], step.group.keep, weights)
+
+
 def text_attention(method: Any, step: Any, row: int, image: int) -> Result:
     weights = method.weights or [1.0] * len(step.decoder_records)
     text = text_after(step.sequence, row, image)
@@ -544,6 +579,7 @@ BY_IMAGE: dict[tuple[str, str], Callable[..., Result]] = {
     ("ivtp-extended-late", "in_features"): ivtp_late,
     ("prunesid", "in_features"): prunesid,
     ("vscan", "in_features"): vscan,
+    ("tops", "in_features"): tops,
 }
 """Methods at steps of single images."""
 
@@ -556,6 +592,7 @@ BY_ROW: dict[tuple[str, str], Callable[..., Result]] = {
     ("fastv", "in_decoder"): fastv,
     ("pyramiddrop", "in_decoder"): pyramiddrop,
     ("vscan", "in_decoder"): vscan_in_decoder,
+    ("tops", "in_decoder"): tops_in_decoder,
     ("sparsevlm", "in_decoder"): sparsevlm,
     ("lvpruning-topk", "in_decoder"): lvpruning,
     ("atp-spatial", "in_decoder"): atp,
