@@ -112,7 +112,8 @@ def variants(config: Any) -> list[tuple[str, dict[str, Any]]]:
     CDPruner negates the similarity of patches and words, but the patches of the miniature's CLIP do match the words for
     what they show. FastV prunes after the second layer, where the miniature does not know yet what is asked.
     """
-    return [("cdpruner", {"negated": False}), ("fastv", {"layer": config.text_config.num_hidden_layers // 2})]
+    unnegated = [(name, {"negated": False}) for name in ("cdpruner", "cen-cdpruner")]
+    return [*unnegated, ("fastv", {"layer": config.text_config.num_hidden_layers // 2})]
 
 
 def system_rows(config: Any, budgets: Sequence[int] = BUDGETS) -> tuple[list[Row], dict[str, str]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from .atp import ATPSpatial
 from .cdpruner import CDPruner
+from .cenprune import CenCDPruner, CenDivPrune
 from .divprune import DivPrune
 from .evit import EViT
 from .fastv import FastV
@@ -38,7 +39,7 @@ METHODS: dict[str, type[Method]] = {
         Random, TopK, TopKPlus, SpatialPooling, EViT, ToMe, ToMePlus, IVTP, IVTPV, IVTPExtended, IVTPExtendedFlat,
         IVTPExtendedLate, TextAttention, FastV, PyramidDrop, SparseVLM, PruMergePlus, VisionZip, DivPrune, CDPruner,
         LVPruningTopK, ATPSpatial,
-        HiPrune, VisPruner, PruneSID, VScan, TOPS,
+        HiPrune, VisPruner, PruneSID, VScan, TOPS, CenDivPrune, CenCDPruner,
     )
 }  # fmt: skip
 """Every method by its name."""
@@ -67,6 +68,8 @@ __all__ = [
     "TOPS",
     "ATPSpatial",
     "CDPruner",
+    "CenCDPruner",
+    "CenDivPrune",
     "DivPrune",
     "EViT",
     "FastV",

@@ -45,6 +45,13 @@ class CDPruner(Method):
 
     def in_prompt(self, step: PromptStep) -> Choice:
         """Pick one token after the other."""
+        scores = self.relevance(step)
+        rows = scores.flatten(0, 1)
+        kept = spanning(step.features.flatten(0, 1), rows, rows, step.keep).sort(-1).values
+        return Choice(kept.unflatten(0, scores.shape[:2]), scores=scores.float())
+
+    def relevance(self, step: PromptStep) -> torch.Tensor:
+        """Return the relevance of each patch to the instruction: float64 (B, M, k)."""
         assert step.patch_embeds is not None
         assert step.text_embeds is not None
         assert step.windows is not None
@@ -52,10 +59,7 @@ class CDPruner(Method):
         similarity = patches @ text.transpose(1, 2).unsqueeze(1)  # (B, M, k, W)
         windows = step.windows[:, None, None].to(similarity.device)
         relevance = (similarity * windows).sum(-1) / windows.sum(-1).clamp_min(1)
-        scores = stretched(-relevance if self.negated else relevance)
-        rows = scores.flatten(0, 1)
-        kept = spanning(step.features.flatten(0, 1), rows, rows, step.keep).sort(-1).values
-        return Choice(kept.unflatten(0, scores.shape[:2]), scores=scores.float())
+        return stretched(-relevance if self.negated else relevance)
 
 
 def stretched(values: torch.Tensor) -> torch.Tensor:

@@ -47,6 +47,8 @@ EXAMPLES = {
     "prunesid": methods.PruneSID(9),
     "vscan": methods.VScan(4, tower_tokens=9, windows=2),
     "tops": methods.TOPS(1),
+    "cen-divprune": methods.CenDivPrune(4),
+    "cen-cdpruner": methods.CenCDPruner(4),
 }
 EVERY = pytest.mark.parametrize("name", methods.METHODS)
 TOLERANCE = 1e-5
@@ -232,7 +234,7 @@ def test_the_model_is_as_before_afterwards(name, raising, model):
     assert torch.equal(model(**inputs).logits, logits)
 
 
-@pytest.mark.parametrize("name", [name for name in methods.METHODS if name != "cdpruner"])
+@pytest.mark.parametrize("name", [name for name in methods.METHODS if "cdpruner" not in name])
 def test_a_stock_llava_is_pruned_alike_and_left_as_it_was(name, model, stock):
     inputs = without_clip(prompt(ROWS))
     settings = {"max_new_tokens": 4, "do_sample": False}

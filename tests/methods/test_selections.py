@@ -14,6 +14,7 @@ from benchmarks.quality.world import draw_scene, questions
 from modeling_ivtp import methods
 from modeling_ivtp.flops.shapes import load_shape
 from modeling_ivtp.methods import text_attention, vispruner
+from modeling_ivtp.methods.cenprune import distinctiveness, farthest_and_distinct
 from modeling_ivtp.methods.hiprune import neighbourhood
 from modeling_ivtp.methods.prumerge import outliers_and_sample
 from modeling_ivtp.methods.prunesid import shares, suppressed
@@ -60,8 +61,9 @@ VARIANTS = [
 ]
 """Options under which a method chooses otherwise than by default."""
 NEWEST = [
-    *((name, "in_features") for name in ("hiprune", "vispruner", "prunesid", "vscan", "tops")),
+    *((name, "in_features") for name in ("hiprune", "vispruner", "prunesid", "vscan", "tops", "cen-divprune")),
     *((name, "in_decoder") for name in ("vscan", "tops")),
+    ("cen-cdpruner", "in_prompt"),
 ]
 """Steps at which one token in place of another must be noticed."""
 
@@ -123,7 +125,7 @@ def compare_with_numpy(name, step_name):
 def test_choices_on_random_tensors_equal_numpy_loops(name, step, options, monkeypatch):
     model, method = tiny_model(), replace(EXAMPLES[name], **options)
     choices = watch_choices(monkeypatch, method.bind(model.config), step, compare_with_numpy(name, step))
-    inputs = prompt([["image", 9], [3, "image", 5]] if name == "cdpruner" else ROWS)
+    inputs = prompt([["image", 9], [3, "image", 5]] if step == "in_prompt" else ROWS)
     with method(model):
         model(**inputs)
     assert choices
@@ -172,7 +174,7 @@ def test_one_token_in_place_of_another_is_noticed(name, step, monkeypatch):
     monkeypatch.setattr(type(method), step, swapped)
     watch_choices(monkeypatch, method, step, compare_with_numpy(name, step))
     with pytest.raises(AssertionError), method(model):
-        model(**prompt(ROWS))
+        model(**prompt([["image", 9], [3, "image", 5]]))
 
 
 @torch.no_grad()
@@ -351,6 +353,26 @@ def test_tops_takes_relevance_coverage_and_diversity_by_their_weights():
         for weights in ((0.0, 0.0), (9.0, 0.0), (0.0, 9.0))
     }
     assert chosen == {(0.0, 0.0): 1, (9.0, 0.0): 5, (0.0, 9.0): 2}
+
+
+def test_distinctiveness_is_the_mean_cosine_with_the_others_of_features_that_are_not_centred():
+    features = torch.tensor([[2.0, 0.1], [1.0, 0.0], [3.0, -0.1], [0.0, 1.0]]).double()
+    scores = distinctiveness(features)
+    unit = torch.nn.functional.normalize(features, dim=-1)
+    expected = -((unit @ unit.T).sum(-1) - 1) / 3
+    assert torch.allclose(scores, (expected - expected.min()) / (expected.max() - expected.min()))
+    assert scores.argmax() == 3
+    assert distinctiveness(torch.ones(1, 3, 2).double()).tolist() == [[0.0] * 3]
+
+
+def test_centred_tokens_are_farther_apart_than_right_angles():
+    """A common direction hides that 0 and 1 are opposite; the weak token 2 is far from both, but not distinct."""
+    features = torch.tensor([[[9.0, 1.0, 0.0], [9.0, -1.0, 0.0], [9.0, 0.0, 0.05], [9.0, 0.0, -0.05]]]).double()
+    unit = torch.nn.functional.normalize(features - features.mean(1, keepdim=True), dim=-1)
+    distance = 1 - unit @ unit.transpose(1, 2)
+    assert distance[0, 0, 1] == pytest.approx(2)
+    picked = farthest_and_distinct(distance, distinctiveness(features), 2)
+    assert picked.tolist() == [[0, 1]]
 
 
 def test_merging_takes_the_mean_of_a_kept_token_and_of_those_nearest_to_it():

@@ -201,24 +201,58 @@ def divprune(method: Any, step: Any, image: int) -> Result:
     return np.sort(picked), None
 
 
+def cen_divprune(method: Any, step: Any, image: int) -> Result:
+    """Eq. 3 to 7 of Cen-Prune: DivPrune's first token, then distance of centred features times distinctiveness."""
+    features = array(step.projected)[image]
+    centred, tokens = unit(features - features.mean(0)), len(features)
+    distance, distinct = 1 - centred @ centred.T, distinctive(features)
+    nearest = [min(distance[i, j] for j in range(tokens) if j != i) for i in range(tokens)]
+    picked = [int(np.argmax(nearest))]
+    while len(picked) < step.keep:
+        gains = [-np.inf if i in picked else distinct[i] * distance[i, picked].min() for i in range(tokens)]
+        picked.append(int(np.argmax(gains)))
+    return np.sort(picked), None
+
+
+def distinctive(features: np.ndarray) -> np.ndarray:
+    """Minus the mean cosine with all other tokens, stretched to 0 … 1."""
+    similarity = unit(features) @ unit(features).T
+    scores = np.array([-np.delete(row, i).mean() for i, row in enumerate(similarity)])
+    return (scores - scores.min()) / (scores.max() - scores.min())
+
+
+def cen_cdpruner(method: Any, step: Any, row: int, image: int) -> Result:
+    features = array(step.features)[row, image]
+    quality = relevance_of(method, step, row, image) * distinctive(features)
+    return np.sort(by_determinants(quality, features - features.mean(0), step.keep)), None
+
+
 def cdpruner(method: Any, step: Any, row: int, image: int) -> Result:
     """The greedy maximum of det(L_S), each step by the determinants themselves."""
+    quality = relevance_of(method, step, row, image)
+    return np.sort(by_determinants(quality, array(step.features)[row, image], step.keep)), None
+
+
+def relevance_of(method: Any, step: Any, row: int, image: int) -> np.ndarray:
     patches, text = unit(array(step.patch_embeds)[row, image]), unit(array(step.text_embeds)[row])
     windows = [w for w in range(len(text)) if step.windows[row, w]]
     relevance = np.array([np.mean([patch @ text[w] for w in windows]) for patch in patches])
     relevance = -relevance if method.negated else relevance
-    relevance = (relevance - relevance.min() + 1e-6) / (relevance.max() - relevance.min() + 1e-6)
-    features = unit(array(step.features)[row, image])
-    kernel = relevance[:, None] * (features @ features.T) * relevance[None]
+    return (relevance - relevance.min() + 1e-6) / (relevance.max() - relevance.min() + 1e-6)
+
+
+def by_determinants(quality: np.ndarray, features: np.ndarray, keep: int) -> list[int]:
+    """Each next token has the largest determinant with those picked."""
+    kernel = quality[:, None] * (unit(features) @ unit(features).T) * quality[None]
     picked: list[int] = []
-    while len(picked) < step.keep:
+    while len(picked) < keep:
         gain = []
         for token in range(len(kernel)):
             chosen = [*picked, token]
             sign, value = np.linalg.slogdet(kernel[np.ix_(chosen, chosen)])
             gain.append(value if token not in picked and sign > 0 else -np.inf)
         picked.append(int(np.argmax(gain)))
-    return np.sort(picked), None
+    return picked
 
 
 def vispruner(method: Any, step: Any, image: int) -> Result:
@@ -580,11 +614,13 @@ BY_IMAGE: dict[tuple[str, str], Callable[..., Result]] = {
     ("prunesid", "in_features"): prunesid,
     ("vscan", "in_features"): vscan,
     ("tops", "in_features"): tops,
+    ("cen-divprune", "in_features"): cen_divprune,
 }
 """Methods at steps of single images."""
 
 BY_ROW: dict[tuple[str, str], Callable[..., Result]] = {
     ("cdpruner", "in_prompt"): cdpruner,
+    ("cen-cdpruner", "in_prompt"): cen_cdpruner,
     ("ivtp-extended", "in_decoder"): ivtp_in_decoder,
     ("topk+", "in_decoder"): topk_plus,
     ("tome+", "in_decoder"): tome_plus,
