@@ -23,7 +23,7 @@ class CenDivPrune(DivPrune):
     tokens before centring (Eq. 5), stretched to 0 … 1 within the image (Eq. 11). The first token is DivPrune's. Each
     further one has the highest product of distinctiveness and distance from those picked (Eq. 7).
 
-    There is no public code. The features are those of LLaVA after the projector, not standardised, as the paper's
+    No public code was found. The features are those of LLaVA after the projector, not standardised, as the paper's
     Appendix A has them for LLaVA. All of it is computed in float64.
     """
 

@@ -31,7 +31,7 @@ class TOPS(Method):
     attention of CLS and the tokens are projected features (Eq. 8); at two layers of the decoder r is the attention of
     text raters and the tokens are hidden states (Eq. 9).
 
-    There is no public code. Sec. 4.1 stretches r and c to 0 … 1, Algorithms 1 and 2 divide r, c and d by their means;
+    No public code was found. Sec. 4.1 stretches r and c to 0 … 1, Algorithms 1 and 2 divide r, c and d by their means;
     the latter is the default, over the tokens that are not picked. The paper does not print the rule for raters, but
     that they engage most with the image at that layer: here they are the text tokens after it that attend to its visual
     tokens at least as much as the mean of them does. CLS is that of the tower's last layer but one.

@@ -25,8 +25,10 @@ class VScan(Method):
     is the mean of its patches (Eq. 4). In the middle of the decoder the visual tokens stay that the instruction's last
     token attends to most (Sec. 4.2, Eq. 5), by the layer after the drop, as in PyramidDrop.
 
-    Local tokens are chosen first, as in the authors' code (Tencent/SelfEvolvingAgent). What cannot be shared evenly by
-    the windows is global here, so that the number is always reached.
+    The paper and the authors' scripts (Tencent/SelfEvolvingAgent) give the rules, layers and counts. That local tokens
+    are chosen first, that there are 4 × 4 windows, and that features are projected before they are merged is read from
+    public code that builds on theirs. What windows cannot share evenly is global here, so that the number is always
+    reached.
 
     Parameters
     ----------
