@@ -50,23 +50,28 @@ def costs(recipes: Mapping[int, Recipe]) -> dict[str, Any]:
     return {"text_tokens": TEXT_TOKENS, "cache_dtype": "float16", "command": COMMAND, "rows": rows}
 
 
-def quality(checkpoint: Path) -> dict[str, Any] | None:
-    """Return the accuracies of a checkpoint from its newest results; None if it was never evaluated here."""
+def quality(checkpoint: Path, method: str) -> dict[str, Any] | None:
+    """Return the accuracies of a checkpoint under a method, from its newest results; None if they were not measured."""
     fingerprint = checkpoint_fingerprint(checkpoint)
     for file in reversed(results_in(RESULTS)):
         results = json.loads(file.read_text())
-        if results["checkpoint"] == fingerprint:
-            return _accuracies(results, file) | {
+        if results["checkpoint"] == fingerprint and any(row["method"] == method for row in results["rows"]):
+            return _accuracies(results, file, method) | {
                 "weights": Checkpoint.from_folder(checkpoint, str(checkpoint)).digest()
             }
     return None
 
 
-def _accuracies(results: Mapping[str, Any], file: Path) -> dict[str, Any]:
+def method_of(recipe: Recipe) -> str:
+    """Return the name under which results have a recipe's pruning."""
+    return "ivtp" if recipe.pruning.choice == "top" else "ivtp-extended"
+
+
+def _accuracies(results: Mapping[str, Any], file: Path, method: str) -> dict[str, Any]:
     rows = [
         {name: row[name] for name in ("method", "visual_tokens", "accuracy", "interval")}
         for row in results["rows"]
-        if row["method"] in ("unpruned", "ivtp", "random") and not row["table"] and row["mode"] == "inference"
+        if row["method"] in ("unpruned", method, "random") and not row["table"] and row["mode"] == "inference"
     ]
     asked = results["questions"]
     return {
@@ -86,8 +91,10 @@ def main() -> None:
         recipes = {
             recipe.pruning.visual_tokens: recipe for recipe in map(load_recipe, recipe_names()) if recipe.card == name
         }
-        base = Path(next(iter(recipes.values())).base_model)
-        facts = {"costs": costs(recipes), "quality": quality(base) if base.is_dir() else None}
+        recipe = next(iter(recipes.values()))
+        base = Path(recipe.base_model)
+        measured = quality(base, method_of(recipe)) if base.is_dir() else None
+        facts = {"costs": costs(recipes), "quality": measured}
         write_atomically(CARDS / name / "facts.json", (json.dumps(facts, indent=1) + "\n").encode())
         write_atomically(CARDS / name / "README.md", preview(name).encode())
 

@@ -177,8 +177,9 @@ def _span(kernel: torch.Tensor, keep: int) -> torch.Tensor:
 
 def _span_on_cpu(features: torch.Tensor, weights: torch.Tensor, keep: int) -> np.ndarray:
     """Do the same for one image, of features (k, d). A step in NumPy takes a few microseconds, and one in torch 30."""
-    vectors = features.double().numpy()
-    kernel = vectors @ vectors.T  # a symmetric product, which computes one half
+    # The large product runs on the model's own threads; those of NumPy would compete with them while they wait.
+    vectors = features.double()
+    kernel = (vectors @ vectors.T).numpy()
     lengths = np.sqrt(kernel.diagonal())
     scale = np.divide(weights.numpy(), lengths, out=np.zeros_like(lengths), where=lengths > 0)
     kernel *= scale[:, None]

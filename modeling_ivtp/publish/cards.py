@@ -155,7 +155,9 @@ def _metadata(
 def _results(quality: Mapping[str, Any] | None, budget: int) -> list[EvalResult]:
     """Return the results of this budget; none if it was not measured."""
     rows = [
-        row for row in (quality or {"rows": ()})["rows"] if (row["method"], row["visual_tokens"]) == ("ivtp", budget)
+        row
+        for row in (quality or {"rows": ()})["rows"]
+        if row["method"] not in ("unpruned", "random") and row["visual_tokens"] == budget
     ]
     return [
         EvalResult(

@@ -22,7 +22,11 @@ from tests.support.checkpoints import PRUNING, clip_folder, llava_folder, sparse
 
 ROOT = Path(__file__).parents[2]
 BUDGETS = (512, 256, 192, 128, 64, 32, 16)
-CARDS = ("ivtp-llava-1.5-7b", "ivtp-llava-1.5-13b", "ivtp-llava-miniature")
+CARDS = [
+    f"{kind}-{model}"
+    for kind in ("ivtp", "ivtp-extended")
+    for model in ("llava-1.5-7b", "llava-1.5-13b", "llava-miniature")
+]
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +138,10 @@ def test_a_wrong_recipe_says_what_is_wrong(tmp_path: Path, change: dict[str, Any
 
 
 def test_a_recipe_that_is_not_there_or_no_json(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no recipe .ivtp-99.; allowed: a file, or one of ivtp-llava-1\.5-13b-128"):
+    message = (
+        r"no recipe .ivtp-99.; allowed: a file, or one of ivtp-extended-llava-1\.5-13b-128, .*ivtp-llava-1\.5-13b-128"
+    )
+    with pytest.raises(ValueError, match=message):
         load_recipe("ivtp-99")
     for content, said in (("{", "is not JSON"), ("[]", "holds no JSON object"), ("{}", "missing field")):
         (tmp_path / "mine.json").write_text(content)
@@ -190,7 +197,7 @@ def test_recipes_without_their_base_are_not_offered(tmp_path: Path, monkeypatch:
     """An installed package has no miniature beside it."""
     shutil.copytree(ROOT / "configuration", tmp_path / "configuration")
     monkeypatch.setattr("modeling_ivtp.checkpoints.recipes.shipped", lambda name: tmp_path / name)
-    assert {name.rpartition("-")[0] for name in recipe_names()} == {"ivtp-llava-1.5-7b", "ivtp-llava-1.5-13b"}
+    assert {name.rpartition("-")[0] for name in recipe_names()} == {card for card in CARDS if "miniature" not in card}
 
 
 @pytest.mark.slow

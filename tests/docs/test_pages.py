@@ -18,7 +18,7 @@ from huggingface_hub import ModelCard
 from nbclient import NotebookClient
 from PIL import Image
 
-from benchmarks.card_facts import costs, quality
+from benchmarks.card_facts import costs, method_of, quality
 from modeling_ivtp.checkpoints.convert import convert
 from modeling_ivtp.checkpoints.recipes import load_recipe, recipe_names
 from modeling_ivtp.publish.cards import card_images, card_names, preview
@@ -91,12 +91,11 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     with running_hub() as server:
         for name in (LLAVA, CLIP):
             server.publish(name, _files(root / name.split("/")[1].split("-")[0]))
-        for source, names in (("ours", card_names()[:2]), ("miniature", card_names()[2:])):
-            for name in names:
-                target = root / f"repo-{name}"
-                target.mkdir()
-                stage(root / source, f"OWNER/{name}", target, card=name)
-                server.publish(f"OWNER/{name}", _files(target))
+        for name in card_names():
+            target = root / f"repo-{name}"
+            target.mkdir()
+            stage(root / ("miniature" if "miniature" in name else "ours"), f"OWNER/{name}", target, card=name)
+            server.publish(f"OWNER/{name}", _files(target))
         yield SimpleNamespace(server=server, root=root)
 
 
@@ -218,7 +217,7 @@ def test_a_card_is_what_was_counted_and_measured(name: str) -> None:
     counted = costs(some)
     assert [row for row in facts["costs"]["rows"] if row["visual_tokens"] in (None, 64, 16)] == counted["rows"]
     base = Path(recipes[64].base_model)
-    assert facts["quality"] == (quality(base) if base.is_dir() else None)
+    assert facts["quality"] == (quality(base, method_of(recipes[64])) if base.is_dir() else None)
 
 
 @pytest.mark.parametrize("name", card_names())

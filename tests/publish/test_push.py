@@ -398,7 +398,7 @@ def test_folders_that_are_not_ours(folders: Any, tmp_path: Path, capsys: pytest.
     assert "is a stock LLaVA" in err
     status, _, err = push(capsys, folders.miniature, NAME, "--dry-run", "--card", "bert")
     assert status == 1
-    assert "allowed: a file, or one of ivtp-llava-1.5-13b" in err
+    assert "allowed: a file, or one of ivtp-extended-llava-1.5-13b" in err
 
 
 @pytest.mark.slow
