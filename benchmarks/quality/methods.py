@@ -174,7 +174,7 @@ def compact_rows(config: Any, budgets: Sequence[int] = BUDGETS) -> tuple[list[Ro
 
 
 def ablation_rows(config: Any, budgets: Sequence[int] = (64,)) -> tuple[list[Row], dict[str, str]]:
-    """List the paper's Tables 4, 5, 6 and 8 and the options it leaves open, each at every budget.
+    """List the paper's Tables 4, 5, 6 and 8, the options it leaves open, and those beyond it, each at every budget.
 
     Returns
     -------
@@ -192,6 +192,8 @@ def ablation_rows(config: Any, budgets: Sequence[int] = (64,)) -> tuple[list[Row
         *(("pseudo CLS", {"pseudo_cls": how}) for how in ("propagate", "pool")),
         *(("positions", {"positions": how}) for how in ("original", "compact")),
         *(("threshold", {"relevance_threshold": tau}) for tau in (0.0, 0.1, 0.2, 0.3, 0.4)),
+        ("beyond the paper", {"importance": "accumulated"}),
+        ("beyond the paper", {"choice": "diverse"}),
         *(("hand-over", {"tower_tokens": number}) for number in HANDED_OVER if number < config.num_patches),
     ]
     rows, skipped = [], {}

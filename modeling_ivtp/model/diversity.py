@@ -170,8 +170,7 @@ def _span(kernel: torch.Tensor, keep: int) -> torch.Tensor:
         before = factors[rows, :step, at][:, None] @ factors[:, :step]
         row = (kernel[rows, at] - before[:, 0]) / length.sqrt()[:, None]
         factors[:, step] = row.where(going[:, None], 0.0)
-        left = left.addcmul(factors[:, step], factors[:, step], value=-1)
-        left[rows, at] = float("-inf")
+        left = left.addcmul(factors[:, step], factors[:, step], value=-1).scatter(1, at[:, None], float("-inf"))
     return torch.stack(picked, 1)
 
 
@@ -217,7 +216,7 @@ def _spread(distance: torch.Tensor, keep: int) -> torch.Tensor:
     picked = [distance.masked_fill(itself, float("inf")).amin(-1).argmax(-1)]
     gap = distance[rows, picked[0]].clone()
     for _ in range(keep - 1):
-        gap[rows, picked[-1]] = float("-inf")
+        gap.scatter_(1, picked[-1][:, None], float("-inf"))
         picked.append(gap.argmax(-1))
         gap = torch.minimum(gap, distance[rows, picked[-1]])
     return torch.stack(picked, 1)

@@ -20,7 +20,7 @@ from .rollout import (
     DecoderAttentionRecord,
     accumulate,
     aggregate,
-    importance,
+    decide,
     keep_most_important,
 )
 from .schedule import Group, PruningPlan, plan_pruning
@@ -377,8 +377,9 @@ class IVTPPruner(Pruner):
 
     @property
     def label(self) -> str:
-        """Always `"ivtp"`."""
-        return "ivtp"
+        """`"ivtp"`, or `"ivtp-extended"` with accumulated importance and a diverse choice."""
+        both = self.options.importance == "accumulated" and self.options.choice == "diverse"
+        return "ivtp-extended" if both else "ivtp"
 
     @property
     def needs(self) -> Needs:
@@ -401,27 +402,28 @@ class IVTPPruner(Pruner):
 
     def in_tower(self, step: TowerStep) -> Choice:
         """Keep the patches that matter most to CLS."""
-        row, top, carried = aggregate(step.records, self.options.aggregation), step.records[-1], None
-        if self.options.importance == "accumulated":
-            scores = accumulate(row[:, 0], len(step.records), step.total, step.carried)
+        options, keep, carried = self.options, step.group.keep, None
+        if options.importance == "accumulated":
+            row = aggregate(step.records, options.aggregation)[:, 0]
+            scores = accumulate(row, len(step.records), step.total, step.carried)
+            kept = keep_most_important(scores, keep)
         else:
-            scores = importance(row, top.value_norm)[:, 0]
-        kept = self._choose(scores, top.patch_keys, step.group.keep)
-        if self.options.importance == "accumulated":
+            scores, kept = (part[:, 0] for part in decide(step.records, options.aggregation, keep))
+        if options.choice == "diverse":
+            kept = self._diverse(scores, step.records[-1].patch_keys, keep)
+        if options.importance == "accumulated":
             carried = scores.gather(1, kept)
         return Choice(kept, scores=scores, carried=carried)
 
     def in_decoder(self, step: DecoderStep) -> Choice:
         """Keep the visual tokens that matter most to the pseudo-CLS token."""
-        scores = importance(aggregate(step.records, self.options.aggregation), step.records[-1].value_norm)
-        diverse = self.options.choice == "diverse"
-        states = step.sequence.visual(step.hidden) if diverse else step.hidden
-        return Choice(self._choose(scores, states, step.group.keep), scores=scores)
+        scores, kept = decide(step.records, self.options.aggregation, step.group.keep)
+        if self.options.choice == "diverse":
+            kept = self._diverse(scores, step.sequence.visual(step.hidden), step.group.keep)
+        return Choice(kept, scores=scores)
 
-    def _choose(self, scores: torch.Tensor, features: torch.Tensor, keep: int) -> torch.Tensor:
-        """Choose by scores (..., k) and, if the choice is diverse, by features (..., k, d): int64 (..., keep)."""
-        if self.options.choice == "top":
-            return keep_most_important(scores, keep)
+    def _diverse(self, scores: torch.Tensor, features: torch.Tensor, keep: int) -> torch.Tensor:
+        """Choose by scores (..., k) and features (..., k, d): int64 (..., keep)."""
         sharpness = SHARPNESS if self.options.sharpness is None else self.options.sharpness
         return choose_diverse(scores, features.to(scores.device), keep, sharpness)
 

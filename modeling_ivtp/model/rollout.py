@@ -326,6 +326,20 @@ def keep_most_important(scores: torch.Tensor, keep: int) -> torch.Tensor:
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :keep].sort(dim=-1).values
 
 
+@torch.no_grad()
+def decide(records: list[AttentionRecord], aggregation: str, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Score the visual tokens of a group and choose the ones that stay.
+
+    Returns
+    -------
+    importance : float32 Tensor (B, M, k)
+    kept : int64 Tensor (B, M, keep)
+        Indices into the k visual tokens, ascending.
+    """
+    scores = importance(aggregate(records, aggregation), records[-1].value_norm)
+    return scores, keep_most_important(scores, keep)
+
+
 @dataclass
 class GroupScores:
     """One group's decision for all images, kept for a trace.

@@ -38,7 +38,8 @@ class GroupTrace:
     candidates : Tensor
         (k_in,) int64, ascending: the patches of the original grid, row by row, before this group.
     importance : Tensor
-        (k_in,) float32: one value per candidate. Of IVTP it is Eq. 4, with sum 1; nan for a method that ranks nothing.
+        (k_in,) float32: one value per candidate. Of IVTP it is Eq. 4, with sum 1, or accumulated importance; nan for a
+        method that ranks nothing.
     kept : Tensor
         (k_out,) int64, ascending: the patches that stayed.
     """

@@ -103,6 +103,7 @@ def test_wrong_usage_is_one_line(capsys, arguments, message):
 def test_convert(capsys, folders, tmp_path):
     options = ["--clip", folders.clip, "--decoder-layers", 4, "--layers-per-group", 2, "--visual-tokens", 3]
     options += ["--max-shard-size", "300KB", "--dtype", "float16"]
+    options += ["--importance", "accumulated", "--choice", "diverse", "--sharpness", 0.5]
     status, out, err = run(capsys, "convert", folders.llava, "--out", tmp_path / "out", *options, "--dry-run")
     assert (status, err) == (0, "")
     assert "would write" in out
@@ -112,7 +113,9 @@ def test_convert(capsys, folders, tmp_path):
     assert (status, err) == (0, "")
     assert "float16" in out
     model = IVTPLlavaForConditionalGeneration.from_pretrained(tmp_path / "out")
-    assert model.config.pruning.visual_tokens == 3
+    pruning = model.config.pruning
+    assert (pruning.visual_tokens, pruning.importance, pruning.choice) == (3, "accumulated", "diverse")
+    assert pruning.sharpness == 0.5
     assert "exists and is not empty" in fails(capsys, "convert", folders.llava, "--out", tmp_path / "out", *options)
     assert run(capsys, "convert", folders.llava, "--out", tmp_path / "out", *options, "--overwrite")[0] == 0
 

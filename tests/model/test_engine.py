@@ -1,5 +1,7 @@
 """The engine against reference mode: the same method with masks alone, on full-length sequences, without a cache."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -267,3 +269,18 @@ def test_a_text_turn_before_the_image_agrees_with_reference_mode():
     )
     expected = reference(model, inputs, turns=(0, 5))
     assert_agree(outputs.logits, expected, slice(5, None))
+
+
+@torch.no_grad()
+def test_threads_that_share_a_model_accumulate_apart():
+    model = tiny_model(importance="accumulated", choice="diverse", layers_per_group=1)
+    prompts = [prompt(SINGLE, seed=seed) for seed in range(6)]
+
+    def logits(inputs):
+        with torch.no_grad():
+            return model(**inputs).logits[:, -1]
+
+    expected = [logits(inputs) for inputs in prompts]
+    with ThreadPoolExecutor(6) as threads:
+        for found, right in zip(threads.map(logits, prompts * 4), expected * 4, strict=True):
+            assert torch.equal(found, right)

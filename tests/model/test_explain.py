@@ -1,6 +1,7 @@
 """`explain` shows what was kept and why, from the pass that `generate` makes."""
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -85,6 +86,26 @@ def test_the_trace_becomes_json_and_a_picture(asked, tmp_path):
     assert len(record["images"][0]["groups"]) == 5
     trace.plot(picture).savefig(tmp_path / "trace.png")
     assert Image.open(tmp_path / "trace.png").width > 500
+
+
+def test_the_extended_methods_trace_has_what_was_ranked(asked, tmp_path):
+    """Accumulated importance grows from group to group of the tower; in the decoder it is Eq. 4 again."""
+    model, processor, picture, inputs = asked
+    with model.pruning(importance="accumulated", choice="diverse"):
+        trace = model.explain(processor=processor, **inputs)
+    assert trace.method == "ivtp-extended"
+    tower, decoder = trace.images[0].groups[:3], trace.images[0].groups[3:]
+    for before, after in pairwise(tower):
+        assert torch.equal(after.candidates, before.kept)
+        earlier = dict(zip(before.candidates.tolist(), before.importance.tolist(), strict=True))
+        scores = zip(after.candidates.tolist(), after.importance.tolist(), strict=True)
+        assert all(score > earlier[patch] for patch, score in scores)
+    assert all(abs(float(group.importance.sum()) - 1) < 1e-5 for group in decoder)
+    best = [group.importance.argsort(descending=True)[: len(group.kept)] for group in trace.images[0].groups]
+    kept = [group.kept.tolist() for group in trace.images[0].groups]
+    ranked = [sorted(g.candidates[order].tolist()) for g, order in zip(trace.images[0].groups, best, strict=True)]
+    assert kept != ranked
+    trace.plot(picture).savefig(tmp_path / "trace.png")
 
 
 def test_explaining_leaves_answers_as_they_were(asked):

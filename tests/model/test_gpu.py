@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers.utils import is_flash_attn_2_available
 
+from modeling_ivtp.model import diversity, fused_diversity
 from modeling_ivtp.model.attention_maps import weighted_attention
 from modeling_ivtp.model.cuda_graphs import Graphs
 from modeling_ivtp.model.fused_attention import fused_weighted_attention, is_served
@@ -13,6 +14,7 @@ from tests.support.tiny import prompt, tiny_model
 
 pytestmark = pytest.mark.gpu
 ROWS = [[3, "image", 7], [5], [2, "image", 4, "image", 3]]
+EXTENDED = {"importance": "accumulated", "choice": "diverse"}
 
 
 def on_gpu(inputs):
@@ -23,9 +25,10 @@ def answer(model, inputs, **options):
     return model.generate(**inputs, max_new_tokens=8, do_sample=False, **options)
 
 
+@pytest.mark.parametrize("options", [{}, EXTENDED], ids=["ivtp", "extended"])
 @torch.no_grad()
-def test_logits_are_those_of_the_cpu():
-    model, inputs = tiny_model(), prompt(ROWS)
+def test_logits_are_those_of_the_cpu(options):
+    model, inputs = tiny_model(**options), prompt(ROWS)
     expected = model(**inputs).logits[:, -1]
     torch.testing.assert_close(model.cuda()(**on_gpu(inputs)).logits[:, -1].cpu(), expected, atol=1e-4, rtol=0)
 
@@ -88,9 +91,10 @@ def test_the_kernel_writes_no_map(monkeypatch):
 
 @pytest.mark.parametrize("cache", [None, "static"])
 @pytest.mark.parametrize("rows", [ROWS[:1], ROWS])
+@pytest.mark.parametrize("options", [{}, EXTENDED], ids=["ivtp", "extended"])
 @torch.no_grad()
-def test_a_prompt_is_run_without_waiting_for_the_gpu(rows, cache):
-    model, inputs = tiny_model().cuda(), on_gpu(prompt(rows))
+def test_a_prompt_is_run_without_waiting_for_the_gpu(rows, cache, options):
+    model, inputs = tiny_model(**options).cuda(), on_gpu(prompt(rows))
     answer(model, inputs)  # what is allocated once is allocated
     generation = model.prepare_inputs_for_generation
     prompts = []
@@ -128,9 +132,25 @@ def test_a_prompt_is_run_without_waiting_for_the_gpu(rows, cache):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("tokens", [20, 576])
+@pytest.mark.parametrize("kernels", [True, False], ids=["triton", "torch"])
+def test_diverse_choices_are_those_of_the_cpu(tokens, kernels, monkeypatch):
+    draws = torch.Generator().manual_seed(0)
+    features = torch.randn(3, tokens, 640, generator=draws) + torch.randn(640, generator=draws)
+    weights = torch.rand(3, tokens, generator=draws, dtype=torch.float64)
+    distance = torch.cdist(features, features)
+    assert fused_diversity.is_served(weights[:, :, None].cuda())
+    if not kernels:
+        monkeypatch.setattr(diversity, "is_served", lambda _: False)
+    for keep in (1, 16, tokens):
+        for function, inputs in ((diversity.spanning, (features, weights, weights)), (diversity.farthest, (distance,))):
+            assert torch.equal(function(*(tensor.cuda() for tensor in inputs), keep).cpu(), function(*inputs, keep))
+
+
+@pytest.mark.parametrize("options", [{}, EXTENDED], ids=["ivtp", "extended"])
 @pytest.mark.parametrize("asked", [False, True])
-def test_replayed_prompts_give_the_same_answers(asked):
-    model, plain = tiny_model().cuda(), tiny_model().cuda()
+def test_replayed_prompts_give_the_same_answers(asked, options):
+    model, plain = tiny_model(**options).cuda(), tiny_model(**options).cuda()
     plain.capture_prompts(0)
     if asked:
         model.capture_prompts()
