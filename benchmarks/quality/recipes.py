@@ -36,7 +36,8 @@ class TowerCourse:
     patches_after : tuple of int
         Layers after which patches are taught what they show. The last is where LLaVA reads them.
     patches_share : float
-        Share of the steps, the first ones, in which patches are taught.
+        Share of the steps, the first ones, in which patches are taught. The learning rate falls during these and then
+        stays low: at higher rates captions quickly undo what the labels taught.
     cls_after : tuple of int
         Layers after which CLS is taught which kinds there are and where things are.
     """
@@ -55,7 +56,15 @@ class TowerCourse:
 
     def teaches_patches(self, step: int) -> bool:
         """Return whether patches are taught what they show in a step."""
-        return step < self.patches_share * self.steps
+        return step < self._patches_steps
+
+    def rate(self, step: int) -> float:
+        """Return the share of the peak learning rates: a cosine while patches are taught, then its end."""
+        return cosine_rate(min(step, self._patches_steps), self._patches_steps)
+
+    @property
+    def _patches_steps(self) -> int:
+        return int(self.patches_share * self.steps)
 
 
 @dataclass(frozen=True)
@@ -223,7 +232,7 @@ PLAIN = Recipe(
     layers_per_group=3,
     pruned_decoder_layers=12,
     tower=TowerCourse(
-        steps=2000,
+        steps=2400,
         small_steps=800,
         small_texts=1,
         texts=3,
@@ -232,7 +241,7 @@ PLAIN = Recipe(
         labelled_texts=False,
         texts_weight=1.0,
         patches_after=(11,),
-        patches_share=0.65,
+        patches_share=2 / 3,
         cls_after=(),
     ),
     course=Course(

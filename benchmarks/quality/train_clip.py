@@ -24,7 +24,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from benchmarks.quality import command, plain_attention
 from benchmarks.quality.captions_for_clip import Texts, texts_of
-from benchmarks.quality.loop import TrainingRun, cosine_rate, drawn_ahead, optimize, optimizers_of, set_up
+from benchmarks.quality.loop import TrainingRun, drawn_ahead, optimize, optimizers_of, set_up
 from benchmarks.quality.miniature import PROJECTION, WIDTH, clip_text_config, vision_config
 from benchmarks.quality.recipes import TAUGHT, Recipe, TowerCourse, recipe_named
 from benchmarks.quality.world import COLOURS, GRID, PATCH, SIDE, SIZES, Scene, draw_scene, kinds
@@ -280,7 +280,7 @@ def main(
         batch = next(batches)
         with torch.autocast(device.type, torch.bfloat16):
             losses = teacher.losses(batch, device, teach_patches=course.teaches_patches(step))
-        return optimize(teacher, optimizers, losses, cosine_rate(step, course.steps))
+        return optimize(teacher, optimizers, losses, course.rate(step))
 
     run.train(course.steps, one_step, title="CLIP")
 

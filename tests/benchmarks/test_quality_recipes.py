@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.quality import train_clip
 from benchmarks.quality.assemble import assemble
-from benchmarks.quality.loop import optimize, optimizers_of, saved_settings
+from benchmarks.quality.loop import cosine_rate, optimize, optimizers_of, saved_settings
 from benchmarks.quality.question_batches import ask
 from benchmarks.quality.recipes import PLAIN, RECIPES, TAUGHT, recipe_named
 from benchmarks.quality.speaker import Speaker
@@ -67,6 +67,13 @@ def test_the_taught_recipe_learns_as_it_did_when_it_made_the_miniature_that_ship
     assert float(whole["contrast"].detach()) == pytest.approx(FIRST_CONTRAST, rel=1e-3)
 
 
+def test_the_taught_recipes_rate_falls_until_the_end():
+    course = TAUGHT.tower
+    assert [course.rate(step) for step in range(course.steps)] == [
+        cosine_rate(step, course.steps) for step in range(course.steps)
+    ]
+
+
 def gradients(teacher, **options):
     teacher.zero_grad()
     batch = Batch(1, 3, 168, 2, PLAIN.tower)
@@ -101,6 +108,8 @@ def test_plain_patches_are_taught_nothing_in_the_last_third(teacher):
     taught = [course.teaches_patches(step) for step in range(course.steps)]
     assert taught == sorted(taught, reverse=True)
     assert sum(taught) <= course.steps * 2 / 3
+    rates = [course.rate(step) for step in range(course.steps)]
+    assert rates[sum(taught) :] == [pytest.approx(0.05)] * (course.steps - sum(taught))
     values, reached = gradients(teacher, teach_patches=False)
     torch.testing.assert_close(values["loss"], values["contrast"])
     assert not values["dense"].requires_grad
