@@ -68,9 +68,7 @@ class IVTPExtendedLate(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        number = isinstance(self.sharpness, (int, float)) and not isinstance(self.sharpness, bool)
-        if not number or not 0 <= self.sharpness < float("inf"):
-            raise ValueError(f"{self.name}: sharpness={self.sharpness!r}; allowed: a number of at least 0.")
+        self.check_weight("sharpness")
 
     def bind(self, config: Any) -> Pruner:
         """Return the pruner that has every layer up to the features recorded.
@@ -114,7 +112,7 @@ class _Late(Pruner):
         for layer in range(self.depth):
             scores = accumulate(reference_row(step.records[layer])[:, 0], 1, step.features.shape[1], scores)
         assert scores is not None
-        keys = step.records[self.depth - 1].patch_keys
+        keys = step.records[self.depth - 1].flat_patch_keys
         return Choice(choose_diverse(scores, keys, step.keep, self.method.sharpness), scores=scores)
 
 

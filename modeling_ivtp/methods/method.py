@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeVar
 
 from .._moved import accept_old_pruner, old_names
-from ..model.configuration_ivtp import is_whole
+from ..model.configuration_ivtp import is_number, is_weight, is_whole
 from ..model.pruner import Needs, Pruner
 from ..model.schedule import Group, PruningPlan
 
@@ -182,8 +182,15 @@ class Method(Pruner):
         value = getattr(self, option)
         if value is None and optional:
             return
-        if not _is_number(value) or not 0 <= value <= 1:
+        if not is_number(value) or not 0 <= value <= 1:
             raise ValueError(f"{self.name}: {option}={value!r}; allowed: from 0 to 1{' or None' if optional else ''}.")
+
+    def check_weight(self, option: str, optional: bool = False) -> None:
+        """Refuse an option that is not a finite number of at least 0."""
+        value = getattr(self, option)
+        if not (value is None and optional) and not is_weight(value):
+            or_none = " or None" if optional else ""
+            raise ValueError(f"{self.name}: {option}={value!r}; allowed: a number of at least 0{or_none}.")
 
     def _check_budget(self) -> None:
         values = {name: getattr(self, name) for name in self.budgets if getattr(self, name) is not None}
@@ -191,7 +198,7 @@ class Method(Pruner):
             listed = ", ".join(f"{name}={value!r}" for name, value in values.items()) or "no budget"
             raise ValueError(f"{self.name}: {listed}; give one of {', '.join(self.budgets)}.")
         self.check_whole("keep", 1, optional=True)
-        if self.average is not None and not (_is_number(self.average) and self.average >= 1):
+        if self.average is not None and not (is_number(self.average) and self.average >= 1):
             raise ValueError(f"{self.name}: average={self.average!r}; allowed: a number of at least 1.")
         object.__setattr__(self, "_found", {})
 
@@ -205,10 +212,6 @@ class Method(Pruner):
                 f"{self.name}: layers={layers!r}; allowed: ascending numbers from 1 on, such as (8, 16), or None."
             )
         object.__setattr__(self, "layers", tuple(int(layer) for layer in layers))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def linear_schedule(start: int, end: int, steps: int) -> tuple[int, ...]:

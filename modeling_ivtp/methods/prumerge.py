@@ -12,7 +12,7 @@ from ..model.pruner import Choice, FeatureStep, Needs
 from ..model.rollout import AttentionRecord
 from ..model.schedule import PruningPlan
 from .method import Method
-from .selecting import join_choices, one_hot, patch_keys, ranking
+from .selecting import join_choices, one_hot, ranking
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class PruMergePlus(Method):
         """Choose and merge, image by image."""
         record = step.records[-1]
         attention = single_head_attention(record)
-        keys = normalize(patch_keys(record).float().transpose(1, 2).flatten(2), dim=-1)  # (I, k, H dh)
+        keys = normalize(record.flat_patch_keys.float(), dim=-1)
         chosen: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         for row, key in zip(attention, keys, strict=True):
             stays = outliers_and_sample(row, max(1, step.keep - 1), self.adaptive)

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from math import inf
 from operator import mul
 from typing import Any, ClassVar
 
 import torch
 from transformers.utils import logging
 
+from ..model.configuration_ivtp import is_number, is_weight
 from ..model.pruner import Choice, DecoderStep, Needs
 from ..model.schedule import Group, PruningPlan, geometric_schedule
 from .method import Method, scaled_layers
@@ -134,17 +134,13 @@ class TextAttention(Method):
 def _are_ratios(ratios: Any) -> bool:
     if not isinstance(ratios, (tuple, list)) or not ratios:
         return False
-    return all(isinstance(ratio, (int, float)) and not isinstance(ratio, bool) and 0 < ratio <= 1 for ratio in ratios)
+    return all(is_number(ratio) and 0 < ratio <= 1 for ratio in ratios)
 
 
 def _are_weights(weights: Any, number: int) -> bool:
     if not isinstance(weights, (tuple, list)) or len(weights) != number:
         return False
-    if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in weights):
-        return False
-    if not all(0 <= value < inf for value in weights):
-        return False
-    return sum(weights) > 0
+    return all(is_weight(value) for value in weights) and sum(weights) > 0
 
 
 def fused(rows: Sequence[torch.Tensor], weights: Sequence[float] | None) -> torch.Tensor:

@@ -65,10 +65,7 @@ class TOPS(Method):
         if self.layers is not None and len(self.layers) != 2:
             raise ValueError(f"{self.name}: layers={self.layers}; allowed: two numbers, such as (12, 24), or None.")
         for option in ("diversity", "coverage"):
-            value = getattr(self, option)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < inf
-            if not number and (value is not None or option == "diversity"):
-                raise ValueError(f"{self.name}: {option}={value!r}; allowed: a number of at least 0.")
+            self.check_weight(option, optional=option == "coverage")
         if self.normalization not in NORMALIZATIONS:
             allowed = ", ".join(NORMALIZATIONS)
             raise ValueError(f"{self.name}: normalization={self.normalization!r}; allowed: {allowed}.")

@@ -139,7 +139,6 @@ def merged_into(similarity: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     similarity : Tensor (I, k, k)
     kept : int64 Tensor (I, k')
     """
-    tokens = similarity.shape[-1]
     number, tokens = kept.shape[1], similarity.shape[-1]
     nearest = similarity.gather(2, kept[:, None].expand(-1, tokens, -1)).argmax(-1)
     nearest.scatter_(1, kept, torch.arange(number, device=kept.device).expand_as(kept))

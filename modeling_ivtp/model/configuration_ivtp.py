@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 from transformers import LlavaConfig
@@ -33,6 +33,16 @@ AUTO_MAP = {
 def is_whole(value: Any) -> bool:
     """Return whether a value is a whole number, one of NumPy's included."""
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value is a number, one of NumPy's included."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_weight(value: Any) -> bool:
+    """Return whether a value is a finite number of at least 0."""
+    return is_number(value) and 0 <= value < float("inf")
 
 
 @dataclass(frozen=True)
@@ -119,8 +129,9 @@ class IVTPPruningConfig:
                 "model cannot keep more than the vision tower hands over."
             )
         threshold = self.relevance_threshold
-        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not -1 <= threshold <= 1:
+        if not is_number(threshold) or not -1 <= threshold <= 1:
             raise ValueError(f"pruning.relevance_threshold={threshold!r}; allowed: a cosine, from -1 to 1.")
+        object.__setattr__(self, "relevance_threshold", float(threshold))
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"pruning.{name}={getattr(self, name)!r}; allowed: {', '.join(choices)}.")
@@ -130,8 +141,7 @@ class IVTPPruningConfig:
         """Refuse a sharpness that is out of range, and options that exclude each other."""
         sharpness = self.sharpness
         if sharpness is not None:
-            number = isinstance(sharpness, (int, float)) and not isinstance(sharpness, bool)
-            if not number or not 0 <= sharpness < float("inf"):
+            if not is_weight(sharpness):
                 raise ValueError(f"pruning.sharpness={sharpness!r}; allowed: a number of at least 0, or None.")
             if self.choice != "diverse":
                 raise ValueError(

@@ -20,8 +20,8 @@ from .rollout import (
     DecoderAttentionRecord,
     accumulate,
     aggregate,
-    decide,
     keep_most_important,
+    own_importance,
 )
 from .schedule import Group, PruningPlan, plan_pruning
 from .visual_sequence import VisualSequence
@@ -402,30 +402,26 @@ class IVTPPruner(Pruner):
 
     def in_tower(self, step: TowerStep) -> Choice:
         """Keep the patches that matter most to CLS."""
-        options, keep, carried = self.options, step.group.keep, None
-        if options.importance == "accumulated":
-            row = aggregate(step.records, options.aggregation)[:, 0]
-            scores = accumulate(row, len(step.records), step.total, step.carried)
-            kept = keep_most_important(scores, keep)
+        records, aggregation = step.records, self.options.aggregation
+        accumulated = self.options.importance == "accumulated"
+        if accumulated:
+            scores = accumulate(aggregate(records, aggregation)[:, 0], len(records), step.total, step.carried)
         else:
-            scores, kept = (part[:, 0] for part in decide(step.records, options.aggregation, keep))
-        if options.choice == "diverse":
-            kept = self._diverse(scores, step.records[-1].patch_keys, keep)
-        if options.importance == "accumulated":
-            carried = scores.gather(1, kept)
-        return Choice(kept, scores=scores, carried=carried)
+            scores = own_importance(records, aggregation)[:, 0]
+        kept = self._choose(scores, lambda: records[-1].flat_patch_keys, step.group.keep)
+        return Choice(kept, scores=scores, carried=scores.gather(1, kept) if accumulated else None)
 
     def in_decoder(self, step: DecoderStep) -> Choice:
         """Keep the visual tokens that matter most to the pseudo-CLS token."""
-        scores, kept = decide(step.records, self.options.aggregation, step.group.keep)
-        if self.options.choice == "diverse":
-            kept = self._diverse(scores, step.sequence.visual(step.hidden), step.group.keep)
-        return Choice(kept, scores=scores)
+        scores = own_importance(step.records, self.options.aggregation)
+        return Choice(self._choose(scores, lambda: step.sequence.visual(step.hidden), step.group.keep), scores=scores)
 
-    def _diverse(self, scores: torch.Tensor, features: torch.Tensor, keep: int) -> torch.Tensor:
-        """Choose by scores (..., k) and features (..., k, d): int64 (..., keep)."""
+    def _choose(self, scores: torch.Tensor, features: Callable[[], torch.Tensor], keep: int) -> torch.Tensor:
+        """Choose by scores (..., k) and, if the choice is diverse, by features (..., k, d): int64 (..., keep)."""
+        if self.options.choice == "top":
+            return keep_most_important(scores, keep)
         sharpness = SHARPNESS if self.options.sharpness is None else self.options.sharpness
-        return choose_diverse(scores, features.to(scores.device), keep, sharpness)
+        return choose_diverse(scores, features().to(scores.device), keep, sharpness)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:

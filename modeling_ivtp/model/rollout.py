@@ -78,7 +78,7 @@ class AttentionRecord:
         return norms.gather(1, columns.flatten(1)).view_as(columns)
 
     @property
-    def patch_keys(self) -> torch.Tensor:
+    def flat_patch_keys(self) -> torch.Tensor:
         """The patches' keys in a layer of the tower, all heads side by side: (B, k, H dh)."""
         return self.key[:, :, 1:].transpose(1, 2).flatten(2)
 
@@ -326,9 +326,14 @@ def keep_most_important(scores: torch.Tensor, keep: int) -> torch.Tensor:
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :keep].sort(dim=-1).values
 
 
+def own_importance(records: list[AttentionRecord], aggregation: str) -> torch.Tensor:
+    """Score the visual tokens of a group by its own attention (Eq. 4): float32 (B, M, k)."""
+    return importance(aggregate(records, aggregation), records[-1].value_norm)
+
+
 @torch.no_grad()
 def decide(records: list[AttentionRecord], aggregation: str, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Score the visual tokens of a group and choose the ones that stay.
+    """Score the visual tokens of a group and choose the most important ones, for a pruner of one's own.
 
     Returns
     -------
@@ -336,7 +341,7 @@ def decide(records: list[AttentionRecord], aggregation: str, keep: int) -> tuple
     kept : int64 Tensor (B, M, keep)
         Indices into the k visual tokens, ascending.
     """
-    scores = importance(aggregate(records, aggregation), records[-1].value_norm)
+    scores = own_importance(records, aggregation)
     return scores, keep_most_important(scores, keep)
 
 

@@ -3,11 +3,6 @@
 There is no GPU here: the Triton kernels are run by Triton's interpreter, and compiled for GPUs of several generations.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -15,6 +10,7 @@ import torch
 from modeling_ivtp.model import diversity, fused_diversity
 from modeling_ivtp.model.diversity import choose_diverse, farthest, quality, spanning
 from modeling_ivtp.model.rollout import accumulate
+from tests.support.interpreter import check_interpreted
 
 
 def on_any_device(features, weights, scores, keep):
@@ -197,13 +193,7 @@ print("agreed")
 @pytest.mark.subprocess
 def test_interpreted_the_kernels_pick_as_the_loops_do():
     pytest.importorskip("triton", reason="Triton has no build for this platform")
-    root = Path(__file__).parents[2]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
-    run = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, cwd=root, capture_output=True, text=True)
-    if "only 0-dimensional arrays can be converted" in run.stderr:
-        pytest.skip("this version of Triton's interpreter does not work with this version of NumPy")
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert "agreed" in run.stdout
+    check_interpreted(INTERPRETED)
 
 
 @pytest.mark.parametrize("numbers", ["fp32", "fp64"])

@@ -1,15 +1,11 @@
 """The kernel without a GPU: run by Triton's interpreter, and compiled for GPUs of several generations."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from modeling_ivtp.model import attention_maps, fused_attention
 from modeling_ivtp.model.attention_maps import attend_with_map, weighted_attention
+from tests.support.interpreter import check_interpreted
 
 triton = pytest.importorskip("triton", reason="Triton has no build for this platform")
 
@@ -55,13 +51,7 @@ def averaged_map(query, key, scale):
 
 @pytest.mark.slow
 def test_interpreted_it_is_weights_times_the_averaged_map():
-    root = Path(__file__).parents[2]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
-    run = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, cwd=root, capture_output=True, text=True)
-    if "only 0-dimensional arrays can be converted" in run.stderr:
-        pytest.skip("this version of Triton's interpreter does not work with this version of NumPy")
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert "agreed" in run.stdout
+    check_interpreted(INTERPRETED)
 
 
 @pytest.mark.parametrize("scale", ["fp32", "fp64"], ids=["called", "compiled caller"])
