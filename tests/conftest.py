@@ -19,6 +19,8 @@ import torch
 GIB = 2**30
 MOST_MEMORY = 3 * GIB
 """Peak resident memory that one process of a run may have, or a process that it starts."""
+MUCH_LEFT = 16 * 2**20
+"""Resident bytes that one test may leave behind before memory is given back."""
 _PEAKS = pytest.StashKey[list[int]]()
 
 
@@ -59,10 +61,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU; this machine has none"))
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def give_memory_back() -> Iterator[None]:
-    """Return freed memory to the system after each module: glibc keeps it, and a process runs a hundred modules."""
+    """Return freed memory to the system after a test that left much behind, which cycles or glibc hold."""
+    process = psutil.Process()
+    before = process.memory_info().rss
     yield
+    if process.memory_info().rss - before < MUCH_LEFT:
+        return
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:

@@ -39,13 +39,15 @@ def test_it_is_small_and_of_this_world(loaded):
 @torch.no_grad()
 def test_it_answers_questions_about_scenes_it_has_never_seen(loaded, options, least):
     model, processor = loaded
-    asked = list(islice(sample_questions("validation", 48, TYPES), 48))
-    images = [Image.fromarray(scene.pixels) for scene, _ in asked]
-    inputs = processor(images=images, text=[one.prompt for _, one in asked], padding=True, return_tensors="pt")
-    with model.pruning(**options):
-        tokens = model.generate(**inputs, max_new_tokens=4, do_sample=False)
-    said = processor.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    right = [one.strip() == question.answer for one, (_, question) in zip(said, asked, strict=True)]
+    asked, right = sample_questions("validation", 48, TYPES), []
+    while batch := list(islice(asked, 12)):
+        images = [Image.fromarray(scene.pixels) for scene, _ in batch]
+        inputs = processor(images=images, text=[one.prompt for _, one in batch], padding=True, return_tensors="pt")
+        with model.pruning(**options):
+            tokens = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        said = processor.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        right += [one.strip() == question.answer for one, (_, question) in zip(said, batch, strict=True)]
+    assert len(right) == 48
     assert sum(right) / len(right) >= least
 
 
