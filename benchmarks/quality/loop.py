@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +248,19 @@ def set_up(seed: int, threads: int) -> torch.device:
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def trains_in_bfloat16() -> bool:
+    """Return whether bfloat16 is the faster type here: on a GPU, and on CPUs whose cores multiply tiles (AMX).
+
+    Elsewhere a bfloat16 product takes twice as long as one in float32.
+    """
+    return torch.cuda.is_available() or torch.cpu._is_amx_tile_supported()
+
+
+def precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Return the context that models train in: autocast to bfloat16 where that is faster."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=trains_in_bfloat16())
 
 
 def optimizers_of(module: torch.nn.Module, muon: float = 0.02, adam: float = 2e-3) -> list[torch.optim.Optimizer]:

@@ -1,6 +1,6 @@
-"""Plain attention for training on CPU cores, where the backward pass of PyTorch's fused kernel is slow.
+"""Plain attention for training in bfloat16 on CPU cores, where the backward pass of PyTorch's fused kernel is slow.
 
-At the 145 tokens of a small scene it is three times as fast.
+At the 145 tokens of a small scene it is three times as fast. In float32 the fused kernel is the faster one.
 """
 
 from typing import Any

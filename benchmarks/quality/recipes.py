@@ -21,7 +21,8 @@ class TowerCourse:
     ----------
     steps : int
     small_steps : int
-        How many of them, the first ones, run on small scenes of 168 pixels.
+        How many of them, the first ones, run on small scenes of 168 pixels. Once patches are no longer taught, every
+        second step does: of small scenes a batch holds more, and every text has more pictures to be told from.
     small_texts, texts : int
         Texts about each small scene and about each whole one; with 0, these steps learn from labels alone.
     question_share : float
@@ -53,6 +54,10 @@ class TowerCourse:
     patches_after: tuple[int, ...]
     patches_share: float
     cls_after: tuple[int, ...]
+
+    def draws_small(self, step: int) -> bool:
+        """Return whether a step runs on small scenes."""
+        return step < self.small_steps or (not self.teaches_patches(step) and step % 2 == 0)
 
     def teaches_patches(self, step: int) -> bool:
         """Return whether patches are taught what they show in a step."""
@@ -232,8 +237,8 @@ PLAIN = Recipe(
     layers_per_group=3,
     pruned_decoder_layers=12,
     tower=TowerCourse(
-        steps=2400,
-        small_steps=800,
+        steps=2200,
+        small_steps=1100,
         small_texts=1,
         texts=3,
         question_share=0.2,

@@ -18,7 +18,7 @@ from PIL import Image
 
 from benchmarks.quality import command
 from benchmarks.quality.checkpoint import check_world, checkpoint_fingerprint
-from benchmarks.quality.loop import TrainingRun, cosine_rate, drawn_ahead, optimize, optimizers_of, set_up
+from benchmarks.quality.loop import TrainingRun, cosine_rate, drawn_ahead, optimize, optimizers_of, precision, set_up
 from benchmarks.quality.world import SIDE, Question, Scene, draw_scene, questions
 from modeling_ivtp import IVTPLlavaConfig
 from modeling_ivtp.files.folder import check_target, new_folder
@@ -91,7 +91,7 @@ def main(
         inputs = {name: value.to(device) for name, value in inputs.items()}
         # The questions about a scene are neighbours in the batch; the frozen tower encodes each scene once.
         pixels = inputs.pop("pixel_values")[::QUESTIONS]
-        with torch.autocast(device.type, torch.bfloat16):
+        with precision(device):
             encoded = llava.model.get_image_features(pixels)
             images = take_images(encoded, [row // QUESTIONS for row in range(len(labels))])
             logits = llava(**inputs, mm_encoder_outputs={"image": images}).logits[:, :-1]

@@ -183,12 +183,18 @@ def _run_layer(
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
     query, key = apply_rotary_pos_emb(query, key, cos.to(query.dtype), sin.to(query.dtype))
+    of_picture = [projected[:, :, :read] for projected in (query, key, value)]
     query = query * query.shape[-1] ** -0.5
-    by_picture = (query[:, :, :read] @ key[:, :, :read].transpose(-1, -2) + reading.to(query.dtype)).softmax(-1)
     by_questions, of_questions = _side_by_side(query, key, value, read, own)
-    output = torch.cat([by_picture @ value[:, :, :read], of_questions], 2).transpose(1, 2).flatten(2)
+    if penalty is None:
+        read_states = F.scaled_dot_product_attention(*of_picture, is_causal=True)
+        idle = states.new_zeros(())
+    else:
+        by_picture = (query[:, :, :read] @ key[:, :, :read].transpose(-1, -2) + reading.to(query.dtype)).softmax(-1)
+        read_states = by_picture @ value[:, :, :read]
+        idle = penalty.share(by_picture, by_questions)
+    output = torch.cat([read_states, of_questions], 2).transpose(1, 2).flatten(2)
     states = states + attention.o_proj(output)
-    idle = states.new_zeros(()) if penalty is None else penalty.share(by_picture, by_questions)
     return states + layer.mlp(layer.post_attention_layernorm(states)), idle
 
 

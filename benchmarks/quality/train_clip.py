@@ -24,7 +24,15 @@ from transformers import CLIPConfig, CLIPModel
 
 from benchmarks.quality import command, plain_attention
 from benchmarks.quality.captions_for_clip import Texts, texts_of
-from benchmarks.quality.loop import TrainingRun, drawn_ahead, optimize, optimizers_of, set_up
+from benchmarks.quality.loop import (
+    TrainingRun,
+    drawn_ahead,
+    optimize,
+    optimizers_of,
+    precision,
+    set_up,
+    trains_in_bfloat16,
+)
 from benchmarks.quality.miniature import PROJECTION, WIDTH, clip_text_config, vision_config
 from benchmarks.quality.recipes import TAUGHT, Recipe, TowerCourse, recipe_named
 from benchmarks.quality.world import COLOURS, GRID, PATCH, SIDE, SIZES, Scene, draw_scene, kinds
@@ -55,7 +63,7 @@ class Teacher(nn.Module):
         self.clip = CLIPModel(
             CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=PROJECTION)
         )
-        if not torch.cuda.is_available():
+        if trains_in_bfloat16() and not torch.cuda.is_available():
             self.clip.set_attn_implementation(plain_attention.NAME)
         self.bias = nn.Parameter(torch.tensor(-6.0))
         nn.init.constant_(self.clip.logit_scale, 2.3)
@@ -252,7 +260,7 @@ class Batch:
     @classmethod
     def of(cls, course: TowerCourse, step: int) -> "Batch":
         """Draw the batch of a step of a course."""
-        if step < course.small_steps:
+        if course.draws_small(step):
             return cls(step, SMALL_BATCH, 168, course.small_texts, course)
         return cls(step, BATCH, SIDE, course.texts, course)
 
@@ -278,7 +286,7 @@ def main(
 
     def one_step(step: int) -> dict[str, float]:
         batch = next(batches)
-        with torch.autocast(device.type, torch.bfloat16):
+        with precision(device):
             losses = teacher.losses(batch, device, teach_patches=course.teaches_patches(step))
         return optimize(teacher, optimizers, losses, course.rate(step))
 

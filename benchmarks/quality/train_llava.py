@@ -30,6 +30,7 @@ from benchmarks.quality.loop import (
     drawn_ahead,
     optimize,
     optimizers_of,
+    precision,
     saved_settings,
     saved_weights,
     set_up,
@@ -102,7 +103,7 @@ def main(
 
     @torch.no_grad()
     def see(pixels: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
-        with torch.autocast(device.type, torch.bfloat16):
+        with precision(device):
             return teacher.see(pixels.to(device), window)[1].float()
 
     sample = see(pixel_values([draw_scene("train", index) for index in range(32)]), (0, 0))
@@ -116,7 +117,7 @@ def main(
     def one_step(step: int) -> dict[str, float]:
         batch = next(batches)
         features = see(batch.pixels, batch.window)
-        with torch.autocast(device.type, torch.bfloat16):
+        with precision(device):
             values = losses(speaker, features, batch, course, step)
         return optimize(speaker, optimizers, values, course.rate(step))
 
