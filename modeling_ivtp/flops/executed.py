@@ -358,7 +358,7 @@ class _Dry(PrunerWrapper):
         column = torch.arange(length)[None]
         patches = length - self.text
         image = (column >= self.before) & (column < self.before + patches)
-        rows = count_rows(image, None, 1, patches)
+        rows, _ = count_rows(image, None, 1, patches)
         return locate_images(image, None, rows, patches).keep(torch.arange(tokens)[None, None])[0]
 
     def _count(self, work: Callable[[], Any]) -> Any:

@@ -103,9 +103,8 @@ class PrunedGeneration:
             past=0 if cache is None else int(cache.get_seq_length()),
             drafted=inputs.get("drafted", 0),
         )
-        prompt = self.model.with_question(prompt)
-        inputs["clip_input_ids"], inputs["clip_spans"] = prompt.clip_input_ids, prompt.clip_spans
-        index = inputs["prompt_index"] = self.model.index_prompt(prompt, plan, _count_images(inputs))
+        prompt, index = self.model.prepare_prompt(prompt, plan, _count_images(inputs))
+        inputs |= {"clip_input_ids": prompt.clip_input_ids, "clip_spans": prompt.clip_spans, "prompt_index": index}
         if cache is not None and prompt.past == 0 and plan.exact:
             self.model.language_model.allocate(cache, plan, index.sequence)
 

@@ -68,17 +68,19 @@ class InstructionGuide:
             return None
         return processor if processor.clip_tokenizer is not None else None
 
-    def complete(self, model: Any, prompt: PromptInputs) -> PromptInputs:
+    def complete(self, model: Any, prompt: PromptInputs, *, misplaced: bool = False) -> PromptInputs:
         """Return a prompt with the question's `clip_input_ids` and `clip_spans`, read from `input_ids` if need be.
 
         They are read where one is missing, where the spans cover another number of tokens than the prompt or the whole
-        conversation has, and where they lie on padding or on images. A prompt that needs none, or whose question
+        conversation has, and where the prompt's index found them misplaced. A prompt that needs none, or whose question
         nobody can read, comes back as it is.
 
         Parameters
         ----------
         model : IVTPLlavaModel
         prompt : PromptInputs
+        misplaced : bool, default False
+            Whether the spans do not belong to the prompt's tokens, though they are as many.
 
         Raises
         ------
@@ -86,23 +88,27 @@ class InstructionGuide:
             If spans cannot be aligned with the prompt, and there is no processor beside the model's weights.
         """
         needs = model.pruner.needs
-        if torch.compiler.is_compiling() or prompt.input_ids is None or not _asks(needs, model.has_text_tower):
+        if torch.compiler.is_compiling() or not asks(needs, model.has_text_tower):
+            return prompt
+        if prompt.input_ids is None and not misplaced:
             return prompt
         missing = prompt.clip_input_ids is None and (needs.patch_embeds or needs.options.guidance == "clip")
-        missing |= prompt.clip_spans is None and needs.pseudo_cls
-        if not missing and _aligned(model, prompt):
+        missing |= prompt.clip_spans is None and (needs.pseudo_cls or needs.instruction)
+        if not (missing or misplaced) and _as_many(prompt):
             return prompt
-        processor = self.processor(model)
+        processor = None if prompt.input_ids is None else self.processor(model)
         if processor is not None:
             return _read(processor, prompt)
-        if missing or prompt.past:
+        if missing or (prompt.past and not misplaced):
             return prompt
         assert prompt.clip_spans is not None
+        found = "has words on padding or images, or padding on tokens"
+        if not misplaced:
+            found = f"covers {prompt.clip_spans.shape[1]} tokens of a prompt of {prompt.length}"
         raise ValueError(
-            f"clip_spans covers {prompt.clip_spans.shape[1]} tokens of a prompt of {prompt.length}, or lies on padding "
-            "or images, so it cannot be aligned: the prompt was changed after the processor wrote it. Pass the "
-            "processor's inputs unchanged, leave clip_spans and clip_input_ids out, or save the processor beside the "
-            "model's weights (processor.save_pretrained), so that the model reads the question itself."
+            f"clip_spans {found}, so it cannot be aligned: the prompt was changed after the processor wrote it. Pass "
+            "the processor's inputs unchanged, leave clip_spans and clip_input_ids out, or save the processor beside "
+            "the model's weights (processor.save_pretrained), so that the model reads the question itself."
         )
 
     def save(self, model: Any, folder: str | os.PathLike[str]) -> None:
@@ -113,29 +119,21 @@ class InstructionGuide:
             processor.save_pretrained(folder)
 
 
-def _asks(needs: Needs, has_text_tower: bool) -> bool:
+def asks(needs: Needs, has_text_tower: bool) -> bool:
     """Return whether a pruner goes by the question, and the model can compare it."""
     if needs.patch_embeds:
         return has_text_tower
+    if needs.instruction:
+        return True
     if not needs.pseudo_cls or needs.options.guidance == "visual_cls":
         return False
     return has_text_tower or needs.options.guidance != "clip"
 
 
-def _aligned(model: Any, prompt: PromptInputs) -> bool:
-    """Return whether spans belong to the tokens of a prompt."""
+def _as_many(prompt: PromptInputs) -> bool:
+    """Return whether there is a span for each token of a prompt, or of the conversation that it continues."""
     spans = prompt.clip_spans
-    if spans is None:
-        return True
-    if spans.shape[1] == prompt.past + prompt.length:
-        spans = spans[:, prompt.past :]
-    if spans.shape[1] != prompt.length:
-        return False
-    if not model.training or prompt.attention_mask is None:
-        return True
-    # Collators that move the padding keep the length; looking costs a wait for the device.
-    wordless = model.placeholders(prompt.input_ids, None) | ~prompt.valid_tokens(spans.device)  # type: ignore[operator]
-    return not bool((spans.ne(0).any(-1) & wordless.to(spans.device)).any())
+    return spans is None or spans.shape[1] in (prompt.length, prompt.past + prompt.length)
 
 
 def _read(processor: IVTPLlavaProcessor, prompt: PromptInputs) -> PromptInputs:

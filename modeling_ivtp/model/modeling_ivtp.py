@@ -24,7 +24,7 @@ from .checkpoint_ivtp import load_llava, naming_damaged_weights, register_weight
 from .compat import CACHE, cache_argument, cache_of, is_exporting, one_cache
 from .configuration_ivtp import IVTPLlavaConfig, IVTPPruningConfig
 from .generation_ivtp import PrunedGeneration
-from .guide import InstructionGuide
+from .guide import InstructionGuide, asks
 from .instruction_cache import InstructionCache
 from .labels import TEXT_TOWER, labelled
 from .language_ivtp import DECODERS, check_architecture
@@ -351,15 +351,28 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
         token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
-    def with_question(self, prompt: PromptInputs) -> PromptInputs:
-        """Return a prompt with the inputs that tell the question; see `InstructionGuide.complete`."""
+    def prepare_prompt(
+        self, prompt: PromptInputs, plan: PruningPlan, images: int, known: PromptIndex | None = None
+    ) -> tuple[PromptInputs, PromptIndex]:
+        """Return a prompt with the inputs that tell the question, and its index.
+
+        See `InstructionGuide.complete` and `prompt.index_prompt`. Call it before the device has work: the host waits
+        for it here, and nowhere later.
+        """
         guide: InstructionGuide | None = getattr(self, "guide", None)  # a stock model in our classes has none
-        return prompt if guide is None else guide.complete(self, prompt)
+        if guide is None:
+            return prompt, self.index_prompt(prompt, plan, images, known)
+        prompt = guide.complete(self, prompt)
+        index = self.index_prompt(prompt, plan, images, known)
+        if index.misplaced:
+            prompt = guide.complete(self, prompt, misplaced=True)
+            index = self.index_prompt(replace(prompt, clip_spans=None), plan, images, known)
+        return prompt, index
 
     def index_prompt(
         self, prompt: PromptInputs, plan: PruningPlan, images: int, known: PromptIndex | None = None
     ) -> PromptIndex:
-        """Find images and words of a prompt, before the device has work; see `prompt.index_prompt`."""
+        """Find images and words of a prompt; see `prompt.index_prompt`."""
         placeholders, needs = self.placeholders(prompt.input_ids, prompt.inputs_embeds), self.pruner.needs
         by_clip = needs.pseudo_cls and needs.options.guidance == "clip" and self.has_text_tower
         return index_prompt(
@@ -369,6 +382,7 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
             patches=plan.patches,
             drafted=prompt.drafted,
             clip_input_ids=prompt.clip_input_ids if needs.patch_embeds or by_clip else None,
+            spans=prompt.new_spans(placeholders) if asks(needs, self.has_text_tower) else None,
             known=known,
         )
 
@@ -441,9 +455,8 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
             input_ids, inputs_embeds, attention_mask, position_ids, clip_input_ids, clip_spans, past, drafted
         )
         if prompt_index is None or torch.compiler.is_compiling():
-            prompt = self.with_question(prompt)
             count = pixel_values.shape[0] if pixel_values is not None else len(encoded.pooler_output)
-            prompt_index = self.index_prompt(prompt, plan, count, known=prompt_index)
+            prompt, prompt_index = self.prepare_prompt(prompt, plan, count, known=prompt_index)
         if prompt_index.sequence.valid is None and past == 0:
             prompt = replace(prompt, attention_mask=None)  # where nothing is padded, no layer has to look for it
         if encoded is None:

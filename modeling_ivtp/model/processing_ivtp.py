@@ -2,8 +2,9 @@
 
 It adds two inputs to `LlavaProcessor`'s. `clip_input_ids` (B, W, C) int64 is the instruction in windows of CLIP's
 context length C. `clip_spans` (B, S, 2) int64 holds for each prompt token the CLIP tokens that share a character with
-it (IVTP Eq. 7), as a half-open range over the row's W * C tokens, counted from the end; (0, 0) stands for none. Shorter
-rows of both have zeros on the left, which is also what left-padding an unknown input gives.
+it (IVTP Eq. 7), as a half-open range over the row's W * C tokens, counted from the end; (0, 0) stands for none, and
+(1, 1) for padding, so that padding which is moved later is noticed. Shorter rows of both have zeros on the left, which
+is also what left-padding an unknown input gives.
 """
 
 import math
@@ -36,7 +37,7 @@ from .instruction import (
 )
 from .placeholders import COUNTED_BY, complete_processor
 from .spelling import spell
-from .text_relevance import overlapping_spans
+from .text_relevance import PADDING_SPAN, overlapping_spans
 
 logger = logging.get_logger(__name__)
 
@@ -272,6 +273,7 @@ num_additional_image_tokens
             outputs["text_replacement_offsets"],
             _as_list(outputs["input_ids"]),
             _as_list(outputs["offset_mapping"]),
+            _as_list(outputs["attention_mask"]) if "attention_mask" in outputs else None,
         )
         for output, wanted in returned.items():
             if not wanted:
@@ -306,13 +308,13 @@ num_additional_image_tokens
         if self.clip_tokenizer is None:
             raise ValueError("read_instruction needs clip_tokenizer, and this processor has none.")
         rows = input_ids.tolist()
-        valid = [[True] * len(row) for row in rows] if attention_mask is None else attention_mask.bool().tolist()
+        valid = [[1] * len(row) for row in rows] if attention_mask is None else attention_mask.tolist()
         spelled = []
         for row, present in zip(rows, valid, strict=True):
             tokens = self.tokenizer.convert_ids_to_tokens(row)
             spelled.append(spell([token or "" if here else "" for token, here in zip(tokens, present, strict=True)]))
         texts, offsets = zip(*spelled, strict=True)
-        windows, spans = self._clip_inputs(texts, [[]] * len(rows), rows, offsets)
+        windows, spans = self._clip_inputs(texts, [[]] * len(rows), rows, offsets, valid)
         example = torch.empty(0)
         return BatchFeature(
             {
@@ -361,6 +363,7 @@ num_additional_image_tokens
         replacements: Sequence[Sequence[dict[str, Any]]],
         input_ids: Sequence[Sequence[int]],
         offsets: Sequence[Sequence[Range]],
+        valid: Sequence[Sequence[int]] | None,
     ) -> tuple[list[list[list[int]]], list[list[list[int]]]]:
         """Tokenize the instruction of each prompt for CLIP and align it with the prompt's tokens.
 
@@ -372,6 +375,8 @@ num_additional_image_tokens
             The mixin's record of that expansion.
         input_ids, offsets : sequence (per row) of sequence
             The tokens of the expanded prompts and their character ranges in it.
+        valid : sequence (per row) of sequence of int, or None
+            0 for padding; None: nothing says.
 
         Returns
         -------
@@ -405,6 +410,8 @@ num_additional_image_tokens
             ]
             windows.append([self._window(encoded["input_ids"][row][slice(*bound)]) for bound in bounds])
             spans.append(window_spans(overlapping_spans(own, in_prompt), bounds, context))
+            for column in () if valid is None else (at for at, here in enumerate(valid[row]) if not here):
+                spans[row][column] = list(PADDING_SPAN)
         longest = max(1, *map(len, windows))
         return [[[0] * context] * (longest - len(row)) + row for row in windows], spans
 

@@ -10,7 +10,15 @@ from transformers.utils import logging
 from .labels import CHOOSE, label, labelled
 from .pruner import Choice, FeatureStep, PromptStep, Pruner, full_precision
 from .schedule import PruningPlan
-from .text_relevance import instruction_tokens, key_tokens, map_relevance, pseudo_cls, text_similarity, token_relevance
+from .text_relevance import (
+    instruction_tokens,
+    key_tokens,
+    map_relevance,
+    misplaced_spans,
+    pseudo_cls,
+    text_similarity,
+    token_relevance,
+)
 from .trace import TraceRecorder
 from .visual_prompt import PseudoCLSTokens, VisualPrompt
 from .visual_sequence import VisualSequence, count_rows, locate_images, per_row, uncounted_rows
@@ -112,10 +120,13 @@ class PromptIndex:
         The prompt's tokens, with nothing dropped yet.
     windows : tuple of tuple of int, or None
         The instruction's windows in CLIP's tokens, row after row, without padding. None: not read.
+    misplaced : bool, default False
+        Whether `clip_spans` do not belong to the prompt's tokens.
     """
 
     sequence: VisualSequence
     windows: tuple[tuple[int, ...], ...] | None = None
+    misplaced: bool = False
 
 
 def index_prompt(
@@ -126,6 +137,7 @@ def index_prompt(
     patches: int,
     drafted: int = 0,
     clip_input_ids: torch.Tensor | None = None,
+    spans: torch.Tensor | None = None,
     known: PromptIndex | None = None,
 ) -> PromptIndex:
     """Find images and words of a prompt. The host waits for the device, unless this is being compiled.
@@ -144,6 +156,8 @@ def index_prompt(
         Last columns that an assistant proposes.
     clip_input_ids : int64 Tensor (B, W, C), optional
         The instruction, to be read too.
+    spans : int64 Tensor (B, S, 2), optional
+        Which of its tokens overlap each of the prompt's; to be checked.
     known : PromptIndex, optional
         The index that was made before compiled code began; without it, every row needs as many images.
 
@@ -158,14 +172,15 @@ def index_prompt(
         placeholders = placeholders & ~answer
     if torch.compiler.is_compiling():
         return _index_compiled(placeholders, valid, images, patches, drafted, known)
-    rows = count_rows(placeholders, valid, images, patches)
+    flags = None if spans is None else misplaced_spans(spans, placeholders, valid)
+    rows, misplaced = count_rows(placeholders, valid, images, patches, flags)
     if all(row.tokens == placeholders.shape[1] for row in rows):
         valid = None
     sequence = replace(locate_images(placeholders, valid, rows, patches), drafted=drafted)
     windows = None
     if clip_input_ids is not None:
         windows = tuple(_without_padding(window) for row in clip_input_ids.tolist() for window in row)
-    return PromptIndex(sequence, windows)
+    return PromptIndex(sequence, windows, misplaced)
 
 
 def _index_compiled(

@@ -118,6 +118,33 @@ def text_similarity(embeddings: Tensor, reference: Tensor, spans: Tensor) -> Ten
     return token_relevance(embeddings, reference).masked_fill(~instruction_tokens(spans).unsqueeze(1), float("-inf"))
 
 
+PADDING_SPAN = (1, 1)
+"""What stands for padding in `clip_spans`: an empty range, which tells where the processor put the padding."""
+
+
+def misplaced_spans(spans: Tensor, placeholders: Tensor, valid: Tensor | None) -> Tensor:
+    """Find rows whose spans do not belong to their tokens: somebody moved the padding, or appended something.
+
+    Parameters
+    ----------
+    spans : Tensor (B, S, 2), int64
+    placeholders : bool Tensor (B, S)
+        Where an image token stands.
+    valid : bool Tensor (B, S), optional
+        False for padding. Default: there is none.
+
+    Returns
+    -------
+    bool Tensor (B,)
+        Rows in which a word's span lies on padding or on an image, or a padding's span on a token.
+    """
+    padding = spans[..., 0] == PADDING_SPAN[0]
+    wordless = placeholders
+    if valid is not None:
+        wordless, padding = placeholders | ~valid, padding & valid
+    return (instruction_tokens(spans) & wordless | padding).any(1)
+
+
 def instruction_tokens(spans: Tensor) -> Tensor:
     """Mark the tokens that belong to the instruction.
 

@@ -257,8 +257,12 @@ def _align_right(stays: torch.Tensor, size: int, full: bool) -> tuple[torch.Tens
 
 
 def count_rows(
-    placeholders: torch.Tensor, valid: torch.Tensor | None, images: int, patches: int
-) -> tuple[RowCounts, ...]:
+    placeholders: torch.Tensor,
+    valid: torch.Tensor | None,
+    images: int,
+    patches: int,
+    flags: torch.Tensor | None = None,
+) -> tuple[tuple[RowCounts, ...], bool]:
     """Count the tokens and images of each row.
 
     The host waits for the device here, so call it before work for the device is queued.
@@ -273,6 +277,14 @@ def count_rows(
         Images that came with the prompt, over all rows.
     patches : int
         Patches of an image, N: each image needs as many placeholders.
+    flags : bool Tensor (B,), optional
+        Read along, so that the host waits once.
+
+    Returns
+    -------
+    rows : tuple of RowCounts
+    flagged : bool
+        Whether any of the flags is set.
 
     Raises
     ------
@@ -286,7 +298,10 @@ def count_rows(
     last_image = (placeholders * number).amax(1, keepdim=True)
     last_gap = torch.maximum(last_image, (~present * number).amax(1, keepdim=True))
     text_after = (present & (number > last_image)).sum(1)
-    counts = torch.stack([present.sum(1), placeholders.sum(1), text_after, length - last_gap[:, 0]], 1).tolist()
+    columns = [present.sum(1), placeholders.sum(1), text_after, length - last_gap[:, 0]]
+    if flags is not None:
+        columns.append(flags.to(text_after))
+    counts = torch.stack(columns, 1).tolist()
     if sum(count[1] for count in counts) != images * patches or any(count[1] % patches for count in counts):
         raise ValueError(
             f"Image features and image tokens do not match: {images} image(s) need {images * patches} image tokens, "
@@ -294,7 +309,8 @@ def count_rows(
             "the model's patch_size and num_additional_image_tokens=1 (the tower's CLS), and truncation must not cut "
             "into an image."
         )
-    return tuple(RowCounts(count[0], count[1] // patches, count[2], count[3]) for count in counts)
+    rows = tuple(RowCounts(count[0], count[1] // patches, count[2], count[3]) for count in counts)
+    return rows, flags is not None and any(count[4] for count in counts)
 
 
 def uncounted_rows(placeholders: torch.Tensor, images: tuple[int, ...], patches: int) -> tuple[RowCounts, ...]:

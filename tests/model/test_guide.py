@@ -8,6 +8,7 @@ from PIL import Image
 from transformers import AutoProcessor, DynamicCache
 
 from modeling_ivtp import IVTPLlavaForConditionalGeneration, IVTPLlavaProcessor
+from modeling_ivtp.model.text_relevance import instruction_tokens, misplaced_spans
 from tests.support.text_tokenizers import (
     CHATML_TEMPLATE,
     LLAVA_TEMPLATE,
@@ -85,7 +86,7 @@ def test_a_question_read_from_tokens_is_the_one_that_the_processor_writes(templa
     read = processor.read_instruction(inputs["input_ids"], inputs["attention_mask"])
     assert torch.equal(read["clip_input_ids"], inputs["clip_input_ids"])
     assert torch.equal(read["clip_spans"], inputs["clip_spans"])
-    assert inputs["clip_spans"][:3].any(-1).any(-1).all()
+    assert instruction_tokens(inputs["clip_spans"])[:3].any(-1).all()
 
 
 def test_byte_level_tokens_are_read_too(pictures):
@@ -159,12 +160,13 @@ def as_trained(processor, pictures):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("passed", ["misplaced", "dropped", "same length"])
-def test_a_collators_batch_keeps_the_patches_of_the_prompts_alone(model, processor, pictures, passed):
+def test_a_collators_batch_keeps_the_patches_of_the_prompts_alone(model, processor, pictures, passed, training):
     prompts, batch = as_trained(processor, pictures)
     clip = {"misplaced": prompts, "dropped": {}, "same length": _shifted(prompts, batch)}[passed]
     batch |= {name: clip[name] for name in ("clip_input_ids", "clip_spans") if name in clip}
-    model.train()
+    model.train(training)
     together = model.model(**{name: value for name, value in batch.items() if name != "labels"}).kept_tokens
     assert model(**batch).loss.isfinite()
     model.eval()
@@ -184,13 +186,51 @@ def test_spans_that_cannot_be_aligned_are_refused_without_a_processor(bare, proc
     clip = {name: prompts[name] for name in ("clip_input_ids", "clip_spans")}
     with pytest.raises(ValueError, match=r"cannot be aligned.*processor\.save_pretrained"):
         bare(**batch, **clip)
-    bare.train()
     with pytest.raises(ValueError, match="cannot be aligned"):
         bare(**batch, **_shifted(prompts, batch))
-    bare.eval()
     longer = torch.cat([prompts["input_ids"], prompts["input_ids"][:, -3:]], 1)
     with pytest.raises(ValueError, match="cannot be aligned"):
         bare.generate(input_ids=longer, pixel_values=prompts["pixel_values"], **clip, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("columns", [1, 3])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_that_moved_by_a_few_columns_is_noticed(model, bare, processor, pictures, side, columns):
+    text = [PROMPTS[0], PROMPTS[0]]
+    inputs = processor(images=[pictures[0]] * 2, text=text, padding=True, return_tensors="pt")
+    length = inputs["input_ids"].shape[1] + columns
+    options = {"padding": "max_length", "max_length": length, "return_tensors": "pt"}
+    other = {"left": "right", "right": "left"}[side]
+    inputs = processor(images=[pictures[0]] * 2, text=text, padding_side=side, **options)
+    moved = processor(images=[pictures[0]] * 2, text=text, padding_side=other, **options)
+    expected = kept(model, moved)
+    for name in ("clip_spans", "clip_input_ids"):
+        moved[name] = inputs[name]
+    for result, right in zip(kept(model, moved), expected, strict=True):
+        assert torch.equal(result, right)
+    with pytest.raises(ValueError, match="has words on padding or images, or padding on tokens"):
+        kept(bare, moved)
+    kept(bare, inputs)
+    embedded = dict(moved)
+    embedded["inputs_embeds"] = bare.get_input_embeddings()(embedded.pop("input_ids"))
+    with pytest.raises(ValueError, match="cannot be aligned"):
+        kept(bare, embedded)
+
+
+def test_misplaced_spans_are_found_row_by_row():
+    generator = torch.Generator().manual_seed(0)
+    spans = torch.tensor([[0, 0], [1, 1], [-5, -3], [-3, -3]])[torch.randint(4, (64, 3), generator=generator)]
+    images, valid = torch.rand(64, 3, generator=generator) < 0.2, torch.rand(64, 3, generator=generator) < 0.8
+    for mask in (valid, None):
+        found = misplaced_spans(spans, images, mask)
+        assert 0 < found.sum() < 64
+        for row in range(64):
+            wrong = False
+            for column, span in enumerate(spans[row].tolist()):
+                here = mask is None or bool(mask[row, column])
+                wrong |= span == [-5, -3] and (not here or bool(images[row, column]))
+                wrong |= span == [1, 1] and here
+            assert found[row] == wrong
 
 
 def test_a_prompt_that_goes_on_where_the_processor_ended_is_read_anew(model, processor, pictures):
