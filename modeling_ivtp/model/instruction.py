@@ -8,7 +8,7 @@ range of tokens its place in the windows (IVTP Eq. 7).
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
-from itertools import takewhile
+from itertools import takewhile, zip_longest
 from typing import Any
 
 from transformers.utils import logging
@@ -41,8 +41,10 @@ _NEVER = r"(?!)"
 def role_markers(text: str, formats: Sequence[tuple[str, str]]) -> list[tuple[bool, int, int]]:
     """Find the role markers of a prompt, by the first format that fits.
 
-    A question may name a marker. Among the user's words, an opening marker only counts where a sentence may begin, and
-    of several words such as `ASSISTANT:` that close a turn, the last one counts.
+    Among formats whose markers are words, the one that opens a turn first fits. A question may name a marker: among the
+    user's words, an opening marker only counts where a sentence may begin, and of several words such as `ASSISTANT:`
+    that close a turn, the last one counts. So may an answer: there, an opening marker also counts if its turn is
+    answered.
 
     Parameters
     ----------
@@ -57,8 +59,15 @@ def role_markers(text: str, formats: Sequence[tuple[str, str]]) -> list[tuple[bo
         Whether the marker opens a user turn, and its half-open character range; empty without any marker.
     """
     found = [_markers_of(text, *markers) for markers in formats]
-    opened = (markers for markers in found if any(opens for opens, _, _ in markers))
-    return next(opened, None) or next(filter(None, found), [])
+    opened = [markers for markers in found if any(opens for opens, _, _ in markers)]
+    by_words = [markers for markers in opened if text[_first_opening(markers)].isalnum()]
+    if by_words and by_words[0] is opened[0]:
+        return min(by_words, key=_first_opening)
+    return next(iter(opened), None) or next(filter(None, found), [])
+
+
+def _first_opening(markers: Sequence[tuple[bool, int, int]]) -> int:
+    return next(start for opens, start, _ in markers if opens)
 
 
 def _markers_of(text: str, opening: str, closing: str) -> list[tuple[bool, int, int]]:
@@ -67,12 +76,15 @@ def _markers_of(text: str, opening: str, closing: str) -> list[tuple[bool, int, 
     last = closings[-1][0] if closings else -1
     # A word that really closes a turn follows a sentence or ends the prompt.
     closed = max((start for start, end in closings if not _amid_words(text, start, end)), default=-1)
-    for match in re.finditer(f"(?P<opening>{opening})|{closing}", text):
+    matches = list(re.finditer(f"(?P<opening>{opening})|{closing}", text))
+    for match, following in zip_longest(matches, matches[1:]):
         start, end = match.span()
         word = match[0][0].isalnum()
         if match["opening"] is not None:
             among_users_words = found[-1][0] if found else closed < end
-            if among_users_words and _amid_words(text, start, start + 1):
+            answered = following is not None and following["opening"] is None
+            in_answer = word and found != [] and not found[-1][0] and not answered
+            if (among_users_words or in_answer) and _amid_words(text, start, start + 1):
                 continue
             # In lower case it may be anything but a marker, unless an answer's marker follows.
             if word and not match[0].isupper() and last < end and text[:start].strip():

@@ -212,6 +212,31 @@ CONVERSATIONS = {
         "<|start_header_id|>assistant<|end_header_id|>\n\n",
         "What is it?",
     ),
+    "another word for the user in a question": (
+        (),
+        "Human: <image>\nWhat does User: mean? Assistant:",
+        "What does User: mean?",
+    ),
+    "a later turn's word in a question": (
+        (),
+        "USER: <image>\nWhat is it? ASSISTANT: A sign USER: Is User: on it? ASSISTANT:",
+        "What is it?|Is User: on it?",
+    ),
+    "a marker in the last answer": (
+        (),
+        "USER: <image>\nWhat is written? ASSISTANT: It says USER: wet floor.</s>",
+        "What is written?",
+    ),
+    "a marker in an answer": (
+        (),
+        "USER: <image>\nWhat is written? ASSISTANT: It says USER: wet floor.</s>USER: Where? ASSISTANT:",
+        "What is written?|Where?",
+    ),
+    "answers without a full stop": (
+        (),
+        "USER: <image>\nWhat colour? ASSISTANT: Red USER: Where? ASSISTANT: Left USER: Why? ASSISTANT:",
+        "What colour?|Where?|Why?",
+    ),
     "ViP-LLaVA": ((), "A chat.###Human: <image>\nWhat is it?###Assistant:", "What is it?"),
 }
 
