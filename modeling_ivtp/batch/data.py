@@ -339,17 +339,47 @@ def _load_folder(path: Path, split: str, image_column: str | None) -> tuple[Tabl
         return ArrowTable(_saved(path, split)), path.resolve(), None
     folder = ImageFolder.read(path)
     if folder.is_for_datasets():
-        return ArrowTable(datasets.load_dataset(str(path), split=split)), path.resolve(), None
+        # Left to itself, `datasets` would read whatever kind of file there is more of, and say nothing of the pictures.
+        source = {"path": "imagefolder", "data_dir": str(path)} if folder.pictures else {"path": str(path)}
+        table = ArrowTable(datasets.load_dataset(**source, split=split))
+        chosen = datasets.load_dataset_builder(**source).config.data_files or {}
+        files = {Path(file) for of_split in chosen.values() for file in of_split}
+        if folder.pictures:
+            files -= {path / other for other in folder.others if not folder.joins_pictures(other)}
+        # Pictures of another split have their rows there.
+        elsewhere = files - {Path(file) for file in chosen.get(split, [])}
+        return table, path.resolve(), folder.left_out(_read_of(table, image_column, folder, files) | elsewhere)
     tables = [] if image_column is None else folder.tables(image_column)
     if not tables:
         # `datasets` would take names such as test.png for names of splits, and would follow no links.
         rows = JsonTable.of_rows([{"image": picture.as_posix()} for picture in folder.pictures])
-        return split_of(rows, split), path.resolve(), folder.left_out()
+        return split_of(rows, split), path.resolve(), folder.left_out({path / picture for picture in folder.pictures})
     if len({table.suffix.lower() for table in tables}) > 1:
         names = ", ".join(str(table.relative_to(path)) for table in tables)
         raise ValueError(f"{path} has several tables with a column {image_column!r}; give one of them: {names}")
     table, _ = _load_files(str(path), tables, split)
-    return table, path.resolve(), None
+    return (
+        table,
+        path.resolve(),
+        folder.left_out(
+            _read_of(table, image_column, folder, set(tables))
+            if "[" not in split  # else the person chose which rows stay away
+            else {*tables, *(path / picture for picture in folder.pictures)}
+        ),
+    )
+
+
+def _read_of(table: Table, column: str | None, folder: ImageFolder, files: set[Path]) -> set[Path]:
+    """Return those of a folder's files that are read: pictures that a row names, and of `files` what is no picture."""
+    read = files - {folder.path / picture for picture in folder.pictures}
+    if column is None or column not in table.column_names:
+        return read
+    for cell in table.cells(column, 0, len(table)):
+        for item in cell if isinstance(cell, list) else [cell]:
+            name = item.get("path") if isinstance(item, dict) else item
+            if isinstance(name, str) and not name.startswith("data:") and "://" not in name:
+                read.add(Path(os.path.normpath(folder.path / name)))
+    return read
 
 
 def _saved(path: Path, split: str) -> datasets.Dataset:

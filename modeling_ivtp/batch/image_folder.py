@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import os
+import tarfile
+import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,14 +69,27 @@ class ImageFolder:
             file.name in _METADATA or file.suffix.lower() in _ARCHIVES for file in self.others
         )
 
-    def left_out(self) -> str | None:
-        """Return a sentence that counts what is not read as a picture; None if there is nothing to count."""
+    def joins_pictures(self, other: Path) -> bool:
+        """Return whether `datasets` reads one of the other files with the pictures: metadata, or an archive of more."""
+        file = self.path / other
+        return file.name in _METADATA or zipfile.is_zipfile(file) or tarfile.is_tarfile(file)
+
+    def left_out(self, read: Collection[Path]) -> str | None:
+        """Return a sentence that counts what is not read; None if there is nothing to count.
+
+        Parameters
+        ----------
+        read : collection of Path
+            The files that are read, as paths on this machine: pictures that have a row, tables, archives.
+        """
         parts = []
-        if self.others:
-            endings = Counter(file.suffix.lower() or "no ending" for file in self.others)
+        if pictures := [file for file in self.pictures if self.path / file not in read]:
+            parts.append(f"{_number(len(pictures), 'picture')} without a row, such as {pictures[0]}")
+        if others := [file for file in self.others if self.path / file not in read]:
+            endings = Counter(file.suffix.lower() or "no ending" for file in others)
             counted = ", ".join(f"{count} with {ending}" for ending, count in sorted(endings.items()))
-            are = "is not a picture" if len(self.others) == 1 else "are not pictures"
-            parts.append(f"{_number(len(self.others), 'file')} that {are} ({counted})")
+            are = "is not a picture" if len(others) == 1 else "are not pictures"
+            parts.append(f"{_number(len(others), 'file')} that {are} ({counted})")
         if self.unreadable:
             parts.append(f"{_number(len(self.unreadable), 'folder')} that cannot be read, such as {self.unreadable[0]}")
         return f"{self.path}: left out {' and '.join(parts)}" if parts else None

@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import warnings
+import zipfile
 
 import pytest
 from PIL import Image
@@ -127,6 +128,47 @@ def test_a_table_beside_its_pictures_is_read(tmp_path):
     write_rows(tmp_path / "rows.jsonl", rows)
     with pytest.raises(ValueError, match=r"several tables with a column 'image'; give one of them: rows.csv, rows.js"):
         opened(tmp_path)
+
+
+ONE_ROW = {
+    "metadata": ("metadata.csv", b"file_name,question\na.png,Why?\n"),
+    "a table": ("rows.json", b'[{"image": "a.png", "question": "Why?"}]'),
+    "paired files": ("a.json", b'{"image": "a.png", "question": "Why?"}'),
+}
+
+
+@pytest.mark.parametrize(("name", "content"), ONE_ROW.values(), ids=ONE_ROW)
+def test_pictures_that_no_row_names_are_counted(tmp_path, name, content):
+    for picture_name in ("a.png", "b.png", "c.png"):
+        picture(tmp_path / picture_name)
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / "notes.txt").write_text("of a holiday")
+    assert places(tmp_path) == ["a.png"]
+    left_out = opened(tmp_path).left_out
+    assert left_out == (
+        f"{tmp_path}: left out 2 pictures without a row, such as b.png and 1 file that is not a picture (1 with .txt)"
+    )
+    for name in ("b.png", "c.png", "notes.txt"):
+        (tmp_path / name).unlink()
+    assert opened(tmp_path).left_out is None
+
+
+def test_files_beside_an_archive_are_counted(tmp_path):
+    picture(tmp_path / "a.png")
+    with zipfile.ZipFile(tmp_path / "more.zip", "w") as archive:
+        archive.write(tmp_path / "a.png", "inside/z.png")
+    (tmp_path / "rows.csv").write_text("a,b\n1,2\n")
+    assert len(opened(tmp_path)) == 2
+    assert opened(tmp_path).left_out == f"{tmp_path}: left out 1 file that is not a picture (1 with .csv)"
+
+
+def test_pictures_of_another_split_are_not_missed(tmp_path):
+    for split in ("train", "test"):
+        picture(tmp_path / split / "a.png")
+        (tmp_path / split / "metadata.csv").write_text("file_name,question\na.png,Why?\n")
+    assert opened(tmp_path, split="test").left_out is None
+    picture(tmp_path / "test" / "b.png")
+    assert "1 picture without a row, such as test/b.png" in opened(tmp_path, split="test").left_out
 
 
 def test_metadata_of_an_image_folder_is_joined_with_its_pictures(tmp_path):
