@@ -357,7 +357,7 @@ def _load_folder(path: Path, split: str, image_column: str | None) -> tuple[Tabl
     if len({table.suffix.lower() for table in tables}) > 1:
         names = ", ".join(str(table.relative_to(path)) for table in tables)
         raise ValueError(f"{path} has several tables with a column {image_column!r}; give one of them: {names}")
-    table, _ = _load_files(str(path), tables, split)
+    beside, _ = _load_files(str(path), tables, split)
     return (
         table,
         path.resolve(),
