@@ -4,6 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CLIENTS := .venv-clients
+EVAL := .venv-eval
 MODEL ?= examples/miniature
 SEED ?= 0
 RECIPE ?= taught
@@ -12,7 +13,7 @@ TRAINED = out/miniature-$(if $(filter-out taught,$(RECIPE)),$(RECIPE)-)$(SEED)
 # beside other work on two cores, spinning made a step take three times as long.
 TRAIN := OMP_WAIT_POLICY=PASSIVE MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=8000000000 $(RUN)/python -m benchmarks.quality
 
-.PHONY: help setup demo space cards quality miniature test test-fast test-oldest test-clients lint docs clean
+.PHONY: help setup demo space cards quality miniature test test-fast test-oldest test-clients eval-test lint docs clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -61,6 +62,15 @@ $(CLIENTS)/.installed: pyproject.toml tests/clients/requirements.txt
 	$(CLIENTS)/bin/python -m pip install --quiet --editable '.[dev]' --requirement tests/clients/requirements.txt
 	@touch $@
 
+eval-test: $(EVAL)/.installed  ## tests of evaluation with the newest lmms-eval, in .venv-eval
+	OMP_NUM_THREADS=1 $(EVAL)/bin/python -m pytest tests/evaluation
+
+$(EVAL)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(EVAL)
+	$(EVAL)/bin/python -m pip install --quiet --upgrade pip
+	$(EVAL)/bin/python -m pip install --quiet --editable '.[batch,eval]' 'pytest>=8.3,<10'
+	@touch $@
+
 lint: setup  ## style, types, and the layers of the package
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
@@ -77,4 +87,4 @@ docs: setup  ## these pages as a site with an API reference, in build/site; warn
 	! grep -E '^(griffe|mkdocstrings):' build/docs.log
 
 clean:  ## remove environments and outputs
-	rm -rf .venv .venv-ci .venv-clients .venv-oldest out build dist *.egg-info .import_linter_cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-ci .venv-clients .venv-eval .venv-oldest out build dist *.egg-info .import_linter_cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -26,18 +26,16 @@ from benchmarks.quality.methods import COMPACT
 from benchmarks.quality.paper_tables import ablation_differences, percent, points, table_1, table_7, with_interval
 from benchmarks.quality.plots import flops_unit, label, plot, plot_systems, unpruned_of
 from benchmarks.quality.world import TYPES, Question, chance, fingerprint, sample_questions
+from modeling_ivtp.evaluation import load_metric
 from modeling_ivtp.files.tables import markdown_table
 
-METRIC = Path(__file__).parent / "metrics" / "exact_word" / "exact_word.py"
 _PACKAGES = ("torch", "transformers", "evaluate", "numpy", "ivtp-llava")
 _SAME = ("method", "visual_tokens", "table", "mode", "checkpoint")
 
 
 @cache
 def _metric() -> Any:
-    import evaluate
-
-    return evaluate.load(str(METRIC), keep_in_memory=True)
+    return load_metric("exact_word")
 
 
 def right_answers(answers: Sequence[str], references: Sequence[str]) -> np.ndarray:
