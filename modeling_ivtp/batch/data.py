@@ -358,15 +358,9 @@ def _load_folder(path: Path, split: str, image_column: str | None) -> tuple[Tabl
         names = ", ".join(str(table.relative_to(path)) for table in tables)
         raise ValueError(f"{path} has several tables with a column {image_column!r}; give one of them: {names}")
     beside, _ = _load_files(str(path), tables, split)
-    return (
-        table,
-        path.resolve(),
-        folder.left_out(
-            _read_of(table, image_column, folder, set(tables))
-            if "[" not in split  # else the person chose which rows stay away
-            else {*tables, *(path / picture for picture in folder.pictures)}
-        ),
-    )
+    # Of a part of the rows the person chose what stays away.
+    every = {path / picture for picture in folder.pictures} if "[" in split else set()
+    return beside, path.resolve(), folder.left_out(_read_of(beside, image_column, folder, set(tables)) | every)
 
 
 def _read_of(table: Table, column: str | None, folder: ImageFolder, files: set[Path]) -> set[Path]:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
 from transformers.utils import find_adapter_config_file
 
 HUB_ACCESS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
@@ -30,6 +31,15 @@ def adapter_message(source: Any, config_file: Any = None) -> str:
     )
 
 
+def _is_out_of_reach(error: BaseException | None) -> bool:
+    """Return whether an error came from a repository that is not there, or cannot be reached."""
+    while error is not None:
+        if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled | RepositoryNotFoundError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 @contextmanager
 def naming_adapter(source: Any, **options: Any) -> Iterator[None]:
     """Say that `source` is an adapter where a library only misses a file of a whole model.
@@ -49,6 +59,8 @@ def naming_adapter(source: Any, **options: Any) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
+        if _is_out_of_reach(error):
+            raise  # to look for one more file would take as long again
         access = {name: options[name] for name in (*HUB_ACCESS, "revision") if options.get(name) is not None}
         config_file = find_adapter_config_file(str(source), **access)
         if config_file is None:

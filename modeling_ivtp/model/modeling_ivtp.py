@@ -20,8 +20,9 @@ from transformers.models.llava.modeling_llava import (
     LlavaPreTrainedModel,
 )
 
+from .adapter import naming_adapter
 from .checkpoint_ivtp import load_llava, naming_damaged_weights, register_weight_names, sparing, with_our_names
-from .compat import CACHE, cache_argument, cache_of, is_exporting, one_cache
+from .compat import CACHE, cache_argument, cache_of, check_export, is_exporting, one_cache
 from .configuration_ivtp import IVTPLlavaConfig, IVTPPruningConfig
 from .generation_ivtp import PrunedGeneration
 from .guide import InstructionGuide, asks
@@ -38,6 +39,8 @@ from .vision_ivtp import GroupedCLIPVisionModel, PrunedVisionOutput
 
 CHOOSING = ("clip_text_model", "visual_projection")
 """Parts of the model that serve nothing but the choice of tokens."""
+HEAD = "lm_head.weight"
+"""The language model's head, by its name among the weights."""
 
 
 class IVTPLlavaPreTrainedModel(LlavaPreTrainedModel):
@@ -55,14 +58,26 @@ class IVTPLlavaPreTrainedModel(LlavaPreTrainedModel):
         Raises
         ------
         OSError
-            If a weights file cannot be read.
+            If a weights file cannot be read, or the checkpoint is a LoRA adapter alone.
+        ValueError
+            If the checkpoint lacks the language model's head, and `output_loading_info` does not ask what is missing.
         """
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = sparing(
                 kwargs["quantization_config"], [*CHOOSING, *(f"model.{name}" for name in CHOOSING)]
             )
-        with naming_damaged_weights(pretrained_model_name_or_path):
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        wanted = kwargs.pop("output_loading_info", False)
+        source = pretrained_model_name_or_path
+        with naming_adapter(source, **kwargs), naming_damaged_weights(source):
+            model, info = super().from_pretrained(source, *args, **kwargs, output_loading_info=True)
+        if wanted:
+            return model, info
+        if HEAD in info["missing_keys"]:
+            raise ValueError(
+                f"{source} has no {HEAD}: it was saved from a bare model, which cannot answer. Load it with "
+                "IVTPLlavaModel.from_pretrained, or save the whole model."
+            )
+        return model
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Load weights as PyTorch does, by the model's own names or by the official ones.
@@ -439,6 +454,8 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
         }
         # Without an image there is nothing to plan: a decoding step costs no more than this look.
         plan = None if pixel_values is None and encoded is None else self.plan()
+        if is_exporting() and kwargs.get("use_cache", self.config.text_config.use_cache) is not False:
+            check_export(pruned=plan is not None)
         if plan is None:
             if mm_encoder_outputs is not None:
                 kwargs["mm_encoder_outputs"] = mm_encoder_outputs
@@ -447,8 +464,6 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
             return super().forward(**tokens, **images, **kwargs)
         if pixel_values is not None and encoded is not None:
             raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
-        if is_exporting() and kwargs.get("use_cache") is not False:
-            raise ValueError("use_cache: torch.export takes no cache as an output; export with use_cache=False.")
         return_dict = kwargs.pop("return_dict", None)
         past = 0 if cache is None else int(cache.get_seq_length())
         prompt = PromptInputs(

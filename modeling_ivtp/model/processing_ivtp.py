@@ -16,9 +16,11 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoTokenizer, BatchFeature, LlavaProcessor, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.image_utils import ChannelDimension, infer_channel_dimension_format
 from transformers.utils import cached_file, logging
 
 from .adapter import HUB_ACCESS, naming_adapter
@@ -245,7 +247,7 @@ num_additional_image_tokens
             (`text_pair`, `is_split_into_words`, `return_overflowing_tokens`).
         """
         own_size = {*kwargs, *(kwargs.get("images_kwargs") or {})} & _OF_SIZE
-        images = images if own_size else self._crop_all(images)
+        images = images if own_size else self._crop_all(images, kwargs.get("input_data_format"))
         if not self._adds_inputs or text is None:
             return super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
         text_kwargs = dict(kwargs.pop("text_kwargs", None) or {})
@@ -428,25 +430,39 @@ num_additional_image_tokens
         names = {self.image_token, *self.tokenizer.all_special_tokens, *added}
         return "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
 
-    def crop_thin(self, image: Any) -> Any:
+    def crop_thin(self, image: Any, channels: str | ChannelDimension | None = None) -> Any:
         """Crop a long and thin picture, whose ends the model never sees, before it is scaled.
 
         CLIP's processor scales the short edge to 336 pixels and then crops the middle: 1 x 20,000 pixels would become
-        336 x 6,720,000. From a PIL image more than `LONGEST` times as long as wide, as much is cut off at both ends as
+        336 x 6,720,000. From a picture more than `LONGEST` times as long as wide, as much is cut off at both ends as
         leaves every pixel of the middle where it was.
+
+        Parameters
+        ----------
+        image : PIL image, array or tensor
+            Arrays and tensors may be pictures (3 dimensions) or batches (4).
+        channels : {"channels_first", "channels_last"}, optional
+            Where an array has its channels. Default: where transformers finds 1 or 3 of them.
         """
         size, crop = self.image_processor.size, self.image_processor.crop_size
         edge = size.get("shortest_edge") if self.image_processor.do_resize else None
-        if not (isinstance(image, Image.Image) and edge and self.image_processor.do_center_crop):
+        rows_axis = _rows_axis(image, channels)
+        if rows_axis is None or not (edge and self.image_processor.do_center_crop):
             return image
-        short, long = sorted(image.size)
+        is_array = not isinstance(image, Image.Image)
+        height, width = image.shape[rows_axis : rows_axis + 2] if is_array else (image.height, image.width)
+        short, long = sorted((height, width))
+        if not short:
+            return image
         # Where the length that is cut off scales to whole pixels, the middle does not move.
         step = short // math.gcd(short, edge)
         margin = (long - LONGEST * short) // 2 // step * step
         if margin <= 0 or max(crop["height"], crop["width"]) > edge:
             return image
-        left, top = (margin, 0) if image.width == long else (0, margin)
-        return image.crop((left, top, image.width - left, image.height - top))
+        left, top = (margin, 0) if width == long else (0, margin)
+        if is_array:
+            return image[(slice(None),) * rows_axis + (slice(top, height - top), slice(left, width - left))]
+        return image.crop((left, top, width - left, height - top))
 
     def as_seen(self, image: Image.Image) -> Image.Image:
         """Scale and crop a picture to the pixels that the model sees; to process it again changes nothing."""
@@ -454,10 +470,10 @@ num_additional_image_tokens
         pixels = self.image_processor(cropped, do_rescale=False, do_normalize=False, return_tensors="np")
         return Image.fromarray(pixels["pixel_values"][0].astype("uint8").transpose(1, 2, 0))
 
-    def _crop_all(self, images: Any) -> Any:
+    def _crop_all(self, images: Any, channels: Any) -> Any:
         if isinstance(images, list | tuple):
-            return [self._crop_all(image) for image in images]
-        return self.crop_thin(images)
+            return [self._crop_all(image, channels) for image in images]
+        return self.crop_thin(images, channels)
 
     def is_whole_prompt(self, text: str) -> bool:
         """Return whether a text has role markers, so that it needs no chat template.
@@ -528,6 +544,18 @@ def _check_tokenizers(tokenizer: Any, clip_tokenizer: Any) -> None:
 def _context_length(clip_tokenizer: Any) -> int:
     """Return CLIP's context length; a tokenizer that was saved without it has a huge number instead."""
     return int(clip_tokenizer.model_max_length) if clip_tokenizer.model_max_length < 1_000_000 else 77
+
+
+def _rows_axis(image: Any, channels: str | ChannelDimension | None) -> int | None:
+    """Return the axis of a picture's rows, before that of its columns; None for what is no picture."""
+    if isinstance(image, Image.Image):
+        return 0
+    if not isinstance(image, np.ndarray | torch.Tensor) or image.ndim not in (3, 4):
+        return None
+    if channels is None:
+        with suppress(ValueError):  # the image processor says so, too
+            channels = infer_channel_dimension_format(image)
+    return None if channels is None else image.ndim - (2 if channels == ChannelDimension.FIRST else 3)
 
 
 def _as_list(values: Any) -> list:

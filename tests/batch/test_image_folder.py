@@ -144,6 +144,7 @@ def test_pictures_that_no_row_names_are_counted(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     (tmp_path / "notes.txt").write_text("of a holiday")
     assert places(tmp_path) == ["a.png"]
+    assert "without a row" not in opened(tmp_path, split="train[:1]").left_out
     left_out = opened(tmp_path).left_out
     assert left_out == (
         f"{tmp_path}: left out 2 pictures without a row, such as b.png and 1 file that is not a picture (1 with .txt)"

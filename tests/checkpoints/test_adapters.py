@@ -9,13 +9,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModel
 
-from modeling_ivtp import IVTPLlavaConfig, IVTPLlavaForConditionalGeneration, IVTPLlavaProcessor
+from modeling_ivtp import IVTPLlavaConfig, IVTPLlavaForConditionalGeneration, IVTPLlavaModel, IVTPLlavaProcessor
 from modeling_ivtp.checkpoints.convert import convert
 from modeling_ivtp.checkpoints.sources import HubOptions, open_checkpoint
 from modeling_ivtp.checkpoints.stock import export_stock
+from modeling_ivtp.model import adapter
 from modeling_ivtp.publish.staging import stage
 from modeling_ivtp.serving.answering import load_model
 from tests.support.checkpoints import PRUNING, clip_folder, llava_folder
@@ -94,6 +96,40 @@ def test_transformers_own_way_to_load_an_adapter_stays(folders):
     model = IVTPLlavaForConditionalGeneration.from_pretrained(folders.lora)
     assert any("lora_A" in name for name, _ in model.named_parameters())
     assert AutoConfig.from_pretrained(folders.ours).model_type == "ivtp_llava"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("door", ["from_llava", "generate, explain, serve", "convert", "push"])
+def test_an_adapter_with_its_bases_configuration_is_no_whole_model(folders, tmp_path, door):
+    shutil.copytree(folders.lora, tmp_path / "lora")
+    shutil.copyfile(folders.ours / "config.json", tmp_path / "lora" / "config.json")
+    with pytest.raises((OSError, ValueError), match=MESSAGE):
+        DOORS[door](SimpleNamespace(**vars(folders) | {"lora": tmp_path / "lora"}), tmp_path / "out")
+
+
+@pytest.mark.parametrize("error", [LocalEntryNotFoundError, OfflineModeIsEnabled])
+def test_a_repository_out_of_reach_is_asked_for_no_second_file(monkeypatch, error):
+    def refused(*args, **kwargs):
+        raise AssertionError("asked again")
+
+    monkeypatch.setattr(adapter, "find_adapter_config_file", refused)
+    with pytest.raises(OSError, match="as transformers says it"), adapter.naming_adapter("owner/model"):
+        raise OSError("as transformers says it") from error("not there")
+    with pytest.raises(AssertionError, match="asked again"), adapter.naming_adapter("owner/model"):
+        raise OSError("a file is missing")
+
+
+@pytest.mark.slow
+def test_a_bare_models_folder_has_no_head(folders, tmp_path):
+    IVTPLlavaForConditionalGeneration.from_pretrained(folders.ours).model.save_pretrained(tmp_path)
+    for load in (IVTPLlavaForConditionalGeneration.from_pretrained, AutoModel.from_pretrained):
+        with pytest.raises(ValueError, match=r"has no lm_head\.weight: it was saved from a bare model.*IVTPLlavaModel"):
+            load(tmp_path)
+    bare = IVTPLlavaModel.from_pretrained(tmp_path)
+    whole = IVTPLlavaForConditionalGeneration.from_pretrained(folders.ours).model.state_dict()
+    assert all(torch.equal(weight, whole[name]) for name, weight in bare.state_dict().items())
+    _, info = IVTPLlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert "lm_head.weight" in info["missing_keys"]
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from transformers import CLIPImageProcessor
 
@@ -37,6 +38,42 @@ def test_the_model_sees_the_pixels_of_the_whole_picture(processor, size):
     assert difference.max() <= (0 if 28 * max(size) % min(size) == 0 else 1)
     seen = np.asarray(processor.as_seen(picture)).transpose(2, 0, 1)
     assert np.array_equal(seen, part["pixel_values"][0])
+
+
+FORMS = {
+    "rows last": lambda values: values,
+    "channels first": lambda values: values.transpose(2, 0, 1),
+    "batch": lambda values: values[None],
+    "tensor": lambda values: torch.from_numpy(values.transpose(2, 0, 1).copy()),
+    "batch of tensors": lambda values: torch.from_numpy(values.transpose(2, 0, 1).copy())[None],
+    "grey": lambda values: values[..., :1],
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("size", [(2, 2000), (2000, 7)])
+def test_arrays_and_tensors_are_cropped_alike(processor, size, form):
+    picture = noise(*size)
+    values = FORMS[form](np.array(picture))
+    cropped = processor.crop_thin(values)
+    wanted = FORMS[form](np.asarray(processor.crop_thin(picture)))
+    assert type(cropped) is type(values)
+    assert max(cropped.shape) < 2000
+    assert np.array_equal(np.asarray(cropped), np.asarray(wanted))
+    options = {"return_tensors": "np", "do_rescale": False, "do_normalize": False}
+    if form == "grey":
+        options |= {"image_mean": [0.5], "image_std": [0.5], "do_convert_rgb": False}
+    whole = processor.image_processor(values, **options)["pixel_values"]
+    part = processor(images=values, **options)["pixel_values"]
+    assert np.abs(whole.astype(int) - part.astype(int)).max() <= 1
+
+
+def test_what_is_no_picture_stays_as_it_is(processor):
+    for values in (np.zeros((4, 4000)), np.zeros((4000, 7, 9)), torch.zeros(3, 0, 5), "picture.png"):
+        assert processor.crop_thin(values) is values
+    told = np.zeros((1, 4000, 3), np.uint8)
+    assert processor.crop_thin(told, "channels_last").shape < told.shape
+    assert processor(images=told, input_data_format="channels_last", return_tensors="pt")["pixel_values"].shape[1] == 3
 
 
 @pytest.mark.parametrize("size", [(60, 60), (28, 2800), (2000, 100)])

@@ -214,9 +214,17 @@ def test_decoding_strategies_that_left_transformers_are_named(model, inputs, opt
         model.generate(**inputs, max_new_tokens=3, **options)
 
 
+def test_a_cache_of_tensors_is_refused(model, inputs):
+    with pytest.raises(ValueError, match=r"is a tuple of tensors, as versions before 5 had it; allowed: a Cache"):
+        model(**inputs, past_key_values=((torch.zeros(1), torch.zeros(1)),))
+
+
 @pytest.mark.slow
 def test_export_says_what_it_needs(model, inputs):
     with pytest.raises(Exception, match=r"torch\.export takes no cache as an output; export with use_cache=False"):
+        torch.export.export(model, (), kwargs=dict(inputs))
+    stock = pytest.raises(Exception, match=r"torch\.export takes no cache as an output")
+    with model.pruning(enabled=False), stock:
         torch.export.export(model, (), kwargs=dict(inputs))
     exported = torch.export.export(model, (), kwargs=inputs | {"use_cache": False})
     logits = exported.module()(**inputs, use_cache=False).logits
