@@ -194,9 +194,8 @@ def _only(rows: list[Row], methods: Sequence[str], *, unpruned: bool) -> list[Ro
     if not methods:
         return rows
     if unknown := sorted(set(methods) - {row.method for row in rows}):
-        raise ValueError(
-            f"Unknown method(s) {', '.join(unknown)}; allowed: {', '.join(dict.fromkeys(row.method for row in rows))}."
-        )
+        allowed = ", ".join(dict.fromkeys(row.method for row in rows))
+        raise ValueError(f"No row of {', '.join(unknown)} at these numbers of tokens; allowed: {allowed}.")
     return [row for row in rows if row.method in methods or (row.method == "unpruned" and unpruned)]
 
 

@@ -39,10 +39,12 @@ def _of_a_module(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
+    is_causal: bool | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     bias = attention_mask
-    if bias is None and getattr(module, "is_causal", False):
+    # CLIP's text tower says with each call that it is causal; its modules do not.
+    if bias is None and (getattr(module, "is_causal", False) if is_causal is None else is_causal):
         size = query.shape[-2]
         bias = query.new_full((size, size), float("-inf")).triu(1)
     elif bias is not None and bias.dtype == torch.bool:

@@ -112,6 +112,9 @@ class Data:
         if not len(table):
             raise ValueError(f"{source} has no rows")
         wanted = [name for name in (image_column, prompt_column, id_column or None) if name is not None]
+        if wanted and not table.column_names:
+            why = next(iter(table.cells(wanted[0], 0, 1)))
+            raise ValueError(f"{source} has no row that can be read; of the first, {getattr(why, 'why', why)}")
         if unknown := [name for name in wanted if name not in table.column_names]:
             raise ValueError(
                 f"{source} has no column {', '.join(map(repr, unknown))}; it has: {', '.join(table.column_names)}"

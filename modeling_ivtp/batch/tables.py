@@ -213,6 +213,8 @@ def encoding_of(file: Path) -> str:
 def _parsed(line: bytes | str) -> Any:
     try:
         return json.loads(line.removeprefix(b"\xef\xbb\xbf") if isinstance(line, bytes) else line)
+    except UnicodeDecodeError as error:
+        return Broken(f"its line is not UTF-8 (byte 0x{error.object[error.start]:02x}): save the file in UTF-8")
     except (ValueError, RecursionError) as error:
         return Broken(f"its line is no JSON ({error})")
 

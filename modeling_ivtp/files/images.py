@@ -57,6 +57,7 @@ MAX_SCANS = 100
 
 LONGEST_SHOWN = 250
 """Characters of a source that an error repeats."""
+_URL_SAFE = bytes.maketrans(b"-_", b"+/")
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
 # JPEG, PNG, GIF, WEBP, and TIFF of either byte order.
 _BASE64_BEGINNINGS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "SUkqA", "TU0AK")
@@ -205,7 +206,10 @@ def _data_url(url: str, max_bytes: int) -> bytes:
     if not header.strip().lower().endswith(";base64"):
         return urllib.parse.unquote_to_bytes(payload)
     try:
-        return base64.b64decode(b"".join(urllib.parse.unquote_to_bytes(payload).split()), validate=True)
+        letters = b"".join(urllib.parse.unquote_to_bytes(payload).split())
+        # Some clients write the alphabet that is made for addresses, and leave out the padding.
+        letters = letters.translate(_URL_SAFE).rstrip(b"=")
+        return base64.b64decode(letters + b"=" * (-len(letters) % 4), validate=True)
     except binascii.Error as error:
         raise ValueError(f"the data URL is not valid base64: {error}") from error
 

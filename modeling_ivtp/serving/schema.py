@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from .batching import cut_at
 
@@ -76,6 +76,14 @@ class ChatRequest(BaseModel):
     modalities: Any = _neutral(["text"])
     service_tier: Any = _neutral("auto", "default")
     store: Any = _neutral(False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_unset(cls, values: Any) -> Any:
+        """Leave out fields that are null and unknown here: some clients send every field that they know."""
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if value is not None or name in cls.model_fields}
 
     @field_validator("*")
     @classmethod

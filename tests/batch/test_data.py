@@ -85,6 +85,15 @@ def test_a_column_that_the_reader_does_not_know_is_named(capsys, sample, tmp_pat
 ENCODINGS = ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32")
 
 
+def test_lines_in_another_encoding_say_so(tmp_path):
+    line = '{"image": null, "question": "caf\u00e9"}\n'.encode("latin-1")
+    (tmp_path / "rows.jsonl").write_bytes(line)
+    with pytest.raises(ValueError, match=r"no row that can be read; of the first, its line is not UTF-8 \(byte 0xe9\)"):
+        open_data(str(tmp_path / "rows.jsonl"))
+    (tmp_path / "rows.jsonl").write_bytes(b'{"image": null, "question": "tea"}\n' + line)
+    assert "not UTF-8 (byte 0xe9)" in open_data(str(tmp_path / "rows.jsonl")).rows(1, 2)[0].problem
+
+
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("ending", ["jsonl", "json"])
 def test_json_in_every_encoding_of_unicode(tmp_path, encoding, ending):

@@ -607,7 +607,7 @@ def few_words(_: Any) -> torch.nn.Module:
         ({"number": 0}, "at least 1"),
         ({"rows": "some"}, "allowed: main, systems, compact, ablations, all"),
         ({"budgets": (0,)}, "visual_tokens=0"),
-        ({"methods": ["magic"]}, "Unknown method.*allowed: unpruned, blind"),
+        ({"methods": ["magic"]}, "No row of .* at these numbers of tokens; allowed: unpruned, blind"),
         ({"headline": ["smell"]}, "Unknown question type"),
     ],
 )

@@ -300,6 +300,19 @@ def test_data_urls_may_have_line_breaks():
             assert colour(load_image(url, from_stranger=from_stranger)) == (200, 30, 40)
 
 
+def test_data_urls_may_be_written_for_addresses():
+    """With - and _ for + and /, and without padding."""
+    noisy = Image.effect_noise((40, 40), 90).convert("RGB")
+    endings = set()
+    for length in range(3):
+        letters = base64.urlsafe_b64encode(encoded(noisy) + b"x" * length).decode()
+        assert set("-_") & set(letters)
+        endings.add(letters.count("="))
+        for text in (letters, letters.rstrip("=")):
+            assert np.array_equal(load_image(f"data:image/png;base64,{text}"), noisy)
+    assert endings == {0, 1, 2}
+
+
 @pytest.mark.parametrize(
     "source",
     [

@@ -237,6 +237,9 @@ NEUTRAL: dict[str, list[Any]] = {
     "service_tier": ["auto", "default"],
     "user": ["somebody"],
     "n": [1],
+    "reasoning_effort": [None],
+    "prediction": [None],
+    "a_field_of_next_year": [None],
 }
 MEANT = {
     "response_format": {"type": "json_object"},
@@ -261,6 +264,13 @@ def test_fields_that_mean_something_are_refused(client: Any, name: str) -> None:
     with pytest.raises(openai.BadRequestError) as raised:
         ask(client, extra_body={name: MEANT[name]})
     assert f"{name}={json.dumps(MEANT[name])[:40]}; allowed: " in str(raised.value)
+
+
+def test_unknown_fields_with_a_value_are_refused(client: Any) -> None:
+    with pytest.raises(
+        openai.BadRequestError, match="unknown field.s. a_field_of_next_year, reasoning_effort; allowed"
+    ):
+        ask(client, extra_body={"reasoning_effort": "low", "a_field_of_next_year": {}, "prediction": None})
 
 
 def test_models_are_retrieved(client: Any, handler: Any) -> None:
