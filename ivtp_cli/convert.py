@@ -66,6 +66,14 @@ Threshold = Annotated[
     float | None, typer.Option(help="Cosine from which a word counts as a key word.", show_default=False)
 ]
 Aggregation = Annotated[str | None, typer.Option(help="rollout, mean, max, multiply or last.", show_default=False)]
+Coverage = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of importance, up to 1, that a picture's tokens have to cover; visual-tokens is the ceiling.",
+        show_default=False,
+    ),
+]
+MinVisualTokens = Annotated[int | None, typer.Option(help="Fewest tokens under a coverage.", show_default=False)]
 Importance = Annotated[
     str | None,
     typer.Option(help="own, or accumulated over the groups of the vision tower.", show_default=False),
@@ -95,6 +103,8 @@ def convert(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that exists.")] = False,
     visual_tokens: VisualTokens = None,
+    coverage: Coverage = None,
+    min_visual_tokens: MinVisualTokens = None,
     tower_tokens: TowerTokens = None,
     layers_per_group: LayersPerGroup = None,
     tower_layers: TowerLayers = None,
@@ -116,6 +126,8 @@ def convert(
     """Join a LLaVA with CLIP's text tower into a folder that loads as an IVTP-LLaVA."""
     options = {
         "visual_tokens": visual_tokens,
+        "coverage": coverage,
+        "min_visual_tokens": min_visual_tokens,
         "tower_tokens": tower_tokens,
         "tower_layers": tower_layers,
         "decoder_layers": decoder_layers,

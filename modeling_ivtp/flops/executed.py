@@ -189,7 +189,7 @@ def _run(config: Any, pruner: Pruner, plan: PruningPlan | None, text_tokens: int
                     clip_input_ids=torch.ones(1, windows, _context(config), dtype=torch.long, device="meta"),
                     clip_spans=_spans(length, config.num_patches, windows * _context(config)),
                 )
-                index = inner.index_prompt(replace(prompt, clip_input_ids=None), plan, images=1)
+                index = inner.index_prompt(replace(prompt, clip_input_ids=None, clip_spans=None), plan, images=1)
                 visual, embeds = build_prompt(inner, prompt, index, encoded, embeds, plan)
             parts["text_tower"] = counted() - dry.newly_counted()
         with _counting() as counted:

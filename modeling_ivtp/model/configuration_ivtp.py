@@ -21,6 +21,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 """The allowed values of the options that are words."""
 
+AUTO = "auto"
+AUTO_COVERAGE, AUTO_FLOOR = 0.9, 16
+"""What `visual_tokens="auto"` stands for, and the floor of every coverage that sets none."""
+
 AUTO_MAP = {
     "AutoConfig": "configuration_ivtp.IVTPLlavaConfig",
     "AutoModel": "modeling_ivtp.IVTPLlavaForConditionalGeneration",
@@ -53,8 +57,16 @@ class IVTPPruningConfig:
     ----------
     enabled : bool, default True
         False runs stock LLaVA, operation for operation.
-    visual_tokens : int, default 64
-        Visual tokens of one image that are left in the end. A number above the image's patches keeps all.
+    visual_tokens : int or "auto", default 64
+        Visual tokens of one image that are left in the end. A number above the image's patches keeps all. `"auto"`
+        stands for `visual_tokens=64` with `coverage=0.9`, where these are not given.
+    coverage : float or None, default None
+        The share of importance, from 0 to 1, that the tokens of a picture have to cover for its question. The last
+        group of the decoder then keeps as few tokens as reach it, at most `visual_tokens`. With the diverse choice, a
+        token also covers what others have in common with it. None: every picture keeps `visual_tokens`.
+    min_visual_tokens : int or None, default None
+        The fewest tokens that a picture keeps, whatever they cover; it needs `coverage`. None: 16, at most
+        `visual_tokens`.
     tower_tokens : int or None, default None
         Visual tokens that the vision tower hands over to the language model. None: 1.875 x `visual_tokens` (120 for
         64), at most all; the ratio follows from the FLOPs in the paper's Tables 3 and 9.
@@ -93,6 +105,8 @@ class IVTPPruningConfig:
 
     enabled: bool = True
     visual_tokens: int = 64
+    coverage: float | None = None
+    min_visual_tokens: int | None = None
     tower_tokens: int | None = None
     layers_per_group: int | None = 3
     tower_layers: int | None = None
@@ -108,11 +122,15 @@ class IVTPPruningConfig:
     strict: bool = False
 
     def __post_init__(self) -> None:
+        if self.visual_tokens == AUTO:
+            object.__setattr__(self, "visual_tokens", 64)
+            object.__setattr__(self, "coverage", AUTO_COVERAGE if self.coverage is None else self.coverage)
         for name in ("enabled", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"pruning.{name}={getattr(self, name)!r}; allowed: True, False.")
         for name, minimum, optional in (
             ("visual_tokens", 1, False),
+            ("min_visual_tokens", 1, True),
             ("tower_tokens", 1, True),
             ("layers_per_group", 1, True),
             ("tower_layers", 0, True),
@@ -121,6 +139,7 @@ class IVTPPruningConfig:
             value = getattr(self, name)
             if not (value is None and optional) and not (is_whole(value) and value >= minimum):
                 allowed = f"an integer of at least {minimum}" + (", or None" if optional else "")
+                allowed += f', or "{AUTO}"' if name == "visual_tokens" else ""
                 raise ValueError(f"pruning.{name}={value!r}; allowed: {allowed}.")
             object.__setattr__(self, name, None if value is None else int(value))
         if self.tower_tokens is not None and self.tower_tokens < self.visual_tokens:
@@ -136,6 +155,34 @@ class IVTPPruningConfig:
             if getattr(self, name) not in choices:
                 raise ValueError(f"pruning.{name}={getattr(self, name)!r}; allowed: {', '.join(choices)}.")
         self._check_extension()
+        self._check_coverage()
+
+    def _check_coverage(self) -> None:
+        """Refuse bounds that cross, and a coverage that nothing would follow."""
+        fewest, coverage = self.min_visual_tokens, self.coverage
+        if coverage is None:
+            if fewest is not None:
+                raise ValueError(f"pruning.min_visual_tokens={fewest} without coverage; allowed: None, or a coverage.")
+            return
+        if not is_number(coverage) or not 0 < coverage <= 1:
+            raise ValueError(f"pruning.coverage={coverage!r}; allowed: a share above 0, at most 1, or None.")
+        object.__setattr__(self, "coverage", float(coverage))
+        if fewest is not None and fewest > self.visual_tokens:
+            raise ValueError(
+                f"pruning.min_visual_tokens={fewest} is above visual_tokens={self.visual_tokens}; allowed: 1 to "
+                f"{self.visual_tokens}, or None."
+            )
+        if self.decoder_layers == 0:
+            raise ValueError(
+                "pruning.decoder_layers=0 with a coverage: the decoder decides how many tokens a question needs; "
+                "allowed: 1 or more, or coverage=None."
+            )
+
+    @property
+    def fewest_tokens(self) -> int:
+        """The fewest tokens that a picture keeps, where `coverage` decides."""
+        floor = AUTO_FLOOR if self.min_visual_tokens is None else self.min_visual_tokens
+        return min(floor, self.visual_tokens)
 
     def _check_extension(self) -> None:
         """Refuse a sharpness that is out of range, and options that exclude each other."""

@@ -91,6 +91,41 @@ def spanning(features: torch.Tensor, weights: torch.Tensor, scores: torch.Tensor
     return _spanning(features.detach(), _precise(weights.detach()), scores.detach(), keep)
 
 
+def spanned(features: torch.Tensor, weights: torch.Tensor, picked: torch.Tensor) -> torch.Tensor:
+    """Return which share of all tokens' squared lengths lies in the span of the first tokens picked.
+
+    Of L_ij = w_i <u_i, u_j> w_j this is 1 less the trace that is left once those tokens are projected out, over the
+    whole trace.
+
+    Parameters
+    ----------
+    features : Tensor (I, k, d)
+        The directions u, of any length.
+    weights : Tensor (I, k)
+        w, 0 or more.
+    picked : int64 Tensor (I, k')
+        In the order in which they were picked.
+
+    Returns
+    -------
+    float64 Tensor (I, k')
+        Ascending, at most 1; 1 where all lengths are 0.
+    """
+    features, weights = _precise(features.detach()), _precise(weights.detach())
+    lengths = features.norm(dim=-1)
+    units = features / lengths.clamp_min(torch.finfo(lengths.dtype).tiny)[..., None]
+    vectors = weights[..., None] * (units - units.mean(1, keepdim=True))
+    chosen = vectors.gather(1, picked[..., None].expand(-1, -1, vectors.shape[-1]))
+    basis, factor = torch.linalg.qr(chosen.transpose(1, 2))
+    # A token that adds nothing to those before it leaves a direction of its own that is only rounding.
+    size = factor.diagonal(dim1=1, dim2=2).abs()
+    real = size > size.amax(1, keepdim=True) * chosen.shape[-1] * torch.finfo(size.dtype).eps
+    shares = ((vectors @ basis).square().sum(1) * real).cumsum(1)
+    shares = torch.nn.functional.pad(shares, (0, picked.shape[1] - shares.shape[1]), value=float("inf"))
+    total = vectors.square().sum((1, 2))[:, None]
+    return torch.where(total > 0, shares / total, 1.0).clamp_max(1.0)
+
+
 def farthest(distance: torch.Tensor, keep: int) -> torch.Tensor:
     """Pick tokens greedily by the max-min distance, in their order.
 

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from .configuration_ivtp import IVTPPruningConfig
-from .diversity import SHARPNESS, choose_diverse
+from .diversity import SHARPNESS, quality, spanned, spanning
 from .rollout import (
     AttentionRecord,
     DecoderAttentionRecord,
     accumulate,
     aggregate,
+    covered,
     keep_most_important,
     own_importance,
 )
@@ -408,20 +409,40 @@ class IVTPPruner(Pruner):
             scores = accumulate(aggregate(records, aggregation)[:, 0], len(records), step.total, step.carried)
         else:
             scores = own_importance(records, aggregation)[:, 0]
-        kept = self._choose(scores, lambda: records[-1].flat_patch_keys, step.group.keep)
+        kept, _ = self._choose(scores, lambda: records[-1].flat_patch_keys, step.group.keep)
         return Choice(kept, scores=scores, carried=scores.gather(1, kept) if accumulated else None)
 
     def in_decoder(self, step: DecoderStep) -> Choice:
         """Keep the visual tokens that matter most to the pseudo-CLS token."""
-        scores = own_importance(step.records, self.options.aggregation)
-        return Choice(self._choose(scores, lambda: step.sequence.visual(step.hidden), step.group.keep), scores=scores)
+        scores, options, keep = own_importance(step.records, self.options.aggregation), self.options, step.group.keep
+        coverage = options.coverage if step.group.last == options.decoder_layers - 1 else None
+        kept, shares = self._choose(scores, lambda: step.sequence.visual(step.hidden), keep, coverage is not None)
+        if coverage is not None and shares is not None:
+            enough = ((shares < coverage).sum(-1, keepdim=True) + 1).clamp_min(min(options.fewest_tokens, keep))
+            kept = kept.masked_fill(torch.arange(keep, device=kept.device) >= enough, scores.shape[-1])
+            kept = kept.sort(-1).values
+        return Choice(kept, scores=scores, ragged=coverage is not None)
 
-    def _choose(self, scores: torch.Tensor, features: Callable[[], torch.Tensor], keep: int) -> torch.Tensor:
-        """Choose by scores (..., k) and, if the choice is diverse, by features (..., k, d): int64 (..., keep)."""
+    def _choose(
+        self, scores: torch.Tensor, features: Callable[[], torch.Tensor], keep: int, adaptive: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Choose by scores (..., k) and, if the choice is diverse, by features (..., k, d): int64 (..., keep).
+
+        Chosen tokens ascend; for an adaptive choice they come in the order in which they were picked, with the share
+        that each and those before it cover (..., keep).
+        """
         if self.options.choice == "top":
-            return keep_most_important(scores, keep)
+            if not adaptive:
+                return keep_most_important(scores, keep), None
+            order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :keep]
+            return order, covered(scores, order)
         sharpness = SHARPNESS if self.options.sharpness is None else self.options.sharpness
-        return choose_diverse(scores, features().to(scores.device), keep, sharpness)
+        shape, scores = scores.shape[:-1], scores.flatten(0, -2)
+        directions, weights = features().to(scores.device).flatten(0, -3), quality(scores, sharpness)
+        picked = spanning(directions, weights, scores, keep)
+        if not adaptive:
+            return picked.unflatten(0, shape).sort(-1).values, None
+        return picked.unflatten(0, shape), spanned(directions, weights, picked).unflatten(0, shape)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:

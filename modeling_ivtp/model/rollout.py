@@ -310,6 +310,25 @@ def accumulate(row: torch.Tensor, layers: int, total: int, before: torch.Tensor 
     return own if before is None else before.to(own.device) + own
 
 
+def covered(scores: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Return which share of an image's importance its first tokens hold, for tokens in an order.
+
+    Parameters
+    ----------
+    scores : Tensor (..., k)
+        0 or more.
+    order : int64 Tensor (..., k')
+
+    Returns
+    -------
+    float64 Tensor (..., k')
+        Ascending, at most 1; 1 where all scores are 0.
+    """
+    scores = scores.to(torch.float32 if scores.device.type == "mps" else torch.float64)
+    total = scores.sum(-1, keepdim=True)
+    return torch.where(total > 0, scores.gather(-1, order).cumsum(-1) / total, 1.0).clamp_max(1.0)
+
+
 def keep_most_important(scores: torch.Tensor, keep: int) -> torch.Tensor:
     """Return the indices of the `keep` highest scores, ascending, so that patches stay in their spatial order.
 

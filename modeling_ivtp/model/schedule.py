@@ -180,5 +180,6 @@ def plan_pruning(pruning: Any, patches: int, tower_layers: int, decoder_layers: 
         patches,
         tower=grouped(in_tower, pruning.layers_per_group, patches, handed_over, name="tower_layers"),
         decoder=grouped(pruning.decoder_layers, pruning.layers_per_group, handed_over, final, name="decoder_layers"),
+        exact=getattr(pruning, "coverage", None) is None,
     )
     return plan if plan.final_tokens < patches else None

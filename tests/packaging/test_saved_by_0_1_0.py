@@ -60,7 +60,8 @@ def test_its_configuration_and_base_model_load_with_the_package(saved: Path, ask
     config = AutoConfig.from_pretrained(saved)
     assert type(config) is IVTPLlavaConfig
     stated = json.loads((saved / "config.json").read_text())["pruning"]
-    newer = {"importance": "own", "choice": "top", "sharpness": None}  # which mean what 0.1.0 did
+    # These mean what 0.1.0 did.
+    newer = {"coverage": None, "min_visual_tokens": None, "importance": "own", "choice": "top", "sharpness": None}
     assert config.pruning.to_dict() == stated | newer
     generating, info = AutoModel.from_pretrained(saved, output_loading_info=True)
     assert type(generating) is IVTPLlavaForConditionalGeneration
