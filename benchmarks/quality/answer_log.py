@@ -5,9 +5,18 @@ import json
 from collections import defaultdict
 from dataclasses import astuple
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from benchmarks.quality.kept_counts import Kept, joined
 from modeling_ivtp.speed.stopwatch import Taken
+
+
+class Answers(NamedTuple):
+    """What a row said, the seconds it took, and what it kept of each picture where it adapts the number."""
+
+    said: list[str]
+    taken: Taken
+    kept: Kept
 
 
 class AnswerLog:
@@ -23,7 +32,7 @@ class AnswerLog:
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
         self.path = Path(folder) / f"answers-{name}.partial.jsonl"
-        self._answers: dict[str, dict[int, tuple[list[str], Taken]]] = defaultdict(dict)
+        self._answers: dict[str, dict[int, Answers]] = defaultdict(dict)
 
     def __enter__(self) -> "AnswerLog":
         self._file = self.path.open("a+b")
@@ -36,7 +45,7 @@ class AnswerLog:
                 break
             if not line.endswith(b"\n"):
                 break
-            self._answers[entry["row"]][entry["batch"]] = (entry["said"], Taken(*entry["taken"]))
+            self._answers[entry["row"]][entry["batch"]] = Answers(entry["said"], Taken(*entry["taken"]), entry["kept"])
             whole += len(line)
         self._file.truncate(whole)
         return self
@@ -48,17 +57,27 @@ class AnswerLog:
         """Return whether a row has answered a batch."""
         return batch in self._answers[row]
 
-    def add(self, row: str, batch: int, answers: list[str], taken: Taken) -> None:
-        """Log a row's answers to a batch, and the seconds that they took."""
-        entry = {"row": row, "batch": batch, "taken": astuple(taken), "said": answers}
+    def add(self, row: str, batch: int, answers: Answers) -> None:
+        """Log a row's answers to a batch."""
+        entry = {
+            "row": row,
+            "batch": batch,
+            "taken": astuple(answers.taken),
+            "said": answers.said,
+            "kept": answers.kept,
+        }
         self._file.write(json.dumps(entry).encode() + b"\n")
         self._file.flush()
-        self._answers[row][batch] = (answers, taken)
+        self._answers[row][batch] = answers
 
-    def answers(self, row: str) -> tuple[list[str], Taken]:
-        """Return all answers of a row in order, and the seconds that they took."""
+    def answers(self, row: str) -> Answers:
+        """Return all answers of a row in order."""
         batches = [batch for _, batch in sorted(self._answers[row].items())]
-        return [answer for answers, _ in batches for answer in answers], sum((taken for _, taken in batches), Taken())
+        return Answers(
+            [answer for batch in batches for answer in batch.said],
+            sum((batch.taken for batch in batches), Taken()),
+            joined([batch.kept for batch in batches]),
+        )
 
     def finished(self) -> None:
         """Delete the file, once the results are written."""

@@ -239,7 +239,7 @@ def ask(
             for signature, row in unique.items():
                 new = not log.has(signature, index)
                 if new:
-                    log.add(signature, index, *examination.answers(row))
+                    log.add(signature, index, examination.answers(row))
                 progress.advance(len(part), new, f"{row.method} {row.visual_tokens}")
     return asked
 
@@ -255,7 +255,7 @@ def _measured(
     """Return the results of rows whose answers are in the log: options, seconds, costs and right answers."""
     measured = []
     for row in rows:
-        answers, taken = log.answers(row_signature(row, config))
+        answers, taken, kept = log.answers(row_signature(row, config))
         measured.append(
             {
                 "method": row.method,
@@ -268,7 +268,7 @@ def _measured(
                 "seconds": round(taken.answer, 2),
                 "prefill_seconds": round(taken.prefill, 2),
                 "selection_seconds": round(taken.selection, 3),
-                **row_cost(row, config, asked),
+                **row_cost(row, config, asked, kept),
                 "right": report.pack(report.right_answers(answers, [question.answer for question in asked.questions])),
             }
         )

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.quality.answer_log import Answers
 from benchmarks.quality.checkpoint import ANSWER_TOKENS
+from benchmarks.quality.kept_counts import Kept, as_counted, counting, decoder_tokens
 from benchmarks.quality.methods import Row, WholeImages, encode_whole, last_group, patch_order, see_whole, unsealed
 from benchmarks.quality.world import GREY, Question, Scene
 from modeling_ivtp.flops.formula import decoder_flops, head_flops, text_tower_flops, tower_depth, tower_flops
@@ -65,17 +67,17 @@ class Examination:
         self._encoded: dict[Any, tuple[Any, Taken]] = {}
 
     @torch.no_grad()
-    def answers(self, row: Row) -> tuple[list[str], Taken]:
+    def answers(self, row: Row) -> Answers:
         """Return a row's answers and the seconds they took; a shared encoding counts fully for every row."""
         watch = Stopwatch()
-        with row.applied(self.model), watch.watching(self.model):
+        with row.applied(self.model), counting(self.model) as kept, watch.watching(self.model):
             image, shared = self._image(row)
             watch.restart()
             start = time.perf_counter()
             answers = self._generate(**image)
             end = time.perf_counter()
         own = Taken(end - start, (watch.first_token or end) - start, watch.selection)
-        return answers, own + shared
+        return Answers(answers, own + shared, dict(kept))
 
     def _image(self, row: Row) -> tuple[dict[str, Any], Taken]:
         """Return the images' part of `generate`'s inputs, and the seconds it took to make."""
@@ -151,14 +153,15 @@ def row_signature(row: Row, config: Any) -> str:
     return hashlib.sha256(repr((row.chooser, row.blind, options)).encode()).hexdigest()[:16]
 
 
-def row_cost(row: Row, config: Any, asked: Asked) -> dict[str, Any]:
-    """Return tokens and FLOPs of a row: `tflops`, `final_tokens`, `layer_averaged_tokens`.
+def row_cost(row: Row, config: Any, asked: Asked, kept: Kept | None = None) -> dict[str, Any]:
+    """Return tokens and FLOPs of a row: `tflops`, `final_tokens`, `layer_averaged_tokens`, averaged over questions.
 
     FLOPs follow the paper's counting rule (`modeling_ivtp.flops.formula`): layers and head over the prompt, without
-    patch embedding, projector and the few tokens of the answer.
+    patch embedding, projector and the few tokens of the answer. `kept` is what a row kept of each picture, if it adapts
+    the number.
     """
     plan, pruner, layers = row.plan(config), row.pruner(config), config.text_config.num_hidden_layers
-    visual = (plan or PruningPlan(config.num_patches)).decoder_layer_tokens(layers)
+    visual = decoder_tokens(plan or PruningPlan(config.num_patches), layers, kept or {})
     # Choosers run after the tower, which sees all patches, and runs to its top where CLS chooses.
     tower, depth = PruningPlan(config.num_patches), config.feature_depth
     if row.chooser.startswith("cls-topk"):
@@ -177,6 +180,6 @@ def row_cost(row: Row, config: Any, asked: Asked) -> dict[str, Any]:
         cost = cost + np.array([text_tower_flops(config, windows) for windows in asked.windows])
     return {
         "tflops": float(np.mean(cost)) / 1e12,
-        "final_tokens": visual[-1],
-        "layer_averaged_tokens": sum(visual) / len(visual),
+        "final_tokens": as_counted(visual[-1]),
+        "layer_averaged_tokens": float(np.mean([np.mean(tokens) for tokens in visual])),
     }

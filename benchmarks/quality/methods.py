@@ -17,6 +17,7 @@ import torch
 from benchmarks.quality.world import Question, Scene, oracle_order
 from benchmarks.quality.world.draws import Draws
 from modeling_ivtp.methods import METHODS, make
+from modeling_ivtp.methods.ivtp_extended import EXTENSION
 from modeling_ivtp.model.outputs import IVTPImageFeatures
 from modeling_ivtp.model.pruner import IVTPPruner, Needs, Pruner
 from modeling_ivtp.model.rollout import reference_row
@@ -27,6 +28,8 @@ BUDGETS = (192, 128, 64, 32, 16)
 CHOOSERS = ("random", "cls-topk", "cls-topk-all-layers", "oracle")
 HANDED_OVER = (96, 192, 288)
 """Tokens that the tower hands over in the ablation of the hand-over; those below a budget are left out."""
+COVERAGES = (0.8, 0.9, 0.95, 0.98, 0.99)
+"""Shares to cover in the rows in which every picture has a budget of its own."""
 COMPACT = "compact"
 """The `table` of rows with renumbered positions, which are a column beside the other rows."""
 _RANDOM_PATCHES = 3
@@ -182,6 +185,9 @@ def ablation_rows(config: Any, budgets: Sequence[int] = (64,)) -> tuple[list[Row
     skipped : dict
         Settings that do not fit the model's layers, each with the reason.
     """
+    budgets_of_their_own = [
+        ("a budget of its own", {"coverage": share, "min_visual_tokens": 1, **EXTENSION}) for share in COVERAGES
+    ]
     settings: list[tuple[str, dict[str, Any]]] = [
         ("Table 4", {"aggregation": "last"}),
         ("Table 4", {"layers_per_group": 1}),
@@ -195,17 +201,19 @@ def ablation_rows(config: Any, budgets: Sequence[int] = (64,)) -> tuple[list[Row
         ("beyond the paper", {"importance": "accumulated"}),
         ("beyond the paper", {"choice": "diverse"}),
         *(("hand-over", {"tower_tokens": number}) for number in HANDED_OVER if number < config.num_patches),
+        *budgets_of_their_own,
     ]
     rows, skipped = [], {}
     for tokens in budgets:
         if tokens >= config.num_patches:
             continue
         for table, options in settings:
-            ((name, value),) = options.items()
+            name, value = next(iter(options.items()))
             if name == "tower_tokens" and value < tokens:
                 continue
             shown = "all" if value is None else value
-            row = Row(f"ivtp {name}={shown}", tokens, _ivtp(tokens, **options), table=table)
+            method = "ivtp-extended" if "coverage" in options else "ivtp"
+            row = Row(f"{method} {name}={shown}", tokens, _ivtp(tokens, **options), table=table)
             try:
                 row.plan(config)
             except ValueError as error:

@@ -289,11 +289,11 @@ def markdown(results: Mapping[str, Any]) -> str:
     ]
     ablations = [row for row in rows if row["table"] not in ("", COMPACT)]
     if ablations:
-        header = ("table", "setting", "visual tokens", "accuracy in %", "to unpruned", unit, "layer-averaged")
+        header = ("table", "setting", "visual tokens", "accuracy in %", "to unpruned", unit, "final", "layer-averaged")
         lines = [
             (r["table"], r["method"].removeprefix("ivtp "), r["visual_tokens"],
              with_interval(r), _difference(r),
-             f"{r['tflops'] * per_tflop:.4g}", f"{r['layer_averaged_tokens']:.1f}")
+             f"{r['tflops'] * per_tflop:.4g}", f"{r['final_tokens']:g}", f"{r['layer_averaged_tokens']:.1f}")
             for r in ablations
         ]  # fmt: skip
         parts += [

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import modeling_ivtp
 from benchmarks.quality import checkpoint as checkpoints
 from benchmarks.quality import readme, report, retrain
-from benchmarks.quality.answer_log import AnswerLog
+from benchmarks.quality.answer_log import AnswerLog, Answers
 from benchmarks.quality.checkpoint import check_world
 from benchmarks.quality.evaluate_quality import MINIATURE, _rows, _well_answered, evaluate_checkpoint
 from benchmarks.quality.examination import Asked, Examination, row_cost, row_signature
@@ -168,7 +168,7 @@ def test_a_question_gets_the_same_answer_alone_and_in_a_batch(
     loaded: tuple[Any, Any], examination: Examination, asked: list[Any], name: str
 ) -> None:
     row = next(row for row in main_rows(loaded[0].config, (24,)) if row.method == name)
-    together, _ = examination.answers(row)
+    together = examination.answers(row).said
     alone = [Examination(*loaded, asked[n : n + 1], n).answers(row)[0][0] for n in (0, 4)]
     assert alone == [together[0], together[4]]
     assert loaded[0].pruning_config.visual_tokens == 64
@@ -215,7 +215,7 @@ def test_every_system_answers_as_it_does_when_applied_by_hand(
         assert row.chooser == name
         row = Row(name, 24, {}, system=name)
     before = set(vars(model.model))
-    said, taken = examination.answers(row)
+    said, taken, _ = examination.answers(row)
     assert set(vars(model.model)) == before
     assert 0 < taken.selection < taken.prefill < taken.answer
     with make(name, 24)(model):
@@ -226,9 +226,36 @@ def test_every_system_answers_as_it_does_when_applied_by_hand(
     assert said == processor.tokenizer.batch_decode(tokens[:, start:], skip_special_tokens=True)
 
 
+def test_a_row_that_adapts_its_budget_tells_what_it_kept(
+    loaded: tuple[Any, Any], examination: Examination, asked: list[Any]
+) -> None:
+    model, _ = loaded
+    rows, _ = ablation_rows(model.config, (24,))
+    row = next(row for row in rows if row.method == "ivtp-extended coverage=0.8")
+    before = set(vars(model.model))
+    kept = examination.answers(row).kept
+    assert set(vars(model.model)) == before
+    ((layer, counts),) = kept.items()
+    with model.pruning(**row.options):
+        trace = [
+            model.explain(
+                **Examination(*loaded, asked[n : n + 1], n).inputs, pixel_values=examination.pixels[n : n + 1]
+            )
+            for n in range(len(asked))
+        ]
+    assert counts == [one.final_tokens[0] for one in trace]
+    cost = row_cost(row, model.config, Asked([], [20] * len(asked), [1] * len(asked)), kept)
+    assert cost["final_tokens"] == np.mean(counts)
+    assert cost["layer_averaged_tokens"] == pytest.approx(np.mean([one.layer_averaged_tokens for one in trace]))
+    assert int(layer) == row.plan(model.config).decoder[-1].last
+    fixed = next(row for row in main_rows(model.config, (24,)) if row.method == "ivtp")
+    assert examination.answers(fixed).kept == {}
+    assert cost["tflops"] < row_cost(fixed, model.config, Asked([], [20], [1]))["tflops"]
+
+
 def test_selection_takes_time_in_every_row_that_selects(loaded: tuple[Any, Any], examination: Examination) -> None:
     for row in main_rows(loaded[0].config, (24,)):
-        _, taken = examination.answers(row)
+        taken = examination.answers(row).taken
         assert (taken.selection > 0) == (row.method not in ("unpruned", "blind")), row.method
         assert 0 < taken.prefill < taken.answer
 
@@ -270,7 +297,7 @@ def test_renumbered_positions_are_a_column_beside_the_methods() -> None:
 def test_ablations_that_do_not_fit_are_told(loaded: tuple[Any, Any]) -> None:
     rows, skipped = ablation_rows(loaded[0].config, (64, 16))
     tables = {f"Table {number}" for number in (4, 5, 6, 8)}
-    tables |= {"pseudo CLS", "positions", "threshold", "hand-over", "beyond the paper"}
+    tables |= {"pseudo CLS", "positions", "threshold", "hand-over", "beyond the paper", "a budget of its own"}
     assert {row.table for row in rows} == tables
     assert {row.visual_tokens for row in rows} == {64, 16}
     assert "does not divide" in skipped["ivtp layers_per_group=3"]
@@ -637,12 +664,12 @@ def test_what_is_no_checkpoint_is_told(tmp_path: Path) -> None:
 
 def test_answers_of_the_log_come_in_order_and_survive(tmp_path: Path) -> None:
     with AnswerLog(tmp_path, {"a": 1}) as log:
-        log.add("row", 1, ["c"], Taken(2.0, 1.0, 0.5))
-        log.add("row", 0, ["a", "b"], Taken(1.0, 0.5, 0.25))
+        log.add("row", 1, Answers(["c"], Taken(2.0, 1.0, 0.5), {"7": [3]}))
+        log.add("row", 0, Answers(["a", "b"], Taken(1.0, 0.5, 0.25), {"7": [1, 2]}))
     with AnswerLog(tmp_path, {"a": 1}) as log:
         assert log.has("row", 1)
         assert not log.has("row", 2)
-        assert log.answers("row") == (["a", "b", "c"], Taken(3.0, 1.5, 0.75))
+        assert log.answers("row") == (["a", "b", "c"], Taken(3.0, 1.5, 0.75), {"7": [1, 2, 3]})
     with AnswerLog(tmp_path, {"a": 2}) as log:
         assert not log.has("row", 1)
 
