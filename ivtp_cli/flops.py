@@ -21,7 +21,10 @@ def flops(
     ] = None,
     method: Annotated[
         list[str] | None,
-        typer.Option(help="Method that prunes, or unpruned; may be repeated.", show_default="ivtp"),
+        typer.Option(
+            help="Method that prunes, a connector, or unpruned; may be repeated.",
+            show_default="ivtp, or the shape's connector",
+        ),
     ] = None,
     text_tokens: Annotated[
         list[int] | None,
@@ -50,8 +53,9 @@ def flops(
     from modeling_ivtp import flops as counting
 
     config = _checkpoint_config(str(model)) if preset is None else counting.load_shape(preset)
-    names, texts = method or ["ivtp"], text_tokens or [512]
-    budgets = visual_tokens or [config.pruning.visual_tokens]
+    connector = config.connector
+    names, texts = method or ["ivtp" if connector is None else connector.name], text_tokens or [512]
+    budgets = visual_tokens or [config.pruning.visual_tokens if connector is None else connector.tokens]
     if not sweep and max(len(names), len(texts), len(budgets)) > 1:
         raise ValueError("several methods or token counts make a table: add --sweep")
     settings = {"instruction_tokens": instruction_tokens, "value_bytes": _VALUE_BYTES[dtype]}

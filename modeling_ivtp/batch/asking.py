@@ -13,6 +13,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from ..files.console import quiet
 from ..files.images import load_image, shortened
+from ..model.placeholders import features_of_image
 from ..serving.answering import as_prompt
 from .answers import Answered
 from .data import Row
@@ -68,12 +69,12 @@ class Asker:
                 failed.append(failure(row, str(error)))
         if not sound:
             return [], failed
-        patches = self._model.config.num_patches
+        places = features_of_image(self._model.config)
         encoded = self._reader(prompts, verbose=False)["input_ids"]
         room = self._model.config.text_config.max_position_embeddings
         tasks = []
         for row, prompt, ids in zip(sound, prompts, encoded, strict=True):
-            length = len(ids) + (patches - 1) * len(row.images)
+            length = len(ids) + (places - 1) * len(row.images)
             if length + self._new > room:
                 message = f"{length} tokens and {self._new} of the answer; the model was made for {room}"
                 failed.append(failure(row, message))

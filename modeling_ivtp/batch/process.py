@@ -17,6 +17,7 @@ from accelerate import PartialState
 from ..checkpoints.llava_source import read_config
 from ..checkpoints.sources import HubOptions, open_checkpoint
 from ..methods import make
+from ..model.placeholders import features_of_image
 from ..serving.answering import check_device, load_model, set_budget, warn_if_unguided
 from . import answers, budget
 from .asking import Asker, failure
@@ -95,7 +96,9 @@ def _run(options: Options, state: PartialState, other: Any) -> Summary:
     dtype = budget.value_type(checkpoint, options.dtype)
     cost = budget.Cost(config, dtype.itemsize, options.max_new_tokens)
     weights = checkpoint.loaded_bytes(dtype)
-    least = cost(1, _FEWEST_TOKENS + config.num_patches, 1) if options.image_column else cost(1, _FEWEST_TOKENS, 0)
+    least = (
+        cost(1, _FEWEST_TOKENS + features_of_image(config), 1) if options.image_column else cost(1, _FEWEST_TOKENS, 0)
+    )
     begun = folder.settings()
     known: dict[str, Any] = begun or {}
     derived = {

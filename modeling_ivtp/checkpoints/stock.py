@@ -57,7 +57,7 @@ def export_stock(
     Raises
     ------
     ValueError
-        If the source is no IVTP-LLaVA, or an option is out of range.
+        If the source is no IVTP-LLaVA, or has a connector, or an option is out of range.
     OSError
         If a file is missing or damaged, the target exists or the disk is full.
     """
@@ -70,6 +70,10 @@ def export_stock(
         config = read_config(folder, str(source))
         if is_stock(folder):
             raise ValueError(f"{source} is a stock LLaVA already; copy it as it is")
+        if config.connector is not None:
+            raise ValueError(
+                f"{source} has a connector ({config.connector.name}), for which a stock LLaVA has no place"
+            )
         processor = _stock_processor(IVTPLlavaProcessor.from_pretrained(folder))
         complete_processor(processor, config)
     check_placeholders(processor, config, source)

@@ -21,7 +21,9 @@ from transformers import DynamicCache
 from ..methods import METHODS, Method, make
 from ..model import diversity
 from ..model.configuration_ivtp import IVTPLlavaConfig
+from ..model.connectors import CONNECTORS, Question
 from ..model.modeling_ivtp import IVTPLlavaForConditionalGeneration
+from ..model.placeholders import features_of_image
 from ..model.prompt import PromptInputs, build_prompt
 from ..model.pruner import Choice, DecoderStep, FeatureStep, IVTPPruner, PromptStep, Pruner, PrunerWrapper, TowerStep
 from ..model.rollout import AttentionRecord, DecoderAttentionRecord
@@ -106,6 +108,7 @@ def count(
     Parameters
     ----------
     config : IVTPLlavaConfig
+        With a connector, its tokens are counted; no method can prune them.
     method : Method, optional
         What prunes; default: the configuration's own options.
     text_tokens : int
@@ -130,7 +133,7 @@ def count(
         windows = max(1, -(-(text_tokens if instruction_tokens is None else instruction_tokens) // body))
     parts = _run(config, pruner, plan, text_tokens, windows)
     formula = closed_formula(config, plan, pruner, text_tokens=text_tokens, windows=windows, text_before=_TEXT_BEFORE)
-    visual = (plan or PruningPlan(config.num_patches)).decoder_layer_tokens(config.text_config.num_hidden_layers)
+    visual = (plan or PruningPlan(features_of_image(config))).decoder_layer_tokens(config.text_config.num_hidden_layers)
     return Count(
         {name: flops / 1e12 for name, flops in parts.items()},
         {name: flops / 1e12 for name, flops in formula.items()},
@@ -141,7 +144,9 @@ def count(
 
 
 def count_named(config: Any, name: str, visual_tokens: int, **options: Any) -> Count:
-    """Count the cost of a method by its name, or of `unpruned`; see `count`.
+    """Count the cost of a method or a connector by its name, or of `unpruned`; see `count`.
+
+    Of a connector, `visual_tokens` are the tokens that it makes.
 
     Raises
     ------
@@ -152,8 +157,14 @@ def count_named(config: Any, name: str, visual_tokens: int, **options: Any) -> C
         config = copy.deepcopy(config)
         config.pruning = config.pruning.changed(enabled=False)
         return count(config, **options)
+    if name in CONNECTORS:
+        config = copy.deepcopy(config)
+        config.pruning = config.pruning.changed(enabled=False)
+        if config.connector is None or (config.connector.name, config.connector.tokens) != (name, visual_tokens):
+            config.connector = {"name": name, "tokens": visual_tokens}
+        return count(config, **options)
     if name not in METHODS:
-        raise ValueError(f"Unknown method {name!r}; allowed: unpruned, {', '.join(METHODS)}.")
+        raise ValueError(f"Unknown method {name!r}; allowed: unpruned, {', '.join((*CONNECTORS, *METHODS))}.")
     return count(config, make(name, visual_tokens), **options)
 
 
@@ -168,14 +179,20 @@ def _run(config: Any, pruner: Pruner, plan: PruningPlan | None, text_tokens: int
     dry = None if plan is None else _Dry(pruner, plan, _TEXT_BEFORE, text_tokens)
     vision = config.vision_config
     pixels = torch.empty(1, 3, vision.image_size, vision.image_size, device="meta")
-    length = text_tokens + config.num_patches
+    placeholders = features_of_image(config)
+    length = text_tokens + placeholders
     ids = torch.full((1, length), config.image_token_id)
-    ids[:, :_TEXT_BEFORE] = ids[:, _TEXT_BEFORE + config.num_patches :] = 0
+    ids[:, :_TEXT_BEFORE] = ids[:, _TEXT_BEFORE + placeholders :] = 0
     with _only(model, dry):
         with _counting() as counted:
-            encoded = inner.get_image_features(pixels)
+            question = _question(inner, windows)
+        parts["text_tower"] = counted()
+        with _counting() as counted:
+            encoded = inner.get_image_features(pixels, question=question)
         parts["projector"] = counted("LlavaMultiModalProjector")
-        parts["tower"] = counted() - parts["projector"] - (0 if dry is None else dry.newly_counted())
+        parts["connector"] = counted(type(inner.connector).__name__) if inner.has_connector else 0
+        scored = 0 if dry is None else dry.newly_counted()
+        parts["tower"] = counted() - parts["projector"] - parts["connector"] - scored
         embeds = inner.get_input_embeddings()(ids.to("meta"))
         visual = None
         if dry is None:
@@ -206,6 +223,14 @@ def _run(config: Any, pruner: Pruner, plan: PruningPlan | None, text_tokens: int
     parts["scoring"] = 0 if dry is None else dry.scoring
     parts["selection"] = 0 if dry is None else dry.selection
     return parts
+
+
+def _question(inner: Any, windows: int) -> Question | None:
+    """Encode a question of some windows for a connector that reads it; None for all others."""
+    if not (inner.has_connector and inner.config.connector.reads_question):
+        return None
+    ids = torch.ones(1, windows, _context(inner.config), dtype=torch.long, device="meta")
+    return Question(inner.text_features(ids), torch.ones(ids.flatten(1).shape, dtype=torch.bool, device="meta"))
 
 
 @contextmanager

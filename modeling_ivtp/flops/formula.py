@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..model.connector_options import feature_width
+from ..model.placeholders import features_of_image
 from ..model.pruned_cache import key_value_shape
 from ..model.pruner import Pruner
 from ..model.schedule import PruningPlan
 
-PARTS = ("tower", "projector", "text_tower", "scoring", "selection", "decoder", "head")
+PARTS = ("tower", "connector", "projector", "text_tower", "scoring", "selection", "decoder", "head")
 
 
 def layer_flops(
@@ -87,6 +89,31 @@ def projector_flops(config: Any, tokens: int) -> int:
     feature_layers = 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
     width = config.text_config.hidden_size
     return 2 * tokens * (config.vision_config.hidden_size * feature_layers * width + width * width)
+
+
+def connector_flops(config: Any, words: int) -> int:
+    """Count a connector for one image and a question of `words` CLIP tokens, padding included; 0 without one.
+
+    Sums and means are no products; they count as 0.
+    """
+    options, patches, width = config.connector, config.num_patches, feature_width(config)
+    if options is None:
+        return 0
+    square = width * width
+    if options.name == "c_abstractor":
+        # Two 1 x 1 convolutions and a 3 x 3 one for each place; squeeze and excitation for each block.
+        squeezed = 2 * 2 * width * max(1, round(width / 4))
+        return options.depth * sum(
+            2 * places * (2 * square + 9 * width) + squeezed for places in (patches, options.places)
+        )
+    if options.name == "resampler":
+        # Keys and values of patches; queries, output and the last matrix; the products of attention.
+        return 2 * (2 * patches + 3 * options.places) * square + 4 * options.places * patches * width
+    if not words:  # all patches have the same weight
+        return 2 * patches * width + 2 * width * config.text_config.hidden_size
+    queries = 2 * words * config.clip_text_config.projection_dim * width
+    attention = 2 * patches * square + 2 * words * patches * width + 2 * patches * width
+    return queries + attention + 2 * width * config.text_config.hidden_size
 
 
 def text_tower_flops(config: Any, windows: int) -> int:
@@ -196,24 +223,28 @@ def closed_formula(
         How many of the text tokens stand before the image.
     """
     pruned = plan is not None
-    schedule = plan or PruningPlan(config.num_patches)
-    depth = tower_depth(config, schedule, pruner if pruned else None)
+    schedule, connector = plan or PruningPlan(config.num_patches), config.connector
+    depth = config.feature_depth if connector else tower_depth(config, schedule, pruner if pruned else None)
     layers = config.text_config.num_hidden_layers
-    visual = schedule.decoder_layer_tokens(layers)
+    visual = (PruningPlan(features_of_image(config)) if connector else schedule).decoder_layer_tokens(layers)
     clip = config.clip_text_config
     asks_clip = (
         pruned and clip is not None and pruner is not None and (pruner.needs.image_embeds or pruner.needs.patch_embeds)
     )
+    reads_question = connector is not None and connector.reads_question
     parts = dict.fromkeys(PARTS, 0)
     parts["tower"] = patch_embedding_flops(config) + tower_flops(config, schedule, depth)
-    projected = schedule.encoded_tokens
+    projected = schedule.encoded_tokens if connector is None else connector.places
     if pruner is not None and pruner.needs.all_projected:
         projected = schedule.tower[-1].keep if schedule.tower else schedule.patches
     parts["projector"] = projector_flops(config, projected + (1 if pruned else 0))
-    if asks_clip:
+    words = windows * clip.max_position_embeddings if reads_question else 0
+    parts["connector"] = connector_flops(config, words)
+    if asks_clip or reads_question:
         parts["text_tower"] = text_tower_flops(config, windows) + 2 * windows * (
             clip.max_position_embeddings * clip.hidden_size * clip.projection_dim
         )
+    if asks_clip:
         parts["tower"] += 2 * config.vision_config.hidden_size * clip.projection_dim
     parts["decoder"] = round(decoder_flops(config, text_tokens, visual))
     if pruned and pruner is not None and pruner.needs.pseudo_cls:

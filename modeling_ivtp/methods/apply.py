@@ -176,6 +176,8 @@ def applied(model: Any, method: Any) -> Iterator[Any]:
 
 def _check_fits(pruner: Pruner, name: str, inner: Any, config: Any) -> None:
     """Refuse now what would otherwise fail in the middle of a prompt."""
+    if inner.has_connector:
+        raise ValueError(f"{name} chooses among patches, and this model's {config.connector} leaves none.")
     if pruner.needs.patch_embeds and not inner.has_text_tower:
         raise ValueError(
             f"{name} compares patches with the instruction and needs CLIP's text tower, which this model lacks: "
@@ -226,7 +228,7 @@ def _as_ours(model: Any) -> Iterator[None]:
         changes += [(layer, CLIPEncoderLayer), (layer.self_attn, GroupedCLIPAttention)]
     changes += [(layer.self_attn, DECODERS[decoder].attention_class) for layer in inner.language_model.layers]
     stock = [(part, type(part)) for part, _ in changes]
-    options = {"pruning": IVTPPruningConfig(enabled=False), "clip_text_config": None}
+    options = {"pruning": IVTPPruningConfig(enabled=False), "clip_text_config": None, "connector": None}
     missing = [name for name in options if name not in vars(config)]
     try:
         for name in missing:

@@ -9,6 +9,7 @@ from transformers import LlavaConfig
 from transformers.models.clip.configuration_clip import CLIPTextConfig
 
 from .adapter import naming_adapter
+from .connector_options import ConnectorConfig, check_connector
 from .schedule import PruningPlan, plan_pruning
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -235,7 +236,7 @@ class IVTPPruningConfig:
 
 
 class IVTPLlavaConfig(LlavaConfig):
-    """`LlavaConfig` with CLIP's text tower and the pruning options.
+    """`LlavaConfig` with CLIP's text tower, the pruning options, and a connector where there is one.
 
     Parameters
     ----------
@@ -243,14 +244,17 @@ class IVTPLlavaConfig(LlavaConfig):
         CLIP's text tower; its `projection_dim` is the width in which words and image are compared (Eq. 6). None: the
         model has no text tower, and the visual CLS token takes the place of the pseudo-CLS token.
     pruning : IVTPPruningConfig or dict, optional
-        The pruning options; default: the paper's setting for LLaVA-1.5, 576 to 64 tokens.
+        The pruning options; default: the paper's setting for LLaVA-1.5, 576 to 64 tokens. With a connector: no pruning.
+    connector : ConnectorConfig, dict or str, optional
+        A trained module that makes fewer tokens of an image before LLaVA's projector, such as
+        `{"name": "c_abstractor", "tokens": 64}`. None: LLaVA as it is. It excludes pruning.
     **kwargs
         Everything `LlavaConfig` takes.
 
     Raises
     ------
     ValueError
-        For an unknown pruning option or a value that is not allowed.
+        For an unknown option of pruning or connector, or a value that is not allowed.
     """
 
     model_type = "ivtp_llava"
@@ -259,8 +263,11 @@ class IVTPLlavaConfig(LlavaConfig):
 
     clip_text_config: dict | CLIPTextConfig | None = None
     pruning: Any = None
+    connector: Any = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if self.pruning is None and self.connector is not None:
+            self.pruning = {"enabled": False}
         self.pruning = IVTPPruningConfig.create(self.pruning)
         if isinstance(self.clip_text_config, dict):
             self.clip_text_config = CLIPTextConfig(**self.clip_text_config)
@@ -286,20 +293,30 @@ class IVTPLlavaConfig(LlavaConfig):
         return config, rest
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "pruning" and not isinstance(value, IVTPPruningConfig):
+        unset = value is None and "pruning" not in self.__dict__  # `__post_init__` chooses the default
+        if name == "pruning" and not unset and not isinstance(value, IVTPPruningConfig):
             # A mapping changes some of a checkpoint's options and leaves the others.
             current = self.__dict__.get("pruning")
             if isinstance(current, IVTPPruningConfig) and isinstance(value, Mapping):
                 value = current.changed(**value)
             else:
                 value = IVTPPruningConfig.create(value)
+        if name == "connector":
+            value = ConnectorConfig.create(value)
         super().__setattr__(name, value)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the configuration as plain values, `pruning` included."""
+        """Return the configuration as plain values, `pruning` and, if there is one, `connector` included."""
         output = super().to_dict()
         output["pruning"] = self.pruning.to_dict()
+        output.pop("connector", None)
+        if self.connector is not None:
+            output["connector"] = self.connector.to_dict()
         return output
+
+    def check_connector(self) -> None:
+        """Refuse a connector that does not fit this model; see `connector_options.check_connector`."""
+        check_connector(self)
 
     @property
     def num_patches(self) -> int:

@@ -9,6 +9,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 from .compat import CACHE
 from .outputs import take_images
+from .placeholders import features_of_image
 from .prompt import PromptInputs
 from .pruned_cache import is_pruned, release
 
@@ -46,7 +47,27 @@ class PrunedGeneration:
                 f"{moved[0]}={kwargs[moved[0]]!r}: {_MOVED[moved[0]]} is no part of transformers 5. Allowed: greedy "
                 "search, sampling and beams (num_beams), prompt lookup and assisted decoding."
             )
+        self._connect_ahead(args, kwargs)
         return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    @torch.no_grad()
+    def _connect_ahead(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Encode images for a connector that reads the question, which transformers would encode without it."""
+        pixels, connector = kwargs.get("pixel_values"), self.config.connector
+        if pixels is None or connector is None or not connector.reads_question:
+            return
+        ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+        embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
+        prompt = PromptInputs(
+            input_ids=ids if embeds is None else None,
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            clip_input_ids=kwargs.pop("clip_input_ids", None),
+        )
+        question = self.model.read_question(prompt, len(pixels))
+        encoded = self.model.get_image_features(kwargs.pop("pixel_values"), question=question, return_dict=True)
+        kwargs["mm_encoder_outputs"] = {"image": encoded}
+        kwargs.pop("clip_spans", None)
 
     def prepare_inputs_for_generation(
         self,
@@ -125,7 +146,7 @@ class PrunedGeneration:
                 kwargs[name] = _reordered(kwargs[name], order) if order else None
 
     def _images_of(self, marks: torch.Tensor) -> list[int]:
-        return (marks.sum(1) // self.config.num_patches).tolist()
+        return (marks.sum(1) // features_of_image(self.config)).tolist()
 
     def create_masks_for_generate(self, *args: Any, **kwargs: Any) -> Any:
         """Make the masks of a static cache; a prompt that is pruned makes its own, layer by layer."""

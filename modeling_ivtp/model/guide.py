@@ -111,6 +111,16 @@ class InstructionGuide:
             "the model's weights (processor.save_pretrained), so that the model reads the question itself."
         )
 
+    def read(self, model: Any, prompt: PromptInputs) -> PromptInputs:
+        """Return a prompt with the question's `clip_input_ids`, read from `input_ids` where they are missing.
+
+        A prompt whose question nobody can read comes back as it is.
+        """
+        if prompt.clip_input_ids is not None or prompt.input_ids is None or torch.compiler.is_compiling():
+            return prompt
+        processor = self.processor(model)
+        return prompt if processor is None else _read(processor, prompt)
+
     def save(self, model: Any, folder: str | os.PathLike[str]) -> None:
         """Write the processor into a folder with the model's weights, unless one is there."""
         if (Path(folder) / "clip_tokenizer").exists() or not Path(folder).is_dir():

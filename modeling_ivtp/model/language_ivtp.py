@@ -483,4 +483,5 @@ def check_architecture(config: Any) -> None:
             raise ValueError(
                 f"vision_feature_layer={layer}; allowed: {-vision.num_hidden_layers - 1} to {vision.num_hidden_layers}."
             )
+    config.check_connector()
     config.pruning_plan()

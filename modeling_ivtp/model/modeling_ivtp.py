@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPTextModelWithProjection
 from transformers.models.llava.modeling_llava import (
     LlavaCausalLMOutputWithPast,
@@ -24,6 +25,8 @@ from .adapter import naming_adapter
 from .checkpoint_ivtp import load_llava, naming_damaged_weights, register_weight_names, sparing, with_our_names
 from .compat import CACHE, cache_argument, cache_of, check_export, is_exporting, one_cache
 from .configuration_ivtp import IVTPLlavaConfig, IVTPPruningConfig
+from .connector_options import without_pruning
+from .connectors import CONNECTORS, Question, join_connector, make_connector, question_of_images
 from .generation_ivtp import PrunedGeneration
 from .guide import InstructionGuide, asks
 from .instruction_cache import InstructionCache
@@ -41,6 +44,8 @@ CHOOSING = ("clip_text_model", "visual_projection")
 """Parts of the model that serve nothing but the choice of tokens."""
 HEAD = "lm_head.weight"
 """The language model's head, by its name among the weights."""
+SPARED = (*CHOOSING, "connector")
+"""Parts that are never quantised."""
 
 
 class IVTPLlavaPreTrainedModel(LlavaPreTrainedModel):
@@ -48,10 +53,17 @@ class IVTPLlavaPreTrainedModel(LlavaPreTrainedModel):
 
     config_class = IVTPLlavaConfig
     config: Any
+    _no_split_modules = [connector.__name__ for connector in CONNECTORS.values()]  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, tuple(CONNECTORS.values())):
+            module.start()  # type: ignore[operator]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a checkpoint as transformers does; CLIP's text tower and projection are never quantised.
+        """Load a checkpoint as transformers does; CLIP's text tower, projection and a connector are never quantised.
 
         An error names a weights file that is damaged or cut short.
 
@@ -64,7 +76,7 @@ class IVTPLlavaPreTrainedModel(LlavaPreTrainedModel):
         """
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = sparing(
-                kwargs["quantization_config"], [*CHOOSING, *(f"model.{name}" for name in CHOOSING)]
+                kwargs["quantization_config"], [*SPARED, *(f"model.{name}" for name in SPARED)]
             )
         wanted = kwargs.pop("output_loading_info", False)
         source = pretrained_model_name_or_path
@@ -129,6 +141,7 @@ class IVTPLlavaPreTrainedModel(LlavaPreTrainedModel):
             )
         self.config.pruning = pruning
         try:
+            self.config.check_connector()
             self.config.pruning_plan()
         except ValueError:
             self.config.pruning = before
@@ -139,7 +152,7 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
     """LLaVA without language model head, pruning its visual tokens in the vision tower and in the decoder.
 
     Changed of `LlavaModel`: the vision tower and the decoder are the grouped ones, CLIP's text tower stands beside
-    them, and `forward` chooses tokens on the way.
+    them, and `forward` chooses tokens on the way, or a connector makes them.
 
     Parameters
     ----------
@@ -158,6 +171,8 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
         LlavaPreTrainedModel.__init__(self, config)
         check_architecture(config)
         self.vision_tower = GroupedCLIPVisionModel._from_config(config.vision_config)
+        if (connector := make_connector(config)) is not None:
+            self.connector = connector
         self.multi_modal_projector = LlavaMultiModalProjector(config)
         self.language_model = DECODERS[config.text_config.model_type]._from_config(config.text_config)
         self.instruction_cache = InstructionCache()
@@ -184,7 +199,15 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
         ValueError
             If the options, or the applied method, do not fit the model.
         """
-        return self.pruner.plan(self.config, self.config.num_patches)
+        plan = self.pruner.plan(self.config, self.config.num_patches)
+        if plan is not None and self.has_connector:
+            raise ValueError(f"Pruning chooses among patches, and this model's {self.config.connector} leaves none.")
+        return plan
+
+    @property
+    def has_connector(self) -> bool:
+        """Whether a connector makes the visual tokens of this model."""
+        return hasattr(self, "connector")
 
     @property
     def has_text_tower(self) -> bool:
@@ -216,6 +239,7 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
         vision_feature_select_strategy: str | None = None,
         image_sizes: torch.Tensor | None = None,
         recorder: TraceRecorder | None = None,
+        question: Question | None = None,
         **kwargs: Any,
     ) -> Any:
         """Encode images for the language model, dropping patches in the vision tower (stage 1).
@@ -224,11 +248,13 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
         ----------
         pixel_values : Tensor (I, 3, height, width)
         vision_feature_layer, vision_feature_select_strategy
-            As in LLaVA; default: the configuration's. Pruning needs the strategy "default".
+            As in LLaVA; default: the configuration's. Pruning and connectors need the strategy "default".
         image_sizes
-            Not supported under pruning.
+            Not supported under pruning, nor with a connector.
         recorder : TraceRecorder, optional
             Collects what `explain` shows.
+        question : Question, optional
+            Of each image, for a connector that reads it; `forward` and `generate` pass it.
 
         **kwargs
             As in LLaVA: `return_dict`, and `output_hidden_states` for the tower's, each with the patches left there.
@@ -238,7 +264,7 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
         IVTPImageFeatures; LLaVA's own output where pruning is off.
         """
         plan = self.plan()
-        if plan is None:
+        if plan is None and not self.has_connector:
             options = {"image_sizes": image_sizes} if image_sizes is not None else {}
             return super().get_image_features(
                 pixel_values=pixel_values,
@@ -249,9 +275,11 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
             )
         strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
         if strategy != "default" or image_sizes is not None:
+            otherwise = "" if plan is None else " Otherwise switch it off: model.pruning(enabled=False)."
             raise ValueError(
-                f'vision_feature_select_strategy="{strategy}", image_sizes={image_sizes}: pruning takes "default" and '
-                "images of one size (image_sizes=None). Otherwise switch it off: model.pruning(enabled=False)."
+                f'vision_feature_select_strategy="{strategy}", image_sizes={image_sizes}: '
+                f'{"a connector" if plan is None else "pruning"} takes "default" and images of one size '
+                f"(image_sizes=None).{otherwise}"
             )
         if pixel_values.dim() != 4:
             raise ValueError(
@@ -264,11 +292,15 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
         return_dict = self.config.return_dict if return_dict is None else return_dict
         if kwargs.get("output_hidden_states") is None and self.config.vision_config.output_hidden_states:
             kwargs["output_hidden_states"] = True
-        if kwargs.pop("output_attentions", None):
+        if kwargs.pop("output_attentions", None) and plan is not None:
             raise ValueError(
                 "output_attentions=True: under pruning each layer's attention map has another size. Use "
                 "model.explain(...) to see what was kept and why, or switch pruning off: model.pruning(enabled=False)."
             )
+
+        if plan is None:
+            connected = self._connect_images(pixel_values, feature_layers, question, kwargs)
+            return connected if return_dict else connected.to_tuple()
 
         def encode(pixel_values: torch.Tensor) -> IVTPImageFeatures:
             return self._encode_images(pixel_values, plan, feature_layers, recorder, kwargs)
@@ -300,6 +332,32 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
             **options,
         )
         return self.image_outputs(vision, plan, pixel_values, recorder)
+
+    def _connect_images(
+        self,
+        pixel_values: torch.Tensor,
+        feature_layers: tuple[int, ...],
+        question: Question | None,
+        options: dict[str, Any],
+    ) -> BaseModelOutputWithPooling:
+        """Run the whole vision tower, the connector and the projector on images."""
+        vision = self.vision_tower(
+            pixel_values,
+            pruner=self.pruner,
+            plan=PruningPlan(self.config.num_patches),
+            feature_layers=feature_layers,
+            to_the_top=False,
+            **options,
+        )
+        ready, tokens = self.connector(vision.features[:, 1:], question)
+        features = self.multi_modal_projector(tokens)
+        if ready is not None:
+            features = torch.cat([ready.to(features), features], 1)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=vision.last_hidden_state,
+            pooler_output=list(features),
+            hidden_states=vision.hidden_states,
+        )
 
     def image_outputs(
         self, vision: PrunedVisionOutput, plan: PruningPlan, pixel_values: torch.Tensor, recorder: Any = None
@@ -456,6 +514,12 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
         plan = None if pixel_values is None and encoded is None else self.plan()
         if is_exporting() and kwargs.get("use_cache", self.config.text_config.use_cache) is not False:
             check_export(pruned=plan is not None)
+        if plan is None and self.has_connector and (pixel_values is not None or encoded is not None):
+            past = 0 if cache is None else int(cache.get_seq_length())
+            prompt = PromptInputs(
+                input_ids, inputs_embeds, attention_mask, position_ids, clip_input_ids, clip_spans, past, drafted
+            )
+            return self._forward_connected(prompt, pixel_values, encoded, cache, images, **kwargs)
         if plan is None:
             if mm_encoder_outputs is not None:
                 kwargs["mm_encoder_outputs"] = mm_encoder_outputs
@@ -484,6 +548,51 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
         if outputs is None:
             outputs = self.decode_prompt(prompt, prompt_index, encoded, cache, recorder, **kwargs)
         return model_output(outputs, encoded, self.config.return_dict if return_dict is None else return_dict)
+
+    def read_question(self, prompt: PromptInputs, images: int) -> Question | None:
+        """Read the question of each image for the connector; None where it reads none, or there is none."""
+        if not (self.has_connector and self.config.connector.reads_question):
+            return None
+        return question_of_images(self, self.guide.read(self, prompt), images)
+
+    def _forward_connected(
+        self,
+        prompt: PromptInputs,
+        pixel_values: torch.Tensor | None,
+        encoded: Any,
+        cache: Cache | None,
+        images: dict[str, Any],
+        **kwargs: Any,
+    ) -> Any:
+        """Run LLaVA on a prompt with a connector's tokens in place of the image tokens."""
+        if pixel_values is not None and encoded is not None:
+            raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
+        return_dict = kwargs.pop("return_dict", None)
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        if encoded is None:
+            assert pixel_values is not None
+            question = self.read_question(prompt, pixel_values.shape[0])
+            encoded = self.get_image_features(pixel_values, question=question, return_dict=True, **images)
+        embeds = prompt.inputs_embeds
+        if embeds is None:
+            embeds = self.get_input_embeddings()(prompt.input_ids)
+        features = torch.cat(encoded.pooler_output).to(embeds.device, embeds.dtype)
+        marks = self.placeholders(prompt.input_ids, prompt.inputs_embeds)
+        if not torch.compiler.is_compiling() and int(marks.sum()) != len(features):
+            raise ValueError(
+                f"Image features and image tokens do not match: tokens: {int(marks.sum())}, features: {len(features)}. "
+                f"The processor needs connector_tokens={self.config.connector.tokens}."
+            )
+        outputs = super().forward(
+            inputs_embeds=embeds.masked_scatter(marks[..., None].to(embeds.device), features),
+            attention_mask=prompt.attention_mask,
+            position_ids=prompt.position_ids,
+            return_dict=True,
+            **{CACHE: cache},
+            **kwargs,
+        )
+        outputs[IMAGES] = encoded if IMAGES == "image_outputs" else features
+        return outputs if return_dict else outputs.to_tuple()
 
     def decode_prompt(
         self,
@@ -538,6 +647,7 @@ class IVTPLlavaForConditionalGeneration(
         clip: Any = None,
         *,
         pruning: Any = None,
+        connector: Any = None,
         clip_options: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -552,6 +662,8 @@ class IVTPLlavaForConditionalGeneration(
             open_clip name such as "open_clip:ViT-L-14-336/openai", or an open_clip weights file (safetensors). None: no
             text tower, and the image's CLS token guides the language model.
         pruning : IVTPPruningConfig or dict, optional
+        connector : ConnectorConfig, dict or str, optional
+            A connector to join, untrained, if the checkpoint has none; pruning is then off.
         clip_options : dict, optional
             Options for CLIP alone: `revision`, `activation` (default: the vision tower's), and access to the Hub
             (`token`, `cache_dir`, `local_files_only`; default: that of `kwargs`).
@@ -563,9 +675,14 @@ class IVTPLlavaForConditionalGeneration(
         ImportError
             If `clip` is of open_clip and the package is not installed.
         ValueError
-            If tower and CLIP do not fit, or a checkpoint has missing or unexpected weights.
+            If tower, CLIP and connector do not fit, or a checkpoint has missing or unexpected weights.
         """
-        return load_llava(cls, llava, clip, pruning=pruning, clip_options=clip_options, **kwargs)
+        if connector is not None:
+            pruning = without_pruning(connector, pruning)
+        model = load_llava(cls, llava, clip, pruning=pruning, clip_options=clip_options, **kwargs)
+        if connector is not None:
+            join_connector(model, connector)
+        return model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run `forward` with the labels on image tokens ignored.
@@ -706,6 +823,8 @@ class IVTPLlavaForConditionalGeneration(
         if self.model.plan() is None:
             options, patches = self.config.pruning, self.config.num_patches
             budget = f"visual_tokens={options.visual_tokens}"
+            if self.model.has_connector:
+                raise ValueError(f"Nothing to explain: {self.config.connector} makes the tokens, and none is dropped")
             keeps = budget if self.model.applied_pruner is None else "the method applied"
             why = f"{keeps} keeps all {patches} patches; allowed: 1 to {patches - 1}"
             raise ValueError(f"Nothing to explain: {why if options.enabled else 'pruning is off (enabled=False)'}")

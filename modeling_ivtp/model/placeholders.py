@@ -1,20 +1,25 @@
 """Placeholders of an image in a prompt: the processor writes them, the model puts a feature into each.
 
-The processor counts them by `patch_size`, `vision_feature_select_strategy` and `num_additional_image_tokens`. Folders
-that an older transformers saved lack some of these, and the count is then wrong or fails; the model's configuration
-has what is missing.
+The processor counts them by `patch_size`, `vision_feature_select_strategy` and `num_additional_image_tokens`; for a
+model with a connector by `connector_tokens` alone. Folders that an older transformers saved lack some of these, and the
+count is then wrong or fails; the model's configuration has what is missing.
 """
 
 from typing import Any
 
 from PIL import Image
 
-COUNTED_BY = ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens")
+COUNTED_BY = ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens", "connector_tokens")
 """The processor's attributes that the count depends on."""
 
 
 def features_of_image(config: Any) -> int:
-    """Return how many features the model reads of an image: its patches, and the CLS token with strategy "full"."""
+    """Return how many features the language model gets of an image.
+
+    They are its patches, and the CLS token with strategy "full"; or a connector's tokens.
+    """
+    if getattr(config, "connector", None) is not None:
+        return int(config.connector.tokens)
     vision = config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2
     return int(patches + (config.vision_feature_select_strategy == "full"))
@@ -26,6 +31,8 @@ def complete_processor(processor: Any, config: Any) -> None:
         processor.patch_size = config.vision_config.patch_size
         processor.vision_feature_select_strategy = config.vision_feature_select_strategy
         processor.num_additional_image_tokens = 1  # CLIP's CLS token
+        connector = getattr(config, "connector", None)
+        processor.connector_tokens = None if connector is None else connector.tokens
 
 
 def check_placeholders(processor: Any, config: Any, source: object) -> None:
@@ -45,7 +52,8 @@ def check_placeholders(processor: Any, config: Any, source: object) -> None:
             f"the processor of {source} writes {count} placeholders of token {config.image_token_index} for an image, "
             f"the model reads {features} features of it: images of {height} x {width} pixels for a vision tower of "
             f"{vision.image_size} x {vision.image_size} and patches of {vision.patch_size}; image token "
-            f"{processor.image_token!r}; " + ", ".join(f"{name}={getattr(processor, name)!r}" for name in COUNTED_BY)
+            f"{processor.image_token!r}; "
+            + ", ".join(f"{name}={getattr(processor, name, None)!r}" for name in COUNTED_BY)
         )
 
 

@@ -24,7 +24,7 @@ from transformers.image_utils import ChannelDimension, infer_channel_dimension_f
 from transformers.utils import cached_file, logging
 
 from .adapter import HUB_ACCESS, naming_adapter
-from .configuration_ivtp import IVTPLlavaConfig
+from .configuration_ivtp import IVTPLlavaConfig, is_whole
 from .instruction import (
     KNOWN_FORMATS,
     SYSTEM_INSIDE_TURN,
@@ -90,12 +90,15 @@ num_additional_image_tokens
         False: return stock LLaVA's inputs only; the model then reads the same question from the prompt's tokens, with
         the processor saved beside its weights. For clients that hand every input to a function of fixed arguments, as
         TRL's GRPO and RLOO do.
+    connector_tokens : int, optional
+        Placeholders of an image for a model with a connector: its `config.connector.tokens`. None: one per patch.
 
     Raises
     ------
     ValueError
-        If the CLIP tokenizer, or with it the language model's, has no character offsets; if the CLIP tokenizer lacks a
-        start or end token or room between them; if `instruction_pattern` is not a regular expression.
+        If `connector_tokens` is no whole number of at least 1; if the CLIP tokenizer, or with it the language model's,
+        has no character offsets; if the CLIP tokenizer lacks a start or end token or room between them; if
+        `instruction_pattern` is not a regular expression.
     """
 
     get_attributes = _PresentComponents()
@@ -112,8 +115,11 @@ num_additional_image_tokens
         num_additional_image_tokens: int = 0,
         instruction_pattern: str | None = None,
         clip_inputs: bool = True,
+        connector_tokens: int | None = None,
         **kwargs: Any,
     ) -> None:
+        if connector_tokens is not None and not (is_whole(connector_tokens) and connector_tokens >= 1):
+            raise ValueError(f"connector_tokens={connector_tokens!r}; allowed: an integer of at least 1, or None.")
         super().__init__(
             image_processor=image_processor,
             tokenizer=tokenizer,
@@ -136,11 +142,17 @@ num_additional_image_tokens
         self.clip_tokenizer = clip_tokenizer
         self.instruction_pattern = instruction_pattern
         self.clip_inputs = clip_inputs
+        self.connector_tokens = connector_tokens
         self._markers_of_template: dict[str, tuple[str, str] | None] = {}
 
     @classmethod
     def from_llava(
-        cls, llava: str | os.PathLike, clip_tokenizer: Any = None, instruction_pattern: str | None = None, **kwargs: Any
+        cls,
+        llava: str | os.PathLike,
+        clip_tokenizer: Any = None,
+        instruction_pattern: str | None = None,
+        connector_tokens: int | None = None,
+        **kwargs: Any,
     ) -> "IVTPLlavaProcessor":
         """Join a stock LLaVA processor with CLIP's tokenizer.
 
@@ -151,7 +163,7 @@ num_additional_image_tokens
         clip_tokenizer : fast tokenizer, str or path, optional
             CLIP's tokenizer, or the folder or Hub id of a CLIP checkpoint. Default: that of `llava`, if it is an IVTP
             checkpoint; a stock LLaVA has none.
-        instruction_pattern : str, optional
+        instruction_pattern, connector_tokens
             As for the class.
         **kwargs
             Passed on to `LlavaProcessor.from_pretrained`; access to the Hub (`token`, ...) holds for CLIP too. What an
@@ -173,8 +185,9 @@ num_additional_image_tokens
             **{name: getattr(stock, name) for name in _STOCK_ARGUMENTS},
             clip_tokenizer=clip_tokenizer,
             instruction_pattern=instruction_pattern,
+            connector_tokens=connector_tokens,
         )
-        if not any(name in kwargs for name in COUNTED_BY):
+        if connector_tokens is None and not any(name in kwargs for name in COUNTED_BY):
             with suppress(OSError):  # a processor without a model beside it is taken as it is
                 access = {name: kwargs[name] for name in (*HUB_ACCESS, "revision") if name in kwargs}
                 complete_processor(processor, IVTPLlavaConfig.from_pretrained(llava, **access))
@@ -212,6 +225,18 @@ num_additional_image_tokens
                 "Python, `ivtp convert LLAVA --clip CLIP --out FOLDER` on the command line."
             )
         return found
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
+        """Return the placeholders of an image: LLaVA's, or as many as a connector makes tokens."""
+        if self.connector_tokens is None:
+            return str(super().replace_image_token(image_inputs, image_idx, **kwargs))
+        return str(self.image_token) * self.connector_tokens
+
+    def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> Any:
+        data = super()._get_num_multimodal_tokens(image_sizes, **kwargs)
+        if self.connector_tokens is not None and image_sizes is not None:
+            data.num_image_tokens = [self.connector_tokens] * len(image_sizes)
+        return data
 
     @property
     def _adds_inputs(self) -> bool:

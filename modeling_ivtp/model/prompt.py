@@ -179,7 +179,7 @@ def index_prompt(
     sequence = replace(locate_images(placeholders, valid, rows, patches), drafted=drafted)
     windows = None
     if clip_input_ids is not None:
-        windows = tuple(_without_padding(window) for row in clip_input_ids.tolist() for window in row)
+        windows = instruction_windows(clip_input_ids)
     return PromptIndex(sequence, windows, misplaced)
 
 
@@ -205,6 +205,19 @@ def _index_compiled(
     rows = uncounted_rows(placeholders if valid is None else placeholders & valid, per_row, patches)
     sequence = locate_images(placeholders, valid, rows, patches, counted=False)
     return PromptIndex(replace(sequence, drafted=drafted))
+
+
+def instruction_windows(clip_input_ids: torch.Tensor) -> tuple[tuple[int, ...], ...] | None:
+    """Read the windows (B, W, C) of an instruction, row after row, without padding; None while this is compiled."""
+    if torch.compiler.is_compiling():
+        return None
+    return tuple(_without_padding(window) for row in clip_input_ids.tolist() for window in row)
+
+
+def window_ends(clip_text_config: Any, clip_input_ids: torch.Tensor) -> torch.Tensor:
+    """Find the token that stands for a whole text in each window (..., C), as transformers does: int64 (...)."""
+    eos = clip_text_config.eos_token_id
+    return clip_input_ids.argmax(-1) if eos == 2 else (clip_input_ids == eos).int().argmax(-1)  # 2: old configurations
 
 
 def _without_padding(window: list[int]) -> tuple[int, ...]:
@@ -400,9 +413,7 @@ def choose_for_prompt(
 def _window_embeds(model: Any, clip_input_ids: torch.Tensor, index: PromptIndex) -> torch.Tensor:
     """Return CLIP's embedding of each window of the instruction: (B, W, P)."""
     tokens = model.text_features(clip_input_ids, index.windows).unflatten(1, clip_input_ids.shape[1:])
-    # As transformers finds the token that stands for a text, old configurations included.
-    eos = model.clip_text_model.config.eos_token_id
-    ends = clip_input_ids.argmax(-1) if eos == 2 else (clip_input_ids == eos).int().argmax(-1)
+    ends = window_ends(model.clip_text_model.config, clip_input_ids)
     columns = ends.to(tokens.device)[..., None, None].expand(-1, -1, 1, tokens.shape[-1])
     return tokens.gather(2, columns)[:, :, 0]
 

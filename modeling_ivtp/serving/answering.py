@@ -20,7 +20,7 @@ from ..checkpoints.weights import check_weights
 from ..files.console import quiet
 from ..model.compat import cache_of
 from ..model.modeling_ivtp import IVTPLlavaForConditionalGeneration
-from ..model.placeholders import check_placeholders, complete_processor
+from ..model.placeholders import check_placeholders, complete_processor, features_of_image
 from ..model.processing_ivtp import IVTPLlavaProcessor
 
 
@@ -315,7 +315,8 @@ def _wait() -> None:
 
 def _measured(model: Any, processor: Any, inputs: Mapping[str, Any], runs: list[_Run]) -> Answer:
     images = 0 if inputs.get("pixel_values") is None else inputs["pixel_values"].shape[0]
-    final, averaged = (model.config.num_patches,) * images, float(model.config.num_patches if images else 0)
+    whole = features_of_image(model.config)
+    final, averaged = (whole,) * images, float(whole if images else 0)
     if images and model.model.plan() is not None:
         trace = explain(model, processor, inputs)
         final, averaged = trace.final_tokens, trace.layer_averaged_tokens

@@ -71,6 +71,37 @@ def test_table_2_is_what_the_larger_model_executes(name, printed):
     assert abs(executed - printed) <= 0.01 * printed + 0.05
 
 
+CONNECTORS = {"c_abstractor": (8.1, 15.4), "context_attention": (8.2, 15.5), "resampler": (8.135, 15.4)}
+"""Totals of Honeybee, LLaMA-VID and Qwen-VL at 512 text tokens, of 7B (Tables 1 and 9) and 13B (Table 2)."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONNECTORS)
+def test_totals_of_the_connectors_are_as_printed(name, llava):
+    for shape, printed in zip((llava, load_shape("llava-1.5-13b")), CONNECTORS[name], strict=True):
+        found = count_named(shape, name, 64, text_tokens=512)
+        assert abs(found.total_tflops - printed) <= 0.01 * printed + (0.05 if shape is not llava else 0)
+        assert found.formula == pytest.approx(found.parts, rel=1e-9)
+        assert set(found.layer_tokens) == {64}
+
+
+@pytest.mark.slow
+def test_the_resampler_costs_the_extra_of_table_9(llava):
+    assert round(count_named(llava, "resampler", 64, text_tokens=512).parts["connector"], 3) == 0.003
+
+
+@pytest.mark.parametrize("name", CONNECTORS)
+def test_a_connectors_formula_is_exact_and_no_method_prunes_its_tokens(name):
+    tokens = 5 if name == "context_attention" else 4
+    config = tiny_config(enabled=False, connector={"name": name, "tokens": tokens})
+    found = count(config, text_tokens=9)
+    assert found.formula == pytest.approx(found.parts, rel=1e-9)
+    assert found.parts["connector"] > 0
+    assert count_named(tiny_config(), name, tokens, text_tokens=9).parts == found.parts
+    with pytest.raises(ValueError, match="chooses among patches"):
+        count(config, methods.FastV(4), text_tokens=9)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("text", [128, 512, 1024])
 @pytest.mark.parametrize("name", ["unpruned", *methods.METHODS])

@@ -19,6 +19,7 @@ def tiny_config(
     image_token: int = IMAGE_TOKEN,
     clip_vocabulary: int = 100,
     context: int = CONTEXT,
+    connector: Any = None,
     **pruning: Any,
 ) -> IVTPLlavaConfig:
     """Images of 4x4 patches, six layers in each tower, pruning 16 -> 9 -> 4 unless `pruning` sets other counts."""
@@ -61,7 +62,8 @@ def tiny_config(
         clip_text_config=clip_text if clip else None,
         image_token_index=image_token,
         image_seq_length=PATCHES,
-        pruning=PRUNING | pruning,
+        pruning=PRUNING | ({"enabled": False} if connector else {}) | pruning,
+        connector=connector,
     )
 
 
@@ -107,8 +109,8 @@ def model_for(processor: Any, **options: Any) -> IVTPLlavaForConditionalGenerati
     )
 
 
-def prompt(rows: list[list[Any]], seed: int = 1, guided: bool = True) -> dict[str, torch.Tensor]:
-    """A left-padded batch: each row is a list of text lengths and "image"s, e.g. [3, "image", 6].
+def prompt(rows: list[list[Any]], seed: int = 1, guided: bool = True, places: int = PATCHES) -> dict[str, torch.Tensor]:
+    """A left-padded batch: each row is a list of text lengths and "image"s (of some `places`), e.g. [3, "image", 6].
 
     Text after the first image, or all text of a row without one, is the instruction; its tokens span one or two CLIP
     tokens each.
@@ -124,8 +126,8 @@ def prompt(rows: list[list[Any]], seed: int = 1, guided: bool = True) -> dict[st
         instruction: list[bool] = []
         for part in row:
             seen = "image" not in row or IMAGE_TOKEN in tokens
-            tokens += [IMAGE_TOKEN] * PATCHES if part == "image" else text(part)
-            instruction += [False] * PATCHES if part == "image" else [seen] * part
+            tokens += [IMAGE_TOKEN] * places if part == "image" else text(part)
+            instruction += [False] * places if part == "image" else [seen] * part
         ids.append(tokens)
         asked.append(instruction)
     length = max(map(len, ids))
