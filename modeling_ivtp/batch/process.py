@@ -71,7 +71,7 @@ def run(options: Options) -> Summary:
             f"--out={options.out} lies in the folder of the data, {options.data}, and answers would become data; "
             "choose a folder beside it"
         )
-    state = _processes(options.device)
+    state = processes(options.device)
     try:
         return _run(options, state, other)
     finally:
@@ -80,7 +80,7 @@ def run(options: Options) -> Summary:
 
 
 def _run(options: Options, state: PartialState, other: Any) -> Summary:
-    device = _device(options.device, state)
+    device = own_device(options.device, state)
     folder = OutFolder(options.out)
     data = open_data(
         options.data,
@@ -145,7 +145,7 @@ def _shards(data: Data, settings: Mapping[str, Any]) -> int:
     return -(-len(data) // int(settings["shard_rows"]))
 
 
-def _device(name: str | None, state: PartialState) -> str | None:
+def own_device(name: str | None, state: PartialState) -> str | None:
     """Return the model's device; None spreads it over all GPUs, which several processes must not do."""
     if name is not None:
         return name
@@ -154,7 +154,7 @@ def _device(name: str | None, state: PartialState) -> str | None:
     return str(state.device) if state.num_processes > 1 else None
 
 
-def _processes(device: str | None) -> PartialState:
+def processes(device: str | None) -> PartialState:
     """Return this process's place among those that were launched; accelerate must know if they run on CPUs."""
     on_cpu = not torch.accelerator.is_available() if device is None else torch.device(device).type == "cpu"
     return PartialState(cpu=on_cpu)

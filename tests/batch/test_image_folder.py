@@ -201,14 +201,14 @@ def test_only_the_main_process_warns(capsys, sample, loaded, tmp_path, monkeypat
 
     picture(tmp_path / "pictures" / "a.png")
     (tmp_path / "pictures" / "notes.txt").touch()
-    processes = running._processes
+    processes = running.processes
 
     def second(device):
         state = processes(device)
         monkeypatch.setattr(type(state), "is_main_process", False)
         return state
 
-    monkeypatch.setattr(running, "_processes", second)
+    monkeypatch.setattr(running, "processes", second)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         status = ivtp_cli.main(arguments(sample, tmp_path / "out", "--prompt", "What?", data=tmp_path / "pictures"))

@@ -1,0 +1,90 @@
+"""An arm of an evaluation: which method prunes, and how many visual tokens it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..methods import METHODS, Method, make
+
+UNPRUNED = "none"
+OWN = "ivtp"
+"""The method whose options are the checkpoint's own."""
+_DEFAULT_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of pruning.
+
+    Attributes
+    ----------
+    method : str, default "ivtp"
+        "ivtp" prunes by the checkpoint's own options, "none" not at all, as stock LLaVA; any other name is one of
+        `modeling_ivtp.methods`, with the options of its paper.
+    visual_tokens : int, optional
+        Visual tokens of one image that are left in the end. None: the checkpoint's own number for "ivtp", and 64 for
+        another method.
+
+    Raises
+    ------
+    ValueError
+        For an unknown method, a number below 1, or a number without pruning.
+    """
+
+    method: str = OWN
+    visual_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in (UNPRUNED, *METHODS):
+            raise ValueError(f"method={self.method!r}; allowed: {UNPRUNED}, {', '.join(METHODS)}")
+        tokens = self.visual_tokens
+        if tokens is not None and (isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1):
+            raise ValueError(f"visual_tokens={tokens!r}; allowed: a whole number from 1")
+        if self.method == UNPRUNED and tokens is not None:
+            raise ValueError(f"visual_tokens={tokens} with method={UNPRUNED!r}, which keeps all of them; leave it out")
+
+    @property
+    def name(self) -> str:
+        """The name of the arm in files and tables, such as "fastv@64"."""
+        return "unpruned" if self.method == UNPRUNED else f"{self.method}@{self.visual_tokens or 'own'}"
+
+    def _method(self) -> Method:
+        return make(self.method, self.visual_tokens or _DEFAULT_TOKENS)
+
+    def applied(self, model: Any) -> AbstractContextManager[Any]:
+        """Return a context in which a model prunes in this way.
+
+        Raises
+        ------
+        ValueError
+            If the method does not fit the model.
+        """
+        if self.method == UNPRUNED:
+            return model.pruning(enabled=False)
+        if self.method != OWN:
+            return self._method()(model)
+        if self.visual_tokens is None:
+            return model.pruning()
+        # A checkpoint may fix how many tokens the tower hands over; it cannot hand over fewer than are left in the end.
+        handed_over = model.pruning_config.tower_tokens
+        if handed_over is not None and handed_over < self.visual_tokens:
+            handed_over = None
+        return model.pruning(enabled=True, visual_tokens=self.visual_tokens, tower_tokens=handed_over)
+
+    def described(self, model: Any) -> dict[str, Any]:
+        """Return all that decides how a model prunes in this arm, ready for JSON."""
+        if self.method not in (UNPRUNED, OWN):
+            return {"method": self.method, **asdict(self._method())}
+        with self.applied(model):
+            return {"method": self.method, **model.pruning_config.to_dict()}
+
+
+def arms_of(methods: Sequence[str], tokens: Sequence[int]) -> list[Arm]:
+    """Return the unpruned arm, and one for each method at each budget; IVTP at 64 if there are none."""
+    return [
+        Arm(UNPRUNED),
+        *dict.fromkeys(Arm(method, budget) for method in methods or (OWN,) for budget in tokens or (64,)),
+    ]

@@ -1,0 +1,158 @@
+"""From a benchmark's chat to a prompt, its generation arguments, and the arm that answers."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import LlavaImageProcessor
+
+from modeling_ivtp.evaluation.answerer import DEFAULT_NEW_TOKENS, Generation
+from modeling_ivtp.evaluation.arm import Arm
+from modeling_ivtp.evaluation.prompts import VICUNA, as_square, prompt_of
+from tests.support.text_tokenizers import processor as make_processor
+from tests.support.tiny import SIDE, tiny_model
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role != 'system' %}{{ m.role.upper() }}: {% endif %}{% for p in m.content %}"
+    "{% if p.type == 'image' %}<image>\n{% else %}{{ p.text }} {% endif %}{% endfor %}{% endfor %}ASSISTANT:"
+)
+
+
+@pytest.fixture(scope="module")
+def processor() -> Any:
+    made = make_processor(size=SIDE)
+    made.chat_template = TEMPLATE
+    return made
+
+
+def picture(width: int = 8, height: int = 8) -> Image.Image:
+    return Image.effect_noise((width, height), 90).convert("RGB")
+
+
+def image(url: Any) -> dict[str, Any]:
+    return {"type": "image", "url": url}
+
+
+def text(words: str) -> dict[str, Any]:
+    return {"type": "text", "text": words}
+
+
+def user(*parts: Any) -> dict[str, Any]:
+    return {"role": "user", "content": list(parts)}
+
+
+def test_a_question_becomes_the_template_s_prompt(processor: Any) -> None:
+    found = prompt_of([user(image(picture()), image(picture()), text("Same?\nAnswer yes or no."))], processor)
+    assert found.text == "USER: <image>\n<image>\nSame?\nAnswer yes or no. ASSISTANT:"
+    assert [shown.size for shown in found.images] == [(8, 8), (8, 8)]
+    assert prompt_of([{"role": "user", "content": "Why?"}], processor).text == "USER: Why? ASSISTANT:"
+
+
+def test_the_published_system_prompt_stands_before_the_question(processor: Any) -> None:
+    chat = [user(image(picture()), text("Why?"))]
+    assert prompt_of(chat, processor, system_prompt=VICUNA).text == f"{VICUNA} USER: <image>\nWhy? ASSISTANT:"
+    own = [{"role": "system", "content": "Be brief."}, *chat]
+    assert prompt_of(own, processor, system_prompt=VICUNA).text == "Be brief. USER: <image>\nWhy? ASSISTANT:"
+
+
+def test_a_chat_of_several_messages_is_rendered(processor: Any) -> None:
+    chat = [user(image(picture()), text("Who?")), {"role": "assistant", "content": "A cat."}, user(text("Where?"))]
+    assert prompt_of(chat, processor).text == "USER: <image>\nWho? ASSISTANT: A cat. USER: Where? ASSISTANT:"
+    bare = make_processor(size=SIDE, chat_template=None)
+    with pytest.raises(ValueError, match="no chat template, so it can be asked single questions only"):
+        prompt_of(chat, bare)
+    assert prompt_of(chat[:1], bare).text == "USER: <image>\nWho? ASSISTANT:"
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        (user({"type": "video", "url": "a.mp4"}), "comes with video; LLaVA reads text and pictures only"),
+        (user({"type": "audio", "url": "a.wav"}), "comes with audio"),
+        (user({"type": "depth", "url": "a"}), "type='depth' of a part; allowed: text, image"),
+        ({"role": "tool", "content": "a"}, "role='tool'; allowed: system, user, assistant"),
+        (user(image(picture()), text("<image> <image> Same?")), "the prompt has 2 <image>, but there are 1"),
+        (user(image(picture()), text("")), "the prompt is empty"),
+    ],
+)
+def test_other_content_is_refused(processor: Any, message: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        prompt_of([message], processor)
+
+
+@pytest.mark.parametrize("size", [(9, 4), (4, 9), (6, 5), (7, 7)])
+def test_pictures_are_padded_as_llava_s_own_processor_pads(processor: Any, size: tuple[int, int]) -> None:
+    mean = processor.image_processor.image_mean
+    shown = picture(*size)
+    padded = np.asarray(as_square(shown, mean))
+    theirs = LlavaImageProcessor().pad_to_square(
+        torch.from_numpy(np.array(shown)).permute(2, 0, 1), tuple(int(value * 255) for value in mean)
+    )
+    assert (padded == theirs.permute(1, 2, 0).numpy()).all()
+    found = prompt_of([user(image(shown), text("?"))], processor, pad=True)
+    assert found.images[0].size == (max(size), max(size))
+
+
+def test_generation_arguments_are_greedy_unless_there_is_a_temperature() -> None:
+    assert Generation.of({}).arguments == {"max_new_tokens": DEFAULT_NEW_TOKENS, "num_beams": 1, "do_sample": False}
+    greedy = Generation.of({"temperature": 0.0, "top_p": 1.0, "max_new_tokens": 16, "until": ["\n\n", ""]})
+    assert greedy.arguments == {"max_new_tokens": 16, "num_beams": 1, "do_sample": False}
+    assert greedy.until == ("\n\n",)
+    sampled = Generation.of({"temperature": 0.2, "top_p": 0.9, "num_beams": 2, "until": "x"}).arguments
+    assert sampled == {
+        "max_new_tokens": DEFAULT_NEW_TOKENS,
+        "num_beams": 2,
+        "do_sample": True,
+        "temperature": 0.2,
+        "top_p": 0.9,
+    }
+    with pytest.raises(ValueError, match="generation argument heat, size; allowed: until, max_new_tokens"):
+        Generation.of({"heat": 1, "size": 2})
+    with pytest.raises(ValueError, match=r"until=\[1\]; allowed: a text, or a list of texts"):
+        Generation.of({"until": [1]})
+
+
+def test_an_answer_ends_before_its_first_stop() -> None:
+    generation = Generation.of({"until": ["END", "\n\n"]})
+    assert generation.cut(" one\ntwo\n\nthree END ") == "one\ntwo"
+    assert generation.cut("one END two") == "one"
+    assert generation.cut(" one ") == "one"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("magic",), "method='magic'; allowed: none, random, topk"),
+        (("ivtp", 0), "visual_tokens=0; allowed: a whole number from 1"),
+        (("ivtp", True), "visual_tokens=True; allowed"),
+        (("none", 4), "visual_tokens=4 with method='none'"),
+    ],
+)
+def test_an_arm_that_cannot_be_is_refused(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Arm(*arguments)
+
+
+def test_an_arm_prunes_as_it_says_and_leaves_no_trace() -> None:
+    model = tiny_model()
+    own = model.pruning_config
+
+    def final(arm: Arm) -> int:
+        with arm.applied(model):
+            plan = model.model.plan()
+            return model.config.num_patches if plan is None else plan.final_tokens
+
+    assert [final(arm) for arm in (Arm("none"), Arm(), Arm("ivtp", 2), Arm("ivtp", 12), Arm("fastv", 3))] == [
+        16,
+        4,
+        2,
+        12,
+        3,
+    ]
+    assert model.pruning_config == own
+    described = [Arm(*arm).described(model) for arm in (("none",), ("ivtp",), ("ivtp", 4), ("ivtp", 2), ("fastv", 2))]
+    assert described[1] == described[2]
+    assert len({str(each) for each in described}) == 4
+    assert described[4]["keep"] == 2
