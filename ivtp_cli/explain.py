@@ -53,20 +53,21 @@ def explain(
         _check_file(file)
     if out is not None:
         _check_picture_type(out)
-    from modeling_ivtp.methods import make
     from modeling_ivtp.serving import answering
+    from modeling_ivtp.trained import is_adapter, make
 
     names = list(dict.fromkeys(method or ["ivtp"]))
     for name in names:
         if name != "ivtp":
-            make(name, visual_tokens or 64)  # refused before the model is loaded
+            make(name, visual_tokens)  # refused before the model is loaded
     loaded, processor = answering.load_model(model, device=device, dtype=dtype)
     if visual_tokens is not None:
         answering.set_budget(loaded, visual_tokens)
     text, budget = answering.as_prompt(processor, prompt, len(pictures)), loaded.pruning_config.visual_tokens
     traces = []
     for name in names:
-        with nullcontext() if name == "ivtp" else make(name, budget)(loaded):
+        keep = visual_tokens if is_adapter(name) else budget
+        with nullcontext() if name == "ivtp" else make(name, keep)(loaded):
             traces.append(answering.explain(loaded, processor, answering.prepare(loaded, processor, pictures, text)))
     for trace in traces:
         _show(trace, name_it=len(traces) > 1)

@@ -37,11 +37,11 @@ def generate(
 ) -> None:
     """Answer a question about pictures."""
     pictures = load_pictures(image)
-    from modeling_ivtp.methods import make
     from modeling_ivtp.serving import answering
+    from modeling_ivtp.trained import make
 
     # IVTP's own options are the checkpoint's; any other method is applied to the model.
-    other = None if method == "ivtp" else make(method, 64 if visual_tokens is None else visual_tokens)
+    other = None if method == "ivtp" else make(method, visual_tokens)
     loaded, processor = answering.load_model(model, device=device, dtype=dtype)
     if visual_tokens is not None and other is None:
         answering.set_budget(loaded, visual_tokens)

@@ -48,7 +48,10 @@ PromptOption = Annotated[
     ),
 ]
 MethodOption = Annotated[
-    str, typer.Option("--method", help="Method that prunes: ivtp, or one to compare with, such as fastv.")
+    str,
+    typer.Option(
+        "--method", help="Method that prunes: ivtp, one to compare with, such as fastv, or a trained one's folder."
+    ),
 ]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")]
 DeviceOption = Annotated[

@@ -29,9 +29,9 @@ class Options:
     prompt : str, optional
         One question for all rows, instead of a column.
     visual_tokens : int, optional
-        Visual tokens of one image left in the end; None: the checkpoint's own, or 64 for another method.
+        Visual tokens of one image left in the end; None: the checkpoint's or the trained method's own, or 64.
     method : str, default "ivtp"
-        The method that prunes.
+        The method that prunes, or the folder of a trained one.
     max_new_tokens : int, default 64
         Length of the longest answer.
     batch_size : int, default 64

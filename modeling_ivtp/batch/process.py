@@ -16,9 +16,9 @@ from accelerate import PartialState
 
 from ..checkpoints.llava_source import read_config
 from ..checkpoints.sources import HubOptions, open_checkpoint
-from ..methods import make
 from ..model.placeholders import features_of_image
 from ..serving.answering import check_device, load_model, set_budget, warn_if_unguided
+from ..trained import make
 from . import answers, budget
 from .asking import Asker, failure
 from .data import Data, open_data
@@ -62,7 +62,7 @@ def run(options: Options) -> Summary:
     OSError
         If data, model or the output's folder cannot be read or written.
     """
-    other = None if options.method == "ivtp" else make(options.method, options.visual_tokens or 64)
+    other = None if options.method == "ivtp" else make(options.method, options.visual_tokens)
     if options.device is not None:
         check_device(options.device)
     data = Path(options.data).expanduser()

@@ -79,7 +79,7 @@ class Applied(Pruner):
                 exact=whole.exact and plan.exact,
             )
             tokens, exact = whole.final_tokens, whole.exact
-        return whole if whole.final_tokens < patches else None
+        return whole if whole.drops else None
 
     @property
     def label(self) -> str:
@@ -103,6 +103,7 @@ class Applied(Pruner):
             all_projected=any(needs.all_projected for needs in parts),
             next_record=in_decoder.next_record,
             instruction=in_decoder.instruction,
+            weights=in_decoder.weights,
         )
 
     def _must(self, stage: str) -> Pruner:
@@ -137,6 +138,10 @@ class Applied(Pruner):
     def in_decoder(self, step: DecoderStep) -> Choice:
         """Ask the method that acts here."""
         return self._must("decoder").in_decoder(step)
+
+    def weigh(self, step: DecoderStep) -> torch.Tensor:
+        """Ask the method in the decoder."""
+        return self._must("decoder").weigh(step)
 
 
 @contextmanager

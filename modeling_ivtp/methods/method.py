@@ -82,7 +82,7 @@ class Method(Pruner):
         """Plan how many tokens stay after each step; None if the budget is not below `patches`."""
         keep = self.final_tokens(config, patches)
         plan = self.at(keep).schedule(config, patches) if keep < patches else None
-        return None if plan is None or plan.final_tokens >= patches else plan
+        return plan if plan is not None and plan.drops else None
 
     def schedule(self, config: Any, patches: int) -> PruningPlan:
         """Plan how many tokens stay after each step, for a `keep` below `patches`."""

@@ -63,15 +63,20 @@ def patch_keys(record: AttentionRecord) -> torch.Tensor:
     return record.key[:, :, 1:]
 
 
+def text_tokens(sequence: VisualSequence) -> torch.Tensor:
+    """Mark the columns that are tokens of the text: bool (B, n)."""
+    columns = sequence.columns
+    visual = torch.zeros(columns.shape[0], sequence.size + 1, dtype=torch.bool, device=columns.device)
+    visual = visual.scatter(1, columns.flatten(1), True)[:, :-1]
+    return ~visual if sequence.valid is None else ~visual & sequence.valid
+
+
 def after_images(sequence: VisualSequence) -> torch.Tensor:
     """Mark the text tokens after each image, which are the only ones that attend to it: bool (B, M, n).
 
     After an image that ends its prompt there are none; then the prompt's last token, which predicts the answer, counts.
     """
-    column = torch.arange(sequence.size, device=sequence.columns.device)
-    visual = torch.zeros(sequence.slots.shape[0], sequence.size + 1, dtype=torch.bool, device=column.device)
-    visual = visual.scatter(1, sequence.columns.flatten(1), True)[:, :-1]
-    text = ~visual if sequence.valid is None else ~visual & sequence.valid
+    column, text = torch.arange(sequence.size, device=sequence.columns.device), text_tokens(sequence)
     last = sequence.columns.masked_fill(~sequence.token_present, -1).amax(-1)
     after = text[:, None] & (column > last[..., None]) & (column < sequence.prompt_end)
     return after | (~after.any(-1, keepdim=True) & (column == sequence.prompt_end - 1))

@@ -124,8 +124,8 @@ class GroupedDecoder:
         if visual is None:
             hidden = model.norm(self._continue(*inputs, states, kwargs))
         else:
-            hidden, sequence = self._prune(*inputs, visual, states, kwargs)
-            hidden, kept_tokens = sequence.restore(model.norm(hidden)), sequence.kept_tokens()
+            run = self._prune(*inputs, visual, states, kwargs)
+            hidden, kept_tokens = run.sequence.restore(model.norm(run.tokens)), run.kept_tokens()
         return PrunedDecoderOutput(
             last_hidden_state=hidden,
             **{CACHE: cache},
@@ -137,6 +137,9 @@ class GroupedDecoder:
         """Return the cache that a pass writes; gradient checkpointing takes none."""
         model: Any = self
         use_cache = model.config.use_cache if use_cache is None else use_cache
+        if visual is not None and visual.pruner.needs.weights:
+            self._refuse_with_weights(cache)
+            return None
         if model.training and getattr(model, "gradient_checkpointing", False):
             if visual is None:
                 raise ValueError(
@@ -247,12 +250,12 @@ class GroupedDecoder:
         visual: VisualPrompt,
         states: HiddenStates | None,
         kwargs: dict[str, Any],
-    ) -> tuple[torch.Tensor, VisualSequence]:
+    ) -> PromptPass:
         """Run a prompt group after group, each on the tokens that the group before left."""
         run = self._begin(tokens, attention_mask, position_ids, cache, visual, states)
         layers, options = self._layer_calls(cache, kwargs)
         for first, last, group in visual.stages(len(layers)):
-            drops = group is not None and group.keep < run.sequence.patches.shape[2]
+            drops = group is not None and (group.adaptive or group.keep < run.sequence.patches.shape[2])
             records: list[Any] = []
             joined: torch.Tensor | None = None
             for span in cache_spans(cache, first, last, attention_mask):
@@ -263,12 +266,14 @@ class GroupedDecoder:
                 else:
                     self._run_layers(run, span, layers, call, drops, records)
                 span.end(run.sequence, renumbered)
-            if group is not None and drops:
+            if group is not None and drops and visual.pruner.needs.weights:
+                run.weigh(group, records)
+            elif group is not None and drops:
                 ahead = None
                 if visual.pruner.needs.next_record:
                     ahead = self._record_ahead(run, layers, group.last + 1, cache, attention_mask)
                 run.drop(group, records, ahead)
-        return run.tokens, run.sequence
+        return run
 
     @torch.no_grad()
     @labelled(CHOOSE)
@@ -331,11 +336,16 @@ class GroupedDecoder:
         run: PromptPass, span: CacheSpan, layers: list[Any], call: dict[str, Any], drops: bool, records: list[Any]
     ) -> None:
         """Run layers on the prompt alone; where tokens will be dropped, each leaves a record."""
+        weights = run.column_weights()
         for index in range(span.first, span.last + 1):
             run.note_state(index)
-            if drops:
-                records.append(DecoderAttentionRecord(span.entries, span.past_valid, run.sequence.valid))
-                call["record"] = records[-1]
+            if drops or weights is not None:
+                record = DecoderAttentionRecord(span.entries, span.past_valid, run.sequence.valid, weights)
+                if drops:
+                    records.append(record)
+                else:
+                    record.sealed = True  # it only carries the weights
+                call["record"] = record
             run.tokens = layers[index](run.tokens, **call)
 
     @staticmethod
@@ -410,6 +420,22 @@ class GroupedDecoder:
             )
         if getattr(config, "_attn_implementation", None) == "flex_attention":
             raise ValueError('attn_implementation="flex_attention" is not supported under pruning; use "sdpa".')
+
+    def _refuse_with_weights(self, cache: Cache | None) -> None:
+        """Refuse what has no gradient where tokens are weighted: a cache, and checkpoints that lose the weights."""
+        if cache is not None:
+            raise ValueError(
+                "A pruner in training mode weighs tokens and drops none, so no cache can be pruned: call eval() on its "
+                "modules to generate, or pass no cache."
+            )
+        for layer in self.layers:  # type: ignore[attr-defined]
+            function = getattr(layer, "_gradient_checkpointing_func", None)
+            options = getattr(function, "keywords", {}) if layer.gradient_checkpointing else {}
+            if options.get("use_reentrant"):
+                raise ValueError(
+                    "use_reentrant=True: reentrant checkpoints lose the gradient of a learned pruner's weights; "
+                    'allowed: gradient_checkpointing_enable({"use_reentrant": False}).'
+                )
 
     def _check_window(self, past: Any, new: int) -> None:
         window = getattr(self.config, "sliding_window", None)  # type: ignore[attr-defined]

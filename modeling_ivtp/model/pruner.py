@@ -204,6 +204,8 @@ class DecoderStep:
         The group's output for the pseudo-CLS tokens, if the pruner needs them.
     instruction : bool Tensor (B, n) or None
         Which columns are words of the instruction, if the pruner needs it and the inputs say so.
+    weights : Tensor (B, M, k) or None
+        What earlier `Pruner.weigh` left of the visual tokens, where they are weighted and not dropped. None: all.
     """
 
     group: Group
@@ -217,6 +219,7 @@ class DecoderStep:
     next_record: DecoderAttentionRecord | None = None
     pseudo_cls: torch.Tensor | None = None
     instruction: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -247,6 +250,8 @@ class Needs:
         The decoder step gets the queries and keys of the layer after the group.
     instruction : bool
         The decoder step gets the columns of the instruction's words.
+    weights : bool
+        The decoder drops nothing: it asks `Pruner.weigh`, with gradients, and counts keys by the answer.
     """
 
     pseudo_cls: bool = False
@@ -260,6 +265,7 @@ class Needs:
     all_projected: bool = False
     next_record: bool = False
     instruction: bool = False
+    weights: bool = False
 
 
 class Pruner:
@@ -308,6 +314,16 @@ class Pruner:
     def in_decoder(self, step: DecoderStep) -> Choice:
         """Choose at the top of a group of decoder layers."""
         raise self._missing("chooses in the decoder")
+
+    def weigh(self, step: DecoderStep) -> torch.Tensor:
+        """Weigh visual tokens at the top of a group of decoder layers, for training (`Needs.weights`).
+
+        Returns
+        -------
+        Tensor (B, M, k)
+            From 0, as if it were dropped, to 1, at most what `step.weights` left.
+        """
+        raise self._missing("weighs tokens")
 
     def _missing(self, action: str) -> TypeError:
         return TypeError(f"{type(self).__name__} never {action}.")
@@ -361,6 +377,10 @@ class PrunerWrapper(Pruner):
     def in_decoder(self, step: DecoderStep) -> Choice:
         """Ask the wrapped pruner."""
         return self.pruner.in_decoder(step)
+
+    def weigh(self, step: DecoderStep) -> torch.Tensor:
+        """Ask the wrapped pruner."""
+        return self.pruner.weigh(step)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager
 
 from .compat import one_cache
 from .labels import SCORE, label
+from .masked_attention import masked_attention
 from .rollout import AttentionRecord, DecoderAttentionRecord
 from .visual_sequence import VisualSequence
 
@@ -78,6 +79,9 @@ class PseudoCLSAttention:
     tracked_columns: torch.Tensor
     visible: torch.Tensor
     record: AttentionRecord | None = None
+
+    weights = None
+    """Weights of keys: none, all count alike."""
 
     @classmethod
     def of(cls, sequence: VisualSequence, past: int, past_valid: torch.Tensor | None) -> "PseudoCLSAttention":
@@ -207,6 +211,8 @@ class GroupedAttention:
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             attention.config._attn_implementation, eager_attention_forward
         )
+        if record.weights is not None:
+            attend, kwargs = masked_attention, {"weights": record.weights}
         output, weights = attend(
             self,
             query,

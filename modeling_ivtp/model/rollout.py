@@ -101,6 +101,8 @@ class DecoderAttentionRecord:
         Which of them are tokens of their row. None: all.
     valid : bool Tensor (B, n) or None
         Which columns of the sequence are tokens. None: all.
+    weights : Tensor (B, n) or None
+        How much each column counts as a key of others, where tokens are weighted and not dropped. None: fully.
     query : Tensor (B, H, n, dh)
     key : Tensor (B, H_kv, past + n, dh)
     scale : float
@@ -112,6 +114,7 @@ class DecoderAttentionRecord:
     past: int
     past_valid: torch.Tensor | None
     valid: torch.Tensor | None
+    weights: torch.Tensor | None = field(default=None, repr=False)
     query: torch.Tensor = field(init=False, repr=False)
     key: torch.Tensor = field(init=False, repr=False)
     scale: float = field(init=False)
@@ -160,9 +163,17 @@ class DecoderAttentionRecord:
 
     def _maps(self, first: int) -> Iterator[torch.Tensor]:
         """Yield maps of some heads at a time, from column `first` on: float32 (B, some heads, n - first, past + n)."""
-        visible = self._visible(first)
+        visible, shift = self._visible(first), self._log_weights(first)
         for logits in map_heads(self.query[:, :, first:], self.key, self.scale):
+            logits = logits if shift is None else logits + shift
             yield logits.masked_fill(~visible, float("-inf")).softmax(-1, dtype=torch.float32).nan_to_num(0)
+
+    def _log_weights(self, first: int) -> torch.Tensor | None:
+        """Return what weighting adds to logits from column `first` on: (B, 1, Q, n), 0 for a token's own key."""
+        if self.weights is None:
+            return None
+        itself = torch.eye(self.weights.shape[1], dtype=torch.bool, device=self.query.device)[first:]
+        return self.weights.detach().to(self.query.device).log()[:, None, None].masked_fill(itself, 0.0)
 
     def _visible(self, first: int) -> torch.Tensor:
         """Mark the keys that queries from column `first` on attend to: bool (B or 1, 1, Q, past + n)."""

@@ -21,12 +21,15 @@ class Group:
         Visual tokens of one image that stay after `last`; the largest number if a method adapts it to the image.
     middle : bool
         Drop between attention and MLP of `last` instead of after it; in the vision tower only.
+    adaptive : bool
+        The pruner is asked even where `keep` leaves all tokens, since it decides how many stay; in the decoder only.
     """
 
     first: int
     last: int
     keep: int
     middle: bool = False
+    adaptive: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,11 @@ class PruningPlan:
     def tower_tokens(self) -> int:
         """Tokens of one image that the language model gets."""
         return self.encoded_tokens if self.prompt is None else self.prompt
+
+    @property
+    def drops(self) -> bool:
+        """Whether anything may be dropped."""
+        return self.final_tokens < self.patches or any(group.adaptive for group in self.decoder)
 
     @property
     def final_tokens(self) -> int:

@@ -165,6 +165,8 @@ class PromptPass:
         See `Choice.sizes` and `Choice.order`.
     states : HiddenStates or None
         Collects the input of every layer, where `output_hidden_states` asks for it.
+    weights : Tensor (B, M, k) or None
+        How much each visual token counts, where tokens are weighted and not dropped. None: fully.
     """
 
     visual: VisualPrompt
@@ -175,6 +177,7 @@ class PromptPass:
     sizes: torch.Tensor | None = None
     order: torch.Tensor | None = None
     states: HiddenStates | None = None
+    weights: torch.Tensor | None = None
 
     def note_state(self, layer: int) -> None:
         """Hand out the hidden states that a layer gets, if anybody wants them."""
@@ -209,22 +212,8 @@ class PromptPass:
             Of the layer after the group, for a pruner that needs it.
         """
         visual, before = self.visual, self.sequence
-        asked = (records, []) if self.pseudo_cls is not None else ([], records)
         with torch.no_grad(), full_precision(self.tokens.device), label(CHOOSE):
-            choice = visual.pruner.in_decoder(
-                DecoderStep(
-                    group,
-                    *asked,
-                    self.tokens,
-                    before,
-                    sizes=self.sizes,
-                    order=self.order,
-                    state=visual.state,
-                    next_record=next_record,
-                    pseudo_cls=self.pseudo_cls,
-                    instruction=self._instruction(),
-                )
-            )
+            choice = visual.pruner.in_decoder(self._step(group, records, next_record))
         for record in records:
             record.seal()
         self.sizes, self.order = choice.sizes, choice.order
@@ -238,6 +227,45 @@ class PromptPass:
         self.tokens = self.tokens.gather(1, columns)
         if merged is not None:
             self.tokens = self.sequence.with_visual(self.tokens, merged)
+
+    def weigh(self, group: Group, records: list[Any]) -> None:
+        """Ask the pruner at the top of a group how much each visual token counts from here on; nothing is dropped."""
+        with label(CHOOSE):
+            self.weights = self.visual.pruner.weigh(self._step(group, records))
+        for record in records:
+            record.seal()
+
+    def column_weights(self) -> torch.Tensor | None:
+        """Return how much each column counts as a key, 1 for text: (B, n), or None if nothing was weighed."""
+        if self.weights is None:
+            return None
+        columns = self.sequence.columns.to(self.weights.device).flatten(1)
+        even = self.weights.new_ones(columns.shape[0], self.sequence.size + 1)
+        return even.scatter(1, columns, self.weights.flatten(1))[:, :-1]
+
+    def kept_tokens(self) -> torch.Tensor:
+        """Mark the logical columns that are left, or count for more than a half: bool (B, S)."""
+        kept, weights = self.sequence.kept_tokens(), self.column_weights()
+        if weights is None:
+            return kept
+        counts = self.sequence.restore(weights.detach()[..., None])[..., 0] > 0.5
+        return kept & counts
+
+    def _step(self, group: Group, records: list[Any], next_record: DecoderAttentionRecord | None = None) -> DecoderStep:
+        asked = (records, []) if self.pseudo_cls is not None else ([], records)
+        return DecoderStep(
+            group,
+            *asked,
+            self.tokens,
+            self.sequence,
+            sizes=self.sizes,
+            order=self.order,
+            state=self.visual.state,
+            next_record=next_record,
+            pseudo_cls=self.pseudo_cls,
+            instruction=self._instruction(),
+            weights=self.weights,
+        )
 
     def _instruction(self) -> torch.Tensor | None:
         """Mark the columns that are left of the instruction: bool (B, n)."""

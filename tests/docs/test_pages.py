@@ -35,6 +35,7 @@ PAGES = [
     "docs/usage.md",
     "docs/options.md",
     "docs/training.md",
+    "docs/trained.md",
     "docs/methods.md",
     "docs/checkpoints.md",
     "docs/batch.md",

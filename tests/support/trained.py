@@ -1,0 +1,43 @@
+"""Tiny models with trained pruners, whose modules decide anything but alike."""
+
+import torch
+
+from tests.support.tiny import IMAGE_TOKEN, prompt, randomize
+
+ROWS = [[3, "image", 7], [5], [2, "image", 4, "image", 3]]
+
+
+def ready(method, model, seed=3):
+    """The method with random modules for a model."""
+    method = method.for_model(model)
+    randomize(method.learned, seed)
+    return method
+
+
+def answered(rows=ROWS, answer=3, seed=1):
+    """A batch whose last `answer` tokens of each row are to be learned."""
+    inputs = prompt(rows, seed)
+    labels = torch.full_like(inputs["input_ids"], -100)
+    labels[:, -answer:] = inputs["input_ids"][:, -answer:]
+    inputs["labels"] = labels.masked_fill(labels == IMAGE_TOKEN, -100)
+    return inputs
+
+
+def exact_norm(norm, hidden):
+    """LLaMA's norm in the precision of its input; its own is in float32, too coarse for finite differences."""
+    return norm.weight * hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+
+
+def positions(inputs):
+    return (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
+
+
+def bits(model):
+    """Every tensor of a model, for a comparison bit by bit."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same_bits(model, before):
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
