@@ -9,6 +9,8 @@ MODEL ?= examples/miniature
 SEED ?= 0
 RECIPE ?= taught
 TRAINED = out/miniature-$(if $(filter-out taught,$(RECIPE)),$(RECIPE)-)$(SEED)
+# Towers that are trained already.
+TOWERS ?= $(wildcard benchmarks/quality/towers/$(RECIPE)-$(SEED).safetensors)
 # glibc would hand every large tensor back to the system and ask for it anew: a tenth of the time. Threads that wait sleep:
 # beside other work on two cores, spinning made a step take three times as long.
 TRAIN := OMP_WAIT_POLICY=PASSIVE MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=8000000000 $(RUN)/python -m benchmarks.quality
@@ -40,9 +42,9 @@ quality: setup  ## evaluate MODEL (the miniature) on held-out questions of the d
 	$(RUN)/ivtp quality --model $(MODEL) --rows all --out benchmarks/results
 
 miniature: setup  ## train a miniature from nothing with SEED by RECIPE (taught, plain), on CPU or GPU; goes on where it was stopped
-	$(TRAIN).train_clip --recipe $(RECIPE) --out $(TRAINED)/clip --seed $(SEED)
-	$(TRAIN).train_llava --clip $(TRAINED)/clip --out $(TRAINED)/llava --seed $(SEED)
-	$(TRAIN).assemble --clip $(TRAINED)/clip --llava $(TRAINED)/llava --out $(TRAINED)/model
+	$(if $(TOWERS),,$(TRAIN).train_clip --recipe $(RECIPE) --out $(TRAINED)/clip --seed $(SEED))
+	$(TRAIN).train_llava --clip $(or $(TOWERS),$(TRAINED)/clip) --out $(TRAINED)/llava --seed $(SEED)
+	$(TRAIN).assemble --clip $(or $(TOWERS),$(TRAINED)/clip) --llava $(TRAINED)/llava --out $(TRAINED)/model
 
 test: setup  ## all tests
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest --numprocesses 2 --dist loadfile

@@ -16,8 +16,8 @@ from benchmarks.quality.miniature import clip_text_config, decoder_config, visio
 from benchmarks.quality.recipes import recipe_named
 from benchmarks.quality.speaker import Speaker
 from benchmarks.quality.tokenizer import decoder_tokenizer, processor
+from benchmarks.quality.towers import load_teacher
 from benchmarks.quality.train_clip import Teacher
-from benchmarks.quality.train_llava import load_teacher
 from benchmarks.quality.world import fingerprint
 from modeling_ivtp import IVTPLlavaConfig, IVTPLlavaForConditionalGeneration
 from modeling_ivtp.files.folder import new_folder
@@ -88,7 +88,7 @@ def _remove(content: Any, name: str) -> bool:
 
 
 def main(
-    clip: Annotated[Path, typer.Option(help="Folder of stage 1.")],
+    clip: Annotated[Path, typer.Option(help="Folder of stage 1, or a file of its towers.")],
     llava: Annotated[Path, typer.Option(help="Folder of stages 2 and 3.")],
     out: Annotated[Path, typer.Option(help="The checkpoint to write.")],
     dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",

@@ -175,7 +175,7 @@ def saved_weights(folder: Path, module: str = "") -> dict[str, torch.Tensor]:
         If there is no state.
     """
     prefix = f"weights.{module}"
-    with safe_open(_state_in(folder), framework="pt") as state:
+    with safe_open(state_in(folder), framework="pt") as state:
         names = [name for name in state.keys() if name.startswith(prefix)]  # noqa: SIM118
         return {name.removeprefix(prefix): state.get_tensor(name) for name in names}
 
@@ -188,12 +188,19 @@ def saved_settings(folder: Path) -> dict[str, Any]:
     FileNotFoundError
         If there is no state.
     """
-    with safe_open(_state_in(folder), framework="pt") as state:
+    with safe_open(state_in(folder), framework="pt") as state:
         settings: dict[str, Any] = json.loads(state.metadata()["run"])["settings"]
     return settings
 
 
-def _state_in(folder: Path) -> Path:
+def state_in(folder: Path) -> Path:
+    """Return the file of a training state.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is none.
+    """
     file = folder / "state.safetensors"
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: run the stage before it first (make miniature runs all of them).")

@@ -31,15 +31,14 @@ from benchmarks.quality.loop import (
     optimize,
     optimizers_of,
     precision,
-    saved_settings,
-    saved_weights,
     set_up,
 )
 from benchmarks.quality.question_batches import UNKNOWN, Asked, Named, Pictures, ask, name_all, words_of_kinds
-from benchmarks.quality.recipes import Course, recipe_named
+from benchmarks.quality.recipes import Course
 from benchmarks.quality.speaker import NAMING, Speaker
 from benchmarks.quality.tokenizer import decoder_tokenizer
-from benchmarks.quality.train_clip import Teacher, pixel_values
+from benchmarks.quality.towers import load_teacher
+from benchmarks.quality.train_clip import pixel_values
 from benchmarks.quality.world import COLOURS, GRID, TYPES, draw_scene, kinds
 
 NO_CORNERS = tuple(one for one in TYPES if one != "corner")
@@ -65,15 +64,8 @@ def draw_batch(course: Course, step: int, gpu: bool = False) -> Asked | Named:
     return ask(step, 8 * more, 40 if terse else number, types, style=style)
 
 
-def load_teacher(folder: Path) -> Teacher:
-    """Load the towers that stage 1 trained, without what its heads learned."""
-    teacher = Teacher(recipe_named(saved_settings(folder)["recipe"]))
-    teacher.clip.load_state_dict(saved_weights(folder, "clip."))
-    return teacher.eval().requires_grad_(False)
-
-
 def main(
-    clip: Annotated[Path, typer.Option(help="Folder of stage 1.")],
+    clip: Annotated[Path, typer.Option(help="Folder of stage 1, or a file of its towers.")],
     out: Annotated[Path, typer.Option(help="Folder of state and log; an earlier run there is continued.")],
     align: Annotated[int | None, typer.Option(help="Steps of stage 2; default of all parts: the recipe's.")] = None,
     name: Annotated[int | None, typer.Option(help="Steps with bare names.")] = None,

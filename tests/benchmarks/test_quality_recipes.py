@@ -11,8 +11,9 @@ from benchmarks.quality.loop import cosine_rate, optimize, optimizers_of, saved_
 from benchmarks.quality.question_batches import ask
 from benchmarks.quality.recipes import PLAIN, RECIPES, TAUGHT, recipe_named
 from benchmarks.quality.speaker import Speaker
+from benchmarks.quality.towers import WORDS, load_teacher, write_towers
 from benchmarks.quality.train_clip import Batch, Teacher
-from benchmarks.quality.train_llava import NO_CORNERS, load_teacher, losses
+from benchmarks.quality.train_llava import NO_CORNERS, losses
 from benchmarks.quality.world import TYPES
 
 CPU = torch.device("cpu")
@@ -171,7 +172,23 @@ def test_stage_one_resumes_and_later_stages_follow_its_recipe(tmp_path, monkeypa
     arguments = {"recipe": "plain", "steps": 2, "small_steps": 2, "seed": 0, "threads": 1}
     train_clip.main(tmp_path, **arguments)
     assert saved_settings(tmp_path)["recipe"] == "plain"
-    assert load_teacher(tmp_path).recipe == PLAIN
+    teacher = load_teacher(tmp_path)
+    assert teacher.recipe == PLAIN
+    write_towers(tmp_path, tmp_path / "towers" / "plain-0.safetensors")
+    again = load_teacher(tmp_path / "towers" / "plain-0.safetensors")
+    assert again.recipe == PLAIN
+    kept = again.clip.state_dict()
+    for name, weight in teacher.clip.state_dict().items():
+        if name == WORDS:
+            seen = kept[name].any(1)
+            assert 5 < seen.sum() < 1000
+            assert seen[Batch.of(PLAIN.tower, 0).texts.input_ids.unique()].all()
+            weight = weight[seen]
+            kept[name] = kept[name][seen]
+        if name != "logit_scale":
+            assert torch.equal(kept[name], weight.half().float()), name
+    with pytest.raises(FileNotFoundError, match="run the stage before it first"):
+        load_teacher(tmp_path / "elsewhere")
     train_clip.main(tmp_path, **arguments)
     with pytest.raises(ValueError, match=r"other settings .*recipe"):
         train_clip.main(tmp_path, **arguments | {"recipe": "taught"})
