@@ -233,13 +233,17 @@ class EndpointHandler:
                 if seed is not None:
                     torch.manual_seed(seed)
                 plan = self.model.config.pruning_plan()
-                output = self.model.generate(**inputs, **settings, **extra)
+                with self._counting(plan) as kept:
+                    output = self.model.generate(**inputs, **settings, **extra)
             lengths = inputs["attention_mask"].sum(1).tolist()
             new = output[:, inputs["input_ids"].shape[1] :].cpu()
             seconds = time.perf_counter() - start
         layers = self.model.config.text_config.num_hidden_layers
         patches = self.model.config.num_patches
         counts = [patches] * layers if plan is None else plan.decoder_layer_tokens(layers)
+        finals = iter(kept or [counts[-1]] * len(images))
+        budgets = [[next(finals) for _ in job.images] for job in jobs]
+        before = counts.index(counts[-1])  # layers that work on more than is left in the end
         return [
             {
                 "generated_text": self.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip(),
@@ -248,12 +252,37 @@ class EndpointHandler:
                 ),
                 "prompt_tokens": prompt,
                 "finish_reason": "stop" if not self.ends.isdisjoint(tokens.tolist()) else "length",
-                "visual_tokens": [counts[-1]] * len(job.images),
-                "layer_averaged_tokens": round(sum(counts) / layers, 1) if job.images else 0.0,
+                "visual_tokens": budget,
+                "layer_averaged_tokens": round(
+                    (sum(counts[:before]) + (layers - before) * sum(budget) / len(budget)) / layers, 1
+                )
+                if budget
+                else 0.0,
                 "seconds": round(seconds, 4),
             }
-            for tokens, prompt, job in zip(new, lengths, jobs, strict=True)
+            for tokens, prompt, budget in zip(new, lengths, budgets, strict=True)
         ]
+
+    @contextmanager
+    def _counting(self, plan: Any) -> Any:
+        """Collect how many tokens each image keeps, where every image has a budget of its own; else nothing."""
+        kept: list[int] = []
+        if plan is None or plan.exact:
+            yield kept
+            return
+        place = self.model.config.image_token_id
+
+        def count(_: Any, arguments: Any, inputs: Mapping[str, Any], output: Any) -> None:
+            ids = inputs.get("input_ids")
+            if not kept and ids is not None and output.kept_tokens is not None:
+                left = output.kept_tokens.to(ids.device)[ids == place]
+                kept.extend(left.unflatten(0, (-1, plan.patches)).sum(1).tolist())
+
+        hook = self.model.model.register_forward_hook(count, with_kwargs=True)
+        try:
+            yield kept
+        finally:
+            hook.remove()
 
     @property
     def ends(self) -> set[int]:

@@ -123,6 +123,25 @@ def test_the_budget_is_the_requests_own(handler: Any, asked: list[Any]) -> None:
     assert handler.model.pruning_config.enabled
 
 
+def test_pictures_with_budgets_of_their_own_tell_what_they_kept(
+    handler: Any, asked: list[tuple[str, Question]]
+) -> None:
+    requests = [{"image": image, "text": question.text} for image, question in asked[:3]]
+    both = {"images": [asked[0][0], asked[1][0]], "text": "Which one is larger?"}
+    with handler.model.pruning(choice="diverse", importance="accumulated", coverage=0.9, min_visual_tokens=1):
+        together = handler(short([*requests, both]))
+        alone = [handler(short(request)) for request in requests]
+    assert [answer["visual_tokens"] for answer in together[:3]] == [answer["visual_tokens"] for answer in alone]
+    assert len(together[3]["visual_tokens"]) == 2
+    counts = [count for answer in together for count in answer["visual_tokens"]]
+    assert 1 <= min(counts) < max(counts) < 64
+    fixed = handler(short(requests[0]))
+    assert fixed["visual_tokens"] == [64]
+    layers, pruned = 12, 8
+    spared = (64 - together[0]["visual_tokens"][0]) * (layers - pruned) / layers
+    assert together[0]["layer_averaged_tokens"] == pytest.approx(fixed["layer_averaged_tokens"] - spared, abs=0.11)
+
+
 @pytest.mark.slow
 def test_a_batch_is_answered_as_its_requests_are_alone(handler: Any, asked: list[Any]) -> None:
     alone = [handler(short({"image": image, "text": question.text})) for image, question in asked]
