@@ -29,6 +29,7 @@ from ..model.pruner import Choice, DecoderStep, FeatureStep, IVTPPruner, PromptS
 from ..model.rollout import AttentionRecord, DecoderAttentionRecord
 from ..model.schedule import PruningPlan
 from ..model.visual_sequence import VisualSequence, count_rows, locate_images
+from ..trained import TrainedMethod
 from .formula import PARTS, closed_formula, farthest_flops, kv_cache_bytes, spanning_flops
 
 _CHOICES: dict[Any, Callable[..., int]] = {
@@ -361,7 +362,10 @@ class _Dry(PrunerWrapper):
         self._count(prepare)
 
     def in_decoder(self, step: DecoderStep) -> Choice:
-        """Choose on random records and hidden states."""
+        """Choose on random records and hidden states; learned modules are too large to run, and are counted."""
+        if isinstance(self.pruner, TrainedMethod):
+            self.scoring += self.pruner.module_flops(step.sequence.patches.shape[-1], self.text)
+            return Choice(torch.arange(step.group.keep)[None, None].to("meta"))
         real = DecoderStep(
             group=step.group,
             records=[_real_record(record) for record in step.records],

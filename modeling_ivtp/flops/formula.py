@@ -15,6 +15,7 @@ from ..model.placeholders import features_of_image
 from ..model.pruned_cache import key_value_shape
 from ..model.pruner import Pruner
 from ..model.schedule import PruningPlan
+from ..trained import TrainedMethod
 
 PARTS = ("tower", "connector", "projector", "text_tower", "scoring", "selection", "decoder", "head")
 
@@ -257,6 +258,8 @@ def closed_formula(
         )
         for layer in range(schedule.decoder[-1].last + 1 if schedule.decoder else 0):
             parts["decoder"] += pseudo_cls + 4 * (text_before + visual[layer] + 1) * text.hidden_size
+    if pruned and isinstance(pruner, TrainedMethod):
+        parts["scoring"] = sum(pruner.module_flops(int(visual[group.last]), text_tokens) for group in schedule.decoder)
     if pruned and pruner is not None and pruner.needs.next_record:
         # Queries and keys of the layer after each group, before anything is dropped.
         width = config.text_config.hidden_size + kv_width(config)

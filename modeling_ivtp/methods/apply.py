@@ -104,6 +104,7 @@ class Applied(Pruner):
             next_record=in_decoder.next_record,
             instruction=in_decoder.instruction,
             weights=in_decoder.weights,
+            grid_positions=in_decoder.grid_positions,
         )
 
     def _must(self, stage: str) -> Pruner:

@@ -66,13 +66,20 @@ class ATPSpatial(Method):
         return Choice(chosen.kept, scores=score, ragged=chosen.ragged)
 
 
-def received_logits(record: DecoderAttentionRecord, sequence: VisualSequence) -> torch.Tensor:
-    """Return the mean logit of the visual tokens to each of them, averaged over heads (Eq. 1, 3): (B, M, k)."""
+def received_logits(
+    record: DecoderAttentionRecord, sequence: VisualSequence, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the mean logit of the visual tokens to each of them, averaged over heads (Eq. 1, 3): (B, M, k).
+
+    `weights` (B, M, k) say how much each of them counts in the mean, where tokens are weighted and not dropped.
+    """
     query, key = record.query.float(), record.key[:, :, record.past :].float()
-    present = sequence.token_present.to(query.device)
-    weight = torch.zeros(*present.shape[:2], sequence.size + 1, device=query.device)
-    weight = weight.scatter(2, sequence.columns.to(query.device), 1.0)[..., :-1]
-    mean = torch.einsum("bmn,bhnd->bhmd", weight, query) / present.sum(-1).clamp_min(1)[:, None, :, None]
+    counted = sequence.token_present.to(query.device).float()
+    if weights is not None:
+        counted = counted * weights.detach().to(query.device)
+    weight = torch.zeros(*counted.shape[:2], sequence.size + 1, device=query.device)
+    weight = weight.scatter(2, sequence.columns.to(query.device), counted)[..., :-1]
+    mean = torch.einsum("bmn,bhnd->bhmd", weight, query) / counted.sum(-1).clamp_min(1e-6)[:, None, :, None]
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     logits = torch.einsum("bhmd,bhnd->bmn", mean, key) * record.scale / query.shape[1]
     return on_visual(logits, sequence)

@@ -92,7 +92,9 @@ def first_reader(sequence: VisualSequence) -> int:
     )
 
 
-def received(record: DecoderAttentionRecord, sequence: VisualSequence, readers: torch.Tensor) -> torch.Tensor:
+def received(
+    record: DecoderAttentionRecord, sequence: VisualSequence, readers: torch.Tensor, first: int | None = None
+) -> torch.Tensor:
     """Return the attention that each visual token receives, averaged over its readers and over heads.
 
     Parameters
@@ -101,12 +103,14 @@ def received(record: DecoderAttentionRecord, sequence: VisualSequence, readers: 
     sequence : VisualSequence
     readers : bool Tensor (B, M, n)
         The tokens of the sequence whose attention counts, for each image.
+    first : int, optional
+        A column before which nobody reads; default: `first_reader`.
 
     Returns
     -------
     float32 Tensor (B, M, k)
     """
-    first = first_reader(sequence)
+    first = first_reader(sequence) if first is None else first
     weights = readers[..., first:].float()
     weights = weights / weights.sum(-1, keepdim=True).clamp_min(1)
     return on_visual(record.attention(first, weights.to(record.query.device)), sequence)

@@ -26,7 +26,7 @@ from .pruned_cache import (
 from .pseudo_cls_attention import GroupedAttention, PseudoCLSAttention
 from .rollout import DecoderAttentionRecord
 from .schedule import Group, PruningPlan
-from .visual_prompt import HiddenStates, Numbering, PromptPass, VisualPrompt
+from .visual_prompt import HiddenStates, Numbering, PromptPass, VisualPrompt, image_starts
 from .visual_sequence import VisualSequence
 
 
@@ -287,7 +287,7 @@ class GroupedDecoder:
         shape = (*normed.shape[:-1], -1, attention.head_dim)
         query, key = (project(normed).view(shape).transpose(1, 2) for project in (attention.q_proj, attention.k_proj))
         positions, _, _ = run.numbering.of(run.sequence, span.cache_index.position_shift)
-        rotary = self.rotary_emb(normed, position_ids=positions.to(normed.device))  # type: ignore[attr-defined]
+        rotary = self._rotary(normed, positions.to(normed.device))
         query, key = apply_rotary_pos_emb(query, key, *(part.to(query.device) for part in rotary))
         if span.entries:
             key = torch.cat([span.layers[0].keys[:, :, : span.entries].to(key.device), key], 2)
@@ -310,11 +310,14 @@ class GroupedDecoder:
             past = int(cache.get_seq_length())
             known = None if attention_mask is None or past == 0 else attention_mask[:, :past].bool()
             prepare_layers(cache, self.config.num_hidden_layers, known, sequence.length)  # type: ignore[attr-defined]
+        grid = visual.pruner.needs.grid_positions
         numbering = Numbering(
             position_ids.expand(tokens.shape[0], -1),
             None if attention_mask is None else attention_mask[:, past : past + sequence.length],
             None if pseudo is None else pseudo.end_positions,
             visual.pruner.needs.compact_positions,
+            grid,
+            None if grid is None else image_starts(sequence),
         )
         embeds = None if pseudo is None else pseudo.embeds.to(tokens.dtype)
         return PromptPass(visual, tokens, sequence, numbering, embeds, states=states)
@@ -328,8 +331,21 @@ class GroupedDecoder:
         if with_pseudo_cls:
             assert ends is not None
             positions = torch.cat([positions, ends], 1)
-        rotary = self.rotary_emb(run.tokens, position_ids=positions)  # type: ignore[attr-defined]
+        rotary = self._rotary(run.tokens, positions)
         return {"attention_mask": mask, "position_embeddings": rotary, **options}, renumbered
+
+    def _rotary(self, hidden: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return RoPE's cosines and sines (B, n, dh) for positions (B, n), or for those of rows and columns (2, B, n).
+
+        Of two, every other frequency turns with the row and the ones between with the column.
+        """
+        if positions.dim() == 2:
+            return self.rotary_emb(hidden, position_ids=positions)  # type: ignore[attr-defined]
+        rows, columns = (self.rotary_emb(hidden, position_ids=axis) for axis in positions)  # type: ignore[attr-defined]
+        width = rows[0].shape[-1]
+        by_row = torch.arange(width, device=rows[0].device) % (width // 2) % 2 == 0
+        cos, sin = (torch.where(by_row, *parts) for parts in zip(rows, columns, strict=True))
+        return cos, sin
 
     @staticmethod
     def _run_layers(

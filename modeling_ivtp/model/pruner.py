@@ -223,6 +223,30 @@ class DecoderStep:
 
 
 @dataclass(frozen=True)
+class GridPositions:
+    """Two-dimensional RoPE positions: the patch in row r and column c of an image stands at (p + r, p + c).
+
+    p is the position of the image's first token. Text has two equal positions.
+
+    Attributes
+    ----------
+    rows, columns : int
+        Of the grid.
+    span : int
+        How many positions an image takes of the text: the larger side of the grid, or as many as it has patches.
+    """
+
+    rows: int
+    columns: int
+    span: int
+
+    @property
+    def saved(self) -> int:
+        """How many positions fewer an image takes than it has patches."""
+        return self.rows * self.columns - self.span
+
+
+@dataclass(frozen=True)
 class Needs:
     """What a pruner needs of the model.
 
@@ -252,6 +276,8 @@ class Needs:
         The decoder step gets the columns of the instruction's words.
     weights : bool
         The decoder drops nothing: it asks `Pruner.weigh`, with gradients, and counts keys by the answer.
+    grid_positions : GridPositions or None
+        The decoder's positions are two-dimensional.
     """
 
     pseudo_cls: bool = False
@@ -266,6 +292,7 @@ class Needs:
     next_record: bool = False
     instruction: bool = False
     weights: bool = False
+    grid_positions: GridPositions | None = None
 
 
 class Pruner:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .labels import CHOOSE, label
-from .pruner import DecoderStep, Pruner, full_precision
+from .pruner import DecoderStep, GridPositions, Pruner, full_precision
 from .rollout import DecoderAttentionRecord, GroupScores
 from .schedule import Group
 from .text_relevance import pseudo_cls
@@ -88,24 +88,33 @@ class Numbering:
         Positions of the pseudo-CLS tokens.
     compact : bool
         Renumber without gaps.
+    grid : GridPositions or None
+        Visual tokens stand on a grid.
+    starts : int64 Tensor (B, M) or None
+        Logical columns where images start, for a grid; after all others for an image that a row does not have.
     """
 
     position_ids: torch.Tensor
     valid: torch.Tensor | None
     ends: torch.Tensor | None
     compact: bool
+    grid: GridPositions | None = None
+    starts: torch.Tensor | None = None
 
     def of(
         self, sequence: VisualSequence, shift: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Return positions of the sequence (B, n) and its pseudo-CLS tokens (B, M), and how far the row's end moves.
 
-        `shift` (B, 1) is how far earlier turns moved it down; the last value, (B, 1), is for this turn.
+        `shift` (B, 1) is how far earlier turns moved it down; the last value, (B, 1), is for this turn. On a grid,
+        positions are (2, B, n): those of rows and those of columns.
         """
         positions, ends = sequence.at_slots(self.position_ids), self.ends
         if shift is not None:
             positions = positions - shift.to(positions.device)
             ends = None if ends is None else ends - shift.to(ends.device)
+        if self.grid is not None:
+            return self._on_grid(sequence, positions, self.grid)
         if not self.compact:
             return positions.clamp_min(0), ends, None
         present = torch.ones_like(self.position_ids) if self.valid is None else self.valid.long()
@@ -117,6 +126,31 @@ class Numbering:
         if ends is not None:
             ends = positions.gather(1, sequence.columns[..., -1].clamp_max(sequence.size - 1)) + 1
         return positions, ends, original[:, -1:] - gapless[:, -1:]
+
+    def _on_grid(
+        self, sequence: VisualSequence, positions: torch.Tensor, grid: GridPositions
+    ) -> tuple[torch.Tensor, None, torch.Tensor]:
+        """Return positions of rows and columns (2, B, n) from those in a line (B, n), and how far the end moves."""
+        assert self.starts is not None
+        starts, slots = self.starts.to(positions.device), sequence.slots.to(positions.device)
+        ended = (starts[:, None] + grid.rows * grid.columns <= slots[..., None]).sum(-1)
+        positions = positions - ended * grid.saved
+        patch = positions.new_zeros(positions.shape[0], sequence.size + 1)
+        columns = sequence.columns.to(positions.device).flatten(1)
+        patch = patch.scatter(1, columns, sequence.patches.to(positions.device).flatten(1))[:, :-1]
+        first = positions - patch
+        axes = torch.stack([first + patch // grid.columns, first + patch % grid.columns]).clamp_min(0)
+        images = (starts < self.position_ids.shape[1]).sum(-1, keepdim=True)
+        return axes, None, images * grid.saved
+
+
+def image_starts(sequence: VisualSequence) -> torch.Tensor:
+    """Return the logical column where each image starts, of which any token is left: int64 (B, M)."""
+    columns = sequence.columns.flatten(1)
+    slots = torch.nn.functional.pad(sequence.slots, (0, 1), value=sequence.length)
+    logical = slots.gather(1, columns).view_as(sequence.columns)
+    starts = (logical - sequence.patches).masked_fill(~sequence.token_present, sequence.length)
+    return starts.amin(-1)
 
 
 class HiddenStates:

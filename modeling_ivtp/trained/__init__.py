@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..methods import make as make_untrained
 from .adapter import TRAINED, is_adapter, load, register
+from .atp import ATPLLaVA
 from .lvpruning import LVPruning
 from .method import TrainedMethod
 from .training import PrunerTraining
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from ..methods import Method
 
 register(LVPruning)
+register(ATPLLaVA)
 
 
 def make(name: str, keep: int | None = None) -> Method:
@@ -40,4 +42,4 @@ def make(name: str, keep: int | None = None) -> Method:
     return make_untrained(name, 64 if keep is None else keep)
 
 
-__all__ = ["TRAINED", "LVPruning", "PrunerTraining", "TrainedMethod", "is_adapter", "load", "make"]
+__all__ = ["TRAINED", "ATPLLaVA", "LVPruning", "PrunerTraining", "TrainedMethod", "is_adapter", "load", "make"]

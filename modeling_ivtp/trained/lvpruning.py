@@ -204,6 +204,11 @@ class LVPruning(TrainedMethod):
         self._check_shares(modules)
         return [max(1, min(patches, round(patches * share))) for share in self.shares(patches, modules)]
 
+    def module_flops(self, visual: int, text: int) -> int:
+        """Count one decision module; attention's own products are included, which the paper's counts leave out."""
+        assert self.base is not None
+        return decision_flops(self.base["hidden_size"], visual, text, self.blocks)
+
     def scores(self, step: DecoderStep) -> torch.Tensor:
         """Return γ of each visual token (Eq. 4): (B, M, k, 2)."""
         learned, hidden, sequence = self.modules_or_raise(), step.hidden, step.sequence
@@ -248,6 +253,16 @@ class LVPruning(TrainedMethod):
             else:
                 terms.append(nn.functional.mse_loss(share, goal))
         return self.ratio_weight * torch.stack(terms).mean()
+
+
+def decision_flops(width: int, visual: int, text: int, blocks: int = 2, *, products: bool = True) -> int:
+    """Count a decision module: queries, output and network of visual tokens, keys and values of text tokens.
+
+    `products=False` leaves out the products of queries with keys and of weights with values, as LVPruning's counts do.
+    """
+    block = 2 * visual * (2 * width**2 + 2 * width * 2 * width) + 2 * text * 2 * width**2
+    attention = 4 * visual * text * width if products else 0
+    return blocks * (block + attention) + 2 * visual * width * 2
 
 
 def gathered(hidden: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

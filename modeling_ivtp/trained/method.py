@@ -116,6 +116,10 @@ class TrainedMethod(Method):
         """Make new modules for a base, from its description."""
         raise self._missing("builds modules")
 
+    def module_flops(self, visual: int, text: int) -> int:
+        """Count the products of one module, for an image of `visual` tokens and a prompt of `text` tokens."""
+        raise self._missing("counts FLOPs")
+
     def mask(self, step: DecoderStep) -> torch.Tensor:
         """Decide with a gradient what one module leaves of the visual tokens: (B, M, k), from 0 to 1."""
         raise self._missing("masks")

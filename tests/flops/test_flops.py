@@ -15,7 +15,10 @@ from modeling_ivtp.flops.formula import (
     text_tower_flops,
     tower_flops,
 )
-from modeling_ivtp.model.schedule import PruningPlan
+from modeling_ivtp.model.schedule import Group, PruningPlan
+from modeling_ivtp.trained import ATPLLaVA, LVPruning
+from modeling_ivtp.trained.adapter import describe_base
+from modeling_ivtp.trained.lvpruning import DecisionModule, decision_flops
 from tests.support.tiny import tiny_config
 
 
@@ -155,10 +158,68 @@ def test_lvprunings_figures_leave_out_the_products_of_attention(ratio, llava):
     total = sum(layer_flops(text + tokens, width, inner, matrices=3, products=False) for tokens in visual)
     total += 24 * layer_flops(577, 1024, 4096, matrices=2, products=False)
     total += projector_flops(llava, 576) + head_flops(llava, text + visual[-1])
-    for tokens in kept[:-1]:
-        block = 2 * tokens * (2 * width**2 + 2 * width * 2 * width) + 2 * text * 2 * width**2
-        total += 2 * block
+    total += sum(decision_flops(width, tokens, text, products=False) for tokens in kept[:-1])
     assert total / 1e12 == pytest.approx(LVPRUNING[ratio], rel=0.01)
+
+
+def test_a_decision_module_computes_what_is_counted_and_its_size_is_the_papers(llava):
+    """Appendix B: the modules add 0.71 TFLOPs. That are three of them on all 576 tokens and 30 of text, without the
+    attention's products; without an output projection it would be 0.59."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        module = DecisionModule(4096, 8, 2)
+        inputs = torch.empty(1, 576, 4096), torch.empty(1, 30, 4096), torch.ones(1, 30, dtype=torch.bool)
+    with FlopCounterMode(display=False) as mode:
+        module(*inputs)
+    assert mode.get_total_flops() == decision_flops(4096, 576, 30)
+    assert 3 * sum(weight.numel() for weight in module.parameters()) / 1e9 == pytest.approx(0.8, rel=0.02)
+    assert 3 * decision_flops(4096, 576, 30, products=False) / 1e12 == pytest.approx(0.71, rel=0.01)
+    assert (3 * decision_flops(4096, 576, 30, products=False) - 3 * 2 * 2 * 576 * 4096**2) / 1e12 < 0.6
+
+
+def test_trained_methods_are_counted_with_their_modules(llava):
+    """The base of LLaVA-1.5-7B without its weights."""
+    base = {
+        "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "patches": 576, "model_type": "llama",
+    }  # fmt: skip
+    for method in (LVPruning(ratio=0.5, base=base), ATPLLaVA(ratios=(0.24, 0.5, 0.5), base=base)):
+        found = count(llava, method, text_tokens=64)
+        assert found.formula_tflops == pytest.approx(found.total_tflops, rel=0.005)
+        assert found.parts["scoring"] > 0
+    assert found.layer_tokens[-1] == 34
+    modules = count(llava, LVPruning(ratio=0.5, base=base), text_tokens=30).parts["scoring"]
+    assert modules == pytest.approx(sum(decision_flops(4096, n, 30) for n in (576, 288, 173)) / 1e12)
+
+
+def test_a_threshold_module_and_its_scores_compute_what_is_counted():
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from tests.support.tiny import prompt, tiny_model
+
+    model, counted = tiny_model(), []
+
+    class Counted(ATPLLaVA):
+        def in_decoder(self, step):
+            with FlopCounterMode(display=False) as mode:
+                choice = super().in_decoder(step)
+            counted.append((mode.get_total_flops(), step.sequence.patches.shape[2]))
+            return choice
+
+    method = Counted(target=8, rope="1d").for_model(model)
+    with method(model), torch.no_grad():
+        model(**prompt([["image", 40]]))
+    for found, visual in counted:
+        assert method.module_flops(visual, 40) == pytest.approx(found, rel=0.05)
+    assert describe_base(model)["patches"] == 16
+
+
+def test_atp_llavas_average_is_that_of_its_table():
+    """Table 2: 126, 88 and 20 tokens before layers 4, 14 and 24 are 144 on average; its Eq. 16 saves that share."""
+    plan = PruningPlan(576, decoder=tuple(Group(top - 1, top - 1, n) for top, n in ((4, 126), (14, 88), (24, 20))))
+    assert plan.layer_average(32) == (4 * 576 + 10 * 126 + 10 * 88 + 8 * 20) / 32 == 143.875
 
 
 def test_atp_llavas_cache_is_that_of_the_visual_tokens_alone(llava):
