@@ -16,6 +16,7 @@ from .options import Debug
 from .push import push
 from .quality import quality
 from .serve import serve
+from .train import train
 
 app = typer.Typer(
     name="ivtp",
@@ -47,5 +48,5 @@ def _ivtp(
         typer.echo(context.get_help())
 
 
-for command in (convert, push, serve, generate, batch, explain, flops, bench, quality):
+for command in (convert, push, serve, generate, batch, train, explain, flops, bench, quality):
     app.command()(command)

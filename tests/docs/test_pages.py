@@ -50,6 +50,7 @@ ELSEWHERE = {
     "cd ": "a folder",
     "git clone": "needs this repository's address",
     "ivtp bench --shape llava": "takes hours; docs/speed.md has a small shape",
+    "ivtp train -m": "needs LLaVA's data and GPUs; tests/training/ trains a tiny model",
     "ivtp quality": "tests/benchmarks/, with fewer questions: two thousand of them take hours",
     "make ": "tests/examples/, test_make_help_lists_every_target, and .ci/run",
     "pip install": "tests/packaging/test_distributions.py",
@@ -68,7 +69,8 @@ def blocks(text: str) -> list[tuple[str, str]]:
     kept = []
     for kind, block in re.findall(r"```(bash|python)\n(.*?)```", text, re.DOTALL):
         if kind == "bash":
-            block = "\n".join(line for line in block.splitlines() if not line.startswith(tuple(ELSEWHERE)))
+            commands = block.replace("\\\n", " ").splitlines()
+            block = "\n".join(line for line in commands if not line.startswith(tuple(ELSEWHERE)))
         # An address to fill in: tests/serving/test_server.py asks the same.
         if block.strip() and "https://…" not in block:
             kept.append((kind, block))

@@ -1,0 +1,249 @@
+"""What a run will take, counted before it begins: steps, tokens, memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+
+from ..files.console import steps_bar
+from ..methods import make
+from ..model.modeling_ivtp import IVTPLlavaForConditionalGeneration
+from ..model.placeholders import features_of_image
+from ..model.pruner import IVTPPruner
+from ..model.schedule import PruningPlan
+from .batches import answer_tokens
+from .conversation import Written, write
+from .data import Conversations
+from .options import Options
+from .parts import UNPRUNED, is_trained, prefixes, trained_method
+
+_AT_ONCE = 256
+_ADAM_BYTES = 8
+"""AdamW keeps two float32 numbers of each weight that learns."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of a data set in one epoch.
+
+    Attributes
+    ----------
+    text, image, learned : int
+        Text tokens, image tokens, and tokens of answers, cut at the longest length.
+    longest : int
+        Tokens of the longest row.
+    cut : int
+        Rows that are longer than allowed.
+    """
+
+    text: int
+    image: int
+    learned: int
+    longest: int
+    cut: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will take.
+
+    Attributes
+    ----------
+    rows, held_out : int
+        Rows to learn from, and held out.
+    steps : int
+    processes, device_batch_size, accumulation : int
+        A step's conversations are their product.
+    epochs : float
+    tokens : Tokens or None
+        Of one epoch; None if they were not counted.
+    visual_tokens : int
+        Of one image in the decoder's last layer.
+    layer_averaged_tokens : float
+        Of one image in a layer of the decoder, on average.
+    weights, learning : int
+        Numbers in all weights, and in those that learn.
+    weight_bytes, gradient_bytes, optimizer_bytes : int
+        Of one process that shares nothing with others, without activations.
+    """
+
+    rows: int
+    held_out: int
+    steps: int
+    processes: int
+    device_batch_size: int
+    accumulation: int
+    epochs: float
+    tokens: Tokens | None
+    visual_tokens: int
+    layer_averaged_tokens: float
+    weights: int
+    learning: int
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+
+    @property
+    def memory_bytes(self) -> int:
+        """Weights, gradients and optimizer together."""
+        return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything, ready for JSON."""
+        return asdict(self) | {"memory_bytes": self.memory_bytes}
+
+
+def split_batch(batch: int, processes: int, device_batch: int | None) -> tuple[int, int]:
+    """Divide a step's conversations: how many a device takes at a time, and how often.
+
+    Raises
+    ------
+    ValueError
+        If they cannot be divided.
+    """
+    if batch % processes:
+        raise ValueError(f"batch_size={batch} on {processes} processes; allowed: multiples of {processes}.")
+    each = batch // processes
+    if device_batch is None:
+        device_batch = next(size for size in range(min(16, each), 0, -1) if each % size == 0)
+    if each % device_batch:
+        raise ValueError(f"device_batch_size={device_batch} of {each} conversations; allowed: divisors of {each}.")
+    return device_batch, each // device_batch
+
+
+def count_tokens(processor: Any, rows: Conversations, places: int, max_length: int, progress: bool) -> Tokens:
+    """Count the tokens of all rows, without their pictures, and check that each row has something to learn.
+
+    Parameters
+    ----------
+    processor : LlavaProcessor
+    rows : Conversations
+    places : int
+        Placeholders of an image.
+    max_length : int
+
+    Raises
+    ------
+    ValueError
+        For a row whose answers, or pictures, are beyond the longest length.
+    """
+    text = image = learned = longest = cut = 0
+    with steps_bar(len(rows), "reading rows", progress) as step:
+        for row, marks, is_image in _tokenized(processor, rows):
+            step()
+            widths = torch.where(is_image, places, 1)
+            ends = widths.cumsum(0)
+            inside = ends <= max_length
+            if bool((is_image & ~inside).any()):
+                raise ValueError(f"{row.name}: its pictures do not fit into max_length={max_length} tokens")
+            if not bool((marks & inside)[1:].any()):
+                raise ValueError(f"{row.name}: no answer is left within max_length={max_length} tokens")
+            length = int(ends[-1])
+            text += int((inside & ~is_image).sum())
+            image += int((inside & is_image).sum()) * places
+            learned += int((marks & inside).sum())
+            longest, cut = max(longest, length), cut + (length > max_length)
+    return Tokens(text, image, learned, longest, cut)
+
+
+def _tokenized(processor: Any, rows: Conversations) -> Iterator[tuple[Written, torch.Tensor, torch.Tensor]]:
+    """Yield each row with the marks of its answers' tokens and of its image tokens, one for each picture: bool (S,)."""
+    for chunk in _chunks(write(processor, rows[place]) for place in range(len(rows))):
+        encoded = processor.tokenizer([row.text for row in chunk], return_offsets_mapping=True, verbose=False)
+        for row, ids, offsets in zip(chunk, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            is_image = torch.tensor(ids) == processor.image_token_id
+            yield row, answer_tokens(row, torch.tensor(offsets), []), is_image
+
+
+def _chunks(rows: Iterable[Written]) -> Iterator[list[Written]]:
+    rows = iter(rows)
+    while chunk := list(islice(rows, _AT_ONCE)):
+        yield chunk
+
+
+def make_plan(
+    options: Options,
+    config: Any,
+    rows: Conversations,
+    held_out: Conversations | None,
+    tokens: Tokens | None,
+    processes: int,
+) -> Plan:
+    """Count a run from shapes alone.
+
+    Parameters
+    ----------
+    options : Options
+    config : IVTPLlavaConfig
+        Of the model as it will be trained.
+    rows, held_out : Conversations
+    tokens : Tokens, optional
+        Of `rows`.
+    processes : int
+
+    Raises
+    ------
+    ValueError
+        If the method or the sizes of batches do not fit.
+    """
+    preset = options.preset
+    device_batch, accumulation = split_batch(preset.batch_size, processes, options.device_batch_size)
+    per_epoch = max(1, -(-len(rows) // preset.batch_size))
+    steps = options.max_steps or math.ceil(preset.epochs * per_epoch)
+    schedule = visual_schedule(options, config)
+    with torch.device("meta"):
+        model = IVTPLlavaForConditionalGeneration(config)
+    sizes = {name: weight.numel() for name, weight in model.named_parameters()}
+    learning = sum(size for name, size in sizes.items() if name.startswith(prefixes(preset.trains)))
+    if is_trained(options.method):
+        with torch.device("meta"):
+            modules = trained_method(options.method, options.tokens, model).modules_or_raise()
+        own = sum(weight.numel() for weight in modules.parameters())
+        learning, sizes["learned"] = learning + own, own
+    value = torch.bfloat16.itemsize if options.dtype == "bfloat16" else torch.float32.itemsize
+    return Plan(
+        rows=len(rows),
+        held_out=0 if held_out is None else len(held_out),
+        steps=steps,
+        processes=processes,
+        device_batch_size=device_batch,
+        accumulation=accumulation,
+        epochs=steps / per_epoch,
+        tokens=tokens,
+        visual_tokens=schedule.final_tokens,
+        layer_averaged_tokens=schedule.layer_average(config.text_config.num_hidden_layers),
+        weights=sum(sizes.values()),
+        learning=learning,
+        weight_bytes=sum(sizes.values()) * value,
+        gradient_bytes=learning * value,
+        optimizer_bytes=learning * (_ADAM_BYTES if value == 4 else 2 * value),
+    )
+
+
+def visual_schedule(options: Options, config: Any) -> PruningPlan:
+    """Return how many visual tokens of an image are where while training.
+
+    Raises
+    ------
+    ValueError
+        If the method does not fit the model.
+    """
+    whole = PruningPlan(features_of_image(config))
+    if options.method == UNPRUNED or config.connector is not None:
+        return whole
+    if options.method == "ivtp":
+        changes: dict[str, Any] = (
+            {} if options.tokens is None else {"visual_tokens": options.tokens, "tower_tokens": None}
+        )
+        pruner: Any = IVTPPruner(config.pruning.changed(**changes))
+    elif is_trained(options.method):
+        with torch.device("meta"):
+            pruner = trained_method(options.method, options.tokens, IVTPLlavaForConditionalGeneration(config))
+    else:
+        pruner = make(options.method, 64 if options.tokens is None else options.tokens).bind(config)
+    return pruner.plan(config, config.num_patches) or whole

@@ -1,0 +1,230 @@
+"""Runs on a tiny LLaVA: what moves, resuming, folders, methods and connectors, and what is refused first."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+import ivtp_cli
+from modeling_ivtp import IVTPLlavaForConditionalGeneration, methods, trained
+from modeling_ivtp.training import run as running
+from modeling_ivtp.training import train
+from modeling_ivtp.training.batches import Collator
+from modeling_ivtp.training.data import open_conversations
+from modeling_ivtp.training.parts import linked_to_pictures, training_module
+from tests.support.conversations import ROWS, SECOND, TEXT_ROW, run_options, write_data
+from tests.support.text_tokenizers import processor as make_processor
+from tests.support.tiny import model_for
+
+FIRST = ("connector", "projector")
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory):
+    """A folder with a model, its processor and data."""
+    root = tmp_path_factory.mktemp("training")
+    processor = make_processor(size=56)
+    model_for(processor).save_pretrained(root / "model")
+    processor.save_pretrained(root / "model")
+    write_data(root)
+    return root
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def moved(sample, folder):
+    """The parts whose weights changed."""
+    before, after = weights(sample / "model"), weights(folder)
+    assert set(before) <= set(after)
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    parts = ("projector", "lm_head", "language_model", "vision_tower", "clip", "visual_projection")
+    return {next(part for part in parts if part in name) for name in changed}
+
+
+def test_stage_2_moves_projector_and_language_model_and_lowers_the_loss(sample, tmp_path):
+    options = run_options(sample / "model", sample / "rows.json", tmp_path / "run", max_steps=6, evaluation_share=0.25)
+    summary = train(options)
+    assert summary.losses[-1] < summary.losses[0]
+    assert summary.held_out_loss is not None
+    assert moved(sample, summary.model) == {"projector", "lm_head", "language_model"}
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [entry["loss"] for entry in log if "loss" in entry] == list(summary.losses)
+    assert {"step", "learning_rate", "grad_norm"} <= set(log[0])
+    assert any("eval_loss" in entry for entry in log)
+    assert not list(summary.model.parent.glob(".model*"))
+    assert not (summary.model / "training_args.bin").exists()
+    again = train(options)
+    assert again.was_finished
+
+
+def test_stage_1_moves_connector_and_projector_alone(sample, tmp_path):
+    connector = {"name": "c_abstractor", "tokens": 4, "depth": 1}
+    options = run_options(sample / "model", sample / "rows.json", tmp_path, FIRST, connector=connector, max_steps=2)
+    summary = train(options)
+    assert moved(sample, summary.model) == {"projector"}
+    assert summary.plan.visual_tokens == 4
+    model = IVTPLlavaForConditionalGeneration.from_pretrained(summary.model)
+    assert model.config.connector.to_dict() == connector | {"positions": True}
+    second = run_options(summary.model, sample / "rows.json", tmp_path / "second", max_steps=1)
+    assert train(second).losses[0] < summary.losses[0] + 1
+
+
+class Stop(TrainerCallback):
+    """Interrupts a run after a step, as Ctrl-C does."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_goes_on_with_the_same_losses(sample, tmp_path, monkeypatch):
+    whole = train(run_options(sample / "model", sample / "rows.json", tmp_path / "whole", max_steps=5))
+    options = run_options(sample / "model", sample / "rows.json", tmp_path / "parts", max_steps=5)
+    build = running._trainer
+
+    def interrupted(*arguments):
+        trainer = build(*arguments)
+        trainer.add_callback(Stop(3))
+        return trainer
+
+    monkeypatch.setattr(running, "_trainer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(options)
+    assert not (tmp_path / "parts" / "model").exists()
+    half = tmp_path / "parts" / "checkpoint-4"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"cut short")
+    monkeypatch.setattr(running, "_trainer", build)
+    resumed = train(options)
+    assert resumed.losses == whole.losses
+    for name, value in weights(whole.model).items():
+        assert torch.equal(value, weights(resumed.model)[name]), name
+
+
+def test_a_folder_with_another_run_or_anything_else_is_left_alone(sample, tmp_path):
+    options = run_options(sample / "model", sample / "rows.json", tmp_path / "run", max_steps=1)
+    train(options)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    other = run_options(sample / "model", sample / "rows.json", tmp_path / "run", max_steps=1, seed=3)
+    with pytest.raises(ValueError, match=r"another run was begun in .*: seed=0 there, 3 here; choose another folder"):
+        train(other)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="is not empty"):
+        train(run_options(sample / "model", sample / "rows.json", tmp_path / "full"))
+
+
+REFUSED = [
+    ({"method": "magic"}, "method='magic'; allowed: unpruned, random"),
+    ({"method": "sparsevlm", "tokens": 0}, "tokens=0"),
+    ({"batch_size": 4, "device_batch_size": 3}, "device_batch_size=3 of 4 conversations"),
+    ({"max_length": 20}, "no answer is left within max_length=20|pictures do not fit"),
+    ({"evaluation_share": 1.0}, r"evaluation_share=1\.0; allowed"),
+    ({"connector": {"name": "c_abstractor", "tokens": 25}}, r"connector\.tokens=25 are 5 x 5 places"),
+    ({"connector": {"name": "resampler", "tokens": 4}, "method": "fastv"}, "leaves no patches to choose among"),
+    ({"trains": ("pruner",), "method": "fastv"}, r"trains=\['pruner'\] with method='fastv', which has no modules"),
+    ({"dtype": "int8"}, "dtype='int8'; allowed: float32, bfloat16"),
+    ({"log_to": "paper"}, "log_to='paper'; allowed: auto, none, tensorboard, trackio"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED, ids=str)
+def test_what_is_wrong_is_said_before_anything_is_written(options, message, sample, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        train(run_options(sample / "model", sample / "rows.json", tmp_path / "run", **options))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_counts_and_writes_nothing(sample, tmp_path, capsys):
+    arguments = ["train", "-m", sample / "model", "-d", sample / "rows.json", "-o", tmp_path / "run", "--batch-size", 4]
+    arguments += ["--method", "fastv", "--tokens", 4, "--epochs", 3, "--device", "cpu", "--dry-run", "--json"]
+    assert ivtp_cli.main([str(argument) for argument in [*arguments, "--evaluation-share", 0.25]]) == 0
+    plan = json.loads(capsys.readouterr().out)["plan"]
+    assert (plan["rows"], plan["held_out"], plan["steps"], plan["visual_tokens"]) == (6, 2, 6, 4)
+    assert plan["tokens"]["image"] == 6 * 16
+    model = IVTPLlavaForConditionalGeneration.from_pretrained(sample / "model")
+    assert plan["weights"] == sum(weight.numel() for weight in model.parameters())
+    frozen = [model.model.vision_tower, model.model.clip_text_model, model.model.visual_projection]
+    assert plan["weights"] - plan["learning"] == sum(p.numel() for part in frozen for p in part.parameters())
+    assert plan["optimizer_bytes"] == 8 * plan["learning"]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("method", ["unpruned", "ivtp", "fastv"])
+def test_the_first_loss_is_that_of_the_method(method, sample, tmp_path):
+    options = {"max_steps": 1, "method": method, "tokens": 3, "limit": 4}
+    summary = train(run_options(sample / "model", sample / "rows.json", tmp_path, **options))
+    model = IVTPLlavaForConditionalGeneration.from_pretrained(sample / "model")
+    rows = open_conversations(str(sample / "rows.json"))
+    batch = Collator(make_processor(size=56), 256)([rows[number] for number in range(4)])
+    contexts = {
+        "unpruned": lambda: model.pruning(enabled=False),
+        "ivtp": lambda: model.pruning(visual_tokens=3, tower_tokens=9),
+        "fastv": lambda: methods.FastV(3)(model),
+    }
+    expected = {}
+    for name, context in contexts.items():
+        with context(), torch.no_grad():
+            expected[name] = model(**batch).loss.item()
+    assert summary.losses[0] == pytest.approx(expected.pop(method), abs=1e-5)
+    assert all(abs(summary.losses[0] - loss) > 1e-4 for loss in expected.values())
+    saved = IVTPLlavaForConditionalGeneration.from_pretrained(summary.model).pruning_config
+    assert saved.enabled
+    assert saved.visual_tokens == (3 if method == "ivtp" else 4)
+
+
+def test_a_method_is_on_inside_and_leaves_no_trace(sample):
+    model = IVTPLlavaForConditionalGeneration.from_pretrained(sample / "model")
+    before = model.pruning_config
+    with training_module(model, "fastv", 3, SECOND) as module:
+        assert module is model
+        assert model.model.plan().final_tokens == 3
+        assert model.model.plan().tower == ()
+    with training_module(model, "unpruned", None, SECOND):
+        assert model.model.plan() is None
+    assert model.pruning_config == before
+
+
+def test_a_batch_without_pictures_reaches_the_projector_with_nothing(sample, tmp_path):
+    model = IVTPLlavaForConditionalGeneration.from_pretrained(sample / "model").train()
+    rows = open_conversations(str(write_data(tmp_path, [*ROWS, TEXT_ROW])))
+    batch = Collator(make_processor(size=56), 256)([rows[8]])
+    loss = model(**batch).loss
+    linked_to_pictures(model, loss).backward()
+    projector = model.model.multi_modal_projector.linear_1.weight
+    assert torch.equal(projector.grad, torch.zeros_like(projector))
+    model.zero_grad()
+    model(**batch).loss.backward()
+    assert projector.grad is None
+    options = run_options(sample / "model", tmp_path / "rows.json", tmp_path / "run", max_steps=3, batch_size=1)
+    assert all(loss > 0 for loss in train(options).losses)
+
+
+def test_modules_of_a_method_learn_beside_a_model_that_stays(sample, tmp_path):
+    first = {"trains": ("pruner",), "method": "lvpruning", "max_steps": 2}
+    options = run_options(sample / "model", sample / "rows.json", tmp_path / "run", **first, tokens=4)
+    summary = train(options)
+    assert summary.model == tmp_path / "run" / "pruner"
+    assert not (tmp_path / "run" / "model").exists()
+    method = trained.load(summary.model)
+    count = sum(weight.numel() for weight in method.learned.parameters())
+    assert summary.plan.learning == count
+    model = IVTPLlavaForConditionalGeneration.from_pretrained(sample / "model")
+    new = trained.LVPruning(4).for_model(model).learned.state_dict()
+    assert any(not torch.equal(value, new[name]) for name, value in method.learned.state_dict().items())
+    with method(model):
+        assert model.model.plan().final_tokens == 4
+    assert train(options).was_finished
+    # A folder goes on with its modules, and the model may learn, too.
+    both = {"trains": ("pruner", "language_model"), "method": str(summary.model), "max_steps": 2}
+    again = train(run_options(sample / "model", sample / "rows.json", tmp_path / "both", **both))
+    assert moved(sample, again.model) == {"language_model", "lm_head"}  # the first step of a warm-up has rate 0
+    assert trained.is_adapter(tmp_path / "both" / "pruner")
