@@ -90,6 +90,10 @@ Guidance = Annotated[
 ]
 PseudoCLS = Annotated[str | None, typer.Option(help="propagate or pool.", show_default=False)]
 Positions = Annotated[str | None, typer.Option(help="original or compact.", show_default=False)]
+DecoderChoice = Annotated[
+    str | None,
+    typer.Option(help="within: choose while the decoder runs; ahead: the same choice before it.", show_default=False),
+]
 
 
 def convert(
@@ -117,6 +121,7 @@ def convert(
     guidance: Guidance = None,
     pseudo_cls: PseudoCLS = None,
     positions: Positions = None,
+    decoder_choice: DecoderChoice = None,
     revision: Annotated[str | None, typer.Option(help="Revision of LLaVA on the Hub.", show_default=False)] = None,
     clip_revision: Annotated[str | None, typer.Option(help="Revision of CLIP on the Hub.", show_default=False)] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Use only files that are already downloaded.")] = False,
@@ -139,6 +144,7 @@ def convert(
         "guidance": guidance,
         "pseudo_cls": pseudo_cls,
         "positions": positions,
+        "decoder_choice": decoder_choice,
     }
     pruning = {name: value for name, value in options.items() if value is not None}
     if layers_per_group is not None:

@@ -20,6 +20,7 @@ from transformers import DynamicCache
 
 from ..methods import METHODS, Method, make
 from ..model import diversity
+from ..model.ahead import choose_ahead
 from ..model.configuration_ivtp import IVTPLlavaConfig
 from ..model.connectors import CONNECTORS, Question
 from ..model.modeling_ivtp import IVTPLlavaForConditionalGeneration
@@ -211,6 +212,8 @@ def _run(config: Any, pruner: Pruner, plan: PruningPlan | None, text_tokens: int
                 visual, embeds = build_prompt(inner, prompt, index, encoded, embeds, plan)
             parts["text_tower"] = counted() - dry.newly_counted()
         with _counting() as counted:
+            if plan is not None and plan.ahead and visual is not None:
+                visual, embeds = choose_ahead(inner, prompt, visual, embeds, None)
             options = {} if visual is None else {"visual": visual}
             hidden = inner.language_model(inputs_embeds=embeds, past_key_values=DynamicCache(), **options)
         observed = 0 if dry is None else dry.newly_counted()

@@ -256,8 +256,12 @@ def closed_formula(
         pseudo_cls = layer_flops(
             1, text.hidden_size, text.intermediate_size, matrices=3, kv_width=kv_width(config), products=False
         )
-        for layer in range(schedule.decoder[-1].last + 1 if schedule.decoder else 0):
-            parts["decoder"] += pseudo_cls + 4 * (text_before + visual[layer] + 1) * text.hidden_size
+        ahead = schedule.choosing_layer_tokens()
+        seen = ahead or visual[: schedule.decoder[-1].last + 1 if schedule.decoder else 0]
+        for tokens in seen:
+            parts["decoder"] += pseudo_cls + 4 * (text_before + tokens + 1) * text.hidden_size
+        # A pass ahead runs what stands up to the end of the image.
+        parts["decoder"] += round(decoder_flops(config, text_before, ahead))
     if pruned and isinstance(pruner, TrainedMethod):
         parts["scoring"] = sum(pruner.module_flops(int(visual[group.last]), text_tokens) for group in schedule.decoder)
     if pruned and pruner is not None and pruner.needs.next_record:

@@ -77,6 +77,7 @@ class Applied(Pruner):
                 features=plan.features if whole.features is None else whole.features,
                 prompt=plan.prompt if whole.prompt is None else whole.prompt,
                 exact=whole.exact and plan.exact,
+                ahead=whole.ahead or plan.ahead,
             )
             tokens, exact = whole.final_tokens, whole.exact
         return whole if whole.drops else None

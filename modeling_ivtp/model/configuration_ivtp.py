@@ -19,6 +19,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "guidance": ("clip", "mean_text", "text_similarity", "visual_cls"),
     "pseudo_cls": ("propagate", "pool"),
     "positions": ("original", "compact"),
+    "decoder_choice": ("within", "ahead"),
 }
 """The allowed values of the options that are words."""
 
@@ -95,6 +96,11 @@ class IVTPPruningConfig:
         Whether the pseudo-CLS token runs through the layers itself, or is pooled from the key words at each layer.
     positions : {"original", "compact"}, default "original"
         Whether kept tokens keep their RoPE positions or are renumbered without gaps.
+    decoder_choice : {"within", "ahead"}, default "within"
+        Whether the second stage drops tokens while the decoder runs, as in the paper, or ahead of it: what stands
+        before the end of the images runs through the first `decoder_layers` layers alone, which makes the same choice.
+        The decoder then gets the final tokens from its first layer on, and the cache holds as many in every layer.
+        `"ahead"` needs `pseudo_cls="propagate"`.
     strict : bool, default False
         Raise, instead of warning once, when the inputs that text guidance needs are missing.
 
@@ -120,6 +126,7 @@ class IVTPPruningConfig:
     guidance: str = "clip"
     pseudo_cls: str = "propagate"
     positions: str = "original"
+    decoder_choice: str = "within"
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -200,6 +207,11 @@ class IVTPPruningConfig:
             raise ValueError(
                 f'pruning.aggregation={self.aggregation!r} with importance="accumulated", which adds up rows that sum '
                 "to one; allowed: rollout, mean, last."
+            )
+        if self.decoder_choice == "ahead" and self.pseudo_cls == "pool":
+            raise ValueError(
+                'pruning.decoder_choice="ahead" with pseudo_cls="pool", which pools words that stand after the image '
+                'anew at every layer; allowed: pseudo_cls="propagate", or decoder_choice="within".'
             )
 
     @classmethod

@@ -22,6 +22,7 @@ from .pruned_cache import (
     layer_segments,
     padding_mask,
     prepare_layers,
+    reading,
 )
 from .pseudo_cls_attention import GroupedAttention, PseudoCLSAttention
 from .rollout import DecoderAttentionRecord
@@ -253,8 +254,52 @@ class GroupedDecoder:
     ) -> PromptPass:
         """Run a prompt group after group, each on the tokens that the group before left."""
         run = self._begin(tokens, attention_mask, position_ids, cache, visual, states)
+        self._run_stages(run, len(self.layers), cache, attention_mask, kwargs)  # type: ignore[attr-defined]
+        return run
+
+    @torch.no_grad()
+    def choose(
+        self,
+        tokens: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        cache: Cache | None,
+        visual: VisualPrompt,
+    ) -> VisualSequence:
+        """Run the groups of a prompt alone, on a prompt that ends with its last image, and return what they left.
+
+        No gradient comes through a choice, so none is kept. The cache is read and left as it is.
+
+        Parameters
+        ----------
+        tokens : Tensor (B, n, d)
+            Of `visual.sequence`.
+        attention_mask, position_ids, cache
+            As in `forward`.
+        visual : VisualPrompt
+        """
+        config: Any = self.config  # type: ignore[attr-defined]
+        if cache is not None:
+            past = int(cache.get_seq_length())
+            known = None if attention_mask is None or past == 0 else attention_mask[:, :past].bool()
+            prepare_layers(cache, config.num_hidden_layers, known, visual.sequence.length)
+            cache = reading(cache) if past else None
+        run = self._begin(tokens, attention_mask, position_ids, cache, visual, None)
+        self._run_stages(run, visual.groups[-1].last + 1, cache, attention_mask, {})
+        return run.sequence
+
+    def _run_stages(
+        self,
+        run: PromptPass,
+        end: int,
+        cache: Cache | None,
+        attention_mask: torch.Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Run the layers below `end`, and drop at the top of each group."""
+        visual = run.visual
         layers, options = self._layer_calls(cache, kwargs)
-        for first, last, group in visual.stages(len(layers)):
+        for first, last, group in visual.stages(end):
             drops = group is not None and (group.adaptive or group.keep < run.sequence.patches.shape[2])
             records: list[Any] = []
             joined: torch.Tensor | None = None
@@ -273,7 +318,6 @@ class GroupedDecoder:
                 if visual.pruner.needs.next_record:
                     ahead = self._record_ahead(run, layers, group.last + 1, cache, attention_mask)
                 run.drop(group, records, ahead)
-        return run
 
     @torch.no_grad()
     @labelled(CHOOSE)

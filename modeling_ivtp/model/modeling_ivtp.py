@@ -22,6 +22,7 @@ from transformers.models.llava.modeling_llava import (
 )
 
 from .adapter import naming_adapter
+from .ahead import choose_ahead
 from .checkpoint_ivtp import load_llava, naming_damaged_weights, register_weight_names, sparing, with_our_names
 from .compat import CACHE, cache_argument, cache_of, check_export, is_exporting, one_cache
 from .configuration_ivtp import IVTPLlavaConfig, IVTPPruningConfig
@@ -609,6 +610,8 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(prompt.input_ids)
         visual, inputs_embeds = build_prompt(self, prompt, index, encoded, inputs_embeds, plan, recorder)
+        if plan.ahead:
+            visual, inputs_embeds = choose_ahead(self, prompt, visual, inputs_embeds, cache)
         return self.language_model(
             attention_mask=prompt.attention_mask,
             position_ids=prompt.position_ids,

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 
+from .ahead import Prefix
 from .compat import CACHE
 from .cuda_graphs import Graphs
 from .language_ivtp import PrunedDecoderOutput
@@ -131,6 +132,33 @@ class PromptGraphs:
             kept_tokens=found["kept_tokens"][:, :length],
             **{CACHE: cache},
         )
+
+    def replay_choice(self, model: Any, prefix: Prefix) -> torch.Tensor | None:
+        """Replay the choice ahead of the decoder.
+
+        Parameters
+        ----------
+        model : IVTPLlavaModel
+        prefix : Prefix
+            Of a prompt on an empty cache.
+
+        Returns
+        -------
+        int64 Tensor (B, M, k) or None
+            The patches that stay. None: not replayed, or not yet.
+        """
+        text, inputs = model.config.text_config, prefix.tensors
+        if not self._serve(model, inputs, {}) or _asks_the_device(text, None):
+            return None
+        tokens = inputs["tokens"]
+
+        def choose(**tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"patches": prefix.choose(model.language_model, tensors)}
+
+        needed = layer_bytes(text, tokens.shape[0] * tokens.shape[1], tokens.dtype.itemsize)
+        variant = _depends_on(model, "choice", prefix.visual.sequence.rows)
+        found = self.graphs.run(model, variant, choose, inputs, needed)
+        return None if found is None else found["patches"]
 
     def _serve(self, model: Any, inputs: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> bool:
         """Return whether work on these inputs can be replayed; `options` are further arguments of a forward."""

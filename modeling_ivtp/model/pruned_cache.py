@@ -13,6 +13,7 @@ import torch
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
+    DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     StaticLayer,
@@ -270,6 +271,26 @@ def _unsupported(name: str) -> str:
         '(cache_implementation="dynamic", "static" or "offloaded"), or switch pruning off: '
         "model.set_pruning(enabled=False)."
     )
+
+
+def reading(cache: Cache) -> Cache:
+    """Return a dynamic cache with the entries of another one; what is written to it leaves that one alone.
+
+    Parameters
+    ----------
+    cache : Cache
+        From `prepare_layers`.
+    """
+    copy = DynamicCache()
+    for layer in cache.layers:
+        held: Any = layer
+        other: Any = PrunedDynamicLayer(held.cache_index)
+        if not _holds_nothing(held):
+            # A dynamic layer joins old and new entries in new tensors.
+            other.keys, other.values = held.keys[:, :, : held.entries], held.values[:, :, : held.entries]
+            other.dtype, other.device, other.is_initialized = held.keys.dtype, held.keys.device, True
+        copy.layers.append(other)
+    return copy
 
 
 def key_value_shape(config: Any) -> tuple[int, int]:

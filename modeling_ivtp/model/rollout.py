@@ -381,7 +381,7 @@ class GroupScores:
 
     Attributes
     ----------
-    stage : {"tower", "features", "prompt", "decoder"}
+    stage : {"tower", "features", "prompt", "decoder", "ahead"}
     group : Group
     candidates : int64 Tensor (..., k)
         Patches, on the original grid, that the group could keep.

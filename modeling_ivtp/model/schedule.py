@@ -48,6 +48,8 @@ class PruningPlan:
         Tokens that stay before the decoder. None: as many as there are.
     exact : bool
         Whether every image keeps exactly these numbers; otherwise they are the largest possible ones.
+    ahead : bool
+        Whether the decoder's groups choose in a pass of their own, before the decoder.
     """
 
     patches: int
@@ -56,6 +58,7 @@ class PruningPlan:
     features: int | None = None
     prompt: int | None = None
     exact: bool = True
+    ahead: bool = False
 
     @property
     def encoded_tokens(self) -> int:
@@ -89,7 +92,15 @@ class PruningPlan:
 
     def decoder_layer_tokens(self, num_layers: int) -> tuple[int, ...]:
         """Return the visual tokens of one image that each of the `num_layers` decoder layers gets, and caches."""
+        if self.ahead:
+            return (self.final_tokens,) * num_layers
         return _layer_tokens(self.decoder, self.tower_tokens, num_layers)
+
+    def choosing_layer_tokens(self) -> tuple[int, ...]:
+        """Return the visual tokens of one image in each decoder layer of the pass ahead; empty if there is none."""
+        if not self.ahead or not self.decoder:
+            return ()
+        return _layer_tokens(self.decoder, self.tower_tokens, self.decoder[-1].last + 1)
 
 
 def _layer_tokens(groups: Iterable[Group], tokens: int, num_layers: int) -> tuple[int, ...]:
@@ -189,5 +200,6 @@ def plan_pruning(pruning: Any, patches: int, tower_layers: int, decoder_layers: 
         tower=grouped(in_tower, pruning.layers_per_group, patches, handed_over, name="tower_layers"),
         decoder=grouped(pruning.decoder_layers, pruning.layers_per_group, handed_over, final, name="decoder_layers"),
         exact=getattr(pruning, "coverage", None) is None,
+        ahead=getattr(pruning, "decoder_choice", "within") == "ahead",
     )
     return plan if plan.final_tokens < patches else None

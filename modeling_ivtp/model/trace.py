@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from .trace_plot import Figure
 
 
+IN_LAYERS = ("decoder", "ahead")
+"""The stages whose groups are layers of the decoder."""
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class GroupTrace:
     """One group of layers of one stage, for one image.
@@ -32,7 +36,8 @@ class GroupTrace:
     Attributes
     ----------
     stage : str
-        `"tower"`, `"features"` (after the tower), `"prompt"` (before the decoder) or `"decoder"`.
+        `"tower"`, `"features"` (after the tower), `"prompt"` (before the decoder), `"decoder"`, or `"ahead"`: layers of
+        the decoder, in a pass ahead of it.
     layers : tuple of int
         First and last layer of the group, counted from 0, both included; -1 outside of any layer.
     candidates : Tensor
@@ -368,7 +373,7 @@ class PruningTrace:
             facts.append(f"{self.layer_averaged_tokens:.1f} averaged over the decoder's layers")
         if self.kv_bytes_unpruned:
             facts.append(f"KV cache {_size(self.kv_bytes)} of {_size(self.kv_bytes_unpruned)}")
-        if image.reference == "visual_cls" and any(group.stage == "decoder" for group in image.groups):
+        if image.reference == "visual_cls" and any(group.stage in IN_LAYERS for group in image.groups):
             scored = any(math.isfinite(token.relevance) for token in image.tokens)
             facts.append(f"decoder guided by the visual CLS{' (no key words)' if scored else ''}")
         return facts
@@ -468,7 +473,8 @@ class TraceRecorder:
 
 def _chosen(groups: Sequence[GroupTrace], stages: str | int | Sequence[int] | None) -> list[GroupTrace]:
     tower = [group for group in groups if group.stage in ("tower", "features")]
-    prompt, decoder = ([group for group in groups if group.stage == stage] for stage in ("prompt", "decoder"))
+    prompt = [group for group in groups if group.stage == "prompt"]
+    decoder = [group for group in groups if group.stage in IN_LAYERS]
     if stages is None:
         halfway = (len(decoder) - 1) // 2
         return [*tower[-1:], *prompt, *decoder[halfway:-1][:1], *decoder[-1:]]
@@ -489,13 +495,17 @@ def _label(group: GroupTrace, groups: Sequence[GroupTrace]) -> str:
     tower = [other for other in groups if other.stage in ("tower", "features")]
     if tower and group is tower[-1]:
         return "after the vision tower"
-    stage, count = "vision" if group.stage == "tower" else group.stage, group.layers[1] + 1
+    stage, count = "vision" if group.stage == "tower" else "decoder", group.layers[1] + 1
     return f"after {count} {stage} layer{'' if count == 1 else 's'}"
 
 
 _PLACES = {
-    "tower": "in the tower", "features": "after the tower", "prompt": "before the decoder", "decoder": "in the decoder",
-}  # fmt: skip
+    "tower": "in the tower",
+    "features": "after the tower",
+    "prompt": "before the decoder",
+    "decoder": "in the decoder",
+    "ahead": "ahead of the decoder",
+}
 
 
 def _finite(value: float) -> float | None:

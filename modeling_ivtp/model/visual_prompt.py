@@ -53,6 +53,8 @@ class VisualPrompt:
         Tokens that run along, where the pruner needs them.
     instruction : bool Tensor (B, S) or None
         The prompt's columns with words of the instruction, where the pruner needs them.
+    stage : {"decoder", "ahead"}
+        Whether the groups are those of the decoder itself, or of a pass ahead of it.
     """
 
     sequence: VisualSequence
@@ -62,6 +64,7 @@ class VisualPrompt:
     scores: list[GroupScores] | None = None
     pseudo_cls: PseudoCLSTokens | None = None
     instruction: torch.Tensor | None = None
+    stage: str = "decoder"
 
     def stages(self, layers: int) -> Iterator[tuple[int, int, Group | None]]:
         """Yield all layers of the decoder as (first, last, group); layers outside of groups come with None."""
@@ -254,7 +257,7 @@ class PromptPass:
         self.sequence, columns = before.keep(choice.kept, choice.ragged)
         if visual.scores is not None:
             visual.scores.append(
-                GroupScores("decoder", group, before.patches, choice.scores, self.sequence.patches, choice.mixture)
+                GroupScores(visual.stage, group, before.patches, choice.scores, self.sequence.patches, choice.mixture)
             )
         columns = columns.to(self.tokens.device)[..., None].expand(-1, -1, self.tokens.shape[-1])
         merged = None if choice.mixture is None else choice.of(before.visual(self.tokens))

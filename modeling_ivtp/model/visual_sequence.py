@@ -184,6 +184,28 @@ class VisualSequence:
         )
         return sequence, index
 
+    def up_to_images(self) -> "VisualSequence":
+        """Leave out the columns after the last image of any row."""
+        end = self.image_end
+        cut = self.size - end
+        rows = tuple(
+            replace(
+                row,
+                tokens=max(0, row.tokens - cut),
+                text_after=max(0, row.text_after - cut),
+                trailing_text=max(0, row.trailing_text - cut),
+            )
+            for row in self.rows
+        )
+        return replace(
+            self,
+            rows=rows,
+            slots=self.slots[:, :end],
+            valid=None if self.valid is None else self.valid[:, :end],
+            columns=self.columns.clamp_max(end),
+            drafted=0,
+        )
+
     def _staying(self, chosen: torch.Tensor) -> torch.Tensor:
         """Mark the columns that stay, text and the `chosen` visual tokens (B, M, k'): bool (B, n)."""
         stays = torch.ones(self.slots.shape[0], self.size + 1, dtype=torch.bool, device=self.slots.device)

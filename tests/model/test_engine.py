@@ -168,6 +168,13 @@ OPTIONS = [
     {"importance": "accumulated", "choice": "diverse", "decoder_layers": 0, "tower_tokens": 4},
     {"importance": "accumulated", "choice": "diverse", "tower_layers": 0, "tower_tokens": None},
     {"importance": "accumulated", "choice": "diverse", "positions": "compact", "pseudo_cls": "pool"},
+    {"decoder_choice": "ahead"},
+    {"decoder_choice": "ahead", "positions": "compact", "guidance": "mean_text"},
+    {"decoder_choice": "ahead", "layers_per_group": 3, "decoder_layers": 6},
+    {"decoder_choice": "ahead", "tower_layers": 0, "tower_tokens": None, "guidance": "visual_cls"},
+    {"decoder_choice": "ahead", "tower_tokens": 4},
+    {"decoder_choice": "ahead", "decoder_layers": 0, "tower_tokens": 4},
+    {"decoder_choice": "ahead", "importance": "accumulated", "choice": "diverse", "layers_per_group": 1},
 ]
 
 
@@ -203,11 +210,12 @@ def test_other_decoders_of_llamas_layout_agree_with_reference_mode(decoder):
     assert logits.shape[-1] == VOCABULARY
 
 
+@pytest.mark.parametrize("decoder_choice", ["within", "ahead"])
 @pytest.mark.parametrize("positions", ["original", "compact"])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @torch.no_grad()
-def test_a_second_turn_with_a_new_image_agrees_with_reference_mode(cache, positions):
-    model = tiny_model(positions=positions)
+def test_a_second_turn_with_a_new_image_agrees_with_reference_mode(cache, positions, decoder_choice):
+    model = tiny_model(positions=positions, decoder_choice=decoder_choice)
     first, second = (
         prompt([[3, "image", 7], [2, "image", 4]], seed=3),
         prompt([[4, "image", 3], [2, "image", 6]], seed=4),

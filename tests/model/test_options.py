@@ -29,6 +29,11 @@ BAD = [
     ({"guidance": "text"}, "guidance='text'; allowed: clip, mean_text, text_similarity, visual_cls"),
     ({"pseudo_cls": "mean"}, "pseudo_cls='mean'; allowed: propagate, pool"),
     ({"positions": "new"}, "positions='new'; allowed: original, compact"),
+    ({"decoder_choice": "before"}, "decoder_choice='before'; allowed: within, ahead"),
+    (
+        {"decoder_choice": "ahead", "pseudo_cls": "pool"},
+        'decoder_choice="ahead" with pseudo_cls="pool".*allowed: pseudo_cls="propagate"',
+    ),
     ({"importance": "sum"}, "importance='sum'; allowed: own, accumulated"),
     ({"choice": "random"}, "choice='random'; allowed: top, diverse"),
     ({"sharpness": 0.5}, r"sharpness=0.5 with choice='top'; allowed: None, or choice=\"diverse\""),

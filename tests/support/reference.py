@@ -365,10 +365,34 @@ def decoder_reference(
             inputs[columns] = vision.projected[i].to(inputs.dtype)
         prescribed = selection[first : len(images)] if selection is not None else [None] * (len(images) - first)
         valid = attention_mask[row].bool().cpu().numpy()
-        rows.append(decode_row(language, pruning, inputs, valid, position_ids[row], images[first:], prescribed))
+        decode = decode_row_ahead if pruning.decoder_choice == "ahead" else decode_row
+        rows.append(decode(language, pruning, inputs, valid, position_ids[row], images[first:], prescribed, turns))
     hidden = torch.stack([out for out, _ in rows])
     seen = [np.stack(layer) for layer in zip(*(alive for _, alive in rows), strict=True)]
     return DecoderReference(model.lm_head(hidden), hidden, seen[-1], seen[:-1], images, vision)
+
+
+def decode_row_ahead(
+    language: nn.Module,
+    pruning: Any,
+    inputs: Tensor,
+    valid: np.ndarray,
+    position_ids: np.ndarray,
+    images: list[ImageReference],
+    prescribed: Sequence[Selection | None],
+    turns: Sequence[int],
+) -> tuple[Tensor, list[np.ndarray]]:
+    """Stage 2 ahead of the decoder: `decode_row` chooses for the images of one turn after the other, then every layer
+    sees what they keep in the end, and of earlier turns nothing else was ever seen.
+    """
+    exists = valid.copy()
+    for turn, end in zip(turns, [*turns[1:], len(inputs)], strict=True):
+        here = [m for m, image in enumerate(images) if turn <= image.columns[0] < end]
+        chosen = [images[m] for m in here]
+        decode_row(language, pruning, inputs, exists, position_ids, chosen, [prescribed[m] for m in here], turns, valid)
+        for image in chosen:
+            exists[image.dropped_columns] = False
+    return decode_row(language, pruning, inputs, exists, position_ids, [], [], turns, valid)
 
 
 def decode_row(
@@ -379,8 +403,12 @@ def decode_row(
     position_ids: np.ndarray,
     images: list[ImageReference],
     prescribed: Sequence[Selection | None],
+    turns: Sequence[int] = (0,),
+    tokens: np.ndarray | None = None,
 ) -> tuple[Tensor, list[np.ndarray]]:
     """Stage 2 (Sec. 3.3) on the embeddings (S, d) of one row; fills in ``image.decoder``.
+
+    `valid` marks the columns (S,) that exist at first, `tokens` those that are no padding, if they are others.
 
     Returns the final hidden states (S, d) and, for every layer and after the last one, which columns exist (S,).
     The pseudo-CLS tokens are rows S, S + 1, ... of the matrices; for RoPE and A_mask (Eq. 2) they stand right after
@@ -399,7 +427,8 @@ def decode_row(
         if pruning.pseudo_cls == "pool":
             pooled = [x[im.key_columns].mean(0) if im.key_columns else x[length + m] for m, im in enumerate(images)]
             x = torch.cat([x[:length], *(token[None] for token in pooled)])
-        positions = rope_positions(pruning.positions, exists, valid, position_ids, ends)
+        whole = valid if tokens is None else tokens
+        positions = rope_positions(pruning.positions, exists, whole, position_ids, ends)
         cos, sin = language.rotary_emb(x[None], position_ids=torch.as_tensor(positions[None], device=x.device))
         x, attention_map, norms = decoder_layer(layer, x, causal_visibility(exists, ends), cos[0], sin[0])
         maps.append(attention_map)
