@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -44,6 +45,33 @@ Tokens = Annotated[
 ]
 
 
+MethodOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--method-option",
+        metavar="NAME=VALUE",
+        help="An option of the method, such as target=88 or ratios=[0.5,0.3,0.1]; may be repeated.",
+        show_default=False,
+    ),
+]
+
+
+def _options(given: list[str] | None) -> dict[str, Any]:
+    """Read options of a method: JSON values, or words."""
+    options: dict[str, Any] = {}
+    for text in given or ():
+        name, equals, value = text.partition("=")
+        if not name or not equals:
+            raise ValueError(f"--method-option={text!r}; allowed: NAME=VALUE")
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            options[name] = {"True": True, "False": False, "None": None}.get(value, value)
+        if isinstance(options[name], list):
+            options[name] = tuple(options[name])
+    return options
+
+
 def _of_preset(help: str) -> Any:
     return typer.Option(help=help, show_default="the preset's")
 
@@ -60,6 +88,7 @@ def train(
     connector: Connector = None,
     method: MethodOption = "ivtp",
     tokens: Tokens = None,
+    method_option: MethodOptions = None,
     learning_rate: Annotated[float | None, _of_preset("Peak learning rate.")] = None,
     batch_size: Annotated[int | None, _of_preset("Conversations of a step, over all processes.")] = None,
     epochs: Annotated[float | None, _of_preset("Times that each row is seen.")] = None,
@@ -109,6 +138,7 @@ def train(
         connector=None if connector is None else {"name": connector} | ({} if tokens is None else {"tokens": tokens}),
         method=method,
         tokens=tokens if connector is None else None,
+        method_options=_options(method_option),
         max_steps=max_steps,
         device_batch_size=device_batch_size,
         evaluation_share=evaluation_share,

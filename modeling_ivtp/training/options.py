@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ..files.shipped import shipped
 from ..model.configuration_ivtp import is_number, is_whole
+from .parts import PrunedBy
 
 PARTS = ("connector", "projector", "language_model", "pruner")
 """Parts that can learn; the pruner's are modules of a trained method. Vision tower and CLIP's text half stay frozen."""
@@ -117,7 +118,7 @@ def load_preset(preset: str) -> Preset:
         values = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
-    known = [field.name for field in fields(Preset)]
+    known = [option.name for option in fields(Preset)]
     if not isinstance(values, Mapping) or not {"trains", "learning_rate", "batch_size"} <= set(values) <= set(known):
         raise ValueError(
             f"{file} is no preset: it needs trains, learning_rate and batch_size; allowed: {', '.join(known)}"
@@ -152,6 +153,8 @@ class Options:
         modules learn, a name begins with new modules and a folder goes on with those in it.
     tokens : int or None
         Visual tokens that it keeps in the end; default: the model's own of `"ivtp"`, a folder's own, 64 of the others.
+    method_options : mapping
+        Options of the method, such as `{"target": 88}`; of `"ivtp"`, pruning options that are saved with the model.
     max_steps : int or None
         Steps, in place of the preset's epochs.
     device_batch_size : int or None
@@ -190,6 +193,7 @@ class Options:
     connector: dict[str, Any] | None = None
     method: str = "ivtp"
     tokens: int | None = None
+    method_options: Mapping[str, Any] = field(default_factory=dict)
     max_steps: int | None = None
     device_batch_size: int | None = None
     evaluation_share: float = 0.0
@@ -218,11 +222,15 @@ class Options:
         if self.connector is not None and self.method not in ("ivtp", "unpruned"):
             raise ValueError(f"method={self.method!r} with a connector, which leaves no patches to choose among.")
 
+    @property
+    def pruned_by(self) -> PrunedBy:
+        """What prunes meanwhile."""
+        return PrunedBy(self.method, self.tokens, self.method_options)
+
     def settings(self) -> dict[str, Any]:
         """Return what makes this run another one than its neighbours, ready for JSON."""
         names = ("clip", "connector", "method", "tokens", "max_steps", "evaluation_share", "seed", "dtype", "limit")
-        return (
-            {name: getattr(self, name) for name in names}
-            | {"model": self.model, "data": self.data}
-            | (self.preset.to_dict())
-        )
+        settings = {name: getattr(self, name) for name in names} | {"model": self.model, "data": self.data}
+        given = self.method_options.items()
+        options = {name: list(value) if isinstance(value, tuple) else value for name, value in given}
+        return settings | {"method_options": options} | self.preset.to_dict()

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..methods import METHODS, make
+from ..methods import METHODS, Method, make
+from ..model.configuration_ivtp import IVTPPruningConfig
+from ..model.placeholders import features_of_image
+from ..model.pruner import IVTPPruner
+from ..model.schedule import PruningPlan
 from ..trained import TRAINED, PrunerTraining, TrainedMethod, is_adapter, load
 
 NAMES = {
@@ -51,64 +56,133 @@ def let_learn(model: nn.Module, parts: Sequence[str]) -> list[str]:
     return learns
 
 
-def is_trained(method: str) -> bool:
-    """Return whether a method has modules of its own: a name of one, or a folder with one."""
-    return method in TRAINED or is_adapter(method)
+@dataclass(frozen=True)
+class PrunedBy:
+    """What prunes while a model is trained.
 
-
-def check_method(method: str, trains: Sequence[str]) -> None:
-    """Refuse a name that is no method, and modules that it does not have."""
-    if method not in (UNPRUNED, *METHODS) and not is_trained(method):
-        raise ValueError(f"method={method!r}; allowed: {', '.join((UNPRUNED, *METHODS, *TRAINED))}, or a trained one.")
-    if "pruner" in trains and not is_trained(method):
-        raise ValueError(f"trains={list(trains)} with method={method!r}, which has no modules; allowed: {_names()}.")
-
-
-def _names() -> str:
-    return f"{', '.join(TRAINED)}, or a folder with one"
-
-
-def trained_method(method: str, tokens: int | None, model: Any) -> TrainedMethod:
-    """Return a trained method with its modules: new ones for this model, or those of a folder."""
-    if not is_adapter(method):
-        return TRAINED[method](64 if tokens is None else tokens).for_model(model)
-    return load(method) if tokens is None else load(method, keep=tokens)
-
-
-def pruned_by(model: Any, method: str, tokens: int | None) -> AbstractContextManager[Any]:
-    """Return a context in which a method prunes a model.
-
-    `"ivtp"` sets the model's own options for good, so that they are saved with what was trained under them; other
-    methods leave no trace.
+    Attributes
+    ----------
+    method : str
+        `"unpruned"`, `"ivtp"`, a method's name, a trained method's name (new modules) or its folder.
+    tokens : int or None
+        As in `Options`.
+    options : mapping
+        Options of the method.
 
     Raises
     ------
     ValueError
-        If the method or its budget does not fit the model.
+        For a name that is no method, or options of none.
     """
-    if method == UNPRUNED or model.config.connector is not None:
-        return model.pruning(enabled=False)
-    if method != "ivtp":
-        return make(method, 64 if tokens is None else tokens)(model)
-    if tokens is not None:
-        handed = model.pruning_config.tower_tokens
-        model.set_pruning(enabled=True, visual_tokens=tokens, tower_tokens=handed if (handed or 0) >= tokens else None)
-    return nullcontext()
+
+    method: str
+    tokens: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.method not in (UNPRUNED, *METHODS) and not self.is_trained:
+            names = ", ".join((UNPRUNED, *METHODS, *TRAINED))
+            raise ValueError(f"method={self.method!r}; allowed: {names}, or a trained one's folder.")
+        if self.method == UNPRUNED and self.options:
+            raise ValueError(f"method={UNPRUNED!r} has no options; allowed: none of {', '.join(self.options)}.")
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the method has modules of its own."""
+        return self.method in TRAINED or is_adapter(self.method)
+
+    def check_parts(self, parts: Sequence[str]) -> None:
+        """Refuse to train modules that the method does not have."""
+        if "pruner" in parts and not self.is_trained:
+            names = ", ".join(TRAINED)
+            raise ValueError(
+                f"trains={list(parts)} with method={self.method!r}, which has no modules; allowed: {names}, or the "
+                "folder of one."
+            )
+
+    def make(self) -> Method:
+        """Make the method, but for IVTP with the model's own options; a trained one made anew has no modules yet.
+
+        Raises
+        ------
+        ValueError
+            For an option that is unknown or out of range.
+        """
+        options, tokens = dict(self.options), self.tokens
+        if is_adapter(self.method):
+            return load(self.method, **options | ({} if tokens is None else {"keep": tokens}))
+        kind = TRAINED.get(self.method) or METHODS[self.method]
+        if tokens is None and "keep" in kind.budgets and not any(options.get(name) for name in kind.budgets):
+            tokens = 64
+        if self.method in METHODS:
+            return make(self.method, tokens, **options)
+        known = [option.name for option in fields(kind) if option.init and option.compare and option.name != "keep"]
+        if unknown := sorted(set(options) - set(known)):
+            raise ValueError(f"{self.method} has no option {', '.join(unknown)}; allowed: {', '.join(known)}.")
+        return kind(tokens, **options)
+
+    def with_modules(self, model: Any) -> TrainedMethod:
+        """Return a trained method with its modules: those of its folder, or new ones for a model."""
+        method = self.make()
+        assert isinstance(method, TrainedMethod)
+        return method if method.learned is not None else method.for_model(model)
+
+    def pruning(self, before: IVTPPruningConfig) -> IVTPPruningConfig:
+        """Return the options that IVTP prunes with, from those that the model has."""
+        changes: dict[str, Any] = {"enabled": True, **self.options}
+        if self.tokens is not None:
+            handed = before.tower_tokens
+            changes = {"tower_tokens": handed if (handed or 0) >= self.tokens else None} | changes
+            changes["visual_tokens"] = self.tokens
+        return before.changed(**changes)
+
+    def plan(self, config: Any) -> PruningPlan:
+        """Lay out how many visual tokens of an image are where, from shapes alone.
+
+        Raises
+        ------
+        ValueError
+            If the method does not fit the model.
+        """
+        whole = PruningPlan(features_of_image(config))
+        if self.method == UNPRUNED or config.connector is not None:
+            return whole
+        ours = self.method == "ivtp"
+        pruner = IVTPPruner(self.pruning(config.pruning)) if ours else self.make().bind(config)
+        return pruner.plan(config, config.num_patches) or whole
+
+    def applied(self, model: Any) -> AbstractContextManager[Any]:
+        """Return a context in which the method prunes a model.
+
+        `"ivtp"` sets the model's own options for good, so that they are saved with what was trained under them; other
+        methods leave no trace.
+
+        Raises
+        ------
+        ValueError
+            If the method or its budget does not fit the model.
+        """
+        if self.method == UNPRUNED or model.config.connector is not None:
+            return model.pruning(enabled=False)
+        if self.method != "ivtp":
+            return self.make()(model)
+        model.set_pruning(**self.pruning(model.pruning_config).to_dict())
+        return nullcontext()
 
 
 @contextmanager
-def training_module(model: Any, method: str, tokens: int | None, parts: Sequence[str]) -> Iterator[nn.Module]:
+def training_module(model: Any, pruned_by: PrunedBy, parts: Sequence[str]) -> Iterator[nn.Module]:
     """Apply a method and yield the module that `Trainer` trains: what learns of it has `requires_grad`.
 
     It is the model, or for a method with modules of its own a `PrunerTraining`, which holds both and adds its own loss.
     """
-    if is_trained(method):
+    if pruned_by.is_trained:
         learns = tuple(prefix.rstrip(".").split(".")[-1] for prefix in prefixes(parts) if "connector" not in prefix)
-        with PrunerTraining(model, trained_method(method, tokens, model), learns) as training:
+        with PrunerTraining(model, pruned_by.with_modules(model), learns) as training:
             yield training
         return
     let_learn(model, parts)
-    with pruned_by(model, method, tokens):
+    with pruned_by.applied(model):
         yield model
 
 

@@ -11,16 +11,12 @@ from typing import Any
 import torch
 
 from ..files.console import steps_bar
-from ..methods import make
 from ..model.modeling_ivtp import IVTPLlavaForConditionalGeneration
-from ..model.placeholders import features_of_image
-from ..model.pruner import IVTPPruner
-from ..model.schedule import PruningPlan
 from .batches import answer_tokens
 from .conversation import Written, write
 from .data import Conversations
 from .options import Options
-from .parts import UNPRUNED, is_trained, prefixes, trained_method
+from .parts import prefixes
 
 _AT_ONCE = 256
 _ADAM_BYTES = 8
@@ -195,14 +191,15 @@ def make_plan(
     device_batch, accumulation = split_batch(preset.batch_size, processes, options.device_batch_size)
     per_epoch = max(1, -(-len(rows) // preset.batch_size))
     steps = options.max_steps or math.ceil(preset.epochs * per_epoch)
-    schedule = visual_schedule(options, config)
+    pruned_by = options.pruned_by
+    schedule = pruned_by.plan(config)
     with torch.device("meta"):
         model = IVTPLlavaForConditionalGeneration(config)
     sizes = {name: weight.numel() for name, weight in model.named_parameters()}
     learning = sum(size for name, size in sizes.items() if name.startswith(prefixes(preset.trains)))
-    if is_trained(options.method):
+    if pruned_by.is_trained:
         with torch.device("meta"):
-            modules = trained_method(options.method, options.tokens, model).modules_or_raise()
+            modules = pruned_by.with_modules(model).modules_or_raise()
         own = sum(weight.numel() for weight in modules.parameters())
         learning, sizes["learned"] = learning + own, own
     value = torch.bfloat16.itemsize if options.dtype == "bfloat16" else torch.float32.itemsize
@@ -223,27 +220,3 @@ def make_plan(
         gradient_bytes=learning * value,
         optimizer_bytes=learning * (_ADAM_BYTES if value == 4 else 2 * value),
     )
-
-
-def visual_schedule(options: Options, config: Any) -> PruningPlan:
-    """Return how many visual tokens of an image are where while training.
-
-    Raises
-    ------
-    ValueError
-        If the method does not fit the model.
-    """
-    whole = PruningPlan(features_of_image(config))
-    if options.method == UNPRUNED or config.connector is not None:
-        return whole
-    if options.method == "ivtp":
-        changes: dict[str, Any] = (
-            {} if options.tokens is None else {"visual_tokens": options.tokens, "tower_tokens": None}
-        )
-        pruner: Any = IVTPPruner(config.pruning.changed(**changes))
-    elif is_trained(options.method):
-        with torch.device("meta"):
-            pruner = trained_method(options.method, options.tokens, IVTPLlavaForConditionalGeneration(config))
-    else:
-        pruner = make(options.method, 64 if options.tokens is None else options.tokens).bind(config)
-    return pruner.plan(config, config.num_patches) or whole

@@ -23,7 +23,7 @@ from .data import Conversations, open_conversations
 from .folder import RunFolder
 from .loading import load_model, load_processor, planned_config
 from .options import LOGS, Options
-from .parts import check_method, is_trained, linked_to_pictures, prefixes, training_module
+from .parts import linked_to_pictures, prefixes, training_module
 from .plan import Plan, count_tokens, make_plan
 
 _LINE_SECONDS = 30.0
@@ -88,13 +88,14 @@ def train(options: Options, *, dry_run: bool = False) -> Summary:
     ImportError
         If `log_to` names a library that is not installed.
     """
-    check_method(options.method, options.preset.trains)
+    pruned_by = options.pruned_by
+    pruned_by.check_parts(options.preset.trains)
     report_to = _reporting(options.log_to)
     state = PartialState(cpu=options.device == "cpu")
     folder, config = RunFolder(options.out), planned_config(options)
     processor = load_processor(options, config)
     rows = open_conversations(options.data, options.images, options.limit)
-    rows.check_pictures(needed="language_model" not in options.preset.trains or is_trained(options.method))
+    rows.check_pictures(needed="language_model" not in options.preset.trains or pruned_by.is_trained)
     source = local_folder(options.model)
     settings = options.settings() | {
         "model": options.model if source is None else str(source.resolve()),
@@ -108,13 +109,13 @@ def train(options: Options, *, dry_run: bool = False) -> Summary:
     plan = make_plan(options, config, learn, held_out, tokens, state.num_processes)
     if not begun:  # a checkpoint, and the finished model
         folder.check(settings, 2 * plan.weight_bytes + plan.optimizer_bytes)
-    alone = is_trained(options.method) and not prefixes(options.preset.trains)
+    alone = pruned_by.is_trained and not prefixes(options.preset.trains)
     result = folder.pruner if alone else folder.model
     if dry_run or result.is_dir():
         return Summary(plan, result, main=state.is_main_process, was_finished=not dry_run)
     model = load_model(options, config)
     # A method that does not fit is refused here, by its own checks, and nothing is written yet.
-    with training_module(model, options.method, options.tokens, options.preset.trains) as module:
+    with training_module(model, pruned_by, options.preset.trains) as module:
         if state.is_main_process:
             folder.begin(settings)
         state.wait_for_everyone()

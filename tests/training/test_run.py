@@ -13,7 +13,7 @@ from modeling_ivtp.training import run as running
 from modeling_ivtp.training import train
 from modeling_ivtp.training.batches import Collator
 from modeling_ivtp.training.data import open_conversations
-from modeling_ivtp.training.parts import linked_to_pictures, training_module
+from modeling_ivtp.training.parts import PrunedBy, linked_to_pictures, training_module
 from tests.support.conversations import ROWS, SECOND, TEXT_ROW, run_options, write_data
 from tests.support.text_tokenizers import processor as make_processor
 from tests.support.tiny import model_for
@@ -131,6 +131,10 @@ REFUSED = [
     ({"connector": {"name": "c_abstractor", "tokens": 25}}, r"connector\.tokens=25 are 5 x 5 places"),
     ({"connector": {"name": "resampler", "tokens": 4}, "method": "fastv"}, "leaves no patches to choose among"),
     ({"trains": ("pruner",), "method": "fastv"}, r"trains=\['pruner'\] with method='fastv', which has no modules"),
+    ({"method": "lvpruning", "method_options": {"speed": 1}}, "lvpruning has no option speed; allowed: "),
+    ({"method": "fastv", "method_options": {"speed": 1}}, "fastv has no option speed; allowed"),
+    ({"method": "unpruned", "method_options": {"speed": 1}}, "method='unpruned' has no options"),
+    ({"method": "ivtp", "method_options": {"speed": 1}}, r"Unknown pruning option\(s\) speed"),
     ({"dtype": "int8"}, "dtype='int8'; allowed: float32, bfloat16"),
     ({"log_to": "paper"}, "log_to='paper'; allowed: auto, none, tensorboard, trackio"),
 ]
@@ -184,11 +188,11 @@ def test_the_first_loss_is_that_of_the_method(method, sample, tmp_path):
 def test_a_method_is_on_inside_and_leaves_no_trace(sample):
     model = IVTPLlavaForConditionalGeneration.from_pretrained(sample / "model")
     before = model.pruning_config
-    with training_module(model, "fastv", 3, SECOND) as module:
+    with training_module(model, PrunedBy("fastv", 3), SECOND) as module:
         assert module is model
         assert model.model.plan().final_tokens == 3
         assert model.model.plan().tower == ()
-    with training_module(model, "unpruned", None, SECOND):
+    with training_module(model, PrunedBy("unpruned"), SECOND):
         assert model.model.plan() is None
     assert model.pruning_config == before
 
@@ -228,3 +232,20 @@ def test_modules_of_a_method_learn_beside_a_model_that_stays(sample, tmp_path):
     again = train(run_options(sample / "model", sample / "rows.json", tmp_path / "both", **both))
     assert moved(sample, again.model) == {"language_model", "lm_head"}  # the first step of a warm-up has rate 0
     assert trained.is_adapter(tmp_path / "both" / "pruner")
+
+
+def test_options_of_a_method_come_from_the_command_line_and_are_kept(sample, tmp_path, capsys):
+    arguments = ["train", "-m", sample / "model", "-d", sample / "rows.json", "-o", tmp_path / "run", "--device", "cpu"]
+    arguments += ["--preset", "atp-llava", "--method", "atp-llava", "--method-option", "target=6"]
+    arguments += ["--method-option", "layers=[2,3,4]", "--method-option", "rope=1d", "--batch-size", 4]
+    arguments = [str(argument) for argument in [*arguments, "--max-steps", 2, "--no-progress", "--log-to", "none"]]
+    assert ivtp_cli.main(arguments) == 0
+    assert "done: 2 steps" in capsys.readouterr().out
+    method = trained.load(tmp_path / "run" / "pruner")
+    assert (method.target, method.layers, method.rope) == (6, (2, 3, 4), "1d")
+    assert moved(sample, tmp_path / "run" / "model") == {"projector", "language_model", "lm_head"}
+    model = IVTPLlavaForConditionalGeneration.from_pretrained(tmp_path / "run" / "model")
+    with method(model):
+        assert not model.model.plan().exact
+    assert ivtp_cli.main([*arguments, "--method-option", "target"]) == 1
+    assert "--method-option='target'; allowed: NAME=VALUE" in capsys.readouterr().err
