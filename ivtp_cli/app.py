@@ -8,6 +8,7 @@ import typer
 
 from .batch import batch
 from .bench import bench
+from .check import check
 from .convert import convert
 from .explain import explain
 from .flops import flops
@@ -48,5 +49,5 @@ def _ivtp(
         typer.echo(context.get_help())
 
 
-for command in (convert, push, serve, generate, batch, train, explain, flops, bench, quality):
+for command in (convert, push, serve, generate, batch, train, explain, flops, bench, quality, check):
     app.command()(command)

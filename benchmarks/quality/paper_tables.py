@@ -4,9 +4,9 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.quality.intervals import paired_interval
 from benchmarks.quality.methods import COMPACT
 from benchmarks.quality.plots import flops_unit, label
+from modeling_ivtp.evaluation.intervals import paired_interval
 from modeling_ivtp.files.tables import markdown_table
 
 STAGES = (("topk", "topk+"), ("tome", "tome+"), ("ivtp-v", "ivtp"))

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.quality.intervals import LEVEL
+from modeling_ivtp.evaluation.intervals import LEVEL
 
 _INK, _MUTED, _FAINT = "#1c2128", "#656d76", "#e7e9ec"
 # Okabe and Ito's colours, which every kind of colour vision tells apart.

@@ -21,12 +21,12 @@ import torch
 import typer
 
 from benchmarks.quality import command
-from benchmarks.quality.intervals import LEVEL, bootstrap_interval, paired_interval
 from benchmarks.quality.methods import COMPACT
 from benchmarks.quality.paper_tables import ablation_differences, percent, points, table_1, table_7, with_interval
 from benchmarks.quality.plots import flops_unit, label, plot, plot_systems, unpruned_of
 from benchmarks.quality.world import TYPES, Question, chance, fingerprint, sample_questions
 from modeling_ivtp.evaluation import load_metric
+from modeling_ivtp.evaluation.intervals import LEVEL, bootstrap_interval, paired_interval
 from modeling_ivtp.files.tables import markdown_table
 
 _PACKAGES = ("torch", "transformers", "evaluate", "numpy", "ivtp-llava")

@@ -15,8 +15,8 @@ import numpy as np
 import typer
 
 from benchmarks.quality import command, report
-from benchmarks.quality.intervals import paired_interval
 from benchmarks.quality.world import sample_questions
+from modeling_ivtp.evaluation.intervals import paired_interval
 
 _SAME = ("world", "sample")
 

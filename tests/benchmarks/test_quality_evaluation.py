@@ -18,7 +18,6 @@ from benchmarks.quality.answer_log import AnswerLog, Answers
 from benchmarks.quality.checkpoint import check_world
 from benchmarks.quality.evaluate_quality import MINIATURE, _rows, _well_answered, evaluate_checkpoint
 from benchmarks.quality.examination import Asked, Examination, row_cost, row_signature
-from benchmarks.quality.intervals import bootstrap_interval, paired_interval
 from benchmarks.quality.methods import (
     CHOOSERS,
     COMPACT,
@@ -43,6 +42,7 @@ from benchmarks.quality.world import (
     sample_questions,
 )
 from modeling_ivtp import IVTPLlavaConfig, IVTPLlavaForConditionalGeneration, IVTPLlavaProcessor
+from modeling_ivtp.evaluation.intervals import bootstrap_interval, paired_interval
 from modeling_ivtp.methods import METHODS, make
 from modeling_ivtp.speed.stopwatch import Taken
 from tests.support.untaught import PATCHES, SIDE, untaught

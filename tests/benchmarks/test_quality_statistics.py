@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from benchmarks.quality.findings import findings, method_findings
-from benchmarks.quality.intervals import bootstrap_interval, paired_interval
 from benchmarks.quality.report import pack, right_answers, unpack
+from modeling_ivtp.evaluation.intervals import bootstrap_interval, paired_interval
 
 
 def test_the_interval_is_that_of_a_bootstrap_that_draws_questions() -> None:

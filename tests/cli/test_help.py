@@ -12,7 +12,19 @@ from typer.main import get_command
 import ivtp_cli
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("convert", "push", "serve", "generate", "batch", "train", "explain", "flops", "bench", "quality")
+COMMANDS = (
+    "convert",
+    "push",
+    "serve",
+    "generate",
+    "batch",
+    "train",
+    "explain",
+    "flops",
+    "bench",
+    "quality",
+    "check",
+)
 LONGEST_SECONDS = 0.5
 """CPU time of a help page, user and system together."""
 HEAVY = ("torch", "transformers", "open_clip", "datasets", "pyarrow", "matplotlib", "numpy", "PIL", "modeling_ivtp")

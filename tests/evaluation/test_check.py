@@ -1,0 +1,118 @@
+"""`ivtp check` on the miniature: every claim is measured, a broken model is found, and the report is not private."""
+
+import getpass
+import platform
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ivtp_cli
+from modeling_ivtp.evaluation import check
+from modeling_ivtp.evaluation.check import CONTRADICTED, OPEN, SUPPORTED, Asked, Extent, Witness
+from modeling_ivtp.serving.answering import load_model
+
+pytestmark = pytest.mark.slow
+
+MINIATURE = Path(__file__).parents[2] / "examples" / "miniature"
+SMALL = Extent(questions=4, repeats=1, budgets=(16,), new_tokens=2)
+
+
+@pytest.fixture
+def witness() -> Witness:
+    model, processor = load_model(MINIATURE, device="cpu", dtype="float32")
+    asked = check.questions(SMALL)
+    return Witness(model, processor, [*asked, Asked(asked[0].picture, "Is a secret shown?", private=True)], SMALL)
+
+
+def verdicts(witness: Witness, measure: Any) -> list[str]:
+    return [finding.verdict for finding in measure(witness)]
+
+
+def test_what_holds_on_every_machine_is_supported(witness: Witness) -> None:
+    assert verdicts(witness, check.equal_to_stock) == [SUPPORTED]
+    assert verdicts(witness, check.batch_like_rows) == [SUPPORTED]
+    assert verdicts(witness, check.cost_as_counted) == [SUPPORTED, SUPPORTED]
+
+
+def test_a_model_that_is_not_as_claimed_is_found(witness: Witness, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = witness.stock.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight * 1.001, requires_grad=False)
+    assert verdicts(witness, check.equal_to_stock) == [CONTRADICTED]
+    real = check.count
+    monkeypatch.setattr(check, "count", lambda config, **options: real(config, **options | {"text_tokens": 200}))
+    assert verdicts(witness, check.cost_as_counted) == [CONTRADICTED, CONTRADICTED]
+    mixed = witness.inputs
+
+    def unmasked(prompts: Any) -> dict[str, Any]:
+        inputs = mixed(prompts)
+        return inputs | {"attention_mask": torch.ones_like(inputs["attention_mask"])}
+
+    monkeypatch.setattr(witness, "inputs", unmasked)
+    assert verdicts(witness, check.batch_like_rows) == [CONTRADICTED]
+
+
+def test_answers_are_compared_with_unpruned_ones(witness: Witness, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {"none": "abcde", "ivtp": "abcde", "ivtp-extended": "abcde", "random": "xxxxx"}
+    monkeypatch.setattr(check, "_answers", lambda _, arm: list(said[arm.method]))
+    assert verdicts(witness, check.agreement) == [SUPPORTED, OPEN]
+    said["ivtp"] = "xxxxx"
+    assert verdicts(witness, check.agreement) == [OPEN, SUPPORTED]
+    said["random"] = said["none"]
+    assert verdicts(witness, check.agreement) == [CONTRADICTED, SUPPORTED]
+
+
+def test_what_cannot_be_measured_is_open_and_the_others_go_on(
+    witness: Witness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("batch_like_rows", "cost_as_counted", "question_guides", "speed", "agreement"):
+        monkeypatch.setattr(check, name, lambda witness: iter(()))
+
+    def fails(witness: Witness) -> Any:
+        """Compare nothing."""
+        raise ValueError("/home/somebody/weights are odd")
+
+    monkeypatch.setattr(check, "equal_to_stock", fails)
+    told: list[str] = []
+    (finding,) = check.check(witness, told.append)
+    assert (finding.verdict, finding.measured) == (OPEN, "could not be measured: ValueError")
+    assert any("somebody" in line for line in told)
+
+
+def test_the_command_writes_a_report_without_anything_private(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(check, "QUICK", SMALL)
+    photo = MINIATURE.parent / "images" / "coffee.jpg"
+    out = tmp_path / "report.md"
+    own = ("--image", str(photo), "--question", "Where is my zebra?")
+    where = ("--out", str(out), "--dtype", "float32", "--device", "cpu")
+    status = ivtp_cli.main(["check", str(MINIATURE), "--quick", *own, *where])
+    printed = capsys.readouterr().out
+    assert status == 0
+    assert "key words of 'Where is my zebra?'" in printed
+    report = out.read_text()
+    for private in ("zebra", str(MINIATURE), "miniature", str(tmp_path), platform.node(), getpass.getuser() + "@"):
+        assert private not in report
+    assert "4 questions that ship, 1 of the person's own" in report
+    assert (
+        "| Without pruning the model is stock LLaVA, to the last bit. | **supported** | largest difference 0 |"
+        in report
+    )
+    assert report.count("| **") == 9
+    assert "- What is the woman wearing? " in report
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--image", "a.jpg"], "1 --image and 0 --question"),
+        (["--out", "nowhere/report.md"], "--out=nowhere/report.md; allowed: a file in a folder that exists"),
+    ],
+)
+def test_wrong_calls_are_refused_before_the_model_is_loaded(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ivtp_cli.main(["check", "no-such-model", *arguments]) == 1
+    assert message in capsys.readouterr().err
