@@ -10,6 +10,7 @@ from .batch import batch
 from .bench import bench
 from .check import check
 from .convert import convert
+from .evaluate import evaluate
 from .explain import explain
 from .flops import flops
 from .generate import generate
@@ -49,5 +50,5 @@ def _ivtp(
         typer.echo(context.get_help())
 
 
-for command in (convert, push, serve, generate, batch, train, explain, flops, bench, quality, check):
+for command in (convert, push, serve, generate, batch, train, explain, flops, bench, quality, evaluate, check):
     app.command()(command)

@@ -23,6 +23,7 @@ COMMANDS = (
     "flops",
     "bench",
     "quality",
+    "evaluate",
     "check",
 )
 LONGEST_SECONDS = 0.5
