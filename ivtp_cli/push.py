@@ -12,7 +12,7 @@ from .tables import file_table, show
 
 
 def push(
-    folder: Annotated[str, typer.Argument(help="Folder of an IVTP-LLaVA, as convert writes it.")],
+    folder: Annotated[str, typer.Argument(help="Folder of an IVTP-LLaVA, as convert writes it, or of a pruner.")],
     repo_id: Annotated[str, typer.Argument(help="Where on the Hub: owner/name, or the name of one of your own.")],
     card: Annotated[
         str | None,
@@ -70,7 +70,9 @@ def push(
         typer.echo("nothing was sent")
     else:
         typer.echo(f"uploaded: {done.url}")
-        typer.echo(f'pinned: from_pretrained("{done.repo_id}", revision="{done.revision}", trust_remote_code=True)')
+        pruner = done.repository.pruner
+        call, more = ("trained.load", "") if pruner else ("from_pretrained", ", trust_remote_code=True")
+        typer.echo(f'pinned: {call}("{done.repo_id}", revision="{done.revision}"{more})')
 
 
 def _show_upload(upload: Any) -> None:
@@ -83,7 +85,9 @@ def _show_upload(upload: Any) -> None:
     table.add_row("all", human_bytes(sum(files.values())))
     show(table)
     typer.echo(f"card: {upload.repository.card}")
-    if upload.answer is None:
+    if upload.repository.pruner:
+        typer.echo("checked: the modules load")
+    elif upload.answer is None:
         typer.echo("checked: weights and code fit; there is too little free memory here to load them")
     else:
         typer.echo(f"checked: a fresh process loads it and answers {upload.answer!r}")

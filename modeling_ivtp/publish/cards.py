@@ -17,6 +17,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ..checkpoints.recipes import load_recipe
 from ..files.shipped import shipped
 from ..files.sizes import human_bytes
+from ..trained import TrainedMethod
+from ..trained.adapter import options_of
 
 GENERIC = "generic"
 """The card of a checkpoint that no recipe here built."""
@@ -89,6 +91,69 @@ def render(
         facts = facts | {"quality": None}
     recipe = dict(recipe or {})
     small = max((row["tflops"] for row in (facts["costs"] or {"rows": ()})["rows"]), default=1.0) < 0.5
+    text = (
+        _templates()
+        .get_template(card["template"])
+        .render(
+            card=card,
+            costs=facts["costs"],
+            unit="GFLOPs" if small else "TFLOPs",
+            per_tflop=1000 if small else 1,
+            quality=facts["quality"],
+            accuracy=_accuracy(facts["quality"]),
+            repo_id=repo_id,
+            revision=revision,
+            pruning=config.pruning,
+            patches=config.num_patches,
+            groups=_groups(config),
+            base_model=recipe.get("base_model"),
+            clip=recipe.get("clip"),
+            recipe=recipe.get("recipe"),
+        )
+    )
+    return f"---\n{_metadata(card, facts, repo_id, config, recipe).to_yaml()}\n---\n\n{text}"
+
+
+def render_pruner(method: TrainedMethod, repo_id: str, *, revision: str = "main") -> str:
+    """Fill the card of a trained pruner; it says what the modules are and fit, and claims no accuracy.
+
+    Parameters
+    ----------
+    method : TrainedMethod
+        With modules, as `trained.load` reads it.
+    repo_id : str
+        The repository's name on the Hub.
+    revision : str, default "main"
+        The branch that it is pushed to.
+    """
+    base, learned = dict(method.base or {}), method.modules_or_raise()
+    named = str(base.get("name_or_path", ""))
+    # A name on the Hub has one slash and is no folder here.
+    base_model = named if named.count("/") == 1 and not Path(named).exists() else None
+    weights = list(learned.parameters())
+    text = (
+        _templates()
+        .get_template("pruner.md.jinja")
+        .render(
+            title=f"{type(method).__name__} for {base_model or 'a LLaVA'}",
+            method=method,
+            paper=method.paper,
+            base=base,
+            base_model=base_model,
+            modules=len(list(learned.children())),
+            size=human_bytes(sum(weight.numel() * weight.element_size() for weight in weights)),
+            options=options_of(method),
+            repo_id=repo_id,
+            revision=revision,
+        )
+    )
+    values: dict[str, Any] = {"pipeline_tag": "image-text-to-text", "tags": [*_TAGS[1:], method.name]}
+    if base_model:
+        values["base_model"] = base_model
+    return f"---\n{ModelCardData(**values).to_yaml()}\n---\n\n{text}"
+
+
+def _templates() -> Environment:
     templates = Environment(
         loader=FileSystemLoader(shipped("hub_cards")),
         undefined=StrictUndefined,
@@ -97,23 +162,7 @@ def render(
         keep_trailing_newline=True,
     )
     templates.filters |= {"bytes": human_bytes, "percent": lambda share: f"{100 * share:.1f}"}
-    text = templates.get_template(card["template"]).render(
-        card=card,
-        costs=facts["costs"],
-        unit="GFLOPs" if small else "TFLOPs",
-        per_tflop=1000 if small else 1,
-        quality=facts["quality"],
-        accuracy=_accuracy(facts["quality"]),
-        repo_id=repo_id,
-        revision=revision,
-        pruning=config.pruning,
-        patches=config.num_patches,
-        groups=_groups(config),
-        base_model=recipe.get("base_model"),
-        clip=recipe.get("clip"),
-        recipe=recipe.get("recipe"),
-    )
-    return f"---\n{_metadata(card, facts, repo_id, config, recipe).to_yaml()}\n---\n\n{text}"
+    return templates
 
 
 def _facts(name: str) -> dict[str, Any]:

@@ -59,7 +59,8 @@ class Push:
     removed : tuple of str
         Files on the Hub that the upload deletes.
     answer : str or None
-        Answer of a fresh process; None if the weights did not fit into memory and were only checked against the code.
+        Answer of a fresh process; None if the weights did not fit into memory and were only checked against the code,
+        or if the folder holds a trained pruner.
     exists : bool or None
         Whether the repository exists on the Hub already; None after a dry run, which does not ask.
     revision : str or None
@@ -96,7 +97,7 @@ def push(
     Parameters
     ----------
     folder : str or path
-        Of an IVTP-LLaVA.
+        Of an IVTP-LLaVA, or of a trained pruner.
     repo_id : str
         `owner/name`, or `name` for one of your own.
     confirm : callable
@@ -148,7 +149,8 @@ def push(
     with tempfile.TemporaryDirectory(prefix="ivtp-push-") as temporary:
         repository = stage(folder, repo_id, Path(temporary), card=card, revision=revision or "main")
         removed = [name for name in state.files if name not in repository.files and _is_stale(name)]
-        upload = Push(repo_id, repository, tuple(removed), _fresh_answer(repository), state.exists)
+        answer = None if repository.pruner else _fresh_answer(repository)
+        upload = Push(repo_id, repository, tuple(removed), answer, state.exists)
         if dry_run or not confirm(upload):
             return upload
         with _hub(api, repo_id), _bars(progress and sys.stderr.isatty()):

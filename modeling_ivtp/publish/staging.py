@@ -21,7 +21,9 @@ from ..files.console import quiet
 from ..files.shipped import shipped
 from ..model.placeholders import check_placeholders, complete_processor
 from ..model.processing_ivtp import IVTPLlavaProcessor
-from .cards import GENERIC, card_images, card_names, render
+from ..trained import is_adapter, load
+from ..trained.adapter import CONFIG, WEIGHTS
+from .cards import GENERIC, card_images, card_names, render, render_pruner
 
 # Kinds of files that are not text.
 _ATTRIBUTES = "".join(
@@ -47,12 +49,15 @@ class Repository:
         Bytes of every file by its place in the repository.
     left_out : tuple of str
         Files of the checkpoint's folder that are not uploaded.
+    pruner : bool
+        Whether it holds a trained pruner alone, and no model that could answer.
     """
 
     folder: Path
     card: str
     files: Mapping[str, int]
     left_out: tuple[str, ...]
+    pruner: bool = False
 
     @property
     def weight_bytes(self) -> int:
@@ -68,7 +73,7 @@ def stage(
     Parameters
     ----------
     source : str or path
-        Folder of an IVTP-LLaVA.
+        Folder of an IVTP-LLaVA, or of a trained pruner.
     repo_id : str
         The repository's name on the Hub, which the card shows in its examples.
     target : Path
@@ -89,6 +94,8 @@ def stage(
     folder = Path(source).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {source}; ivtp convert makes one")
+    if is_adapter(folder):
+        return _stage_pruner(folder, repo_id, target, card, revision)
     with quiet():
         config = read_config(folder, str(source))
     if is_stock(folder):
@@ -134,6 +141,24 @@ def stage(
     files = _files(target)
     left_out = [place for place in _files(folder) if place not in files and not place.startswith(".")]
     return Repository(target, name, files, tuple(left_out))
+
+
+def _stage_pruner(folder: Path, repo_id: str, target: Path, card: str | None, revision: str) -> Repository:
+    """Lay out the repository of a trained pruner, whose modules are read to be sure that they fit."""
+    method, name = load(folder), "pruner"
+    if card is None:
+        text = render_pruner(method, repo_id, revision=revision)
+    else:
+        name, file = card, Path(card).expanduser()
+        if not file.is_file():
+            raise ValueError(f"there is no card {card!r}; allowed for a trained pruner: a file, or none")
+        text = file.read_text(encoding="utf-8")
+    for place in (CONFIG, WEIGHTS):
+        _link(folder / place, target / place)
+    (target / "README.md").write_text(text, encoding="utf-8")
+    (target / ".gitattributes").write_text(_ATTRIBUTES)
+    files = _files(target)
+    return Repository(target, name, files, tuple(place for place in _files(folder) if place not in files), pruner=True)
 
 
 def _files(folder: Path) -> dict[str, int]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -129,12 +130,22 @@ def options_of(method: TrainedMethod) -> dict[str, Any]:
     return options
 
 
-def load(folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None, **options: Any) -> TrainedMethod:
-    """Read a trained pruner from its folder.
+def load(
+    folder: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    **options: Any,
+) -> TrainedMethod:
+    """Read a trained pruner from its folder, or from the Hub.
 
     Parameters
     ----------
     folder : str or path
+        Or a Hub id, where there is no such folder.
+    revision, token : str, optional
+        For the Hub.
     dtype : torch.dtype, optional
         Of the modules; default: as they were saved.
     **options
@@ -148,6 +159,8 @@ def load(folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None, **
         If the folder holds no trained pruner or not one of this format, or an option or the weights do not fit.
     """
     path = Path(folder)
+    if not path.is_dir() and str(folder).count("/") == 1:
+        path = Path(snapshot_download(str(folder), revision=revision, token=token, allow_patterns=[CONFIG, WEIGHTS]))
     note = _read(path / CONFIG)
     name = note.get("pruner")
     if name not in TRAINED:

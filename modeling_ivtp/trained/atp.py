@@ -126,6 +126,7 @@ class ATPLLaVA(TrainedMethod):
     target_weight: float = field(default=0.2, kw_only=True)
 
     name: ClassVar[str] = "atp-llava"
+    paper: ClassVar[str] = "ATP-LLaVA (Ye et al., CVPR 2025)"
     budgets: ClassVar[tuple[str, ...]] = ()
     trains: ClassVar[tuple[str, ...]] = ("language_model", "multi_modal_projector", "lm_head")
 

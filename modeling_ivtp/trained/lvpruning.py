@@ -139,6 +139,7 @@ class LVPruning(TrainedMethod):
     ratio_weight: float = field(default=2.0, kw_only=True)
 
     name: ClassVar[str] = "lvpruning"
+    paper: ClassVar[str] = "LVPruning (Sun et al., 2025)"
     budgets: ClassVar[tuple[str, ...]] = ("keep", "average", "ratio", "ratios")
 
     def __post_init__(self) -> None:

@@ -87,6 +87,8 @@ class TrainedMethod(Method):
     batch: Batch = field(default_factory=Batch, init=False, repr=False, compare=False)
 
     stages: ClassVar[tuple[str, ...]] = ("decoder",)
+    paper: ClassVar[str]
+    """Its paper, as cards cite it."""
     trains: ClassVar[tuple[str, ...]] = ()
     """Parts of the base that its paper trains together with the modules."""
 

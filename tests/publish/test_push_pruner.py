@@ -1,0 +1,97 @@
+"""`ivtp push` of a trained pruner: its two files and a card, which come back from the Hub."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard, constants
+
+from modeling_ivtp import trained
+from modeling_ivtp.cli import main
+from modeling_ivtp.publish import push as pushing
+from modeling_ivtp.publish.staging import stage
+from tests.support.hub_server import OWNER, TOKEN, Hub, running_hub
+from tests.support.tiny import tiny_model
+from tests.support.trained import ready
+
+NAME = f"{OWNER}/lvpruning"
+_Api = pushing.HfApi
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with running_hub() as server:
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(pushing, "HfApi", lambda **options: _Api(endpoint=server.url, **options))
+        yield server
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    ready(trained.LVPruning(ratio=0.6, text="all"), tiny_model()).save(tmp_path / "pruner")
+    (tmp_path / "pruner" / "notes.txt").write_text("mine")
+    return tmp_path / "pruner"
+
+
+def push(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    status = main(["push", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_what_was_pushed_comes_back(
+    hub: Hub, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    status, out, err = push(capsys, folder, NAME, "--yes")
+    assert (status, err) == (0, "")
+    assert "checked: the modules load" in out
+    assert "stays here: notes.txt" in out
+    assert f'pinned: trained.load("{NAME}", revision="' in out
+    tree = hub.head(NAME)
+    assert set(tree) == {"config.json", "model.safetensors", "README.md", ".gitattributes"}
+    there = tmp_path / "there"
+    there.mkdir()
+    for name, content in tree.items():
+        (there / name).write_bytes(content)
+    downloaded = []
+    monkeypatch.setattr(
+        "modeling_ivtp.trained.adapter.snapshot_download",
+        lambda repo, **options: downloaded.append((repo, options)) or str(there),
+    )
+    loaded, saved = trained.load(NAME, revision="a"), trained.load(folder)
+    assert downloaded[0][0] == NAME
+    assert downloaded[0][1]["revision"] == "a"
+    assert loaded == saved
+    assert all(
+        torch.equal(value, saved.learned.state_dict()[name]) for name, value in loaded.learned.state_dict().items()
+    )
+
+
+def test_the_card_says_what_the_modules_are(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    repository = stage(folder, NAME, tmp_path / "out", revision="beta")
+    card = ModelCard((tmp_path / "out" / "README.md").read_text())
+    assert card.data.pipeline_tag == "image-text-to-text"
+    assert {"lvpruning", "token-pruning"} <= set(card.data.tags)
+    assert "LVPruning (Sun et al., 2025)" in card.text
+    assert "| `ratio` | `0.6` |" in card.text
+    assert "llama, 6 layers, width 32, 16 visual tokens" in card.text
+    assert f'trained.load("{NAME}", revision="beta")' in card.text
+    assert "not measured" in card.text
+    assert repository.pruner
+
+
+def test_a_damaged_pruner_or_a_missing_card_is_refused_before_anything_is_sent(
+    hub: Hub, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, err = push(capsys, folder, NAME, "--yes", "--card", "nowhere.md")
+    assert status == 1
+    assert "there is no card 'nowhere.md'; allowed for a trained pruner: a file, or none" in err
+    (folder / "model.safetensors").write_bytes(b"")
+    status, _, err = push(capsys, folder, NAME, "--yes")
+    assert status == 1
+    assert "model.safetensors is damaged or cut short" in err
+    assert NAME not in hub.repos
