@@ -267,7 +267,7 @@ class PromptPass:
 
     def weigh(self, group: Group, records: list[Any]) -> None:
         """Ask the pruner at the top of a group how much each visual token counts from here on; nothing is dropped."""
-        with label(CHOOSE):
+        with full_precision(self.tokens.device), label(CHOOSE):
             self.weights = self.visual.pruner.weigh(self._step(group, records))
         for record in records:
             record.seal()

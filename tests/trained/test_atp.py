@@ -6,6 +6,8 @@ from copy import copy
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import Trainer, TrainingArguments
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from modeling_ivtp import trained
@@ -14,7 +16,7 @@ from modeling_ivtp.model.schedule import Group
 from modeling_ivtp.trained.atp import ThresholdModule
 from modeling_ivtp.trained.method import Weighed
 from tests.support.tiny import prompt, randomize, rows_alone, tiny_model
-from tests.support.trained import ROWS, answered, exact_norm, positions, ready
+from tests.support.trained import ROWS, answered, bits, exact_norm, positions, ready
 
 
 @torch.no_grad()
@@ -320,6 +322,41 @@ def test_the_language_model_learns_too_and_checkpointing_changes_no_gradient():
         training.gradient_checkpointing_disable()
     parts = {name.removeprefix("model.model.").removeprefix("model.").split(".")[0] for name in expected}
     assert parts == {"learned", "language_model", "multi_modal_projector", "lm_head"}
+
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return {name: value[0] for name, value in answered([[3, "image", 7]], seed=index).items()}
+
+
+@pytest.mark.slow
+def test_trainer_trains_modules_and_language_model_and_keeps_both(tmp_path):
+    model = tiny_model()
+    before, method = bits(model), ready(trained.ATPLLaVA(target=8), model)
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=2, save_steps=2, per_device_train_batch_size=2, gradient_checkpointing=True, bf16=True,
+        use_cpu=True, report_to=[], disable_tqdm=True,
+    )  # fmt: skip
+    with trained.PrunerTraining(model, method) as training:
+        start = {name: weight.clone() for name, weight in training.state_dict().items()}
+        optimizer = torch.optim.AdamW(training.parameter_groups(1e-2, 1e-3))
+        callbacks = [training.callback()]
+        Trainer(training, arguments, train_dataset=Rows(), optimizers=(optimizer, None), callbacks=callbacks).train()
+        end = {name: weight.clone() for name, weight in training.state_dict().items()}
+        training.save(tmp_path / "pruner")
+    assert method.batch.progress == 0.5
+    saved = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    assert saved.keys() == end.keys()
+    assert all(torch.equal(saved[name], end[name]) for name in end)
+    assert any(not torch.equal(end[name], start[name]) for name in end if "language_model" in name)
+    assert any(not torch.equal(end[name], start[name]) for name in end if name.startswith("learned."))
+    frozen = {name for name in before if "vision_tower" in name or "clip_text" in name}
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in frozen)
+    with trained.load(tmp_path / "pruner")(model):
+        assert model.model.plan() is not None
 
 
 @pytest.mark.parametrize("ratios", [(0.5, 0.5, 0.5), (1.0, 1.0, 1.0)])
