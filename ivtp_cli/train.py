@@ -186,6 +186,7 @@ def _show_plan(plan: Any) -> None:
         "longest row": f"{plan.tokens.longest:,} tokens; {plan.tokens.cut:,} rows are cut",
         "visual tokens of an image": f"{plan.visual_tokens} final, {plan.layer_averaged_tokens:.1f} layer-averaged",
         "weights": f"{plan.weights:,}, of which {plan.learning:,} learn",
+        "disk": f"{human_bytes(plan.disk_bytes)} at most",
         "memory": f"{human_bytes(plan.memory_bytes)} for weights, gradients and optimizer, without activations",
     }.items():
         table.add_row(name, value)

@@ -66,6 +66,8 @@ class Plan:
         Numbers in all weights, and in those that learn.
     weight_bytes, gradient_bytes, optimizer_bytes : int
         Of one process that shares nothing with others, without activations.
+    disk_bytes : int
+        Of the folder at its largest: two checkpoints, while the older one goes.
     """
 
     rows: int
@@ -83,6 +85,7 @@ class Plan:
     weight_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
+    disk_bytes: int
 
     @property
     def memory_bytes(self) -> int:
@@ -202,7 +205,10 @@ def make_plan(
             modules = pruned_by.with_modules(model).modules_or_raise()
         own = sum(weight.numel() for weight in modules.parameters())
         learning, sizes["learned"] = learning + own, own
+    weights = sum(sizes.values())
     value = torch.bfloat16.itemsize if options.dtype == "bfloat16" else torch.float32.itemsize
+    optimizer = learning * (_ADAM_BYTES if value == 4 else 2 * value)
+    saved = learning if pruned_by.is_trained else weights  # beside trained modules, what is frozen is not saved
     return Plan(
         rows=len(rows),
         held_out=0 if held_out is None else len(held_out),
@@ -214,9 +220,10 @@ def make_plan(
         tokens=tokens,
         visual_tokens=schedule.final_tokens,
         layer_averaged_tokens=schedule.layer_average(config.text_config.num_hidden_layers),
-        weights=sum(sizes.values()),
+        weights=weights,
         learning=learning,
-        weight_bytes=sum(sizes.values()) * value,
+        weight_bytes=weights * value,
         gradient_bytes=learning * value,
-        optimizer_bytes=learning * (_ADAM_BYTES if value == 4 else 2 * value),
+        optimizer_bytes=optimizer,
+        disk_bytes=2 * (saved * value + optimizer),
     )

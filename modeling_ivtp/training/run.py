@@ -107,8 +107,8 @@ def train(options: Options, *, dry_run: bool = False) -> Summary:
     if dry_run or not begun:
         tokens = count_tokens(processor, learn, features_of_image(config), options.preset.max_length, shown)
     plan = make_plan(options, config, learn, held_out, tokens, state.num_processes)
-    if not begun:  # a checkpoint, and the finished model
-        folder.check(settings, 2 * plan.weight_bytes + plan.optimizer_bytes)
+    if not begun and not dry_run:
+        folder.check(settings, plan.disk_bytes)
     alone = pruned_by.is_trained and not prefixes(options.preset.trains)
     result = folder.pruner if alone else folder.model
     if dry_run or result.is_dir():

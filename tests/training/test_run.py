@@ -1,6 +1,7 @@
 """Runs on a tiny LLaVA: what moves, resuming, folders, methods and connectors, and what is refused first."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -147,6 +148,15 @@ def test_what_is_wrong_is_said_before_anything_is_written(options, message, samp
     assert not (tmp_path / "run").exists()
 
 
+def test_a_full_disk_is_said_before_anything_is_written(sample, tmp_path, monkeypatch):
+    plan = train(run_options(sample / "model", sample / "rows.json", tmp_path / "run"), dry_run=True).plan
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=plan.disk_bytes - 1))
+    with pytest.raises(OSError, match=r"run needs .*, but only .* are free"):
+        train(run_options(sample / "model", sample / "rows.json", tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_dry_run_counts_and_writes_nothing(sample, tmp_path, capsys):
     arguments = ["train", "-m", sample / "model", "-d", sample / "rows.json", "-o", tmp_path / "run", "--batch-size", 4]
     arguments += ["--method", "fastv", "--tokens", 4, "--epochs", 3, "--device", "cpu", "--dry-run", "--json"]
@@ -159,6 +169,7 @@ def test_a_dry_run_counts_and_writes_nothing(sample, tmp_path, capsys):
     frozen = [model.model.vision_tower, model.model.clip_text_model, model.model.visual_projection]
     assert plan["weights"] - plan["learning"] == sum(p.numel() for part in frozen for p in part.parameters())
     assert plan["optimizer_bytes"] == 8 * plan["learning"]
+    assert plan["disk_bytes"] == 2 * (4 * plan["weights"] + plan["optimizer_bytes"])
     assert not (tmp_path / "run").exists()
 
 
