@@ -41,6 +41,7 @@ PAGES = [
     "docs/batch.md",
     "docs/serving.md",
     "docs/speed.md",
+    "docs/evaluation.md",
     "docs/trust.md",
 ]
 """Pages whose blocks run, in this order and in one process: later ones go on from the README's names."""
@@ -48,6 +49,9 @@ PAGES = [
 ELSEWHERE = {
     "accelerate launch": "tests/batch/test_batch.py",
     "cd ": "a folder",
+    "ivtp check": "tests/evaluation/test_check.py, on the miniature; it takes minutes",
+    "ivtp evaluate": "tests/evaluation/, with a harness in an environment of its own",
+    "lmms-eval": "tests/evaluation/, with make eval-test",
     "git clone": "needs this repository's address",
     "ivtp bench --shape llava": "takes hours; docs/speed.md has a small shape",
     "ivtp train -m": "needs LLaVA's data and GPUs; tests/training/ trains a tiny model",
