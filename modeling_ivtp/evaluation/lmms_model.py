@@ -23,11 +23,13 @@ from lmms_eval.caching.response_cache import ResponseCache
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from tqdm import tqdm
 
+from ..batch.answers import Answered
+from ..batch.journal import Journal
 from ..batch.process import own_device, processes
 from ..batch.settings import SMALL_FILES, model_fingerprint, versions
 from ..checkpoints.sources import HubOptions, open_checkpoint
 from ..serving.answering import load_model, warn_if_unguided
-from .answerer import Answerer, Generation
+from .answerer import Answerer, Generation, Reply
 from .arm import Arm
 from .lmms_plugin import NAME
 from .prompts import VICUNA, Prompt, prompt_of
@@ -67,6 +69,8 @@ class IVTPLlava(lmms):
     """
 
     is_simple = False
+    journal: Journal | None = None
+    """Where answers are written as they come, and read from if their run was stopped."""
 
     def __init__(
         self,
@@ -145,17 +149,16 @@ class IVTPLlava(lmms):
             For a question with video or sound, or generation arguments that are not known.
         """
         answerer = Answerer(self.model, self.processor, self.arm)
-        replies: list[Any] = [None] * len(requests)
+        results: list[Any] = [None] * len(requests)
         seconds, tokens = 0.0, 0
         with tqdm(total=len(requests), disable=self.rank != 0, desc="Answering") as bar:
-            for batch in _batches([request.args for request in requests], self.batch_size):
-                prompts = [self._prompt(question) for question in batch.questions]
+            for number, batch in enumerate(_batches([request.args for request in requests], self.batch_size)):
                 start = time.perf_counter()
-                answered = answerer.answer(prompts, batch.generation)
+                replies = self._replies(number, batch, answerer)
                 seconds += time.perf_counter() - start
-                for place, question, reply in zip(batch.places, batch.questions, answered, strict=True):
+                for place, question, reply in zip(batch.places, batch.questions, replies, strict=True):
                     counts = TokenCounts(input_tokens=reply.prompt_tokens, output_tokens=reply.tokens)
-                    replies[place] = GenerationResult(text=reply.text, token_counts=counts)
+                    results[place] = GenerationResult(text=reply.text, token_counts=counts)
                     self.cache_hook.add_partial("generate_until", (question[0], question[2]), reply.text)
                     tokens += reply.tokens
                 bar.update(len(batch.places))
@@ -165,6 +168,24 @@ class IVTPLlava(lmms):
             avg_speed=tokens / seconds if seconds else 0.0,
             additional_metrics={"rank": self.rank},
         )
+        return results
+
+    def _replies(self, number: int, batch: _Batch, answerer: Answerer) -> list[Reply]:
+        """Answer a batch, or read its answers from the journal."""
+        if self.journal is not None and number in self.journal.batches:
+            known = self.journal.batches[number]
+            return [Reply(row.answer or "", row.tokens, row.prompt_tokens) for row in known]
+        prompts = [self._prompt(question) for question in batch.questions]
+        replies = answerer.answer(prompts, batch.generation)
+        if self.journal is not None:
+            rows = zip(batch.places, prompts, replies, strict=True)
+            self.journal.add(
+                number,
+                [
+                    Answered(place, None, reply.text, None, reply.tokens, reply.prompt_tokens, len(prompt.images))
+                    for place, prompt, reply in rows
+                ],
+            )
         return replies
 
     def _prompt(self, question: tuple[Any, ...]) -> Prompt:
@@ -224,8 +245,11 @@ class KeyedCache(ResponseCache):
     @classmethod
     def create(cls, cache_root: str, *, model: Any = "", **options: Any) -> ResponseCache:
         """Open the cache."""
-        ours = model == NAME or isinstance(model, IVTPLlava)
-        return super().create(cache_root, model=f"{NAME}|{cls.fingerprint}" if ours else model, **options)
+        if isinstance(model, IVTPLlava):
+            model = f"{NAME}|{model.fingerprint}"
+        elif model == NAME:
+            model = f"{NAME}|{cls.fingerprint}"
+        return super().create(cache_root, model=model, **options)
 
 
 def _key_caches(model: IVTPLlava) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..batch.journal import Journal
 from ..serving.answering import load_model
 from .arm import Arm
 from .lmms_model import IVTPLlava
@@ -157,15 +159,17 @@ def _scores(
             tell(f"{benchmark.name}, {name}: scored before")
         else:
             task = task or _task(options, benchmark)
-            samples = _samples(options, task, model)
+            file.parent.mkdir(exist_ok=True)
+            samples = _samples(options, task, model, file.with_suffix(f".{identity}-{options.batch_size}.jsonl"))
         try:
             found[name] = benchmark.score(samples)
         except RuntimeError as error:
             raise _Unavailable(str(error)) from error
-        file.parent.mkdir(exist_ok=True)
         partial = file.with_suffix(".partial")
         partial.write_text(json.dumps({"identity": identity, "samples": samples}, default=str))
         partial.replace(file)
+        for journal in file.parent.glob(f"{glob.escape(name)}.*.jsonl"):
+            journal.unlink()
         tell(f"{benchmark.name}, {name}: {found[name].value:.1f}")
     return found
 
@@ -224,23 +228,24 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0][:200]
 
 
-def _samples(options: Options, task: Any, model: IVTPLlava) -> list[dict[str, Any]]:
-    """Return what the harness logs of every question."""
+def _samples(options: Options, task: Any, model: IVTPLlava, journal: Path) -> list[dict[str, Any]]:
+    """Return what the harness logs of every question; the journal holds the answers of a run that was stopped."""
     from lmms_eval import evaluator
     from lmms_eval.tasks import TaskManager
 
     module = model.model  # the harness takes it out of the model when it has its answers
     try:
-        found = evaluator.simple_evaluate(
-            model=model,
-            tasks=[task],
-            task_manager=TaskManager(include_defaults=False),
-            limit=options.limit,
-            log_samples=True,
-            bootstrap_iters=0,
-        )
+        with Journal(journal) as model.journal:
+            found = evaluator.simple_evaluate(
+                model=model,
+                tasks=[task],
+                task_manager=TaskManager(include_defaults=False),
+                limit=options.limit,
+                log_samples=True,
+                bootstrap_iters=0,
+            )
     finally:
-        model.model = module
+        model.model, model.journal = module, None
         task.instances.clear()
     assert found is not None  # other processes than the first get nothing, and this command runs in one
     (samples,) = found["samples"].values()

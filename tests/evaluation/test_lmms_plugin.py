@@ -270,7 +270,7 @@ def command(task: Path, out: Path, *options: str, launcher: tuple[str, ...] = ()
 def logged(out: Path) -> list[str]:
     (file,) = out.rglob("*samples*.jsonl")
     rows = sorted(map(json.loads, file.read_text().splitlines()), key=lambda row: row["doc_id"])
-    return [row["filtered_resps"][0] for row in rows]
+    return [row["filtered_resps"] for row in rows]  # in files the harness writes a single answer without its list
 
 
 ARGUMENTS = ("--model_args", f"pretrained={MINIATURE},dtype=float32,visual_tokens=64")
@@ -279,9 +279,9 @@ ARGUMENTS = ("--model_args", f"pretrained={MINIATURE},dtype=float32,visual_token
 @pytest.mark.subprocess
 def test_two_processes_answer_as_one(task: Path, own: dict[str, list[str]], tmp_path: Path) -> None:
     launcher = (str(PYTHON), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    done = command(task, tmp_path, *ARGUMENTS, "--limit", "15", launcher=launcher)
+    done = command(task, tmp_path, *ARGUMENTS, "--limit", "7", launcher=launcher)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert logged(tmp_path) == [text.strip() for text in own["visual_tokens=64"][:15]]
+    assert logged(tmp_path) == [text.strip() for text in own["visual_tokens=64"][:7]]
 
 
 @pytest.mark.subprocess

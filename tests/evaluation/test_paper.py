@@ -321,6 +321,30 @@ def test_a_run_goes_on_where_it_stopped_and_a_changed_arm_is_asked_anew(
     assert numbers == [10, 0, 5]
 
 
+def test_a_run_that_was_stopped_within_a_benchmark_asks_the_rest(
+    folders: dict[str, Path], asked: dict[str, list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked["answers"] = FIXTURES["gqa"].answers
+    whole = Answerer.answer
+
+    def stopped(self: Answerer, given: Any, generation: Any) -> Any:
+        if asked["now"]:
+            raise KeyboardInterrupt
+        return whole(self, given, generation)
+
+    monkeypatch.setattr(Answerer, "answer", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run.run(options(folders, tmp_path, "gqa", batch_size=2))
+    assert len(asked["now"]) == 2
+    assert len(list((tmp_path / "gqa").glob("*.jsonl"))) == 1
+    monkeypatch.setattr(Answerer, "answer", whole)
+    found = run.run(options(folders, tmp_path, "gqa", batch_size=2))
+    assert len(asked["now"]) == 5
+    assert len({prompt.text for prompt in asked["now"]}) == 5
+    assert found.scores["gqa"]["unpruned"].value == 60
+    assert not list((tmp_path / "gqa").glob("*.jsonl"))
+
+
 def test_what_cannot_be_had_is_left_out_by_name_and_the_others_run(
     folders: dict[str, Path], asked: dict[str, list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
