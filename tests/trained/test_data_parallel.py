@@ -1,0 +1,76 @@
+"""Data-parallel training of a pruner: two processes learn what one learns on the joint batch."""
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch.multiprocessing import spawn
+from torch.nn.parallel import DistributedDataParallel
+
+from modeling_ivtp import trained
+from tests.support.tiny import tiny_model
+from tests.support.trained import answered, ready
+
+ROWS = [[3, "image", 6], [3, "image", 6]]
+STEPS = 2
+METHODS = {
+    "lvpruning": trained.LVPruning(ratio=0.5, straight_through=False),
+    "atp-llava": trained.ATPLLaVA(target=1),  # every image is above the target, so its distance is linear in them
+}
+
+
+def training_of(name):
+    model = tiny_model()
+    training = trained.PrunerTraining(model, ready(METHODS[name], model))
+    training.gradient_checkpointing_enable({"use_reentrant": False})
+    return training.train()
+
+
+def train(model, batches):
+    torch.nn.functional.gumbel_softmax = lambda logits, tau, hard: (logits / tau).softmax(-1)  # the same for all
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for inputs in batches:
+        model(**inputs).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def row(inputs, rank):
+    return {name: value[rank : rank + 1] for name, value in inputs.items()}
+
+
+def one_of_two(rank, port, name, out):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    training = training_of(name)
+    # No search for unused parameters: everything that is to learn has a gradient in every step.
+    train(DistributedDataParallel(training), [row(answered(ROWS, seed=step), rank) for step in range(STEPS)])
+    if rank == 0:
+        save_file(training.state_dict(), out)
+    dist.destroy_process_group()
+
+
+@pytest.mark.subprocess
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_two_processes_train_as_one_does_on_the_joint_batch(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.functional, "gumbel_softmax", None)  # restored after `train` replaced it
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    spawn(one_of_two, (port, name, tmp_path / "weights.safetensors"), nprocs=2)
+    found = load_file(tmp_path / "weights.safetensors")
+    expected = training_of(name)
+    before = {key: value.clone() for key, value in expected.state_dict().items()}
+    train(expected, [answered(ROWS, seed=step) for step in range(STEPS)])
+    after = expected.state_dict()
+    assert found.keys() == after.keys()
+    for key, value in after.items():
+        torch.testing.assert_close(found[key], value, atol=1e-5, rtol=1e-3)
+    changed = [key for key, value in after.items() if (value - before[key]).abs().max() > 1e-5]
+    assert sum(key.startswith("learned.") for key in changed) > 5
+    expected.release()
