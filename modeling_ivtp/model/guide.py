@@ -92,7 +92,8 @@ class InstructionGuide:
             return prompt
         if prompt.input_ids is None and not misplaced:
             return prompt
-        missing = prompt.clip_input_ids is None and (needs.patch_embeds or needs.options.guidance == "clip")
+        compared = needs.patch_embeds or (needs.pseudo_cls and needs.options.guidance == "clip")
+        missing = prompt.clip_input_ids is None and compared
         missing |= prompt.clip_spans is None and (needs.pseudo_cls or needs.instruction)
         if not (missing or misplaced) and _as_many(prompt):
             return prompt
