@@ -5,6 +5,7 @@ RUN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CLIENTS := .venv-clients
 EVAL := .venv-eval
+VLLM := .venv-vllm
 MODEL ?= examples/miniature
 SEED ?= 0
 RECIPE ?= taught
@@ -15,7 +16,7 @@ TOWERS ?= $(wildcard benchmarks/quality/towers/$(RECIPE)-$(SEED).safetensors)
 # beside other work on two cores, spinning made a step take three times as long.
 TRAIN := OMP_WAIT_POLICY=PASSIVE MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=8000000000 $(RUN)/python -m benchmarks.quality
 
-.PHONY: help setup demo space cards quality miniature test test-fast test-oldest test-clients eval-test lint docs clean
+.PHONY: help setup demo space cards quality miniature test test-fast test-oldest test-clients eval-test vllm-env vllm-test lint docs clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -73,6 +74,23 @@ $(EVAL)/.installed: pyproject.toml
 	$(EVAL)/bin/python -m pip install --quiet --editable '.[batch,eval]' 'pytest>=8.3,<10'
 	@touch $@
 
+vllm-env: $(VLLM)/.installed  ## vLLM for CPUs with the plug-in, in .venv-vllm: 3.5 GB
+
+# torchaudio and torchcodec come built for GPUs and cannot be imported; nothing here needs them.
+$(VLLM)/.installed: pyproject.toml tests/vllm_plugin/requirements.txt tests/vllm_plugin/torchvision_operators.py
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --upgrade pip
+	$(VLLM)/bin/python -m pip install --quiet --requirement tests/vllm_plugin/requirements.txt
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --editable .
+	cp tests/vllm_plugin/torchvision_operators.py $$($(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+	echo 'import torchvision_operators' > $$($(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torchvision_operators.pth
+	@touch $@
+
+vllm-test:  ## the plug-in against the transformers engine on 60 questions; skipped where vLLM cannot be installed
+	@$(MAKE) --no-print-directory vllm-env || { echo "skipped: vLLM cannot be installed here, for the reason above"; exit 0; }; \
+	test ! -e $(VLLM)/.installed || IVTP_TEST_GIB=6 OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm_plugin
+
 lint: setup  ## style, types, and the layers of the package
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
@@ -90,3 +108,4 @@ docs: setup  ## these pages as a site with an API reference, in build/site; warn
 
 clean:  ## remove environments and outputs
 	rm -rf .venv .venv-ci .venv-clients .venv-eval .venv-oldest out build dist *.egg-info .import_linter_cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-ci .venv-clients .venv-vllm .venv-oldest out build dist *.egg-info .import_linter_cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

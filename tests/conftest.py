@@ -17,7 +17,7 @@ import pytest
 import torch
 
 GIB = 2**30
-MOST_MEMORY = 3 * GIB
+MOST_MEMORY = int(os.environ.get("IVTP_TEST_GIB", "3")) * GIB
 """Peak resident memory that one process of a run may have, or a process that it starts."""
 MUCH_LEFT = 16 * 2**20
 """Resident bytes that one test may leave behind before memory is given back."""

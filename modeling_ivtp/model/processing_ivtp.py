@@ -350,6 +350,33 @@ num_additional_image_tokens
             }
         )
 
+    def turn_ends(self, input_ids: Sequence[int]) -> list[int]:
+        """Find for each token of a prompt where the user turn ends that it stands in, with the marker that closes it.
+
+        Parameters
+        ----------
+        input_ids : sequence of int
+            A prompt without padding.
+
+        Returns
+        -------
+        list of int
+            The column after the turn. The number of tokens for those outside of turns, in one that is still open, and
+            for all if `instruction_pattern` finds the instruction.
+        """
+        length = len(input_ids)
+        text, offsets = spell([token or "" for token in self.tokenizer.convert_ids_to_tokens(list(input_ids))])
+        markers = role_markers(text, self._formats()) if self.instruction_pattern is None else []
+        ends, start = [length] * length, None if any(opens for opens, _, _ in markers) else 0
+        for opens, _, last in markers:
+            if start is not None:
+                after = next((column for column, (first, _) in enumerate(offsets) if first >= last), length)
+                for column, (first, _) in enumerate(offsets):
+                    if start <= first < last:
+                        ends[column] = after
+            start = last if opens else None
+        return ends
+
     def instruction_ranges(self, text: str) -> list[Range]:
         """Find the characters of a prompt that the person wrote.
 
