@@ -293,7 +293,7 @@ def test_the_command_finds_the_model_by_its_entry_point(task: Path, own: dict[st
 
 @pytest.mark.subprocess
 def test_the_command_fails_in_debug_mode_and_otherwise_gives_no_score(task: Path, tmp_path: Path) -> None:
-    wrong = ("--model_args", f"pretrained={MINIATURE},visual_tokens=600000", "--limit", "1")
+    wrong = ("--model_args", f"pretrained={MINIATURE},method=magic", "--limit", "1")
     failed = command(task, tmp_path / "a", *wrong, "--verbosity", "DEBUG")
     assert failed.returncode != 0
     hidden = command(task, tmp_path / "b", *wrong)
