@@ -711,7 +711,7 @@ def test_values_stay_what_they_are(capsys, sample, loaded, tmp_path):
     assert "row 2: the prompt is no text, but int 5" in answered[2]["error"]
     assert "row 3: its line is no JSON" in answered[3]["error"]
     assert "row 4: its line is no object, but list" in answered[4]["error"]
-    assert "row 6: its line is no JSON" in answered[6]["error"]
+    assert "row 6: its line is not UTF-8 (byte 0xe9)" in answered[6]["error"]
 
 
 def test_shards_in_which_nothing_can_be_asked(capsys, sample, loaded, tmp_path):

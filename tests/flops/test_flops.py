@@ -274,7 +274,7 @@ def test_the_command_prints_json_and_tables(capsys):
     [
         ([], "flops needs one of --preset and --model"),
         (["--preset", "llava-9b"], f"Unknown shape 'llava-9b'; allowed: {', '.join(shape_names())}"),
-        (["--preset", "llava-1.5-7b", "--method", "fastw"], "Unknown method 'fastw'; allowed: unpruned, random"),
+        (["--preset", "llava-1.5-7b", "--method", "fastw"], "Unknown method 'fastw'; allowed: unpruned, c_abstractor"),
         (["--preset", "llava-1.5-7b", "--dtype", "int8"], "--dtype=int8; allowed: float16, bfloat16, float32"),
         (["--preset", "llava-1.5-7b", "--text-tokens", "1"], "text_tokens=1; allowed: at least 2"),
         (["--preset", "llava-1.5-7b", "--text-tokens", "9", "--text-tokens", "8"], "add --sweep"),

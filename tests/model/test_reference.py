@@ -42,6 +42,7 @@ class Pruning(SimpleNamespace):
             "guidance": "clip",
             "pseudo_cls": "propagate",
             "positions": "original",
+            "decoder_choice": "within",
         }
         assert set(changes) <= set(defaults)
         super().__init__(**defaults | changes)

@@ -106,3 +106,9 @@ def test_what_is_saved_with_a_model_is_the_model_folder(tmp_path: Path) -> None:
     for path in FILES:
         assert (tmp_path / path.name).read_text() == path.read_text()
     assert Path(modeling_ivtp.__file__).parent == MODEL.parent
+
+
+def test_no_two_test_files_share_a_name() -> None:
+    """pytest imports them by their names alone: one of two would not run, or spawn the other's processes."""
+    names = [file.name for file in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))

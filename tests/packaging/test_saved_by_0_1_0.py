@@ -62,6 +62,7 @@ def test_its_configuration_and_base_model_load_with_the_package(saved: Path, ask
     stated = json.loads((saved / "config.json").read_text())["pruning"]
     # These mean what 0.1.0 did.
     newer = {"coverage": None, "min_visual_tokens": None, "importance": "own", "choice": "top", "sharpness": None}
+    newer |= {"decoder_choice": "within"}
     assert config.pruning.to_dict() == stated | newer
     generating, info = AutoModel.from_pretrained(saved, output_loading_info=True)
     assert type(generating) is IVTPLlavaForConditionalGeneration
