@@ -240,7 +240,7 @@ class KeyedCache(ResponseCache):
     """
 
     fingerprint = ""
-    """Of the model that was made last."""
+    """The fingerprint of the model that was made last."""
 
     @classmethod
     def create(cls, cache_root: str, *, model: Any = "", **options: Any) -> ResponseCache:

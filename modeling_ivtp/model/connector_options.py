@@ -130,7 +130,7 @@ class ConnectorConfig:
 
     @property
     def reads_question(self) -> bool:
-        """Whether the tokens of an image depend on the question."""
+        """Return whether the tokens of an image depend on the question."""
         return self.name == "context_attention"
 
 

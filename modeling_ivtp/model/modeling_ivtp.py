@@ -207,12 +207,12 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
 
     @property
     def has_connector(self) -> bool:
-        """Whether a connector makes the visual tokens of this model."""
+        """Return whether a connector makes the visual tokens of this model."""
         return hasattr(self, "connector")
 
     @property
     def has_text_tower(self) -> bool:
-        """Whether CLIP's text tower is part of this model."""
+        """Return whether CLIP's text tower is part of this model."""
         return hasattr(self, "clip_text_model")
 
     def train(self, mode: bool = True) -> Any:

@@ -242,7 +242,7 @@ class GridPositions:
 
     @property
     def saved(self) -> int:
-        """How many positions fewer an image takes than it has patches."""
+        """Return how many positions fewer an image takes than it has patches."""
         return self.rows * self.columns - self.span
 
 

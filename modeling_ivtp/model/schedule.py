@@ -74,7 +74,7 @@ class PruningPlan:
 
     @property
     def drops(self) -> bool:
-        """Whether anything may be dropped."""
+        """Return whether anything may be dropped."""
         return self.final_tokens < self.patches or any(group.adaptive for group in self.decoder)
 
     @property

@@ -102,7 +102,7 @@ class VisualSequence:
 
     @property
     def token_present(self) -> torch.Tensor:
-        """Which of `columns` are visual tokens: bool (B, M, k)."""
+        """Return which of `columns` are visual tokens: bool (B, M, k)."""
         return self.columns < self.size
 
     def to(self, device: torch.device) -> "VisualSequence":

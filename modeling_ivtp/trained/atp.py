@@ -173,7 +173,7 @@ class ATPLLaVA(TrainedMethod):
 
     @property
     def needs(self) -> Needs:
-        """As any trained method's, with 2-D positions; fixed ratios drop in training, too."""
+        """Ask for what any trained method needs, with 2-D positions; fixed ratios drop in training, too."""
         needs, grid = super().needs, None
         if self.rope == "2d":
             assert self.base is not None

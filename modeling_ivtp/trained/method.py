@@ -111,7 +111,7 @@ class TrainedMethod(Method):
 
     @property
     def needs(self) -> Needs:
-        """As any method's; in training mode tokens are weighted."""
+        """Ask for what any method needs; in training mode tokens are weighted."""
         return replace(super().needs, weights=self.learned is not None and self.learned.training)
 
     def build(self, base: Mapping[str, Any]) -> nn.Module:

@@ -88,7 +88,7 @@ class PrunedBy:
 
     @property
     def is_trained(self) -> bool:
-        """Whether the method has modules of its own."""
+        """Return whether the method has modules of its own."""
         return self.method in TRAINED or is_adapter(self.method)
 
     def check_parts(self, parts: Sequence[str]) -> None:

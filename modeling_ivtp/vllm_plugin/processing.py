@@ -53,7 +53,7 @@ class ServedProcessingInfo(LlavaProcessingInfo):
 
     @cached_property
     def words_guide(self) -> bool:
-        """Whether words after an image steer the choice."""
+        """Return whether words after an image steer the choice."""
         config: Any = self.get_hf_config()
         return config.pruning.guidance != "visual_cls"
 

@@ -94,7 +94,7 @@ class IVTPLlavaForConditionalGeneration(LlavaForConditionalGeneration, SupportsM
 
     @property
     def moves_positions(self) -> bool:
-        """Whether kept tokens stand at their original positions, which are known once an image is encoded."""
+        """Return whether kept tokens stand at their original positions, which are known once an image is encoded."""
         pruning = self.config.pruning
         return bool(pruning.enabled and pruning.positions == "original")
 
