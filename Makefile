@@ -107,5 +107,4 @@ docs: setup  ## these pages as a site with an API reference, in build/site; warn
 	! grep -E '^(griffe|mkdocstrings):' build/docs.log
 
 clean:  ## remove environments and outputs
-	rm -rf .venv .venv-ci .venv-clients .venv-eval .venv-oldest out build dist *.egg-info .import_linter_cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -rf .venv .venv-ci .venv-clients .venv-vllm .venv-oldest out build dist *.egg-info .import_linter_cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-ci .venv-clients .venv-eval .venv-vllm .venv-oldest out build dist *.egg-info .import_linter_cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
