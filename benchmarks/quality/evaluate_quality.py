@@ -236,6 +236,7 @@ def ask(
             asked.questions += [question for _, question in part]
             asked.text_tokens += examination.text_tokens
             asked.windows += examination.windows
+            asked.text_before += examination.text_before
             for signature, row in unique.items():
                 new = not log.has(signature, index)
                 if new:

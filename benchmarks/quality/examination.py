@@ -12,7 +12,7 @@ from PIL import Image
 
 from benchmarks.quality.answer_log import Answers
 from benchmarks.quality.checkpoint import ANSWER_TOKENS
-from benchmarks.quality.kept_counts import Kept, as_counted, counting, decoder_tokens
+from benchmarks.quality.kept_counts import Kept, ahead_tokens, as_counted, counting, decoder_tokens
 from benchmarks.quality.methods import Row, WholeImages, encode_whole, last_group, patch_order, see_whole, unsealed
 from benchmarks.quality.world import GREY, Question, Scene
 from modeling_ivtp.flops.formula import decoder_flops, head_flops, text_tower_flops, tower_depth, tower_flops
@@ -27,13 +27,15 @@ class Asked:
     Attributes
     ----------
     questions : list of Question
-    text_tokens, windows : list of int
-        For each prompt: tokens without the image, and windows of its instruction for CLIP's text tower.
+    text_tokens, windows, text_before : list of int
+        For each prompt: tokens without the image, windows of its instruction for CLIP's text tower, and how many of the
+        tokens stand before the image.
     """
 
     questions: list[Question] = field(default_factory=list)
     text_tokens: list[int] = field(default_factory=list)
     windows: list[int] = field(default_factory=list)
+    text_before: list[int] = field(default_factory=list)
 
 
 class Examination:
@@ -60,6 +62,8 @@ class Examination:
         self.text_tokens = (inputs["attention_mask"].sum(1) - model.config.num_patches).tolist()
         clip = inputs.get("clip_input_ids")
         self.windows = [0] * len(asked) if clip is None else clip.any(-1).sum(-1).tolist()
+        of_image = inputs["input_ids"] == model.config.image_token_id
+        self.text_before = (of_image.int().argmax(1) - (inputs["attention_mask"] == 0).sum(1)).tolist()
         self.inputs = dict(inputs.to(model.device, model.dtype))
         self.pixels = self.inputs.pop("pixel_values")
         # Rows change the options; the last group is that of the checkpoint.
@@ -171,6 +175,9 @@ def row_cost(row: Row, config: Any, asked: Asked, kept: Kept | None = None) -> d
     texts = np.array(asked.text_tokens, dtype=np.float64)
     cost = tower_flops(config, tower, depth)
     cost = cost + decoder_flops(config, texts, visual) + head_flops(config, texts + visual[-1])
+    if plan is not None and (choosing := ahead_tokens(plan, kept or {})):
+        # A pass ahead runs what stands up to the end of the image.
+        cost = cost + decoder_flops(config, np.array(asked.text_before, dtype=np.float64), choosing)
     guided = (
         plan is not None
         and not row.chooser

@@ -5,13 +5,20 @@ from typing import Any
 
 BUDGET = 64
 """Visual tokens of the paper's main comparison."""
+FEW = (64, 32, 16)
+"""The budgets at which methods are compared."""
+BOUNDS = ("unpruned", "blind", "oracle")
+"""Rows that are no methods."""
+EXTENDED = ("ivtp-extended", "ivtp-extended-flat", "ivtp-extended-late")
+"""The methods beyond the paper, from both stages to a single choice before the decoder."""
 PAPER_LOSS, PAPER_LOSS_RETRAINED = 3.4, 1.0
 """Points that LLaVA-1.5-7B loses at `BUDGET` tokens, averaged over the paper's twelve benchmarks."""
 
 
 def findings(results: Mapping[str, Any]) -> list[str]:
     """Return sentences on IVTP; what was not measured is left out."""
-    return [*_losses(results), *_oracle(results), *_survival(results), *_hand_over(results), *_other_seed(results)]
+    parts = (_losses, _extended, _rivals, _absent, _question, _ahead, _adaptive, _oracle, _survival, _hand_over)
+    return [sentence for part in (*parts, _other_seed) for sentence in part(results)]
 
 
 def method_findings(results: Mapping[str, Any]) -> list[str]:
@@ -61,6 +68,87 @@ def _losses(results: Mapping[str, Any]) -> Iterator[str]:
             f"At {BUDGET} tokens IVTP loses {loss:.1f} points, where the paper reports {PAPER_LOSS} for "
             f"LLaVA-1.5-7B{again}."
         )
+
+
+def _extended(results: Mapping[str, Any]) -> Iterator[str]:
+    """Yield which share of the unpruned accuracy is left at each budget."""
+    unpruned = accuracy(results, "unpruned")
+    for name in ("ivtp", *EXTENDED):
+        found = [(tokens, accuracy(results, name, budget=tokens)) for tokens in FEW]
+        shares = [f"{share / unpruned:.1%} at {tokens}" for tokens, share in found if share is not None and unpruned]
+        if shares and accuracy(results, EXTENDED[0]) is not None:
+            yield f"`{name}` keeps {_listed(shares)} tokens, as shares of the unpruned accuracy."
+
+
+def _rivals(results: Mapping[str, Any]) -> Iterator[str]:
+    """Yield which other methods answer more than the extended ones from at most as much computation."""
+    rows = [row for row in results["rows"] if not row["table"] and row["mode"] == "inference"]
+    for name in EXTENDED:
+        better, budgets = [], []
+        for own in rows:
+            if own["method"] != name or own["visual_tokens"] not in FEW:
+                continue
+            budgets.append(str(own["visual_tokens"]))
+            better += [
+                f"`{row['method']}` at {row['visual_tokens']} ({row['accuracy']:.1%}, its {own['accuracy']:.1%})"
+                for row in rows
+                if row["method"] not in (*EXTENDED, *BOUNDS)
+                and row["visual_tokens"] == own["visual_tokens"]
+                and row["tflops"] <= own["tflops"]
+                and row["accuracy"] > own["accuracy"]
+            ]
+        if better:
+            yield f"From at most the computation of `{name}`, these answer more: {_listed(better)}."
+        elif budgets:
+            yield (
+                f"No method of others answers more than `{name}` from at most its computation, at {_listed(budgets)} "
+                "tokens."
+            )
+
+
+def _absent(results: Mapping[str, Any]) -> Iterator[str]:
+    """Yield how questions about what is not there are answered."""
+    rows = {(row["method"], row["visual_tokens"]): row.get("existence") for row in results["rows"] if not row["table"]}
+    shown = [("unpruned", unpruned_tokens(results)), *((name, FEW[-1]) for name in ("ivtp", *EXTENDED[:1]))]
+    said = [
+        f"`{name}` at {tokens} tokens {found['no']['accuracy']:.1%}"
+        for name, tokens in shown
+        if (found := rows.get((name, tokens))) and found["no"]["n"]
+    ]
+    if len(said) == len(shown):
+        yield f"Asked about something that is not there, it is denied by {_listed(said)} of the time."
+
+
+def _question(results: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what the question's guidance adds to the extended method."""
+    yield from _beside(results, "ivtp-extended guidance=visual_cls", "without the question, guided by CLS,")
+
+
+def _ahead(results: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a choice ahead of the decoder costs."""
+    yield from _beside(results, "ivtp-extended decoder_choice=ahead", "choosing ahead of the decoder")
+
+
+def _beside(results: Mapping[str, Any], method: str, how: str) -> Iterator[str]:
+    pairs = [
+        (row["visual_tokens"], row["accuracy"], own)
+        for row in results["rows"]
+        if row["method"] == method and (own := accuracy(results, EXTENDED[0], budget=row["visual_tokens"])) is not None
+    ]
+    if pairs:
+        each = [f"{share:.1%} instead of {own:.1%} at {tokens}" for tokens, share, own in pairs]
+        yield f"`{EXTENDED[0]}` {how} answers {_listed(each)} tokens."
+
+
+def _adaptive(results: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a budget of its own for every picture answers, with the average that it keeps."""
+    said = [
+        f"{row['accuracy']:.1%} from {row['final_tokens']:.1f} on average (coverage {row['options']['coverage']})"
+        for row in results["rows"]
+        if row["table"] == "a budget of its own" and row["visual_tokens"] == BUDGET
+    ]
+    if said:
+        yield f"With a budget of its own for every picture and at most {BUDGET} tokens, it answers {_listed(said)}."
 
 
 def _oracle(results: Mapping[str, Any]) -> Iterator[str]:

@@ -65,6 +65,17 @@ def joined(parts: Sequence[Kept]) -> Kept:
 
 def decoder_tokens(plan: PruningPlan, layers: int, kept: Mapping[str, Sequence[int]]) -> list[Any]:
     """Return the visual tokens that each decoder layer gets: an int, or an array with one for each picture."""
+    if plan.ahead:
+        return _chosen_along(plan, layers + 1, kept)[-1:] * layers
+    return _chosen_along(plan, layers, kept)
+
+
+def ahead_tokens(plan: PruningPlan, kept: Mapping[str, Sequence[int]]) -> list[Any]:
+    """Return what each layer of the pass ahead of the decoder gets, as `decoder_tokens` does; nothing without one."""
+    return _chosen_along(plan, plan.decoder[-1].last + 1, kept) if plan.ahead and plan.decoder else []
+
+
+def _chosen_along(plan: PruningPlan, layers: int, kept: Mapping[str, Sequence[int]]) -> list[Any]:
     tokens: Any = np.array(kept[FEATURES]) if FEATURES in kept else plan.tower_tokens
     counts: list[Any] = []
     for group in plan.decoder:

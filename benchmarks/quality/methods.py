@@ -185,9 +185,6 @@ def ablation_rows(config: Any, budgets: Sequence[int] = (64,)) -> tuple[list[Row
     skipped : dict
         Settings that do not fit the model's layers, each with the reason.
     """
-    budgets_of_their_own = [
-        ("a budget of its own", {"coverage": share, "min_visual_tokens": 1, **EXTENSION}) for share in COVERAGES
-    ]
     settings: list[tuple[str, dict[str, Any]]] = [
         ("Table 4", {"aggregation": "last"}),
         ("Table 4", {"layers_per_group": 1}),
@@ -200,8 +197,11 @@ def ablation_rows(config: Any, budgets: Sequence[int] = (64,)) -> tuple[list[Row
         *(("threshold", {"relevance_threshold": tau}) for tau in (0.0, 0.1, 0.2, 0.3, 0.4)),
         ("beyond the paper", {"importance": "accumulated"}),
         ("beyond the paper", {"choice": "diverse"}),
+        # Without the question: CLS of the picture guides the decoder's stage.
+        ("beyond the paper", {"guidance": "visual_cls", **EXTENSION}),
+        *(("ahead of the decoder", {"decoder_choice": "ahead", **more}) for more in ({}, EXTENSION)),
         *(("hand-over", {"tower_tokens": number}) for number in HANDED_OVER if number < config.num_patches),
-        *budgets_of_their_own,
+        *(("a budget of its own", {"coverage": share, "min_visual_tokens": 1, **EXTENSION}) for share in COVERAGES),
     ]
     rows, skipped = [], {}
     for tokens in budgets:
@@ -212,7 +212,7 @@ def ablation_rows(config: Any, budgets: Sequence[int] = (64,)) -> tuple[list[Row
             if name == "tower_tokens" and value < tokens:
                 continue
             shown = "all" if value is None else value
-            method = "ivtp-extended" if "coverage" in options else "ivtp"
+            method = "ivtp-extended" if EXTENSION.items() <= options.items() else "ivtp"
             row = Row(f"{method} {name}={shown}", tokens, _ivtp(tokens, **options), table=table)
             try:
                 row.plan(config)

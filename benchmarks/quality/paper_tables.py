@@ -95,7 +95,7 @@ def ablation_differences(rows: Sequence[Row], right: Mapping[str, Any]) -> str:
     Parameters
     ----------
     rows : sequence of mapping
-        All rows: the ablations, and IVTP's own row at their budgets.
+        All rows: the ablations, and the rows of the methods that they change at their budgets.
     right : mapping of str to bool array
         Right and wrong for each row on the questions that count, by `METHOD@TOKENS`.
     """
@@ -105,8 +105,9 @@ def ablation_differences(rows: Sequence[Row], right: Mapping[str, Any]) -> str:
             settings[row["table"], row["visual_tokens"]].append(row)
     parts = []
     for (table, budget), group in settings.items():
-        own = [row for row in rows if row["method"] == "ivtp" and row["visual_tokens"] == budget and not row["table"]]
-        names = [row["method"] for row in (*own[:1], *group) if f"{row['method']}@{budget}" in right]
+        changed = {row["method"].partition(" ")[0] for row in group}
+        own = {row["method"] for row in rows if row["visual_tokens"] == budget and not row["table"]} & changed
+        names = [name for name in (*sorted(own), *(row["method"] for row in group)) if f"{name}@{budget}" in right]
         lines = []
         for place, name in enumerate(names[1:], 1):
             answers = right[f"{name}@{budget}"]

@@ -9,6 +9,7 @@ from modeling_ivtp.evaluation.intervals import LEVEL
 _INK, _MUTED, _FAINT = "#1c2128", "#656d76", "#e7e9ec"
 # Okabe and Ito's colours, which every kind of colour vision tells apart.
 _COLOURS = {
+    "ivtp-extended": _INK,
     "ivtp": "#d55e00",
     "ivtp-v": "#e69f00",
     "cls-topk": "#0072b2",

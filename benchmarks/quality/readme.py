@@ -22,7 +22,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 README, QUALITY_PAGE = ROOT / "README.md", ROOT / "docs" / "quality.md"
 WHOLE = ("cls-topk", "cls-topk-all-layers", "oracle")
 """Rows that choose among the features of whole pictures: no methods of anybody."""
-SHORT = ("unpruned", "ivtp", "ivtp-v", "cls-topk", "cls-topk-all-layers", "random")
+SHORT = ("unpruned", "ivtp-extended", "ivtp-extended-flat", "ivtp", "tome+", "divprune", "fastv", "random")
 """Rows of the README's table."""
 
 

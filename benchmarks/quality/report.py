@@ -30,6 +30,8 @@ from modeling_ivtp.evaluation.intervals import LEVEL, bootstrap_interval, paired
 from modeling_ivtp.files.tables import markdown_table
 
 _PACKAGES = ("torch", "transformers", "evaluate", "numpy", "ivtp-llava")
+EXISTENCE = ("yes", "no")
+"""Answers to whether something is in the picture; a wrong answer to the second kind sees what is not there."""
 _SAME = ("method", "visual_tokens", "table", "mode", "checkpoint")
 
 
@@ -100,6 +102,7 @@ def summarised(
     """
     types = np.array([question.type for question in questions])
     kinds = np.array([question.held_out or "seen" for question in questions])
+    asks_existence, answers = types == "existence", np.array([question.answer for question in questions])
     main = np.isin(types, list(headline))
     if not main.any():
         raise ValueError(f"No question is of the headline's types ({', '.join(headline)}); ask more questions.")
@@ -113,6 +116,7 @@ def summarised(
             "interval": list(bootstrap_interval(right[main])),
             "by_type": {kind: _share(right, types == kind) for kind in dict.fromkeys(types.tolist())},
             "by_held_out": {kind: _share(right, main & (kinds == kind)) for kind in ("seen", "pair", "triple")},
+            "existence": {word: _share(right, asks_existence & (answers == word)) for word in EXISTENCE},
         }
         if base is not None:
             summary["difference"] = float(right[main].mean() - base[main].mean())
@@ -287,6 +291,7 @@ def markdown(results: Mapping[str, Any]) -> str:
             ],
         ),
     ]
+    parts += [_existence(main)]
     ablations = [row for row in rows if row["table"] not in ("", COMPACT)]
     if ablations:
         header = ("table", "setting", "visual tokens", "accuracy in %", "to unpruned", unit, "final", "layer-averaged")
@@ -328,6 +333,19 @@ def _right(rows: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> dic
         for row in rows
         if row["mode"] == "inference"
     }
+
+
+def _existence(main: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table of questions whether something is there, by their right answer; empty without any."""
+    numbers = {word: main[0]["existence"][word]["n"] for word in EXISTENCE} if main else {}
+    if not all(numbers.values()) or not numbers:
+        return ""
+    header = ("method", "tokens", *(f"{word} (n = {number})" for word, number in numbers.items()))
+    lines = [
+        (label(row), row["visual_tokens"], *(percent(row["existence"][word]["accuracy"]) for word in EXISTENCE))
+        for row in main
+    ]
+    return "## Existence, by the right answer, in %\n\n" + markdown_table(header, lines)
 
 
 def _survival(followed: Mapping[str, Any]) -> str:

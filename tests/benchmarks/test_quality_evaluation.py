@@ -43,6 +43,7 @@ from benchmarks.quality.world import (
 )
 from modeling_ivtp import IVTPLlavaConfig, IVTPLlavaForConditionalGeneration, IVTPLlavaProcessor
 from modeling_ivtp.evaluation.intervals import bootstrap_interval, paired_interval
+from modeling_ivtp.flops.formula import decoder_flops
 from modeling_ivtp.methods import METHODS, make
 from modeling_ivtp.speed.stopwatch import Taken
 from tests.support.untaught import PATCHES, SIDE, untaught
@@ -192,7 +193,7 @@ def test_unpruned_answers_are_those_of_stock_generate_and_blind_ones_do_not_see(
 
 
 def test_rows_cost_what_their_plans_say(loaded: tuple[Any, Any]) -> None:
-    config, told = loaded[0].config, Asked([], [20, 30], [1, 1])
+    config, told = loaded[0].config, Asked([], [20, 30], [1, 1], [1, 3])
     cost = {row.key: row_cost(row, config, told) for row in main_rows(config, (64, 16))}
     assert cost["unpruned@144"] == cost["blind@144"]
     assert cost["unpruned@144"]["layer_averaged_tokens"] == cost["unpruned@144"]["final_tokens"] == PATCHES
@@ -244,13 +245,32 @@ def test_a_row_that_adapts_its_budget_tells_what_it_kept(
             for n in range(len(asked))
         ]
     assert counts == [one.final_tokens[0] for one in trace]
-    cost = row_cost(row, model.config, Asked([], [20] * len(asked), [1] * len(asked)), kept)
+    cost = row_cost(row, model.config, Asked([], [20] * len(asked), [1] * len(asked), [1] * len(asked)), kept)
     assert cost["final_tokens"] == np.mean(counts)
     assert cost["layer_averaged_tokens"] == pytest.approx(np.mean([one.layer_averaged_tokens for one in trace]))
     assert int(layer) == row.plan(model.config).decoder[-1].last
     fixed = next(row for row in main_rows(model.config, (24,)) if row.method == "ivtp")
     assert examination.answers(fixed).kept == {}
-    assert cost["tflops"] < row_cost(fixed, model.config, Asked([], [20], [1]))["tflops"]
+    assert cost["tflops"] < row_cost(fixed, model.config, Asked([], [20], [1], [1]))["tflops"]
+
+
+def test_a_choice_ahead_costs_a_pass_and_leaves_the_final_tokens_to_the_decoder(
+    loaded: tuple[Any, Any], examination: Examination
+) -> None:
+    config, told = loaded[0].config, Asked([], [20], [1], [2])
+    within = next(row for row in main_rows(config, (24,)) if row.method == "ivtp")
+    ahead = next(row for row in ablation_rows(config, (24,))[0] if row.method == "ivtp decoder_choice=ahead")
+    cost, before = row_cost(ahead, config, told), row_cost(within, config, told)
+    assert cost["layer_averaged_tokens"] == cost["final_tokens"] == 24
+    layers = config.text_config.num_hidden_layers
+    choosing, dropping = ahead.plan(config).choosing_layer_tokens(), within.plan(config).decoder_layer_tokens(layers)
+    extra = decoder_flops(config, 2, choosing) + decoder_flops(config, 20, (24,) * layers)
+    extra -= decoder_flops(config, 20, dropping)
+    assert 1e12 * (cost["tflops"] - before["tflops"]) == pytest.approx(extra)
+    assert examination.text_before == [
+        (row == config.image_token_id).nonzero()[0].item() - (mask == 0).sum().item()
+        for row, mask in zip(examination.inputs["input_ids"], examination.inputs["attention_mask"], strict=True)
+    ]
 
 
 def test_selection_takes_time_in_every_row_that_selects(loaded: tuple[Any, Any], examination: Examination) -> None:
@@ -297,7 +317,8 @@ def test_renumbered_positions_are_a_column_beside_the_methods() -> None:
 def test_ablations_that_do_not_fit_are_told(loaded: tuple[Any, Any]) -> None:
     rows, skipped = ablation_rows(loaded[0].config, (64, 16))
     tables = {f"Table {number}" for number in (4, 5, 6, 8)}
-    tables |= {"pseudo CLS", "positions", "threshold", "hand-over", "beyond the paper", "a budget of its own"}
+    tables |= {"pseudo CLS", "positions", "threshold", "hand-over", "beyond the paper", "ahead of the decoder"}
+    tables |= {"a budget of its own"}
     assert {row.table for row in rows} == tables
     assert {row.visual_tokens for row in rows} == {64, 16}
     assert "does not divide" in skipped["ivtp layers_per_group=3"]
@@ -316,9 +337,9 @@ def test_budgets_of_the_papers_figures_have_rows_of_every_kind(budget: int) -> N
     rows, skipped = _rows(config, "all", (budget, 192), (budget,))
     unfit = {f"spatial_pooling{how} at {budget}" for how in ("", " positions=compact")}
     assert set(skipped) <= unfit | {"ivtp layers_per_group=3", "ivtp layers_per_group=6"}
-    found = {row.key: row_cost(row, config, Asked([], [20], [1])) for row in rows if row.visual_tokens == budget}
+    found = {row.key: row_cost(row, config, Asked([], [20], [1], [1])) for row in rows if row.visual_tokens == budget}
     assert {cost["final_tokens"] for cost in found.values()} == {budget}
-    fewer = {row.method: row_cost(row, config, Asked([], [20], [1])) for row in rows if row.visual_tokens == 192}
+    fewer = {row.method: row_cost(row, config, Asked([], [20], [1], [1])) for row in rows if row.visual_tokens == 192}
     main = [*CHOOSERS, "ivtp", "ivtp-v"]
     assert all(found[f"{name}@{budget}"]["tflops"] > fewer[name]["tflops"] for name in main)
     assert any(row.table == "Table 8" for row in rows)
@@ -374,6 +395,23 @@ def test_an_evaluation_writes_results_a_table_and_plots(checkpoint: Path, tmp_pa
     assert sorted(path.name.partition(results["date"])[2] for path in tmp_path.iterdir()) == [
         "-systems-tflops.png", "-systems-tokens.png", "-tflops.png", "-tokens.png", ".json", ".md",
     ]  # fmt: skip
+
+
+def test_questions_about_what_is_not_there_are_rows_of_their_own() -> None:
+    asked = [question for _, question in sample_questions("test", 400)]
+    there = {"yes": [], "no": []}
+    for place, question in enumerate(asked):
+        if question.type == "existence":
+            there[question.answer].append(place)
+    right = np.ones(len(asked), dtype=bool)
+    right[there["no"][0]] = False
+    results = results_of({("unpruned", 576): np.ones(len(asked), dtype=bool), ("ivtp", 64): right}, "a")
+    (_, row) = results["rows"]
+    assert row["existence"]["yes"] == {"accuracy": 1.0, "n": len(there["yes"])}
+    assert row["existence"]["no"] == {"accuracy": 1 - 1 / len(there["no"]), "n": len(there["no"])}
+    table = report.markdown(results).split("## Existence")[1].split("##")[0]
+    assert f"| ivtp | 64 | 100.0 | {100 * row['existence']['no']['accuracy']:.1f} |" in table
+    assert f"no (n = {len(there['no'])})" in table
 
 
 def test_types_that_are_not_answered_well_stay_out_of_the_headline(asked: list[Any]) -> None:
