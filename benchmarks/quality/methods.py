@@ -28,7 +28,7 @@ BUDGETS = (192, 128, 64, 32, 16)
 CHOOSERS = ("random", "cls-topk", "cls-topk-all-layers", "oracle")
 HANDED_OVER = (96, 192, 288)
 """Tokens that the tower hands over in the ablation of the hand-over; those below a budget are left out."""
-COVERAGES = (0.8, 0.9, 0.95, 0.98, 0.99)
+COVERAGES = (0.9, 0.95, 0.99, 0.999, 0.9999)
 """Shares to cover in the rows in which every picture has a budget of its own."""
 COMPACT = "compact"
 """The `table` of rows with renumbered positions, which are a column beside the other rows."""

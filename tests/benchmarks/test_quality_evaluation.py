@@ -232,7 +232,7 @@ def test_a_row_that_adapts_its_budget_tells_what_it_kept(
 ) -> None:
     model, _ = loaded
     rows, _ = ablation_rows(model.config, (24,))
-    row = next(row for row in rows if row.method == "ivtp-extended coverage=0.8")
+    row = next(row for row in rows if row.method == "ivtp-extended coverage=0.9")
     before = set(vars(model.model))
     kept = examination.answers(row).kept
     assert set(vars(model.model)) == before
