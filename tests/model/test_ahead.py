@@ -1,16 +1,15 @@
 """Stage 2 chosen ahead of the decoder: the same patches as within it, and a decoder that runs as stock layers do."""
 
-from collections import Counter
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from modeling_ivtp import IVTPLlavaConfig, IVTPLlavaForConditionalGeneration
 from modeling_ivtp.flops.executed import count
 from modeling_ivtp.speed.models import stock_twin
 from tests.model.test_graphs import BakedGraphs, StandinGraphs, answer
+from tests.support.launches import Launched
 from tests.support.tiny import IMAGE_TOKEN, prompt, randomize, rows_alone, tiny_config, tiny_model
 
 ROWS = {
@@ -163,18 +162,6 @@ def test_one_replayed_choice_serves_questions_of_any_length(graphs, options, row
         assert torch.equal(answer(model, inputs), answer(plain, inputs))
     captured = model.model.prompt_graphs.graphs._captured
     assert {key[0][0]: graph.runs for key, graph in captured.items()} == {"images": 2, "choice": 2}
-
-
-class Launched(TorchDispatchMode):
-    """Counts operations by name."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names[func.overloadpacket.__name__] += 1
-        return func(*args, **kwargs or {})
 
 
 class OneLaunch(StandinGraphs.capture):

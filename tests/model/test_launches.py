@@ -7,31 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import modeling_ivtp
+from tests.support.launches import Launched
 from tests.support.tiny import prompt, tiny_model
 
 OURS = str(Path(modeling_ivtp.__file__).parent)
 
 LOOKS = ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "nonzero", "cpu", "numpy", "__contains__")
 """Methods of a tensor that its host has to wait for."""
-
-
-class Launched(TorchDispatchMode):
-    """Counts operations by name."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names[func.overloadpacket.__name__] += 1
-        return func(*args, **kwargs or {})
-
-    @property
-    def total(self):
-        return sum(self.names.values())
 
 
 def prepared(model, inputs, **options):
