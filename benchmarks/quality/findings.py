@@ -111,12 +111,12 @@ def _absent(results: Mapping[str, Any]) -> Iterator[str]:
     rows = {(row["method"], row["visual_tokens"]): row.get("existence") for row in results["rows"] if not row["table"]}
     shown = [("unpruned", unpruned_tokens(results)), *((name, FEW[-1]) for name in ("ivtp", *EXTENDED[:1]))]
     said = [
-        f"`{name}` at {tokens} tokens {found['no']['accuracy']:.1%}"
+        f"{found['no']['accuracy']:.1%} with `{name}` at {tokens} tokens"
         for name, tokens in shown
         if (found := rows.get((name, tokens))) and found["no"]["n"]
     ]
     if len(said) == len(shown):
-        yield f"Asked about something that is not there, it is denied by {_listed(said)} of the time."
+        yield f"Whether something is there that is not: answered with no in {_listed(said)}."
 
 
 def _question(results: Mapping[str, Any]) -> Iterator[str]:

@@ -18,6 +18,8 @@ _COLOURS = {
     "oracle": "#009e73",
     "ivtp (retrained)": "#cc79a7",
 }
+_BESIDE = {"random": 1.2, "ivtp": 1.6, "ivtp-extended": 1.6}
+"""The methods in every system's panel, with the width of their lines."""
 _TOUCHING = 1.3
 """Factor below which the labels of two ticks on a logarithmic axis touch."""
 
@@ -66,7 +68,7 @@ def apart(values: Sequence[float], factor: float = _TOUCHING) -> list[float]:
 
 
 def plot_systems(results: Mapping[str, Any], axis: str) -> Any:
-    """Draw a small panel for every system, with IVTP and random in each: a matplotlib Figure; None without systems.
+    """Draw a panel for every system, beside IVTP, extended and random: a matplotlib Figure; None without systems.
 
     Parameters
     ----------
@@ -87,7 +89,7 @@ def plot_systems(results: Mapping[str, Any], axis: str) -> Any:
     rows = -(-len(systems) // columns)
     figure = Figure(figsize=(10, 0.9 + 2.0 * rows), layout="constrained", facecolor="white")
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    every = sorted({x for name in (*systems, "ivtp", "random") for x, _ in lines[name]})
+    every = sorted({x for name in (*systems, *_BESIDE) for x, _ in lines[name]})
     ticks = apart(every, 1.4) if axis == "tokens" else [x for x in (2, 3, 4, 6, 8, 12) if every[0] <= x <= every[-1]]
     for number, axes in enumerate(grid.flat):
         axes.spines[["top", "right", "left"]].set_visible(False)
@@ -103,7 +105,8 @@ def plot_systems(results: Mapping[str, Any], axis: str) -> Any:
     unit = flops_unit(main)[0]
     what = "visual tokens of one image, in the end" if axis == "tokens" else f"{unit} of one question"
     figure.suptitle(
-        f"Accuracy of every system (blue) against {what}\nbeside IVTP (orange), random (grey) and unpruned (dashed)",
+        f"Accuracy of every system (blue) against {what}\n"
+        "beside IVTP (orange), extended (black), random (grey) and unpruned (dashed)",
         x=0.01, ha="left", fontsize=11, color=_INK,
     )  # fmt: skip
     return figure
@@ -113,8 +116,9 @@ def _draw_system(axes: Any, name: str, lines: Mapping[str, Sequence[tuple[float,
     """Draw a system's line and those it is compared with."""
     if lines["unpruned"]:
         axes.axhline(lines["unpruned"][0][1], color=_INK, lw=0.8, ls=(0, (5, 3)))
-    for other, colour, width in (("random", _COLOURS["random"], 1.2), ("ivtp", _COLOURS["ivtp"], 1.6)):
-        axes.plot(*zip(*sorted(lines[other]), strict=True), color=colour, lw=width, alpha=0.9)
+    for other, width in _BESIDE.items():
+        if lines[other]:
+            axes.plot(*zip(*sorted(lines[other]), strict=True), color=_COLOURS[other], lw=width, alpha=0.9)
     axes.plot(*zip(*sorted(lines[name]), strict=True), color="#0072b2", lw=2.0, marker="o", ms=4, zorder=4)
     axes.set_title(name, loc="left", fontsize=10, color=_INK, fontweight="bold", pad=4)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality import report
-from benchmarks.quality.findings import BUDGET, findings, method_findings
+from benchmarks.quality.findings import BUDGET, EXTENDED, findings, method_findings
 from benchmarks.quality.paper_tables import with_interval
 from benchmarks.quality.plots import MAIN, flops_unit, unpruned_of
 from modeling_ivtp.files.tables import markdown_table
@@ -22,8 +22,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 README, QUALITY_PAGE = ROOT / "README.md", ROOT / "docs" / "quality.md"
 WHOLE = ("cls-topk", "cls-topk-all-layers", "oracle")
 """Rows that choose among the features of whole pictures: no methods of anybody."""
-SHORT = ("unpruned", "ivtp-extended", "ivtp-extended-flat", "ivtp", "tome+", "divprune", "fastv", "random")
-"""Rows of the README's table."""
+SHORT = ("unpruned", "ivtp-extended", "ivtp-extended-flat", "ivtp", "tome+", "divprune", "random")
+"""Rows of the README's table, in its order."""
 
 
 def marks(name: str) -> tuple[str, str]:
@@ -51,9 +51,10 @@ def link_base(page: Path, file: Path) -> str:
 
 
 def short_excerpt(file: Path, page: Path = README) -> str:
-    """Return the README's block: the accuracy of a few methods at each budget, and what IVTP loses at 64 tokens."""
+    """Return the README's block: the accuracy of a few methods at each budget, and what is lost at 64 tokens."""
     results: Mapping[str, Any] = json.loads(file.read_text())
     main = [row for row in results["rows"] if not row["table"] and row["mode"] == "inference"]
+    shown = [row for row in main if row["method"] in SHORT]
     begin, end = marks("quality-short")
     return "\n".join(
         [
@@ -61,7 +62,7 @@ def short_excerpt(file: Path, page: Path = README) -> str:
             f"Accuracy of the miniature in %, with 95% intervals, on {report.counted(results['questions']):,} held-out "
             f"questions; guessing reaches {results['questions']['chance']:.1%}:",
             "",
-            report.accuracy_table([row for row in main if row["method"] in SHORT]),
+            report.accuracy_table(sorted(shown, key=lambda row: SHORT.index(row["method"]))),
             f"{_loss(main)}[Measured on {results['date']}]({link_base(page, file)}.md).",
             end,
         ]
@@ -69,13 +70,15 @@ def short_excerpt(file: Path, page: Path = README) -> str:
 
 
 def _loss(main: list[Mapping[str, Any]]) -> str:
-    """Return a sentence on IVTP's loss at `BUDGET` tokens; empty if that was not measured."""
+    """Return a sentence on what is lost at `BUDGET` tokens; empty if that was not measured."""
     unpruned = unpruned_of(main)
-    pruned = [row for row in main if (row["method"], row["visual_tokens"]) == ("ivtp", BUDGET)]
-    if unpruned is None or not pruned:
-        return ""
-    lost = 100 * (unpruned["accuracy"] - pruned[0]["accuracy"])
-    return f"At {BUDGET} tokens IVTP loses {lost:.1f} points here. "
+    found = {row["method"]: row["accuracy"] for row in main if row["visual_tokens"] == BUDGET}
+    lost = [
+        f"`{name}` {100 * (unpruned['accuracy'] - found[name]):.1f}"
+        for name in ("ivtp", EXTENDED[0])
+        if unpruned is not None and name in found
+    ]
+    return f"At {BUDGET} tokens {' and '.join(lost)} points are lost. " if lost else ""
 
 
 def excerpt(file: Path, page: Path = QUALITY_PAGE) -> str:
