@@ -105,6 +105,7 @@ class Applied(Pruner):
             next_record=in_decoder.next_record,
             instruction=in_decoder.instruction,
             weights=in_decoder.weights,
+            attention_gradient=in_decoder.attention_gradient,
             grid_positions=in_decoder.grid_positions,
         )
 

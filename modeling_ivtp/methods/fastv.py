@@ -12,7 +12,7 @@ from ..model.rollout import DecoderAttentionRecord
 from ..model.schedule import Group, PruningPlan
 from ..model.visual_sequence import VisualSequence
 from .method import Method
-from .selecting import best_for_decoder, on_visual
+from .selecting import best_for_decoder, on_visual, prompt_ends, received
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,13 @@ class FastV(Method):
 
 
 def received_from_last(record: DecoderAttentionRecord, sequence: VisualSequence) -> torch.Tensor:
-    """Return the attention of the prompt's last token to the visual tokens: float32 (B, M, k)."""
+    """Return the attention of the prompt's last token to the visual tokens: float32 (B, M, k).
+
+    In training it is that of the tokens right before the answers, averaged, as PyramidDrop trains.
+    """
+    if sequence.answers is not None:
+        readers = prompt_ends(sequence)[:, None].expand(-1, sequence.columns.shape[1], -1)
+        return received(record, sequence, readers, first=0)
     last = sequence.prompt_end - 1
     weights = torch.zeros(*sequence.columns.shape[:2], sequence.size - last, device=record.query.device)
     weights[..., 0] = 1.0

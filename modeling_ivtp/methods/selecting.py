@@ -63,23 +63,43 @@ def patch_keys(record: AttentionRecord) -> torch.Tensor:
     return record.key[:, :, 1:]
 
 
-def text_tokens(sequence: VisualSequence) -> torch.Tensor:
-    """Mark the columns that are tokens of the text: bool (B, n)."""
+def text_tokens(sequence: VisualSequence, answers: bool = False) -> torch.Tensor:
+    """Mark the columns that are tokens of the text, or also of `answers` that are to be learned: bool (B, n)."""
     columns = sequence.columns
     visual = torch.zeros(columns.shape[0], sequence.size + 1, dtype=torch.bool, device=columns.device)
-    visual = visual.scatter(1, columns.flatten(1), True)[:, :-1]
-    return ~visual if sequence.valid is None else ~visual & sequence.valid
+    text = ~visual.scatter(1, columns.flatten(1), True)[:, :-1]
+    if sequence.valid is not None:
+        text = text & sequence.valid
+    return text if answers or sequence.answers is None else text & ~sequence.at_slots(sequence.answers)
+
+
+def prompt_ends(sequence: VisualSequence) -> torch.Tensor:
+    """Mark the last token of the prompt, or every token right before an answer that is to be learned: bool (B, n)."""
+    column = torch.arange(sequence.size, device=sequence.columns.device)
+    if sequence.answers is None:
+        return (column == sequence.prompt_end - 1).expand(sequence.slots.shape[0], -1)
+    answers = sequence.at_slots(sequence.answers)
+    ends = torch.nn.functional.pad(answers[:, 1:], (0, 1), value=False) & text_tokens(sequence)
+    return torch.where(ends.any(-1, keepdim=True), ends, column == sequence.prompt_end - 1)
+
+
+def image_tokens(sequence: VisualSequence, there: torch.Tensor | None = None) -> torch.Tensor:
+    """Mark the columns of each image's tokens, or of those that are `there` (bool (B, M, k)): bool (B, M, n)."""
+    there = sequence.token_present if there is None else there
+    columns = sequence.columns.to(there.device).masked_fill(~there, sequence.size)
+    return there.new_zeros(*there.shape[:2], sequence.size + 1).scatter(2, columns, True)[..., :-1]
 
 
 def after_images(sequence: VisualSequence) -> torch.Tensor:
     """Mark the text tokens after each image, which are the only ones that attend to it: bool (B, M, n).
 
     After an image that ends its prompt there are none; then the prompt's last token, which predicts the answer, counts.
+    Answers that are to be learned attend to it, too, but are not there at inference, and do not count.
     """
     column, text = torch.arange(sequence.size, device=sequence.columns.device), text_tokens(sequence)
     last = sequence.columns.masked_fill(~sequence.token_present, -1).amax(-1)
     after = text[:, None] & (column > last[..., None]) & (column < sequence.prompt_end)
-    return after | (~after.any(-1, keepdim=True) & (column == sequence.prompt_end - 1))
+    return after | (~after.any(-1, keepdim=True) & prompt_ends(sequence)[:, None])
 
 
 def first_reader(sequence: VisualSequence) -> int:

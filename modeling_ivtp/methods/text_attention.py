@@ -19,11 +19,13 @@ from ..model.configuration_ivtp import is_number, is_weight
 from ..model.pruner import Choice, DecoderStep, Needs
 from ..model.schedule import Group, PruningPlan, geometric_schedule
 from .method import Method, scaled_layers
-from .selecting import after_images, best_for_decoder, received
+from .selecting import after_images, best_for_decoder, image_tokens, received
 
 logger = logging.get_logger(__name__)
 
-READERS = ("instruction", "text")
+LAYERS = (8, 16)
+"""The numbers of layers before each drop, of 32: the summary gives the first."""
+READERS = ("instruction", "text", "vision")
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,10 @@ class TextAttention(Method):
         The number of layers up to each drop that are fused; default: 3 of 32, but none before the last drop.
     weights : tuple of float, optional
         Weight of each fused layer, lowest layer first; default: equal weights.
-    readers : {"instruction", "text"}, default "instruction"
-        Whose attention counts: that of the instruction's tokens after the image, or of all text after the image. The
-        inputs say which tokens are the instruction (`clip_spans`). Where they do not, all text reads.
+    readers : {"instruction", "text", "vision"}, default "instruction"
+        Whose attention counts: that of the instruction's tokens after the image, of all text after the image, or of the
+        image's own tokens, which know nothing of the question. The inputs say which tokens are the instruction
+        (`clip_spans`). Where they do not, all text reads.
     ratios : tuple of float, optional
         In place of `keep`: the share of the visual tokens that each drop keeps, r1 and r2.
     """
@@ -83,7 +86,7 @@ class TextAttention(Method):
 
     def schedule(self, config: Any, patches: int) -> PruningPlan:
         """Plan one ratio for every drop, or those of `ratios`."""
-        tops = self.tops(config, (8, 16))
+        tops = self.tops(config, LAYERS)
         counts = geometric_schedule(patches, self.keep, len(tops))
         if self.ratios is not None:
             if len(self.ratios) != len(tops):
@@ -91,44 +94,69 @@ class TextAttention(Method):
                     f"{self.name}: ratios={self.ratios}; allowed: {len(tops)} of them, one for each drop (layers)."
                 )
             counts = self._ratio_counts(patches)
-        groups: list[Group] = []
-        for top, count in zip(tops, counts, strict=True):
-            lowest = groups[-1].last + 1 if groups else 0
-            first = top + 1 - self._fused_layers(config)
+        spans = self.spans(config.text_config.num_hidden_layers)
+        return PruningPlan(
+            patches, decoder=tuple(Group(*span, count) for span, count in zip(spans, counts, strict=True))
+        )
+
+    def spans(self, depth: int) -> list[tuple[int, int]]:
+        """Return the first and the last layer (0-based) that each drop fuses, in a decoder of `depth` layers.
+
+        Raises
+        ------
+        ValueError
+            If the decoder does not have them, or a drop fuses layers below the drop before it.
+        """
+        numbers = self.layers or scaled_layers(LAYERS, 32, depth)
+        self.check_depth("layers", numbers, depth)
+        fused_layers = self.fuse or len(self.weights or ()) or scaled_layers((3,), 32, depth)[0]
+        spans: list[tuple[int, int]] = []
+        lowest = 0
+        for number in numbers:
+            first = number - fused_layers
             if self.fuse is None and self.weights is None:
                 first = max(first, lowest)
             if first < lowest:
                 raise ValueError(
-                    f"{self.name}: fuse={top + 1 - first} reaches below the drop before layer {top + 1}; allowed: at "
-                    f"most {top + 1 - lowest} there."
+                    f"{self.name}: fuse={fused_layers} reaches below the drop before layer {number}; allowed: at "
+                    f"most {number - lowest} there."
                 )
-            groups.append(Group(first, top, count))
-        return PruningPlan(patches, decoder=tuple(groups))
-
-    def _fused_layers(self, config: Any) -> int:
-        if self.fuse is not None:
-            return self.fuse
-        if self.weights is not None:
-            return len(self.weights)
-        return scaled_layers((3,), 32, config.text_config.num_hidden_layers)[0]
+            spans.append((first, number - 1))
+            lowest = number
+        return spans
 
     def _ratio_counts(self, patches: int) -> tuple[int, ...]:
         return tuple(max(1, round(patches * share)) for share in accumulate(self.ratios or (), mul))
 
     def in_decoder(self, step: DecoderStep) -> Choice:
         """Rank by the fused attention of the readers."""
-        readers = after_images(step.sequence)
-        if self.readers == "instruction":
-            if step.instruction is None:
-                logger.warning_once(
-                    "The inputs do not say which tokens are the instruction (clip_spans), so all text after the image "
-                    "chooses. Prepare inputs with IVTPLlavaProcessor and a CLIP tokenizer."
-                )
-            else:
-                words = readers & step.instruction.to(readers.device)[:, None]
-                readers = torch.where(words.any(-1, keepdim=True), words, readers)
-        rows = [received(record, step.sequence, readers) for record in step.decoder_records]
-        return best_for_decoder(step, fused(rows, self.weights))
+        return best_for_decoder(step, self.score(step))
+
+    def score(self, step: DecoderStep) -> torch.Tensor:
+        """Return the fused attention that each visual token gets of the readers: float32 (B, M, k)."""
+        readers = self.readers_at(step)
+        # Only text is known to stand at the end.
+        first = 0 if self.readers == "vision" else None
+        return fused([received(record, step.sequence, readers, first) for record in step.decoder_records], self.weights)
+
+    def readers_at(self, step: DecoderStep) -> torch.Tensor:
+        """Mark the tokens that read each image: bool (B, M, n)."""
+        if self.readers == "vision":
+            return image_tokens(step.sequence)
+        return self.instructed(step, after_images(step.sequence))
+
+    def instructed(self, step: DecoderStep, text: torch.Tensor) -> torch.Tensor:
+        """Narrow the text after each image (bool (B, M, n)) to the instruction, if its words alone read."""
+        if self.readers == "text":
+            return text
+        if step.instruction is None:
+            logger.warning_once(
+                "The inputs do not say which tokens are the instruction (clip_spans), so all text after the image "
+                "chooses. Prepare inputs with IVTPLlavaProcessor and a CLIP tokenizer."
+            )
+            return text
+        words = text & step.instruction.to(text.device)[:, None]
+        return torch.where(words.any(-1, keepdim=True), words, text)
 
 
 def _are_ratios(ratios: Any) -> bool:
@@ -143,11 +171,12 @@ def _are_weights(weights: Any, number: int) -> bool:
     return all(is_weight(value) for value in weights) and sum(weights) > 0
 
 
-def fused(rows: Sequence[torch.Tensor], weights: Sequence[float] | None) -> torch.Tensor:
+def fused(rows: Sequence[torch.Tensor], weights: Sequence[float] | torch.Tensor | None) -> torch.Tensor:
     """Return the weighted mean of several layers' rows."""
-    share = torch.tensor(weights or [1.0] * len(rows), dtype=torch.float32)
+    weights = [1.0] * len(rows) if weights is None else weights
+    share = weights if isinstance(weights, torch.Tensor) else torch.tensor(weights, dtype=torch.float32)
     share = share / share.sum()
     total = torch.zeros_like(rows[-1])
-    for weight, row in zip(share.tolist(), rows, strict=True):
-        total = total + weight * row.to(total.device)
+    for weight, row in zip(share, rows, strict=True):
+        total = total + weight.to(total.device) * row.to(total.device)
     return total

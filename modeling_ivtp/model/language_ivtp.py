@@ -396,11 +396,12 @@ class GroupedDecoder:
         run: PromptPass, span: CacheSpan, layers: list[Any], call: dict[str, Any], drops: bool, records: list[Any]
     ) -> None:
         """Run layers on the prompt alone; where tokens will be dropped, each leaves a record."""
-        weights = run.column_weights()
+        weights, differentiable = run.column_weights(), run.visual.pruner.needs.attention_gradient
         for index in range(span.first, span.last + 1):
             run.note_state(index)
             if drops or weights is not None:
-                record = DecoderAttentionRecord(span.entries, span.past_valid, run.sequence.valid, weights)
+                valid = run.sequence.valid
+                record = DecoderAttentionRecord(span.entries, span.past_valid, valid, weights, differentiable)
                 if drops:
                     records.append(record)
                 else:

@@ -33,7 +33,16 @@ from .guide import InstructionGuide, asks
 from .instruction_cache import InstructionCache
 from .labels import TEXT_TOWER, labelled
 from .language_ivtp import DECODERS, check_architecture
-from .outputs import IMAGES, IVTPImageFeatures, check_encoded, model_output, training_targets, trimmed, without_targets
+from .outputs import (
+    IMAGES,
+    IVTPImageFeatures,
+    answers_of,
+    check_encoded,
+    model_output,
+    training_targets,
+    trimmed,
+    without_targets,
+)
 from .prompt import PromptIndex, PromptInputs, build_prompt, choose_features, index_prompt
 from .prompt_graphs import MAX_GRAPHS, PromptGraphs
 from .pruner import Choice, FeatureStep, IVTPPruner, Pruner
@@ -478,6 +487,7 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
         past_key_values: Cache | None = None,
         drafted: int = 0,
         prompt_index: PromptIndex | None = None,
+        answers: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run LLaVA on a prompt, keeping of each image what its question needs.
@@ -497,6 +507,8 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
             Last columns that an assistant proposes: they are no words of the prompt, and choose nothing.
         prompt_index : PromptIndex, optional
             The index of this very prompt, so that the host does not wait for the device here. `generate` passes it.
+        answers : bool Tensor (B, S), optional
+            Where an answer stands that is to be learned: it chooses nothing, for it is not there at inference.
 
         Returns
         -------
@@ -537,6 +549,8 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
         if prompt_index is None or torch.compiler.is_compiling():
             count = pixel_values.shape[0] if pixel_values is not None else len(encoded.pooler_output)
             prompt, prompt_index = self.prepare_prompt(prompt, plan, count, known=prompt_index)
+        if answers is not None:
+            prompt_index = replace(prompt_index, sequence=replace(prompt_index.sequence, answers=answers))
         if prompt_index.sequence.valid is None and past == 0:
             prompt = replace(prompt, attention_mask=None)  # where nothing is padded, no layer has to look for it
         if encoded is None:
@@ -544,7 +558,7 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
             encoded = self.get_image_features(pixel_values, recorder=recorder, return_dict=True, **images)
         check_encoded(encoded, plan)
         outputs = None
-        if recorder is None:
+        if recorder is None and answers is None:
             outputs = self.prompt_graphs.replay_prompt(self, prompt, prompt_index, encoded, cache, kwargs)
         if outputs is None:
             outputs = self.decode_prompt(prompt, prompt_index, encoded, cache, recorder, **kwargs)
@@ -740,6 +754,9 @@ class IVTPLlavaForConditionalGeneration(
         return_dict = kwargs.pop("return_dict", None)
         if mm_encoder_outputs is not None:
             kwargs["mm_encoder_outputs"] = mm_encoder_outputs
+        if labels is not None:
+            images = self.model.placeholders(input_ids, inputs_embeds)
+            kwargs["answers"] = answers_of(labels, images, attention_mask)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -761,9 +778,8 @@ class IVTPLlavaForConditionalGeneration(
         logits = self.lm_head(hidden_states[:, rows, :].contiguous())
         loss = None
         if labels is not None:
-            for name in ("mm_encoder_outputs", "recorder"):
+            for name in ("mm_encoder_outputs", "recorder", "answers"):
                 kwargs.pop(name, None)
-            images = self.model.placeholders(input_ids, inputs_embeds)
             targets = training_targets(labels, kwargs.pop("shift_labels", None), images, outputs)
             loss = self.loss_function(logits=logits, vocab_size=self.config.text_config.vocab_size, **targets, **kwargs)
         result = LlavaCausalLMOutputWithPast(

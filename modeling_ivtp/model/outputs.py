@@ -94,6 +94,25 @@ def trimmed(features: torch.Tensor, present: torch.Tensor) -> list[torch.Tensor]
     return [image[:count] for image, count in zip(features, present.sum(1).tolist(), strict=True)]
 
 
+def answers_of(labels: torch.Tensor, images: torch.Tensor, attention_mask: Any) -> torch.Tensor:
+    """Return where an answer stands that is to be learned: bool (B, S).
+
+    Where all text of a row is to be learned, there is no prompt to tell it from, and nothing is an answer.
+
+    Parameters
+    ----------
+    labels : int64 Tensor (B, S)
+    images : bool Tensor (B, S)
+        Where an image token stands.
+    attention_mask : Tensor (B, at least S), any other form, or None
+    """
+    answers = (labels != -100) & ~images.to(labels.device)
+    prompt = ~answers & ~images.to(labels.device)
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+        prompt = prompt & attention_mask[:, -labels.shape[1] :].bool().to(labels.device)
+    return answers & prompt.any(-1, keepdim=True)
+
+
 def training_targets(
     labels: torch.Tensor, shift_labels: torch.Tensor | None, images: torch.Tensor, outputs: Any
 ) -> dict[str, torch.Tensor]:

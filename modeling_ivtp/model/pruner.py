@@ -276,6 +276,8 @@ class Needs:
         The decoder step gets the columns of the instruction's words.
     weights : bool
         The decoder drops nothing: it asks `Pruner.weigh`, with gradients, and counts keys by the answer.
+    attention_gradient : bool
+        With `weights`: the records of decoder layers have a gradient.
     grid_positions : GridPositions or None
         The decoder's positions are two-dimensional.
     """
@@ -292,6 +294,7 @@ class Needs:
     next_record: bool = False
     instruction: bool = False
     weights: bool = False
+    attention_gradient: bool = False
     grid_positions: GridPositions | None = None
 
 

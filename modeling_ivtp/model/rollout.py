@@ -103,6 +103,8 @@ class DecoderAttentionRecord:
         Which columns of the sequence are tokens. None: all.
     weights : Tensor (B, n) or None
         How much each column counts as a key of others, where tokens are weighted and not dropped. None: fully.
+    differentiable : bool
+        Whether scores have a gradient by queries, keys and weights.
     query : Tensor (B, H, n, dh)
     key : Tensor (B, H_kv, past + n, dh)
     scale : float
@@ -115,6 +117,7 @@ class DecoderAttentionRecord:
     past_valid: torch.Tensor | None
     valid: torch.Tensor | None
     weights: torch.Tensor | None = field(default=None, repr=False)
+    differentiable: bool = False
     query: torch.Tensor = field(init=False, repr=False)
     key: torch.Tensor = field(init=False, repr=False)
     scale: float = field(init=False)
@@ -127,8 +130,11 @@ class DecoderAttentionRecord:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pseudo_cls: Any, new_value: Any, scale: float
     ) -> None:
         """Record the layer's queries and keys; the signature is that of `PseudoCLSAttention.attend`."""
-        if not self.sealed:
-            self.query, self.key, self.scale = query.detach(), key[:, :, : self.past + query.shape[2]].detach(), scale
+        if self.sealed:
+            return
+        self.query, self.key, self.scale = query, key[:, :, : self.past + query.shape[2]], scale
+        if not self.differentiable:
+            self.query, self.key = self.query.detach(), self.key.detach()
 
     def seal(self) -> None:
         """Release the tensors and accept no more."""
@@ -172,8 +178,12 @@ class DecoderAttentionRecord:
         """Return what weighting adds to logits from column `first` on: (B, 1, Q, n), 0 for a token's own key."""
         if self.weights is None:
             return None
-        itself = torch.eye(self.weights.shape[1], dtype=torch.bool, device=self.query.device)[first:]
-        return self.weights.detach().to(self.query.device).log()[:, None, None].masked_fill(itself, 0.0)
+        weights = (self.weights if self.differentiable else self.weights.detach()).to(self.query.device)
+        itself = torch.eye(weights.shape[1], dtype=torch.bool, device=weights.device)[first:]
+        # The logarithm of 0 has no gradient that is a number.
+        gone = weights == 0
+        logs = weights.masked_fill(gone, 1.0).log().masked_fill(gone, float("-inf"))
+        return logs[:, None, None].masked_fill(itself, 0.0)
 
     def _visible(self, first: int) -> torch.Tensor:
         """Mark the keys that queries from column `first` on attend to: bool (B or 1, 1, Q, past + n)."""

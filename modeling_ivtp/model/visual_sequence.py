@@ -61,6 +61,8 @@ class VisualSequence:
         Whether images may have different numbers of visual tokens.
     drafted : int
         Columns at the end that an assistant proposed; they do not belong to the prompt.
+    answers : bool Tensor (B, S) or None
+        Logical columns of answers that are to be learned: they follow their prompt, and choose nothing. None: none.
     counted : bool
         Whether `rows` was counted. False: the host read nothing from the device, so `tokens` is the largest possible
         number, `text_after` and `trailing_text` the smallest.
@@ -78,6 +80,7 @@ class VisualSequence:
     ragged: bool = False
     drafted: int = 0
     counted: bool = True
+    answers: torch.Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -118,6 +121,7 @@ class VisualSequence:
             image_present=self.image_present.to(device),
             order=None if self.order is None else self.order.to(device),
             ends=self.ends.to(device),
+            answers=None if self.answers is None else self.answers.to(device),
         )
 
     def visual(self, hidden: torch.Tensor) -> torch.Tensor:

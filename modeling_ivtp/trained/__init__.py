@@ -14,6 +14,7 @@ from .adapter import TRAINED, is_adapter, load, register
 from .atp import ATPLLaVA
 from .lvpruning import LVPruning
 from .method import TrainedMethod
+from .sparse_attention import SparseAttention
 from .training import PrunerTraining
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 register(LVPruning)
 register(ATPLLaVA)
+register(SparseAttention)
 
 
 def make(name: str, keep: int | None = None) -> Method:
@@ -42,4 +44,14 @@ def make(name: str, keep: int | None = None) -> Method:
     return make_untrained(name, 64 if keep is None else keep)
 
 
-__all__ = ["TRAINED", "ATPLLaVA", "LVPruning", "PrunerTraining", "TrainedMethod", "is_adapter", "load", "make"]
+__all__ = [
+    "TRAINED",
+    "ATPLLaVA",
+    "LVPruning",
+    "PrunerTraining",
+    "SparseAttention",
+    "TrainedMethod",
+    "is_adapter",
+    "load",
+    "make",
+]

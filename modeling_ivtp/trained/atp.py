@@ -15,7 +15,6 @@ from ..methods.selecting import best_for_decoder, received
 from ..model.configuration_ivtp import is_number, is_whole
 from ..model.pruner import Choice, DecoderStep, GridPositions, Needs
 from ..model.schedule import Group, PruningPlan
-from ..model.visual_sequence import VisualSequence
 from .method import TrainedMethod
 
 LAYERS = (4, 14, 24)
@@ -243,7 +242,7 @@ class ATPLLaVA(TrainedMethod):
             own = received_logits(record, sequence, step.weights)
             # Before answers there may be words anywhere.
             first = None if self.batch.prompt is None else 0
-            cross = received(record, sequence, self._readers(sequence), first)
+            cross = received(record, sequence, self.readers_of(sequence), first)
             if self.score_norm == "minmax":
                 own, cross = scaled(own, there), scaled(cross, there)
             if self.attention != "both":
@@ -265,15 +264,6 @@ class ATPLLaVA(TrainedMethod):
         if step.weights is None:
             return present
         return present.to(step.weights.device) & (step.weights.detach() > 0.5)
-
-    def _readers(self, sequence: VisualSequence) -> torch.Tensor:
-        """Mark the words after each image; after an image that ends its prompt, the last token of the prompt reads."""
-        column = torch.arange(sequence.size, device=sequence.columns.device)
-        last = sequence.columns.masked_fill(~sequence.token_present, -1).amax(-1, keepdim=True)
-        words = self.prompt_text(sequence)
-        after = words[:, None] & (column > last)
-        end = (words * column).amax(-1)[:, None, None].maximum(last)
-        return after | (~after.any(-1, keepdim=True) & (column == end))
 
     def spatial_scores(self) -> torch.Tensor:
         """Return Eq. 5 for every patch of the grid: float32 (N,); 0 for members of no grid."""

@@ -55,12 +55,15 @@ class Batch:
         Which columns are words of prompts, without the answers that are to be learned. None: all are.
     weighed : list of Weighed
         Of each module, lowest first.
+    scores : list of Tensor (B, M, k)
+        What the modules decided by, where the loss needs it.
     progress : float
         How much of the training is done, from 0 to 1.
     """
 
     prompt: torch.Tensor | None = None
     weighed: list[Weighed] = field(default_factory=list)
+    scores: list[torch.Tensor] = field(default_factory=list)
     progress: float = 0.0
 
 
@@ -130,6 +133,10 @@ class TrainedMethod(Method):
         """Return the method's own loss, weighted, of the batch that was run last: a scalar."""
         raise self._missing("has a loss")
 
+    def measures(self) -> dict[str, float]:
+        """Return what is worth logging of the batch that was run last, by name."""
+        return {}
+
     def for_model(self: ATrained, model: Any) -> ATrained:
         """Return the method with new, untrained modules for a model, on its device, in float32 and evaluation mode.
 
@@ -183,7 +190,7 @@ class TrainedMethod(Method):
     @contextmanager
     def running(self, prompt: torch.Tensor | None) -> Iterator[Batch]:
         """Tell the method for one forward which columns are words of prompts (bool (B, S))."""
-        self.batch.prompt, self.batch.weighed = prompt, []
+        self.batch.prompt, self.batch.weighed, self.batch.scores = prompt, [], []
         try:
             yield self.batch
         finally:
@@ -191,12 +198,21 @@ class TrainedMethod(Method):
 
     def prompt_text(self, sequence: VisualSequence, answers: bool = False) -> torch.Tensor:
         """Mark the columns that are words of a prompt, or also of `answers` that are to be learned: bool (B, n)."""
-        text = text_tokens(sequence) & (
+        text = text_tokens(sequence, answers) & (
             torch.arange(sequence.size, device=sequence.columns.device) < sequence.prompt_end
         )
         if self.batch.prompt is None or answers:
             return text
         return text & sequence.at_slots(self.batch.prompt.to(text.device))
+
+    def readers_of(self, sequence: VisualSequence) -> torch.Tensor:
+        """Mark the words after each image; after one that ends its prompt, the last token reads: bool (B, M, n)."""
+        column = torch.arange(sequence.size, device=sequence.columns.device)
+        last = sequence.columns.masked_fill(~sequence.token_present, -1).amax(-1, keepdim=True)
+        words = self.prompt_text(sequence)
+        after = words[:, None] & (column > last)
+        end = (words * column).amax(-1)[:, None, None].maximum(last)
+        return after | (~after.any(-1, keepdim=True) & (column == end))
 
     def weigh(self, step: DecoderStep) -> torch.Tensor:
         """Multiply what earlier modules left with what this one decides (LVPruning Eq. 10)."""

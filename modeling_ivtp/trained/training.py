@@ -177,7 +177,7 @@ class PrunerTraining(nn.Module):
         return [*groups, {"params": weights, "lr": base}] if weights else groups
 
     def callback(self) -> TrainerCallback:
-        """Return a callback that tells the method how much of the training is done, for what it anneals."""
+        """Return a callback that tells the method how much of the training is done, and logs what it measures."""
         return _Progress(self.method)
 
     def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -215,6 +215,10 @@ class _Progress(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.method.batch.progress = state.global_step / max(1, state.max_steps)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs and state.log_history:
+            state.log_history[-1].update(self.method.measures())
 
 
 def _part(model: nn.Module, name: str) -> nn.Module:

@@ -551,7 +551,7 @@ def test_only_words_of_the_instruction_read(monkeypatch):
     inputs["clip_spans"][:, -2:] = 0
     inputs["clip_spans"][2] = 0
     kept = {}
-    for readers in ("instruction", "text"):
+    for readers in ("instruction", "text", "vision"):
         method = replace(EXAMPLES["text_attention"], readers=readers)
         with monkeypatch.context() as patch:
             compare = compare_with_numpy("text_attention", "in_decoder")
@@ -561,6 +561,7 @@ def test_only_words_of_the_instruction_read(monkeypatch):
         kept[readers] = choices[0].scores
     first, other = kept["instruction"], kept["text"]
     assert not torch.allclose(first[0], other[0])
+    assert not torch.allclose(kept["vision"][0], other[0])
     assert torch.equal(first[2], other[2])
 
 

@@ -507,6 +507,8 @@ def text_attention(method: Any, step: Any, row: int, image: int) -> Result:
     text = text_after(step.sequence, row, image)
     if method.readers == "instruction" and step.instruction is not None:
         text = [column for column in text if step.instruction[row, column]] or text
+    if method.readers == "vision":
+        text = list(visual_columns(step.sequence, row, image))
     total = 0
     for weight, record in zip(weights, step.decoder_records, strict=True):
         reader = Reader(record, step.sequence, row)

@@ -19,6 +19,7 @@ STEPS = 2
 METHODS = {
     "lvpruning": trained.LVPruning(ratio=0.5, straight_through=False),
     "atp-llava": trained.ATPLLaVA(target=1),  # every image is above the target, so its distance is linear in them
+    "sparse-attention": trained.SparseAttention(keep=4, layers=(2, 4), fuse=2, sparsity_weight=0.5),
 }
 
 
@@ -72,5 +73,6 @@ def test_two_processes_train_as_one_does_on_the_joint_batch(name, tmp_path, monk
     for key, value in after.items():
         torch.testing.assert_close(found[key], value, atol=1e-5, rtol=1e-3)
     changed = [key for key, value in after.items() if (value - before[key]).abs().max() > 1e-5]
-    assert sum(key.startswith("learned.") for key in changed) > 5
+    of_modules = [key for key in after if key.startswith("learned.")]
+    assert len(set(of_modules) & set(changed)) > min(5, len(of_modules) - 1)
     expected.release()
