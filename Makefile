@@ -89,7 +89,7 @@ $(VLLM)/.installed: pyproject.toml tests/vllm_plugin/requirements.txt tests/vllm
 
 vllm-test:  ## the plug-in against the transformers engine on 60 questions; skipped where vLLM cannot be installed
 	@$(MAKE) --no-print-directory vllm-env || { echo "skipped: vLLM cannot be installed here, for the reason above"; exit 0; }; \
-	test ! -e $(VLLM)/.installed || IVTP_TEST_GIB=6 OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm_plugin
+	test ! -e $(VLLM)/.installed || IVTP_TEST_GIB=6 OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm_plugin tests/evaluation/test_vllm_answerer.py
 
 lint: setup  ## style, types, and the layers of the package
 	$(RUN)/ruff check .

@@ -99,6 +99,11 @@ class Answerer:
     def __init__(self, model: Any, processor: Any, arm: Arm) -> None:
         self.model, self.processor, self.arm = model, processor, arm
 
+    @property
+    def decides(self) -> dict[str, Any]:
+        """All that decides an answer beside the weights and the prompt, ready for JSON."""
+        return {"pruning": self.arm.described(self.model), "dtype": str(self.model.dtype)}
+
     def answer(self, prompts: Sequence[Prompt], generation: Generation) -> list[Reply]:
         """Answer prompts side by side; if memory runs out, half of them at a time.
 

@@ -33,8 +33,12 @@ from .answerer import Answerer, Generation, Reply
 from .arm import Arm
 from .lmms_plugin import NAME
 from .prompts import VICUNA, Prompt, prompt_of
+from .vllm_answerer import VLLMAnswerer
 
-_ARGUMENTS = ("pretrained", "method", "visual_tokens", "batch_size", "device", "dtype", "system_prompt", "pad")
+_ARGUMENTS = (
+    "pretrained", "method", "visual_tokens", "engine", "batch_size", "device", "dtype", "system_prompt", "pad",
+)  # fmt: skip
+_ENGINES = ("transformers", "vllm")
 
 
 class IVTPLlava(lmms):
@@ -48,10 +52,12 @@ class IVTPLlava(lmms):
         As in `Arm`; "none" is the unpruned baseline.
     visual_tokens : int, optional
         As in `Arm`.
+    engine : str, default "transformers"
+        "vllm" answers with vLLM and this package's plug-in, in one process, for "ivtp" and "none".
     batch_size : int, default 1
-        Questions answered side by side.
+        Questions answered side by side; vLLM is given as many at once.
     device : str, optional
-        Such as "cpu" or "cuda:1". Default: one GPU for each process, and all for a single one.
+        Such as "cpu" or "cuda:1". Default: one GPU for each process, and all for a single one. vLLM has its own.
     dtype : str, default "auto"
         "auto" (the checkpoint's), "float32", "float16" or "bfloat16".
     system_prompt : str, default ""
@@ -77,6 +83,7 @@ class IVTPLlava(lmms):
         pretrained: str = "",
         method: str = "ivtp",
         visual_tokens: int | None = None,
+        engine: str = "transformers",
         batch_size: int | str = 1,
         device: str | None = None,
         dtype: str = "auto",
@@ -95,6 +102,8 @@ class IVTPLlava(lmms):
             raise ValueError(f"batch_size={batch_size!r}; allowed: a whole number from 1")
         if not isinstance(pad, bool):
             raise ValueError(f"pad={pad!r}; allowed: True, False")
+        if engine not in _ENGINES:
+            raise ValueError(f"engine={engine!r}; allowed: {', '.join(_ENGINES)}")
         arm = Arm(method, visual_tokens)
         state = processes(device)
         self.accelerator = Accelerator(cpu=state.device.type == "cpu")
@@ -102,14 +111,26 @@ class IVTPLlava(lmms):
         self.batch_size = int(batch_size)
         self.system_prompt = VICUNA if system_prompt == "vicuna" else self._resolve_system_prompt(system_prompt)
         self.pad = pad
-        self.model: Any
+        self.arm = arm
+        self.model: Any = None
         self.processor: Any
-        model, self.processor = loaded or load_model(pretrained, device=own_device(device, state), dtype=dtype)
-        with arm.applied(model):
-            warn_if_unguided(model, self.processor)
-        self.model, self.arm = model, arm
+        self.vllm: VLLMAnswerer | None = None
+        if engine == "vllm":
+            if self._world_size > 1:
+                raise ValueError(f"engine='vllm' in {self._world_size} processes; allowed: 1, vLLM batches by itself")
+            self.vllm = VLLMAnswerer(pretrained, arm, dtype)
+            self.processor = self.vllm.processor
+        else:
+            self.model, self.processor = loaded or load_model(pretrained, device=own_device(device, state), dtype=dtype)
+            with arm.applied(self.model):
+                warn_if_unguided(self.model, self.processor)
         self.fingerprint = self._fingerprint(pretrained)
         _key_caches(self)
+
+    @property
+    def answerer(self) -> Answerer | VLLMAnswerer:
+        """What answers; made anew each time, as the harness takes the model away when it has its answers."""
+        return self.vllm or Answerer(self.model, self.processor, self.arm)
 
     @property
     def device(self) -> Any:
@@ -121,8 +142,7 @@ class IVTPLlava(lmms):
         checkpoint, folder = open_checkpoint(pretrained, HubOptions(), extra=SMALL_FILES)
         decides = {
             "weights": model_fingerprint(checkpoint, folder),
-            "pruning": self.arm.described(self.model),
-            "dtype": str(self.model.dtype),
+            **self.answerer.decides,
             "system_prompt": self.system_prompt,
             "pad": self.pad,
             "versions": versions(),
@@ -148,7 +168,7 @@ class IVTPLlava(lmms):
         ValueError
             For a question with video or sound, or generation arguments that are not known.
         """
-        answerer = Answerer(self.model, self.processor, self.arm)
+        answerer = self.answerer
         results: list[Any] = [None] * len(requests)
         seconds, tokens = 0.0, 0
         with tqdm(total=len(requests), disable=self.rank != 0, desc="Answering") as bar:
@@ -170,7 +190,7 @@ class IVTPLlava(lmms):
         )
         return results
 
-    def _replies(self, number: int, batch: _Batch, answerer: Answerer) -> list[Reply]:
+    def _replies(self, number: int, batch: _Batch, answerer: Answerer | VLLMAnswerer) -> list[Reply]:
         """Answer a batch, or read its answers from the journal."""
         if self.journal is not None and number in self.journal.batches:
             known = self.journal.batches[number]
