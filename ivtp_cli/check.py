@@ -17,12 +17,22 @@ Question = Annotated[
 Picture = Annotated[
     list[str] | None, typer.Option("--image", "-i", help="File, http(s) address or data URL; may be repeated.")
 ]
+Methods = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--method",
+        help="One more method whose answers are compared with unpruned ones, such as fastv, or a trained one's folder; "
+        "may be repeated.",
+        show_default=False,
+    ),
+]
 
 
 def check(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of an IVTP-LLaVA, or of an official LLaVA.")],
     image: Picture = None,
     question: Question = None,
+    method: Methods = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="The report to write.")] = Path("ivtp-check.md"),
     quick: Annotated[bool, typer.Option("--quick", help="Fewer questions and runs.")] = False,
     name: Annotated[
@@ -48,21 +58,24 @@ def check(
     import torch
 
     from modeling_ivtp.evaluation import check as checking
+    from modeling_ivtp.evaluation.arm import Arm
     from modeling_ivtp.files.images import load_image
     from modeling_ivtp.serving.answering import load_model
 
+    for each in method or []:
+        Arm(each)  # refuses an unknown one before the model is loaded
     own = [checking.Asked(load_image(path), text, private=True) for path, text in zip(pictures, asked, strict=True)]
     loaded, processor = load_model(
         model, device=device or ("cuda:0" if torch.cuda.is_available() else "cpu"), dtype=dtype
     )
-    checking.check_fits(loaded)
     extent = checking.QUICK if quick else checking.Extent()
-    witness = checking.Witness(loaded, processor, checking.questions(extent, own), extent)
+    witness = checking.Witness(loaded, processor, checking.questions(extent, own), extent, method or [])
     findings = []
     for finding in checking.check(witness, lambda what: print(f"{what} …", file=sys.stderr)):
         findings.append(finding)
         typer.echo(f"{finding.verdict}: {finding.claim} ({finding.measured})")
-    for each in own:
-        typer.echo(f"key words of {each.question!r}: {', '.join(witness.key_words.get(each.question, ())) or '(none)'}")
+    for asked_here in own:
+        words = ", ".join(witness.key_words.get(asked_here.question, ()))
+        typer.echo(f"key words of {asked_here.question!r}: {words or '(none)'}")
     out.write_text(checking.report(witness, findings, name=name, quick=quick))
     typer.echo(f"Written: {out}")

@@ -21,7 +21,12 @@ Tokens = Annotated[
     typer.Option("--tokens", min=1, help="Visual tokens left in the end; may be repeated.", show_default="64"),
 ]
 Methods = Annotated[
-    list[str] | None, typer.Option("--method", help="Method that prunes; may be repeated.", show_default="ivtp")
+    list[str] | None,
+    typer.Option(
+        "--method",
+        help="Method that prunes, such as fastv, or a trained one's folder; may be repeated.",
+        show_default="ivtp",
+    ),
 ]
 
 Questions = Annotated[
@@ -74,6 +79,8 @@ def evaluate(
 
     Before it starts it says what each benchmark needs. One whose data or judge cannot be had is left out by name.
     With --questions it scores questions of your own, and needs no lmms-eval.
+
+    Several GPUs: accelerate launch --multi_gpu --num_processes 2 -m modeling_ivtp.cli evaluate ...
     """
     from modeling_ivtp.evaluation.arm import arms_of
 
@@ -83,6 +90,8 @@ def evaluate(
     if questions is not None:
         if benchmarks is not None or data:
             raise ValueError("evaluate takes --questions, or --benchmarks and --data")
+        _check_installed("pyarrow", "your own questions are read with pyarrow: pip install 'ivtp-llava[batch]'")
+        from modeling_ivtp.batch.process import launched
         from modeling_ivtp.evaluation import own
 
         mine = own.OwnOptions(
@@ -97,10 +106,13 @@ def evaluate(
             device=device,
             dtype=dtype,
         )
-        answered = own.evaluate(mine, typer.echo)
-        _write(mine.out, answered, own.page(answered))
+        with launched(device) as state:
+            answered = own.evaluate(mine, typer.echo if state.is_main_process else _say_nothing)
+        if state.is_main_process:
+            _write(mine.out, answered, own.page(answered))
         return
-    _check_installed()
+    _check_installed("lmms_eval", "the benchmarks run in lmms-eval: pip install 'ivtp-llava[eval]'")
+    from modeling_ivtp.batch.process import launched
     from modeling_ivtp.evaluation import paper, run, tables
 
     folders = dict(_folder(entry) for entry in data or [])
@@ -116,15 +128,22 @@ def evaluate(
         dtype=dtype,
         published=not own_prompt,
     )
-    measured = run.run(options, typer.echo)
-    results = tables.summary(measured, options.arms)
-    for arm in results["arms"]:
-        (options.out / f"model-index-{arm}.yaml").write_text(tables.model_index(results, Path(model).name, arm))
-    _write(options.out, results, tables.page(results))
+    with launched(device) as state:
+        measured = run.run(options, typer.echo)
+    if not state.is_main_process:
+        return
     if not measured.scores:
         raise ValueError(
             "no benchmark could be scored: " + "; ".join(f"{n}, {why}" for n, why in measured.left_out.items())
         )
+    results = tables.summary(measured, options.arms)
+    for arm in results["arms"]:
+        (options.out / f"model-index-{arm}.yaml").write_text(tables.model_index(results, Path(model).name, arm))
+    _write(options.out, results, tables.page(results))
+
+
+def _say_nothing(line: str) -> None:
+    """Leave what is to be told to the first process."""
 
 
 def _write(out: Path, results: Mapping[str, Any], page: str) -> None:
@@ -141,8 +160,8 @@ def _folder(entry: str) -> tuple[str, Path]:
     return name, Path(folder).expanduser()
 
 
-def _check_installed() -> None:
+def _check_installed(package: str, message: str) -> None:
     try:
-        import_module("lmms_eval")
+        import_module(package)
     except ImportError as error:
-        raise ImportError("the benchmarks run in lmms-eval: pip install 'ivtp-llava[eval]'") from error
+        raise ImportError(message) from error

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -71,12 +71,8 @@ def run(options: Options) -> Summary:
             f"--out={options.out} lies in the folder of the data, {options.data}, and answers would become data; "
             "choose a folder beside it"
         )
-    state = processes(options.device)
-    try:
+    with launched(options.device) as state:
         return _run(options, state, other)
-    finally:
-        if torch.distributed.is_initialized():
-            state.destroy_process_group()
 
 
 def _run(options: Options, state: PartialState, other: Any) -> Summary:
@@ -152,6 +148,18 @@ def own_device(name: str | None, state: PartialState) -> str | None:
     if state.device.type == "cpu":
         return "cpu"
     return str(state.device) if state.num_processes > 1 else None
+
+
+@contextmanager
+def launched(device: str | None) -> Iterator[PartialState]:
+    """Return a context in which launched processes know each other; one within another leaves that to the outer."""
+    within = torch.distributed.is_initialized()
+    state = processes(device)
+    try:
+        yield state
+    finally:
+        if torch.distributed.is_initialized() and not within:
+            state.destroy_process_group()
 
 
 def processes(device: str | None) -> PartialState:

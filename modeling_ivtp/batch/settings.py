@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..checkpoints.weights import Checkpoint
+from ..trained import adapter, is_adapter
 from .data import Data
 from .options import Options
 
@@ -44,7 +45,7 @@ def compared(options: Options, model: str, data: Data, dtype: torch.dtype, **der
         "id_column": data.id_column,
         "prompt": options.prompt,
         "visual_tokens": options.visual_tokens,
-        "method": options.method,
+        "method": adapter.fingerprint(options.method) if is_adapter(options.method) else options.method,
         "max_new_tokens": options.max_new_tokens,
         "dtype": str(dtype).removeprefix("torch."),
         "batch_size": options.batch_size,

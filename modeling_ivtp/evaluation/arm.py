@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from ..methods import METHODS, Method, make
+from ..methods import METHODS, Method
+from ..trained import adapter, is_adapter, make
 
 UNPRUNED = "none"
 OWN = "ivtp"
 """The method whose options are the checkpoint's own."""
-_DEFAULT_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -23,23 +26,24 @@ class Arm:
     ----------
     method : str, default "ivtp"
         "ivtp" prunes by the checkpoint's own options, "none" not at all, as stock LLaVA; any other name is one of
-        `modeling_ivtp.methods`, with the options of its paper.
+        `modeling_ivtp.methods`, with the options of its paper, or the folder of a trained pruner.
     visual_tokens : int, optional
-        Visual tokens of one image that are left in the end. None: the checkpoint's own number for "ivtp", and 64 for
-        another method.
+        Visual tokens of one image that are left in the end. None: the checkpoint's own number for "ivtp", the saved
+        budget of a trained pruner, and 64 for another method.
 
     Raises
     ------
     ValueError
-        For an unknown method, a number below 1, or a number without pruning.
+        For an unknown method, a folder that holds no trained pruner, a number below 1, or a number without pruning.
     """
 
     method: str = OWN
     visual_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if self.method not in (UNPRUNED, *METHODS):
-            raise ValueError(f"method={self.method!r}; allowed: {UNPRUNED}, {', '.join(METHODS)}")
+        if self.method not in (UNPRUNED, *METHODS) and not self.is_trained:
+            known = f"{UNPRUNED}, {', '.join(METHODS)}"
+            raise ValueError(f"method={self.method!r}; allowed: {known}, or the folder of a trained pruner")
         tokens = self.visual_tokens
         if tokens is not None and (isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1):
             raise ValueError(f"visual_tokens={tokens!r}; allowed: a whole number from 1")
@@ -47,12 +51,22 @@ class Arm:
             raise ValueError(f"visual_tokens={tokens} with method={UNPRUNED!r}, which keeps all of them; leave it out")
 
     @property
-    def name(self) -> str:
-        """The name of the arm in files and tables, such as "fastv@64"."""
-        return "unpruned" if self.method == UNPRUNED else f"{self.method}@{self.visual_tokens or 'own'}"
+    def is_trained(self) -> bool:
+        """Whether the method is the folder of a trained pruner."""
+        return self.method not in METHODS and is_adapter(self.method)
 
-    def _method(self) -> Method:
-        return make(self.method, self.visual_tokens or _DEFAULT_TOKENS)
+    @property
+    def name(self) -> str:
+        """The name of the arm in files and tables, such as "fastv@64"; of a folder its last part."""
+        if self.method == UNPRUNED:
+            return "unpruned"
+        label = Path(self.method).resolve().name if self.is_trained else self.method
+        return f"{label}@{self.visual_tokens or 'own'}"
+
+    @cached_property
+    def pruner(self) -> Method:
+        """What prunes, where it is not the checkpoint itself; a trained pruner is read once."""
+        return make(self.method, self.visual_tokens)
 
     def applied(self, model: Any) -> AbstractContextManager[Any]:
         """Return a context in which a model prunes in this way.
@@ -65,7 +79,7 @@ class Arm:
         if self.method == UNPRUNED:
             return model.pruning(enabled=False)
         if self.method != OWN:
-            return self._method()(model)
+            return self.pruner(model)
         if self.visual_tokens is None:
             return model.pruning()
         # A checkpoint may fix how many tokens the tower hands over; it cannot hand over fewer than are left in the end.
@@ -76,15 +90,27 @@ class Arm:
 
     def described(self, model: Any) -> dict[str, Any]:
         """Return all that decides how a model prunes in this arm, ready for JSON."""
+        if self.is_trained:
+            return {"method": adapter.fingerprint(self.method), "visual_tokens": self.visual_tokens}
         if self.method not in (UNPRUNED, OWN):
-            return {"method": self.method, **asdict(self._method())}
+            return {"method": self.method, **asdict(self.pruner)}
         with self.applied(model):
             return {"method": self.method, **model.pruning_config.to_dict()}
 
 
 def arms_of(methods: Sequence[str], tokens: Sequence[int]) -> list[Arm]:
-    """Return the unpruned arm, and one for each method at each budget; IVTP at 64 if there are none."""
-    return [
+    """Return the unpruned arm, and one for each method at each budget; IVTP at 64 if there are none.
+
+    Raises
+    ------
+    ValueError
+        As `Arm`, and for two arms of one name.
+    """
+    arms = [
         Arm(UNPRUNED),
         *dict.fromkeys(Arm(method, budget) for method in methods or (OWN,) for budget in tokens or (64,)),
     ]
+    name, often = Counter(arm.name for arm in arms).most_common(1)[0]
+    if often > 1:
+        raise ValueError(f"{often} methods have the name {name}; give each folder another one")
+    return arms

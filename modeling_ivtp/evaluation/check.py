@@ -21,7 +21,6 @@ from ..batch.settings import versions
 from ..files.images import load_image
 from ..files.shipped import shipped
 from ..flops import count
-from ..methods import make
 from ..model.compat import cache_of
 from ..serving.answering import explain, kv_bytes
 from ..speed.models import stock_twin
@@ -63,6 +62,7 @@ QUESTIONS = {
 """Questions to the pictures that ship."""
 _SAME_LOGITS = 1e-3
 _EXTENDED = "ivtp-extended"
+_COMPARED = ("ivtp", _EXTENDED, "random")
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,8 @@ class Witness:
     processor : IVTPLlavaProcessor
     asked : sequence of Asked
     extent : Extent
+    methods : sequence of str
+        More methods whose answers are compared, each as in `Arm`; no claim is about them.
     agreement : dict
         Filled by `agreement`: for each arm, where its answers are the unpruned ones, bool (n,).
     key_words : dict
@@ -146,8 +148,28 @@ class Witness:
     processor: Any
     asked: Sequence[Asked]
     extent: Extent = field(default_factory=Extent)
+    methods: Sequence[str] = ()
     agreement: dict[str, np.ndarray] = field(default_factory=dict)
     key_words: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse a model or methods that cannot be measured.
+
+        Raises
+        ------
+        ValueError
+            For quantised weights, methods that do not fit the model, or two of one name.
+        """
+        if getattr(self.model.config, "quantization_config", None) is not None:
+            raise ValueError(
+                "the checkpoint is quantised, and stock LLaVA cannot share its weights; give the one it was made of"
+            )
+        for method in (_EXTENDED, *self.methods):
+            for tokens in self.budgets:
+                with Arm(method, tokens).applied(self.model):
+                    self.model.model.plan()
+        if len({*_COMPARED, *self.labels}) < len(_COMPARED) + len(self.methods):
+            raise ValueError(f"methods {', '.join(self.labels)}; allowed: each once, beside {', '.join(_COMPARED)}")
 
     @cached_property
     def prompts(self) -> list[Prompt]:
@@ -167,6 +189,11 @@ class Witness:
     def budgets(self) -> list[int]:
         """The budgets below the number of patches."""
         return [tokens for tokens in self.extent.budgets if tokens < self.model.config.num_patches]
+
+    @cached_property
+    def labels(self) -> list[str]:
+        """The names of `methods`; a trained pruner has that of its kind, as its folder may be private."""
+        return [Arm(method).pruner.name for method in self.methods]
 
     @property
     def budget(self) -> int:
@@ -341,7 +368,7 @@ def agreement(witness: Witness) -> Iterator[Finding]:
     """Compare answers with those of the unpruned model."""
     unpruned = _answers(witness, Arm("none"))
     for tokens in witness.budgets:
-        for method in ("ivtp", _EXTENDED, "random"):
+        for method in (*_COMPARED, *witness.methods):
             same = [
                 said == wanted for said, wanted in zip(_answers(witness, Arm(method, tokens)), unpruned, strict=True)
             ]
@@ -411,28 +438,13 @@ def report(witness: Witness, findings: Sequence[Finding], *, name: str = "", qui
             "",
             "Answers as without pruning, in %:",
             "",
-            "| visual tokens | IVTP | extended | random |",
-            "|---:|---:|---:|---:|",
+            "| " + " | ".join(["visual tokens", "IVTP", "extended", "random", *witness.labels]) + " |",
+            "|" + "---:|" * (1 + len(_COMPARED) + len(witness.labels)),
         ]
         for tokens in witness.budgets:
-            shares = (witness.agreement[f"{arm}@{tokens}"].mean() for arm in ("ivtp", _EXTENDED, "random"))
+            shares = (witness.agreement[f"{method}@{tokens}"].mean() for method in (*_COMPARED, *witness.methods))
             lines.append(f"| {tokens} | " + " | ".join(f"{share:.0%}".rstrip("%") for share in shares) + " |")
     if witness.key_words:
         lines += ["", "Key words:", ""]
         lines += [f"- {asked.question} {', '.join(witness.key_words[asked.question]) or '(none)'}" for asked in shown]
     return "\n".join(lines) + "\n"
-
-
-def check_fits(model: Any) -> None:
-    """Refuse a model that stock LLaVA cannot be built beside.
-
-    Raises
-    ------
-    ValueError
-        For quantised weights.
-    """
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise ValueError(
-            "the checkpoint is quantised, and stock LLaVA cannot share its weights; give the one it was made of"
-        )
-    make(_EXTENDED, 1).bind(model.config)

@@ -61,6 +61,10 @@ class Benchmark:
         Whether a language model judges the answers.
     note : str
         How its data or scoring differ from Table 1's.
+    answer : str
+        The data set's column of right answers.
+    parts : tuple of str
+        Entries of `Score.more` that the tables show beside the score.
     """
 
     name: str
@@ -70,6 +74,8 @@ class Benchmark:
     changes: Mapping[str, Any] = field(default_factory=dict)
     judge: bool = False
     note: str = ""
+    answer: str = "answer"
+    parts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -232,7 +238,7 @@ _OURS = {
 _VAL = "the validation split; Table 1's is a test split whose answers only its server has"
 
 BENCHMARKS = (
-    Benchmark("vqav2", "VQAv2", "vqav2/vqav2_val.yaml", _by_task("exact_match"), note=_VAL),
+    Benchmark("vqav2", "VQAv2", "vqav2/vqav2_val.yaml", _by_task("exact_match"), note=_VAL, answer="answers"),
     Benchmark("gqa", "GQA", "gqa/gqa.yaml", _gqa),
     Benchmark(
         "vizwiz",
@@ -241,6 +247,7 @@ BENCHMARKS = (
         _by_task("exact_match"),
         {"doc_to_text": vizwiz_question, "generation_kwargs": {"max_new_tokens": 128, "temperature": 0}},
         note=_VAL,
+        answer="answers",
     ),
     Benchmark("scienceqa", "SQA-I", "scienceqa/scienceqa_img.yaml", _scienceqa),
     Benchmark(
@@ -253,9 +260,17 @@ BENCHMARKS = (
             "generation_kwargs": {"max_new_tokens": 128, "temperature": 0},
             "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
         },
+        answer="answers",
     ),
     Benchmark("pope", "POPE", "pope/pope.yaml", _pope),
-    Benchmark("mme", "MME", "mme/mme.yaml", _mme, note="perception of its 2,000 points"),
+    Benchmark(
+        "mme",
+        "MME",
+        "mme/mme.yaml",
+        _mme,
+        note="perception of its 2,000 points",
+        parts=("perception", "cognition"),
+    ),
     Benchmark(
         "mmbench",
         "MMB",
@@ -279,8 +294,16 @@ BENCHMARKS = (
         _seed,
         {"generation_kwargs": {"max_new_tokens": 16, "temperature": 0}, **_OURS},
         note="with its videos, as in Table 1; each as the pictures that the data set holds of it",
+        parts=("image", "video"),
     ),
-    Benchmark("llava_w", "LLaVA-W", "llava-in-the-wild/llava-in-the-wild.yaml", _llava_w, judge=True),
+    Benchmark(
+        "llava_w",
+        "LLaVA-W",
+        "llava-in-the-wild/llava-in-the-wild.yaml",
+        _llava_w,
+        judge=True,
+        answer="gpt_answer",
+    ),
     Benchmark(
         "mmvet",
         "MM-Vet",

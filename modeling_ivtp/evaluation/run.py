@@ -1,4 +1,7 @@
-"""Run the paper's benchmarks in lmms-eval, in several arms: `ivtp evaluate`."""
+"""Run the paper's benchmarks in lmms-eval, in several arms: `ivtp evaluate`.
+
+Processes that accelerate launched share the questions. The first one scores the answers, and tells the others.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from tenacity import RetryError  # of lmms-eval
 
 from ..batch.journal import Journal
+from ..batch.process import launched, own_device
 from ..serving.answering import load_model
 from .arm import Arm
 from .lmms_model import IVTPLlava
@@ -98,7 +105,8 @@ def run(options: Options, tell: Callable[[str], None] = lambda line: None) -> Me
     Returns
     -------
     Measured
-        A benchmark whose data cannot be had, or whose judge fails, is left out by name; the others run.
+        The same in every process. A benchmark whose data cannot be had, or whose judge fails, is left out by name;
+        the others run.
 
     Raises
     ------
@@ -107,12 +115,17 @@ def run(options: Options, tell: Callable[[str], None] = lambda line: None) -> Me
     Exception
         If the model fails; no score takes the place of an answer.
     """
+    with launched(options.device) as state:
+        return _run(options, state, tell if state.is_main_process else lambda line: None)
+
+
+def _run(options: Options, state: PartialState, tell: Callable[[str], None]) -> Measured:
     left_out: dict[str, str] = {}
     for benchmark, what, possible in needs(options):
         tell(f"{benchmark.name}: needs {what}")
         if not possible:
             left_out[benchmark.name] = f"{KEY} is not set"
-    loaded = load_model(options.model, device=options.device, dtype=options.dtype)
+    loaded = load_model(options.model, device=own_device(options.device, state), dtype=options.dtype)
     models = {arm.name: _model(options, arm, loaded) for arm in options.arms}
     options.out.mkdir(parents=True, exist_ok=True)
     scores: dict[str, dict[str, Score]] = {}
@@ -125,6 +138,11 @@ def run(options: Options, tell: Callable[[str], None] = lambda line: None) -> Me
             left_out[benchmark.name] = str(error)
             tell(f"{benchmark.name}: left out, {error}")
     return Measured(scores, left_out, loaded[0].config)
+
+
+def _of_main(value: Any) -> Any:
+    """Return what the first process has, in all of them."""
+    return broadcast_object_list([value])[0]
 
 
 class _Unavailable(Exception):
@@ -153,25 +171,47 @@ def _scores(
     for name, model in models.items():
         file = options.out / benchmark.name / f"{name}.json"
         identity = _identity(options, benchmark, model)
-        before = json.loads(file.read_text()) if file.is_file() else {}
-        if before.get("identity") == identity:
-            samples = before["samples"]
+        samples = _scored_before(file, identity)
+        if _of_main(samples is not None):
             tell(f"{benchmark.name}, {name}: scored before")
         else:
             task = task or _task(options, benchmark)
             file.parent.mkdir(exist_ok=True)
-            samples = _samples(options, task, model, file.with_suffix(f".{identity}-{options.batch_size}.jsonl"))
-        try:
-            found[name] = benchmark.score(samples)
-        except RuntimeError as error:
-            raise _Unavailable(str(error)) from error
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps({"identity": identity, "samples": samples}, default=str))
-        partial.replace(file)
-        for journal in file.parent.glob(f"{glob.escape(name)}.*.jsonl"):
-            journal.unlink()
-        tell(f"{benchmark.name}, {name}: {found[name].value:.1f}")
+            samples = _samples(options, task, model, file.with_suffix(f".{identity}-{_share(options, model)}.jsonl"))
+        score, reason = None, None
+        if model.rank == 0:
+            try:
+                score = benchmark.score(samples or [])
+            except RuntimeError as error:
+                reason = str(error)
+            else:
+                _write(file, {"identity": identity, "samples": samples})
+        score, reason = _of_main((score, reason))
+        if reason is not None:
+            raise _Unavailable(reason)
+        found[name] = score
+        tell(f"{benchmark.name}, {name}: {score.value:.1f}")
     return found
+
+
+def _scored_before(file: Path, identity: str) -> list[dict[str, Any]] | None:
+    """Return the samples in a file, if all that decides them is as it was."""
+    before = json.loads(file.read_text()) if file.is_file() else {}
+    return before["samples"] if before.get("identity") == identity else None
+
+
+def _share(options: Options, model: IVTPLlava) -> str:
+    """Name what decides which questions a process answers side by side."""
+    return f"{options.batch_size}-{model.rank}-of-{model.world_size}"
+
+
+def _write(file: Path, content: Mapping[str, Any]) -> None:
+    """Write the samples of an arm, and remove the journals of their questions."""
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(content, default=str))
+    partial.replace(file)
+    for journal in file.parent.glob(f"{glob.escape(file.stem)}.*.jsonl"):
+        journal.unlink()
 
 
 def _identity(options: Options, benchmark: Benchmark, model: IVTPLlava) -> str:
@@ -183,9 +223,15 @@ def _identity(options: Options, benchmark: Benchmark, model: IVTPLlava) -> str:
         benchmark.file,
         changes,
         str(options.limit),
-        "" if data is None else str(data.resolve()),
+        *([] if data is None else _state(data)),
     ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _state(folder: Path) -> list[str]:
+    """Tell the Parquet files of a folder from those before a change."""
+    files = [(file.resolve(), file.stat()) for file in sorted(folder.rglob("*.parquet"))]
+    return [f"{file} {stat.st_size} {stat.st_mtime_ns}" for file, stat in files]
 
 
 def task_config(benchmark: Benchmark, data: Path | None = None) -> dict[str, Any]:
@@ -196,6 +242,11 @@ def task_config(benchmark: Benchmark, data: Path | None = None) -> dict[str, Any
     benchmark : Benchmark
     data : Path, optional
         A folder with the data set, whose rows hold their pictures, in place of the Hub's.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder has no file of the benchmark's split.
     """
     import lmms_eval.tasks
     from lmms_eval.utils import load_yaml_config
@@ -204,32 +255,75 @@ def task_config(benchmark: Benchmark, data: Path | None = None) -> dict[str, Any
     config = dict(load_yaml_config(str(file), mode="full")) | dict(benchmark.changes)
     for name in ("tag", "group", "model_specific_generation_kwargs"):
         config.pop(name, None)
+    # Public data need no account; where there is one, its token is sent.
+    config["dataset_kwargs"] = {name: value for name, value in config["dataset_kwargs"].items() if name != "token"}
     if data is not None:
         config |= {
-            "dataset_path": str(data.resolve()),
+            "dataset_path": "parquet",
             "dataset_name": None,
-            "dataset_kwargs": None,
+            "dataset_kwargs": {"data_files": {config["test_split"]: _files(data, config["test_split"])}},
             "process_docs": None,
         }
     return config
 
 
+def _files(folder: Path, split: str) -> list[str]:
+    """Return the Parquet files of a split, wherever they lie in a folder.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is none.
+    """
+    found = [
+        str(file.resolve())
+        for file in sorted(folder.rglob("*.parquet"))
+        if file.stem == split or file.name.startswith(f"{split}-")
+    ]
+    if not found:
+        raise FileNotFoundError(f"the folder has no file {split}.parquet or {split}-*.parquet")
+    return found
+
+
 def _task(options: Options, benchmark: Benchmark) -> Any:
     from lmms_eval.api.task import ConfigurableMessagesTask
 
-    config = task_config(benchmark, options.data.get(benchmark.name))
+    task, reason = None, None
     try:
-        return ConfigurableMessagesTask(config=config, model_name="ivtp_llava")
+        config = task_config(benchmark, options.data.get(benchmark.name))
+        task = ConfigurableMessagesTask(config=config, model_name="ivtp_llava")
     except Exception as error:  # data sets fail in many ways: no network, no permission, no such split
-        raise _Unavailable(f"its data set cannot be had ({type(error).__name__}: {_first_line(error)})") from error
+        reason = f"its data set cannot be had ({_told(error)})"
+    else:
+        reason = _without_answers(task, benchmark.answer, options.limit)
+    # Where one process has no data, the others would wait for its answers.
+    if reasons := [each for each in gather_object([reason]) if each is not None]:
+        raise _Unavailable(reasons[0])
+    return task
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:200]
+def _without_answers(task: Any, column: str, limit: int | None) -> str | None:
+    """Say which rows of a task's data have no right answer; None if all have one."""
+    rows = task.eval_docs
+    if column not in rows.column_names:
+        return f"its data have no column {column}"
+    right = rows.select_columns([column])[:limit][column]
+    missing = [number for number, answer in enumerate(right) if answer is None or answer in ("", [])]
+    return f"{len(missing)} of its rows have no {column}, the first is row {missing[0]}" if missing else None
 
 
-def _samples(options: Options, task: Any, model: IVTPLlava, journal: Path) -> list[dict[str, Any]]:
-    """Return what the harness logs of every question; the journal holds the answers of a run that was stopped."""
+def _told(error: BaseException) -> str:
+    """Return an error in one line; of one that says how often something was tried, what happened the last time."""
+    if isinstance(error, RetryError):
+        error = error.last_attempt.exception() or error
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
+def _samples(options: Options, task: Any, model: IVTPLlava, journal: Path) -> list[dict[str, Any]] | None:
+    """Return what the harness logs of every question; the journal holds the answers of a run that was stopped.
+
+    Other processes than the first get None.
+    """
     from lmms_eval import evaluator
     from lmms_eval.tasks import TaskManager
 
@@ -247,7 +341,8 @@ def _samples(options: Options, task: Any, model: IVTPLlava, journal: Path) -> li
     finally:
         model.model, model.journal = module, None
         task.instances.clear()
-    assert found is not None  # other processes than the first get nothing, and this command runs in one
+    if found is None:
+        return None
     (samples,) = found["samples"].values()
     kept = ("doc_id", "doc", "filtered_resps", "token_counts")
     shown = [{name: value for name, value in sample.items() if name in kept or _is_score(value)} for sample in samples]

@@ -8,8 +8,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..files.tables import markdown_table
-from ..flops import count_named
-from .arm import UNPRUNED, Arm
+from ..flops import count, count_named
+from .arm import OWN, UNPRUNED, Arm
 from .intervals import bootstrap_interval, paired_interval
 from .paper import BENCHMARKS, PRINTED, Measured, Score
 
@@ -19,9 +19,11 @@ TEXT_TOKENS = 512
 
 def costs(config: Any, arm: Arm) -> dict[str, Any]:
     """Return TFLOPs at 512 text tokens, and an arm's final and layer-averaged visual tokens."""
-    name = "unpruned" if arm.method == UNPRUNED else arm.method
-    tokens = config.num_patches if arm.method == UNPRUNED else arm.visual_tokens or config.pruning.visual_tokens
-    counted = count_named(config, name, tokens, text_tokens=TEXT_TOKENS)
+    if arm.method == UNPRUNED:
+        counted = count_named(config, "unpruned", config.num_patches, text_tokens=TEXT_TOKENS)
+    else:
+        own = arm.method == OWN and arm.visual_tokens is None
+        counted = count(config, None if own else arm.pruner, text_tokens=TEXT_TOKENS)
     return {
         "tflops": counted.total_tflops,
         "final_tokens": counted.layer_tokens[-1],
@@ -101,6 +103,8 @@ def page(results: Mapping[str, Any]) -> str:
         f"shown. MME is normalised by its maximum. TFLOPs are for {TEXT_TOKENS} text tokens.\n"
     )
     parts += ["## Intervals over questions, 95%\n", _intervals(results, scored)]
+    if any(benchmark.parts for benchmark in scored):
+        parts += ["## Parts of a score\n", _parts(results, scored)]
     if results["left_out"]:
         parts += ["## Left out\n", *(f"- {name}: {reason}" for name, reason in results["left_out"].items())]
     notes = [benchmark for benchmark in scored if benchmark.note]
@@ -127,6 +131,17 @@ def _intervals(results: Mapping[str, Any], scored: list[Any]) -> str:
         for score in [row["scores"][benchmark.name]]
     ]
     return markdown_table(header, lines)
+
+
+def _parts(results: Mapping[str, Any], scored: list[Any]) -> str:
+    lines = [
+        [benchmark.title, name, ", ".join(f"{part} {score[part]:.1f}" for part in benchmark.parts if part in score)]
+        for benchmark in scored
+        if benchmark.parts
+        for name, row in results["arms"].items()
+        for score in [row["scores"][benchmark.name]]
+    ]
+    return markdown_table(["benchmark", "arm", "parts"], lines)
 
 
 def _span(ends: Any, form: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -38,6 +39,20 @@ def is_adapter(folder: str | os.PathLike[str]) -> bool:
     """Return whether a folder holds a trained pruner."""
     file = Path(folder, CONFIG)
     return file.is_file() and "pruner" in _read(file)
+
+
+def fingerprint(folder: str | os.PathLike[str]) -> str:
+    """Return 64 hexadecimal digits of a trained pruner's options and weights.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a file is missing.
+    """
+    found = hashlib.sha256()
+    for name in (CONFIG, WEIGHTS):
+        found.update(hashlib.sha256(Path(folder, name).read_bytes()).digest())
+    return found.hexdigest()
 
 
 def describe_base(model: Any) -> dict[str, Any]:

@@ -9,9 +9,12 @@ import pytest
 import torch
 
 import ivtp_cli
+from modeling_ivtp import trained
 from modeling_ivtp.evaluation import check
 from modeling_ivtp.evaluation.check import CONTRADICTED, OPEN, SUPPORTED, Asked, Extent, Witness
 from modeling_ivtp.serving.answering import load_model
+from tests.support.tiny import tiny_model
+from tests.support.trained import ready
 
 pytestmark = pytest.mark.slow
 
@@ -63,6 +66,29 @@ def test_answers_are_compared_with_unpruned_ones(witness: Witness, monkeypatch: 
     assert verdicts(witness, check.agreement) == [CONTRADICTED, SUPPORTED]
 
 
+def test_more_methods_are_compared_by_the_names_of_their_kinds(
+    witness: Witness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready(trained.LVPruning(ratio=0.6), witness.model).save(tmp_path / "secret")
+    more = Witness(witness.model, witness.processor, witness.asked, SMALL, [str(tmp_path / "secret"), "fastv"])
+    said = {"none": "abcde", "fastv": "abcdx", str(tmp_path / "secret"): "abxxx"}
+    monkeypatch.setattr(check, "_answers", lambda _, arm: list(said.get(arm.method, "xxxxx")))
+    findings = list(check.agreement(more))
+    report = check.report(more, findings)
+    assert len(findings) == 2
+    assert "| visual tokens | IVTP | extended | random | lvpruning | fastv |\n|---:|---:|---:|---:|---:|---:|" in report
+    assert "| 16 | 0 | 0 | 0 | 40 | 80 |" in report
+    assert "secret" not in report
+    with pytest.raises(ValueError, match="methods fastv, fastv; allowed: each once, beside ivtp"):
+        Witness(witness.model, witness.processor, witness.asked, SMALL, ["fastv", "fastv"])
+
+
+def test_a_pruner_of_another_base_is_refused_before_anything_is_measured(witness: Witness, tmp_path: Path) -> None:
+    ready(trained.LVPruning(ratio=0.6), tiny_model()).save(tmp_path / "pruner")
+    with pytest.raises(ValueError, match="lvpruning: this model has hidden_size="):
+        Witness(witness.model, witness.processor, witness.asked, SMALL, [str(tmp_path / "pruner")])
+
+
 def test_what_cannot_be_measured_is_open_and_the_others_go_on(
     witness: Witness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,6 +134,7 @@ def test_the_command_writes_a_report_without_anything_private(
     ("arguments", "message"),
     [
         (["--image", "a.jpg"], "1 --image and 0 --question"),
+        (["--method", "magic"], "method='magic'; allowed: none, random"),
         (["--out", "nowhere/report.md"], "--out=nowhere/report.md; allowed: a file in a folder that exists"),
     ],
 )

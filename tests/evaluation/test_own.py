@@ -1,7 +1,10 @@
 """Own questions: answered by the engine of `ivtp batch`, scored by a metric, compared with the unpruned model."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +61,26 @@ def test_arms_are_compared_on_own_questions(
     assert pruned["final_tokens"] == 1
     assert unpruned["difference_interval"] == [0, 0]
     assert "| ivtp@1 |" in (out / "table.md").read_text()
+
+
+@pytest.mark.subprocess
+def test_two_processes_score_as_one(questions: Path, tmp_path: Path) -> None:
+    found = []
+    for name, launcher in (("one", ()), ("two", ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"))):
+        command = [sys.executable, *launcher, "-m", "modeling_ivtp.cli", "evaluate", "--model", str(MINIATURE)]
+        options = ["--questions", str(questions), "--metric", "exact_word", "--device", "cpu", "--dtype", "float32"]
+        done = subprocess.run(
+            [*command, *options, "--out", str(tmp_path / name)],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            timeout=1200,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("ivtp@64: ") == 1
+        found.append(json.loads((tmp_path / name / "results.json").read_text()))
+    assert found[0] == found[1]
+    assert found[0]["arms"]["unpruned"]["score"] > 50
 
 
 def test_answers_are_read_as_the_metric_takes_them(tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +23,8 @@ pytest.importorskip(
 )
 
 import ivtp_cli
-from modeling_ivtp.evaluation import paper, run
+from benchmarks.quality.world import sample_questions
+from modeling_ivtp.evaluation import paper, run, tables
 from modeling_ivtp.evaluation.answerer import Answerer, Reply
 from modeling_ivtp.evaluation.arm import Arm
 from modeling_ivtp.evaluation.prompts import VICUNA
@@ -359,11 +363,51 @@ def test_what_cannot_be_had_is_left_out_by_name_and_the_others_run(
     )
     assert list(found.scores) == ["gqa"]
     assert found.left_out["mmvet"] == "OPENAI_API_KEY is not set"
-    assert found.left_out["pope"].startswith("its data set cannot be had (")
+    assert found.left_out["pope"] == (
+        "its data set cannot be had (FileNotFoundError: the folder has no file test.parquet or test-*.parquet)"
+    )
+    online = run.run(options(folders, tmp_path / "online", "gqa", "pope", given=("gqa",)))
+    assert re.match(r"its data set cannot be had \((?!RetryError)\w+: .*POPE", online.left_out["pope"])
     assert (
         "mmvet: needs its data set from the Hub and a judge, with its key in OPENAI_API_KEY, which is not set"
         in told[2]
     )
+
+
+@pytest.mark.parametrize(
+    ("answers", "reason"),
+    [
+        (["left", None, ""], "2 of its rows have no answer, the first is row 1"),
+        (None, "its data have no column answer"),
+    ],
+)
+def test_rows_without_answers_are_no_wrong_answers(
+    answers: Any, reason: str, folders: dict[str, Path], asked: dict[str, list[Any]], tmp_path: Path
+) -> None:
+    rows = [
+        {"question": f"Where? ({n})", "image": png()} | ({"answer": answers[n]} if answers else {}) for n in range(3)
+    ]
+    (tmp_path / "gqa").mkdir()
+    table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    table.to_parquet(tmp_path / "gqa" / "testdev-00000-of-00001.parquet")
+    asked["answers"] = FIXTURES["pope"].answers
+    found = run.run(options(folders | {"gqa": tmp_path / "gqa"}, tmp_path / "out", "gqa", "pope"))
+    assert found.left_out == {"gqa": reason}
+    assert list(found.scores) == ["pope"]
+    assert not any("Where?" in prompt.text for prompt in asked["now"])
+    if answers is not None:
+        some = run.run(options({"gqa": tmp_path / "gqa"}, tmp_path / "some", "gqa", limit=1))
+        assert list(some.scores) == ["gqa"]
+
+
+def test_parts_of_a_score_stand_in_the_table(
+    folders: dict[str, Path], asked: dict[str, list[Any]], tmp_path: Path
+) -> None:
+    asked["answers"] = FIXTURES["seed"].answers
+    chosen = options(folders, tmp_path, "seed")
+    page = tables.page(tables.summary(run.run(chosen), chosen.arms))
+    assert "| SEED | unpruned | image 100.0, video 50.0 |" in page
+    assert "| unpruned | 80.0 | 80.0 |" in page
 
 
 def test_a_crash_of_the_model_is_no_missing_benchmark(
@@ -402,6 +446,40 @@ def test_the_command_writes_table_1(
     assert "| *IVTP (printed)* | 60.4 | 60.4 |  | 8.2 |" in page
     assert "| ivtp@64 | 60.0 | 60.0 | 100.0% |" in page
     assert "model-index:" in (out / "model-index-ivtp@64.yaml").read_text()
+    alone = ("--benchmarks", "mmvet", "--model", str(MINIATURE), "--device", "cpu", "--out", str(tmp_path / "none"))
+    assert ivtp_cli.main(["evaluate", *alone]) == 1
+    assert "no benchmark could be scored: mmvet, OPENAI_API_KEY is not set" in capsys.readouterr().err
+    assert not (tmp_path / "none" / "results.json").exists()
+
+
+@pytest.mark.subprocess
+def test_two_processes_score_as_one(tmp_path: Path) -> None:
+    scenes = sample_questions("test", 7)
+    rows = [
+        {"image": Image.fromarray(scene.pixels), "question": asked.text, "answer": asked.answer, "id": str(n)}
+        for n, (scene, asked) in enumerate(scenes)
+    ]
+    (tmp_path / "gqa").mkdir()
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "gqa" / "testdev-00000-of-00001.parquet")
+    found = {}
+    for name, launcher in (("one", ()), ("two", ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"))):
+        command = [sys.executable, *launcher, "-m", "modeling_ivtp.cli", "evaluate", "--model", str(MINIATURE)]
+        options = ["--benchmarks", "gqa,pope", "--data", f"gqa={tmp_path / 'gqa'}", "--batch-size", "2"]
+        where = ["--out", str(tmp_path / name), "--device", "cpu", "--dtype", "float32", "--own-prompt"]
+        done = subprocess.run(
+            [*command, *options, *where],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            timeout=1200,
+        )
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        assert done.stdout.count("gqa, ivtp@64: ") == 1
+        found[name] = json.loads((tmp_path / name / "results.json").read_text())
+        assert not list((tmp_path / name / "gqa").glob("*.jsonl"))
+    assert found["one"] == found["two"]
+    assert found["one"]["arms"]["unpruned"]["scores"]["gqa"]["value"] > 50
+    assert list(found["two"]["left_out"]) == ["pope"]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """From a benchmark's chat to a prompt, its generation arguments, and the arm that answers."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,11 +9,14 @@ import torch
 from PIL import Image
 from transformers import LlavaImageProcessor
 
+from modeling_ivtp import trained
 from modeling_ivtp.evaluation.answerer import DEFAULT_NEW_TOKENS, Generation
-from modeling_ivtp.evaluation.arm import Arm
+from modeling_ivtp.evaluation.arm import Arm, arms_of
 from modeling_ivtp.evaluation.prompts import VICUNA, as_square, prompt_of
+from modeling_ivtp.evaluation.tables import costs
 from tests.support.text_tokenizers import processor as make_processor
-from tests.support.tiny import SIDE, tiny_model
+from tests.support.tiny import SIDE, prompt, tiny_model
+from tests.support.trained import ROWS, ready
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role != 'system' %}{{ m.role.upper() }}: {% endif %}{% for p in m.content %}"
@@ -156,3 +160,41 @@ def test_an_arm_prunes_as_it_says_and_leaves_no_trace() -> None:
     assert described[1] == described[2]
     assert len({str(each) for each in described}) == 4
     assert described[4]["keep"] == 2
+
+
+def test_a_trained_pruner_s_folder_is_an_arm(tmp_path: Path) -> None:
+    model = tiny_model()
+    method = ready(trained.LVPruning(ratio=0.6), model)
+    method.save(tmp_path / "mine")
+    arms = arms_of([str(tmp_path / "mine"), "fastv"], [3])
+    assert [arm.name for arm in arms] == ["unpruned", "mine@3", "fastv@3"]
+    with method.changed(keep=3)(model):
+        wanted = model(**prompt(ROWS)).logits
+    with arms[1].applied(model):
+        assert model.model.plan().final_tokens == 3
+        assert torch.equal(model(**prompt(ROWS)).logits, wanted)
+    with Arm(str(tmp_path / "mine")).applied(model):
+        own = model.model.plan()
+    with method(model):
+        assert model.model.plan() == own
+    before = arms[1].described(model)
+    assert before != Arm(str(tmp_path / "mine"), 4).described(model)
+    ready(trained.LVPruning(ratio=0.6), model, seed=4).save(tmp_path / "mine", overwrite=True)
+    assert arms[1].described(model) != before
+    (tmp_path / "other").mkdir()
+    method.save(tmp_path / "other" / "mine")
+    with pytest.raises(ValueError, match="2 methods have the name mine@3; give each folder another one"):
+        arms_of([str(tmp_path / "mine"), str(tmp_path / "other" / "mine")], [3])
+    with pytest.raises(ValueError, match="or the folder of a trained pruner"):
+        Arm(str(tmp_path / "other"))
+
+
+def test_the_cost_of_a_trained_pruner_is_counted(tmp_path: Path) -> None:
+    model = tiny_model()
+    ready(trained.LVPruning(ratio=0.6), model).save(tmp_path / "mine")
+    mine, unpruned = (costs(model.config, arm) for arm in (Arm(str(tmp_path / "mine"), 3), Arm("none")))
+    assert mine["final_tokens"] == 3
+    assert unpruned["final_tokens"] == 16
+    assert mine["tflops"] != unpruned["tflops"]
+    own, same = costs(model.config, Arm()), costs(model.config, Arm("ivtp", model.config.pruning.visual_tokens))
+    assert own == same
