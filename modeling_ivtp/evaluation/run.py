@@ -256,7 +256,8 @@ def task_config(benchmark: Benchmark, data: Path | None = None) -> dict[str, Any
     for name in ("tag", "group", "model_specific_generation_kwargs"):
         config.pop(name, None)
     # Public data need no account; where there is one, its token is sent.
-    config["dataset_kwargs"] = {name: value for name, value in config["dataset_kwargs"].items() if name != "token"}
+    kept = {name: value for name, value in (config.get("dataset_kwargs") or {}).items() if name != "token"}
+    config["dataset_kwargs"] = kept or None
     if data is not None:
         config |= {
             "dataset_path": "parquet",

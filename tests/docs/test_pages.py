@@ -52,6 +52,7 @@ ELSEWHERE = {
     "ivtp check": "tests/evaluation/test_check.py, on the miniature; it takes minutes",
     "ivtp evaluate": "tests/evaluation/, with a harness in an environment of its own",
     "lmms-eval": "tests/evaluation/, with make eval-test",
+    "mkdir -p out/gqa": "copies what lmms_task wrote, for ivtp evaluate",
     "git clone": "needs this repository's address",
     "ivtp bench --shape llava": "takes hours; docs/speed.md has a small shape",
     "ivtp train -m": "needs LLaVA's data and GPUs; tests/training/ trains a tiny model",

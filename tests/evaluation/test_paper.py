@@ -37,9 +37,9 @@ SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 
 
-def png(width: int = 12, height: int = 8) -> dict[str, Any]:
+def png(width: int = 12, height: int = 8, red: int = 200) -> dict[str, Any]:
     file = io.BytesIO()
-    Image.new("RGB", (width, height), (200, 30, 30)).save(file, "png")
+    Image.new("RGB", (width, height), (red, 30, 30)).save(file, "png")
     return {"bytes": file.getvalue(), "path": None}
 
 
@@ -75,7 +75,8 @@ def science(n: int, answer: int, hint: str = "") -> dict[str, Any]:
 
 def seed(n: int, answer: str, kind: str = "image") -> dict[str, Any]:
     row = {"question": f"What? ({n})", "answer": answer, "data_type": kind, "question_id": str(n)}
-    return row | {f"choice_{letter}": f"thing {letter}" for letter in "abcd"}
+    frames = [png(red=10 * frame) for frame in range(8)] if kind == "video" else [png()]
+    return row | {"image": frames} | {f"choice_{letter}": f"thing {letter}" for letter in "abcd"}
 
 
 FIXTURES = {
@@ -228,7 +229,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, fixture in FIXTURES.items():
         made[name] = tmp_path_factory.mktemp(name)
         (made[name] / "data").mkdir()
-        rows = [row | {"image": [png()] if name in LISTS else png()} for row in fixture.rows]
+        rows = [{"image": png()} | row for row in fixture.rows]
         table = datasets.Dataset.from_list(rows)
         kind = datasets.Sequence(datasets.Image()) if name in LISTS else datasets.Image()
         table.cast_column("image", kind).to_parquet(made[name] / "data" / f"{fixture.split}-00000-of-00001.parquet")
@@ -309,6 +310,7 @@ def test_every_benchmark_is_asked_and_scored_as_published(
         assert first.text == f"{VICUNA} USER: <image>\n{fixture.prompt} ASSISTANT:", name
         assert {image.size for prompt in asked["now"] for image in prompt.images} == {(12, 12)}
         assert len(asked["now"]) == len(fixture.rows)
+        assert {len(prompt.images) for prompt in asked["now"]} == {1}
         assert found.scores[name]["unpruned"].value == pytest.approx(fixture.score), name
 
 
@@ -406,6 +408,8 @@ def test_parts_of_a_score_stand_in_the_table(
     asked["answers"] = FIXTURES["seed"].answers
     chosen = options(folders, tmp_path, "seed")
     page = tables.page(tables.summary(run.run(chosen), chosen.arms))
+    shades = [prompt.images[0].getpixel((6, 6))[0] for prompt in sorted(asked["now"], key=lambda each: each.text)]
+    assert shades == [200, 200, 200, 40, 40]
     assert "| SEED | unpruned | image 100.0, video 50.0 |" in page
     assert "| unpruned | 80.0 | 80.0 |" in page
 
