@@ -16,7 +16,7 @@ TOWERS ?= $(wildcard benchmarks/quality/towers/$(RECIPE)-$(SEED).safetensors)
 # beside other work on two cores, spinning made a step take three times as long.
 TRAIN := OMP_WAIT_POLICY=PASSIVE MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=8000000000 $(RUN)/python -m benchmarks.quality
 
-.PHONY: help setup demo space cards quality miniature test test-fast test-oldest test-clients eval-test vllm-env vllm-test lint docs clean
+.PHONY: help setup demo space cards quality miniature retrained test test-fast test-oldest test-clients eval-test vllm-env vllm-test lint docs clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -46,6 +46,9 @@ miniature: setup  ## train a miniature from nothing with SEED by RECIPE (taught,
 	$(if $(TOWERS),,$(TRAIN).train_clip --recipe $(RECIPE) --out $(TRAINED)/clip --seed $(SEED))
 	$(TRAIN).train_llava --clip $(or $(TOWERS),$(TRAINED)/clip) --out $(TRAINED)/llava --seed $(SEED)
 	$(TRAIN).assemble --clip $(or $(TOWERS),$(TRAINED)/clip) --llava $(TRAINED)/llava --out $(TRAINED)/model
+
+retrained: setup  ## retrain all systems of the tables on MODEL, and the unpruned control as long, with SEED: benchmarks/results
+	$(TRAIN).retrain_all --model $(MODEL) --states out/retrained --seed $(SEED)
 
 test: setup  ## all tests
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest --numprocesses 2 --dist loadfile

@@ -136,6 +136,68 @@ def _scale_panel(axes: Any, every: Sequence[float], ticks: Sequence[float]) -> N
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
 
+def tokens_of_pictures(kept: Mapping[str, Sequence[int]], patches: int, layers: int) -> list[float]:
+    """Return how many visual tokens a decoder layer gets of each picture, averaged over all layers.
+
+    Parameters
+    ----------
+    kept : mapping
+        Tokens that stay of each picture after a layer, by its number as a string, from 0 on.
+    patches, layers : int
+        Of a whole picture, and of the decoder.
+    """
+    tops = sorted(map(int, kept))
+    spans = [after - top for top, after in zip(tops, [*tops[1:], layers - 1], strict=True)]
+    counts = zip(*(kept[str(top)] for top in tops), strict=True)
+    whole = patches * (tops[0] + 1)
+    return [(whole + sum(n * span for n, span in zip(own, spans, strict=True))) / layers for own in counts]
+
+
+def plot_kept(rows: Sequence[Row], types: Sequence[str], patches: int, layers: int) -> Any:
+    """Draw how many tokens adaptive systems keep of a picture, by the type of the question: a matplotlib Figure.
+
+    Parameters
+    ----------
+    rows : sequence of mapping
+        Those without tokens of single pictures (`kept`) are left out; if there are no others, the figure is None.
+    types : sequence of str
+        The type of each question, of which each has one picture.
+    patches, layers : int
+        As in `tokens_of_pictures`.
+    """
+    from matplotlib.figure import Figure
+
+    adaptive = [row for row in rows if row.get("kept")]
+    if not adaptive:
+        return None
+    kinds = list(dict.fromkeys(types))
+    figure = Figure(
+        figsize=(1.6 + 3.8 * len(adaptive), 1.4 + 0.32 * len(kinds)), layout="constrained", facecolor="white"
+    )
+    panels = figure.subplots(1, len(adaptive), sharey=True, squeeze=False)[0]
+    for axes, row in zip(panels, adaptive, strict=True):
+        tokens = tokens_of_pictures(row["kept"], patches, layers)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.spines["bottom"].set_color(_MUTED)
+        axes.tick_params(colors=_MUTED, length=0, labelsize=9)
+        axes.grid(axis="x", color=_FAINT, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.axvline(sum(tokens) / len(tokens), color=_MUTED, lw=1.0, ls=(0, (5, 3)))
+        for place, kind in enumerate(reversed(kinds)):
+            own = [n for n, of in zip(tokens, types, strict=False) if of == kind]
+            axes.plot(own, [place] * len(own), marker="|", ms=9, mew=1.0, lw=0, color="#0072b2", alpha=0.45)
+            axes.plot(sum(own) / len(own), place, marker="o", ms=6, color=_INK, zorder=4)
+        axes.set_yticks(range(len(kinds)), [kind.replace("_", " ") for kind in reversed(kinds)])
+        axes.set_ylim(-0.6, len(kinds) - 0.4)
+        axes.set_title(row["method"], loc="left", fontsize=10, color=_INK, fontweight="bold", pad=6)
+        axes.set_xlabel("visual tokens of a picture, averaged over layers", color=_MUTED, fontsize=9)
+    figure.suptitle(
+        "Tokens by question type: pictures (lines), their mean (dot), the mean of all (dashed)",
+        x=0.01, ha="left", fontsize=10, color=_MUTED,
+    )  # fmt: skip
+    return figure
+
+
 def plot(results: Mapping[str, Any], axis: str) -> Any:
     """Draw accuracy against visual tokens or TFLOPs, one line per method with its interval: a matplotlib Figure.
 

@@ -1,46 +1,86 @@
-"""The paper's second mode: the decoder is fine-tuned with pruning on, at one budget, and learns to use what is left.
+"""The paper's second mode: a system is fine-tuned as it prunes, and learns to use what is left.
 
     python -m benchmarks.quality.retrain --model examples/miniature --visual-tokens 16 --state out/retrain-16 \\
         --out out/miniature-16
 
-Projector and decoder are trained through the same engine that answers; the tower, which chooses, stays frozen.
+retrains IVTP at one budget, and `benchmarks.quality.retrain_all` every system of the tables. All see the same scenes
+and questions, drawn from the numbers of seed and step. The vision tower and CLIP's text half stay frozen.
 """
 
 import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import typer
 from PIL import Image
 
 from benchmarks.quality import command
 from benchmarks.quality.checkpoint import check_world, checkpoint_fingerprint
 from benchmarks.quality.loop import TrainingRun, cosine_rate, drawn_ahead, optimize, optimizers_of, precision, set_up
+from benchmarks.quality.retrained_rows import LEARNS
 from benchmarks.quality.world import SIDE, Question, Scene, draw_scene, questions
-from modeling_ivtp import IVTPLlavaConfig
+from modeling_ivtp import IVTPLlavaConfig, IVTPLlavaForConditionalGeneration
 from modeling_ivtp.files.folder import check_target, new_folder
+from modeling_ivtp.methods import Method
 from modeling_ivtp.model.outputs import take_images
-from modeling_ivtp.serving.answering import load_model, set_budget
+from modeling_ivtp.model.placeholders import complete_processor
+from modeling_ivtp.serving.answering import load_model
+from modeling_ivtp.trained import PrunerTraining
+from modeling_ivtp.training.parts import PrunedBy, training_module
 
 _FIRST = 500_000_000
 """Index of the first scene; earlier training used the ones before."""
+_OF_A_SEED = 10_000_000
 SCENES, QUESTIONS = 8, 4
-MUON, ADAM = 5e-4, 1e-4
-"""Peak learning rates. Four times as much made the model forget: accuracy fell by 5 points in 60 steps."""
+MUON, ADAM, NEW = 5e-4, 1e-4, 1e-3
+"""Peak learning rates; `NEW` is that of modules that start from nothing. Four times as much of the others made the
+model forget: accuracy fell by 5 points in 60 steps."""
 
 
-def draw_questions(step: int, side: int = SIDE) -> list[tuple[Scene, Question]]:
+@dataclass(frozen=True)
+class Course:
+    """How long a system is trained, and on how much; the same for all that are compared.
+
+    Attributes
+    ----------
+    steps : int
+    scenes, questions : int
+        Of a step; each scene has as many questions.
+    seed : int
+        Of the scenes, of new modules, and of what training draws.
+    """
+
+    steps: int = 400
+    scenes: int = SCENES
+    questions: int = QUESTIONS
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("scenes", 1), ("questions", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}={value!r}; allowed: a whole number of at least {least}.")
+
+    def rate(self, step: int) -> float:
+        """Return the share of the peak learning rates: a warm-up of a quarter, at most 100 steps, then a cosine."""
+        return cosine_rate(step, self.steps, warm_up=max(1, min(100, self.steps // 4)))
+
+
+def draw_questions(step: int, side: int = SIDE, course: Course | None = None) -> list[tuple[Scene, Question]]:
     """Draw the scenes of a step and their questions, with idle words."""
-    draw = np.random.Generator(np.random.PCG64([13, step]))
-    scenes = [draw_scene("train", _FIRST + step * SCENES + row, side=side) for row in range(SCENES)]
-    return [
-        (scene, question)
-        for scene in scenes
-        for question in questions(scene, QUESTIONS, variant=int(draw.integers(1 << 30)))
-    ]
+    course = course or Course()
+    draw = np.random.Generator(np.random.PCG64([13, step, *([course.seed] if course.seed else [])]))
+    first = _FIRST + course.seed * _OF_A_SEED + step * course.scenes
+    scenes = [draw_scene("train", first + row, side=side) for row in range(course.scenes)]
+    asked = []
+    for scene in scenes:
+        found = questions(scene, course.questions, variant=int(draw.integers(1 << 30)))
+        asked += [(scene, found[number % len(found)]) for number in range(course.questions)]
+    return asked
 
 
 def prepared(processor: Any, asked: list[tuple[Scene, Question]]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -59,6 +99,141 @@ def prepared(processor: Any, asked: list[tuple[Scene, Question]]) -> tuple[dict[
     return dict(inputs), labels
 
 
+def load_base(model: Path, connector: Mapping[str, Any] | None, seed: int, device: str) -> tuple[Any, Any]:
+    """Load the miniature, with a new connector where one is wanted, and its processor."""
+    llava, processor = load_model(model, device=device, dtype="float32")
+    check_world(llava, processor)
+    if connector is not None:
+        torch.manual_seed(seed)
+        llava = IVTPLlavaForConditionalGeneration.from_llava(model, connector=dict(connector), dtype=torch.float32)
+        llava = llava.to(device).eval()
+        complete_processor(processor, llava.config)
+    return llava, processor
+
+
+def retrain(
+    llava: Any,
+    processor: Any,
+    pruned_by: PrunedBy,
+    learns: Sequence[str],
+    course: Course,
+    state: Path,
+    model: Path,
+) -> tuple[Method | None, float]:
+    """Train a system, or go on with its training.
+
+    Parameters
+    ----------
+    llava, processor
+        From `load_base`.
+    pruned_by : PrunedBy
+    learns : sequence of str
+        As `trains` of a preset; a connector and the projector learn alone in the first half.
+    course : Course
+    state : Path
+        Folder of state and log.
+    model : Path
+        The checkpoint it came from.
+
+    Returns
+    -------
+    Method or None
+        With the modules that it learned; None where it has none. It is not applied.
+    float
+        Seconds of a step.
+    """
+    torch.manual_seed(course.seed)
+    with_connector = llava.config.connector is not None
+    parts = ("connector", *learns) if with_connector else tuple(learns)
+    with training_module(llava, pruned_by, parts) as module:
+        modules, optimizers = _what_learns(llava, module, learns)
+        settings = asdict(course) | {
+            "method": pruned_by.method,
+            "visual_tokens": pruned_by.tokens,
+            "options": dict(pruned_by.options),
+            "connector": with_connector and llava.config.connector.name,
+            "model": checkpoint_fingerprint(model),
+        }
+        run = TrainingRun(state, modules, optimizers, settings)
+        step = _Step(llava, processor, module, modules, optimizers, course, run.step)
+        module.train()
+        run.train(course.steps, step, title=str(state.name))
+        module.eval()
+        method = module.method if isinstance(module, PrunerTraining) else None
+    return method, run.seconds / course.steps
+
+
+class _Step:
+    """One optimizer step of a system."""
+
+    def __init__(
+        self,
+        llava: Any,
+        processor: Any,
+        module: Any,
+        modules: torch.nn.ModuleDict,
+        optimizers: list[torch.optim.Optimizer],
+        course: Course,
+        first: int,
+    ) -> None:
+        self.llava, self.module, self.modules, self.optimizers = llava, module, modules, optimizers
+        self.course, self.device = course, llava.device
+        side = llava.config.vision_config.image_size
+        self.batches = drawn_ahead(lambda step: prepared(processor, draw_questions(step, side, course)), first)
+
+    def __call__(self, step: int) -> dict[str, float]:
+        inputs, labels = next(self.batches)
+        inputs = {name: value.to(self.device) for name, value in inputs.items()}
+        labels = labels.to(self.device)
+        # What noise a step draws depends on its number alone, also in a run that was stopped.
+        torch.manual_seed(self.course.seed * _OF_A_SEED + step)
+        self._stage(step)
+        with precision(self.device):
+            outputs = self.module(**self._seen(inputs), labels=labels)
+        at = labels[:, 1:] != -100
+        right = (outputs.logits[:, :-1][at].argmax(-1) == labels[:, 1:][at]).float()[::2].mean()
+        losses = {"loss": outputs.loss, "right": right}
+        return optimize(self.modules, self.optimizers, losses, self.course.rate(step))
+
+    def _stage(self, step: int) -> None:
+        """Hold the language model still in a connector's first half, and tell a method how much is done."""
+        if isinstance(self.module, PrunerTraining):
+            self.module.method.batch.progress = step / self.course.steps
+        if self.llava.config.connector is not None:
+            second = step >= self.course.steps // 2
+            for part in ("decoder", "head"):
+                self.modules[part].requires_grad_(second)
+
+    def _seen(self, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """Encode each scene once for its questions, which are neighbours, where the question plays no part in it."""
+        if self.module is not self.llava or self.llava.config.connector is not None:
+            return inputs
+        rows = len(inputs["input_ids"])
+        scenes = inputs.pop("pixel_values")[:: self.course.questions]
+        encoded = self.llava.model.get_image_features(scenes)
+        images = take_images(encoded, [row // self.course.questions for row in range(rows)])
+        return inputs | {"mm_encoder_outputs": {"image": images}}
+
+
+def _what_learns(
+    llava: Any, module: Any, learns: Sequence[str]
+) -> tuple[torch.nn.ModuleDict, list[torch.optim.Optimizer]]:
+    """Return the modules that are trained and kept, and their optimizers."""
+    named: dict[str, torch.nn.Module] = {}
+    if set(learns) & set(LEARNS):
+        named = {
+            "projector": llava.model.multi_modal_projector, "decoder": llava.model.language_model, "head": llava.lm_head
+        }  # fmt: skip
+    optimizers = optimizers_of(torch.nn.ModuleDict(named), MUON, ADAM) if named else []
+    new = {"connector": llava.model.connector} if llava.config.connector is not None else {}
+    if isinstance(module, PrunerTraining):
+        new["pruner"] = module.learned
+    weights = [weight for part in new.values() for weight in part.parameters()]
+    if weights:
+        optimizers.append(torch.optim.AdamW(weights, lr=NEW, betas=(0.9, 0.98), weight_decay=0.0))
+    return torch.nn.ModuleDict(named | new), optimizers
+
+
 def main(
     model: Annotated[Path, typer.Option(help="The checkpoint to start from.")],
     visual_tokens: Annotated[int, typer.Option(help="Visual tokens of one image in the last layers.")],
@@ -69,40 +244,12 @@ def main(
     threads: Annotated[int, typer.Option(help="CPU threads.")] = os.cpu_count() or 1,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
 ) -> None:
-    """Retrain, or continue retraining."""
+    """Retrain IVTP at one budget, or continue retraining."""
     device = set_up(seed, threads)
     check_target(out, overwrite=overwrite)
-    llava, processor = load_model(model, device=str(device), dtype="float32")
-    check_world(llava, processor)
-    set_budget(llava, visual_tokens)
-    llava.set_pruning(strict=True)
-    llava.requires_grad_(False)
-    trained = torch.nn.ModuleDict(
-        {"projector": llava.model.multi_modal_projector, "decoder": llava.model.language_model, "head": llava.lm_head}
-    ).requires_grad_(True)
-    optimizers = optimizers_of(trained, MUON, ADAM)
-    settings = {"steps": steps, "visual_tokens": visual_tokens, "seed": seed, "model": checkpoint_fingerprint(model)}
-    run = TrainingRun(state, trained, optimizers, settings)
-    side = llava.config.vision_config.image_size
-    batches = drawn_ahead(lambda step: prepared(processor, draw_questions(step, side)), run.step)
-
-    def one_step(step: int) -> dict[str, float]:
-        inputs, labels = next(batches)
-        inputs = {name: value.to(device) for name, value in inputs.items()}
-        # The questions about a scene are neighbours in the batch; the frozen tower encodes each scene once.
-        pixels = inputs.pop("pixel_values")[::QUESTIONS]
-        with precision(device):
-            encoded = llava.model.get_image_features(pixels)
-            images = take_images(encoded, [row // QUESTIONS for row in range(len(labels))])
-            logits = llava(**inputs, mm_encoder_outputs={"image": images}).logits[:, :-1]
-        wanted = labels[:, 1:].to(device)
-        at = wanted != -100
-        logits, wanted = logits[at].float(), wanted[at]
-        right = (logits.argmax(-1) == wanted).float()[::2].mean()
-        losses = {"loss": F.cross_entropy(logits, wanted), "right": right}
-        return optimize(trained, optimizers, losses, cosine_rate(step, steps))
-
-    run.train(steps, one_step, title=f"{visual_tokens} tokens")
+    llava, processor = load_base(model, None, seed, str(device))
+    pruned_by = PrunedBy("ivtp", visual_tokens, {"strict": True})
+    retrain(llava, processor, pruned_by, LEARNS, Course(steps, seed=seed), state, model)
     llava.set_pruning(strict=False)
     llava.to(IVTPLlavaConfig.from_pretrained(model).dtype)
     size = sum(parameter.nbytes for parameter in llava.parameters())
