@@ -22,7 +22,7 @@ def flops(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="Method that prunes, a connector, or unpruned; may be repeated.",
+            help="Method that prunes, folder of a trained one, a connector, or unpruned; may be repeated.",
             show_default="ivtp, or the shape's connector",
         ),
     ] = None,
@@ -34,7 +34,7 @@ def flops(
         list[int] | None,
         typer.Option(
             help="Visual tokens that are left in the end; may be repeated with --sweep.",
-            show_default="the shape's own, 64",
+            show_default="the shape's own, 64; of a folder, the saved budget",
         ),
     ] = None,
     instruction_tokens: Annotated[
@@ -55,23 +55,35 @@ def flops(
     config = _checkpoint_config(str(model)) if preset is None else counting.load_shape(preset)
     connector = config.connector
     names, texts = method or ["ivtp" if connector is None else connector.name], text_tokens or [512]
-    budgets = visual_tokens or [config.pruning.visual_tokens if connector is None else connector.tokens]
-    if not sweep and max(len(names), len(texts), len(budgets)) > 1:
+    own = config.pruning.visual_tokens if connector is None else connector.tokens
+    if not sweep and max(len(names), len(texts), len(visual_tokens or ())) > 1:
         raise ValueError("several methods or token counts make a table: add --sweep")
     settings = {"instruction_tokens": instruction_tokens, "value_bytes": _VALUE_BYTES[dtype]}
     counts = {
         (name, budget, text): counting.count_named(config, name, budget, text_tokens=text, **settings)
         for name in names
-        for budget in (budgets if name != "unpruned" else [config.num_patches])
+        for budget in _budgets(name, visual_tokens, own, config.num_patches)
         for text in texts
     }
     if as_json:
         rows = [
-            {"method": name, "visual_tokens": budget} | count.to_dict() for (name, budget, _), count in counts.items()
+            {"method": name, "visual_tokens": count.layer_tokens[-1] if budget is None else budget} | count.to_dict()
+            for (name, budget, _), count in counts.items()
         ]
         typer.echo(to_json(rows if sweep else rows[0]))
         return
     show(_sweep_table(counts, texts) if sweep else _parts_table(*counts.values()))
+
+
+def _budgets(name: str, given: list[int] | None, own: int, patches: int) -> list[int | None]:
+    """Return the budgets to count a method at; None is the one that is saved in its folder."""
+    from modeling_ivtp.trained import is_adapter
+
+    if name == "unpruned":
+        return [patches]
+    if given:
+        return list(given)
+    return [None if is_adapter(name) else own]
 
 
 def _checkpoint_config(model: str) -> Any:
@@ -102,13 +114,14 @@ def _parts_table(count: Any) -> Any:
     return table
 
 
-def _sweep_table(counts: dict[tuple[str, int, int], Any], texts: list[int]) -> Any:
+def _sweep_table(counts: dict[tuple[str, int | None, int], Any], texts: list[int]) -> Any:
     """Return the table over methods and budgets, with a column for each number of text tokens."""
     table = new_table("method", "visual tokens", "layer-averaged", *(f"{text} text tokens" for text in texts))
     table.caption = "TFLOPs of one image and its prompt, executed"
     for name, budget in dict.fromkeys(key[:2] for key in counts):
         row = [counts[name, budget, text] for text in texts]
-        table.add_row(name, str(budget), _layer_average(row[0]), *(f"{count.total_tflops:.3f}" for count in row))
+        tokens = row[0].layer_tokens[-1] if budget is None else budget
+        table.add_row(name, str(tokens), _layer_average(row[0]), *(f"{count.total_tflops:.3f}" for count in row))
     return table
 
 

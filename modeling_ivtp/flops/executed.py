@@ -18,7 +18,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
-from ..methods import METHODS, Method, make
+from ..methods import METHODS, Method
 from ..model import diversity
 from ..model.ahead import choose_ahead
 from ..model.configuration_ivtp import IVTPLlavaConfig
@@ -30,7 +30,8 @@ from ..model.pruner import Choice, DecoderStep, FeatureStep, IVTPPruner, PromptS
 from ..model.rollout import AttentionRecord, DecoderAttentionRecord
 from ..model.schedule import PruningPlan
 from ..model.visual_sequence import VisualSequence, count_rows, locate_images
-from ..trained import TrainedMethod
+from ..trained import TrainedMethod, is_adapter, make
+from ..trained.adapter import check_shape, describe_shape
 from .formula import PARTS, closed_formula, farthest_flops, kv_cache_bytes, spanning_flops
 
 _CHOICES: dict[Any, Callable[..., int]] = {
@@ -145,15 +146,22 @@ def count(
     )
 
 
-def count_named(config: Any, name: str, visual_tokens: int, **options: Any) -> Count:
-    """Count the cost of a method or a connector by its name, or of `unpruned`; see `count`.
+def count_named(config: Any, name: str, visual_tokens: int | None, **options: Any) -> Count:
+    """Count the cost of a method or a connector by its name, of a trained pruner's folder, or of `unpruned`.
 
-    Of a connector, `visual_tokens` are the tokens that it makes.
+    Parameters
+    ----------
+    config : IVTPLlavaConfig
+    name : str
+    visual_tokens : int or None
+        In the end; of a connector, the tokens that it makes. None: 64, or the budget that is saved in a folder.
+    **options
+        As in `count`.
 
     Raises
     ------
     ValueError
-        If the name is unknown, and as in `count`.
+        If the name is unknown, a folder's modules are for another shape, and as in `count`.
     """
     if name == "unpruned":
         config = copy.deepcopy(config)
@@ -162,9 +170,15 @@ def count_named(config: Any, name: str, visual_tokens: int, **options: Any) -> C
     if name in CONNECTORS:
         config = copy.deepcopy(config)
         config.pruning = config.pruning.changed(enabled=False)
+        visual_tokens = visual_tokens or 64
         if config.connector is None or (config.connector.name, config.connector.tokens) != (name, visual_tokens):
             config.connector = {"name": name, "tokens": visual_tokens}
         return count(config, **options)
+    if is_adapter(name):
+        method = make(name, visual_tokens)
+        assert isinstance(method, TrainedMethod)
+        check_shape(name, method.base or {}, describe_shape(config))
+        return count(config, method, **options)
     if name not in METHODS:
         raise ValueError(f"Unknown method {name!r}; allowed: unpruned, {', '.join((*CONNECTORS, *METHODS))}.")
     return count(config, make(name, visual_tokens), **options)

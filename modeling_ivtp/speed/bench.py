@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,10 @@ from accelerate.utils.memory import should_reduce_batch_size
 from transformers.utils import is_flash_attn_2_available
 
 from ..flops import count_named
-from ..methods import make
+from ..methods import Method
 from ..model.cuda_graphs import Graphs
 from ..model.prompt_graphs import MAX_GRAPHS
+from ..trained import is_adapter, make
 from .captured_stock import captured
 from .compiling import compiled, static_cache
 from .growth import growth
@@ -42,7 +44,8 @@ class Settings:
     Attributes
     ----------
     arms : tuple of str
-        `off`, a budget of IVTP such as `ivtp@64`, or of another method such as `fastv@64`; `stock` always runs.
+        `off`, a budget of IVTP such as `ivtp@64`, or of another method such as `fastv@64`, or the folder of a trained
+        pruner, with or without a budget; `stock` always runs.
     batches, text_tokens : tuple of int
     new_tokens : int
         Length of the answers, at least 2.
@@ -105,22 +108,33 @@ class Settings:
         return max(1, min(wanted, text_tokens - 3))
 
 
-def split(arm: str) -> tuple[str, int]:
-    """Return the method and the budget of an arm.
+def split(arm: str) -> tuple[str, int | None]:
+    """Return the method, or a trained one's folder, and the budget of an arm; None is the one saved in the folder.
 
     Raises
     ------
     ValueError
         If the arm is not of the form `fastv@64`, or there is no such method.
     """
-    name, _, budget = _plain(arm).partition("@")
+    if is_adapter(arm):
+        make(arm)
+        return arm, None
+    name, _, budget = _plain(arm).rpartition("@")
     if not budget.isdecimal() or int(budget) < 1 or (_names_graphs(arm) and name != "ivtp"):
         raise ValueError(
-            f"arm {arm!r}; allowed: {OFF}, or a method and its budget, such as ivtp@64 or fastv@128; on a "
-            f"GPU also {STOCK}{GRAPHS}, ivtp@64{GRAPHS} and ivtp@64{LAUNCHES}."
+            f"arm {arm!r}; allowed: {OFF}, a method and its budget, such as ivtp@64 or fastv@128, or the folder of "
+            f"a trained pruner; on a GPU also {STOCK}{GRAPHS}, ivtp@64{GRAPHS} and ivtp@64{LAUNCHES}."
         )
     make(name, int(budget))
     return name, int(budget)
+
+
+def shown(arm: str) -> str:
+    """Return an arm as results name it: of a folder, its own name without where it lies."""
+    name, at, budget = arm.rpartition("@")
+    if is_adapter(arm):
+        return Path(arm).resolve().name
+    return f"{Path(name).resolve().name}@{budget}" if at and is_adapter(name) else arm
 
 
 def bench(
@@ -157,7 +171,7 @@ def bench(
         If a method does not fit the model, or the machine cannot hold the largest case.
     """
     dtype = DTYPES[settings.dtype]
-    methods = {arm: make(*split(arm)) for arm in settings.named if not _prunes_nothing(arm)}
+    methods: dict[str, Method] = {arm: make(*split(arm)) for arm in settings.named if not _prunes_nothing(arm)}
     if device.type != "cuda" and (graphs := [arm for arm in settings.named if _names_graphs(arm)]):
         raise ValueError(f"{', '.join(graphs)}: CUDA graphs need a GPU, and this runs on {device}.")
     for method in methods.values():
@@ -199,7 +213,7 @@ def bench(
             if arm.name in uncaptured:
                 continue
             choosing, words = shares.get(arm.name, (None, None))
-            case = {"arm": arm.name, "batch": batch, "text_tokens": text, "notes": []}
+            case = {"arm": shown(arm.name), "batch": batch, "text_tokens": text, "notes": []}
             case |= {
                 "selection_share": choosing,
                 "words_share": words,
@@ -280,7 +294,7 @@ def _arm(name: str, model: Any, method: Any) -> Arm:
         return Arm(name, model, partial(method, model))
     limit = 0 if name.endswith(LAUNCHES) else MAX_GRAPHS
     graphs = Graphs(limit, automatic=not name.endswith(GRAPHS))
-    return Arm(name, model, partial(_replaying, model, split(name)[1], graphs), graphs=graphs)
+    return Arm(name, model, partial(_replaying, model, split(name)[1] or 0, graphs), graphs=graphs)
 
 
 @contextmanager
@@ -366,7 +380,7 @@ def results(
         "date": datetime.date.today().isoformat(),
         "shape": shape,
         "command": command,
-        "settings": asdict(settings),
+        "settings": asdict(settings) | {"arms": [shown(arm) for arm in settings.arms]},
         "machine": machine(device),
         "rows": list(rows),
         "notes": notes,

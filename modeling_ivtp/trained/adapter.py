@@ -64,7 +64,11 @@ def describe_base(model: Any) -> dict[str, Any]:
         Ready for JSON. `embeddings` is None where the weights cannot be read.
     """
     llava = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config = llava.config
+    return describe_shape(llava.config) | {"embeddings": _probe(llava)}
+
+
+def describe_shape(config: Any) -> dict[str, Any]:
+    """Describe what a configuration alone tells of a LLaVA that modules are made for."""
     text, vision = config.text_config, config.vision_config
     return {
         "name_or_path": str(getattr(config, "_name_or_path", "")),
@@ -73,7 +77,6 @@ def describe_base(model: Any) -> dict[str, Any]:
         "num_hidden_layers": text.num_hidden_layers,
         "num_attention_heads": text.num_attention_heads,
         "patches": (vision.image_size // vision.patch_size) ** 2,
-        "embeddings": _probe(llava),
     }
 
 
@@ -95,13 +98,7 @@ def check_base(name: str, base: Mapping[str, Any], model: Any) -> None:
         If its shape or its embeddings differ.
     """
     found = describe_base(model)
-    for key, value in base.items():
-        if key in ("name_or_path", "embeddings") or found.get(key) == value:
-            continue
-        raise ValueError(
-            f"{name}: this model has {key}={found.get(key)}; allowed: {value}, as the base of this adapter"
-            f"{_named(base)} has."
-        )
+    check_shape(name, base, found)
     if base.get("embeddings") is None or found["embeddings"] is None:
         return
     theirs, ours = torch.tensor(base["embeddings"]), torch.tensor(found["embeddings"])
@@ -110,6 +107,22 @@ def check_base(name: str, base: Mapping[str, Any], model: Any) -> None:
             f"{name}: this model's embeddings are not those of the adapter's base{_named(base)}: the largest "
             f"difference is {(theirs - ours).abs().max():.3g}; allowed: the base itself, or a fine-tuned one."
         )
+
+
+def check_shape(name: str, base: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Refuse a shape, from `describe_shape`, that the modules were not made for.
+
+    Raises
+    ------
+    ValueError
+        If it differs.
+    """
+    for key, value in base.items():
+        if key not in ("name_or_path", "embeddings") and found.get(key) != value:
+            raise ValueError(
+                f"{name}: this model has {key}={found.get(key)}; allowed: {value}, as the base of this adapter"
+                f"{_named(base)} has."
+            )
 
 
 def _named(base: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from benchmarks import flops_tables
 from modeling_ivtp import cli, methods
 from modeling_ivtp.flops import count, count_named, load_shape, shape_names
 from modeling_ivtp.flops.formula import (
@@ -191,6 +192,41 @@ def test_trained_methods_are_counted_with_their_modules(llava):
     assert found.layer_tokens[-1] == 34
     modules = count(llava, LVPruning(ratio=0.5, base=base), text_tokens=30).parts["scoring"]
     assert modules == pytest.approx(sum(decision_flops(4096, n, 30) for n in (576, 288, 173)) / 1e12)
+
+
+@pytest.mark.slow
+def test_the_folder_of_a_trained_pruner_is_counted(tmp_path, capsys):
+    """By `ivtp flops`, at its saved budget or another; of another shape it is refused."""
+    from tests.support.tiny import tiny_model
+    from tests.support.trained import ready
+
+    model, folder = tiny_model(), tmp_path / "pruner"
+    model.save_pretrained(tmp_path / "model")
+    method = ready(LVPruning(ratio=0.6), model)
+    method.save(folder)
+    found = count_named(model.config, str(folder), None, text_tokens=10)
+    assert found == count(model.config, method, text_tokens=10)
+    assert found.parts["scoring"] > 0
+    assert count_named(model.config, str(folder), 5, text_tokens=10).layer_tokens[-1] == 5
+    arguments = ["flops", "--model", str(tmp_path / "model"), "--method", str(folder), "--text-tokens", "10"]
+    assert cli.main([*arguments, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["visual_tokens"] == told["final_tokens"] == found.layer_tokens[-1]
+    assert cli.main([*arguments, "--sweep", "--method", "unpruned", "--visual-tokens", "5"]) == 0
+    assert "pruner" in capsys.readouterr().out.replace("\n", "")
+    assert cli.main(["flops", "--preset", "llava-1.5-7b", "--method", str(folder)]) == 1
+    assert "this model has hidden_size=4096; allowed: 32" in capsys.readouterr().err
+
+
+def test_what_the_page_says_of_trained_pruners_is_near_what_is_printed(llava):
+    for ratio, printed in flops_tables.LVPRUNING.items():
+        assert flops_tables.by_lvprunings_rule(llava, ratio) == pytest.approx(printed, rel=0.01)
+    # Eq. 15 by hand, for 576 tokens in all layers and for ATP-LLaVA's own counts.
+    layer = {n: 4 * n * 4096**2 + 2 * n**2 * 4096 + 2 * n * 4096 * 11008 for n in (576, 126, 88, 20)}
+    left = 4 * layer[576] + 10 * layer[126] + 10 * layer[88] + 8 * layer[20]
+    share = flops_tables.share_by_eq_16(llava, (4, 14, 24), (126, 88, 20))
+    assert share == pytest.approx(left / (32 * layer[576]))
+    assert 32 * layer[576] / 1e12 == pytest.approx(2.99, rel=0.002)
 
 
 def test_a_threshold_module_and_its_scores_compute_what_is_counted():

@@ -12,11 +12,13 @@ from transformers import LlavaForConditionalGeneration
 
 from benchmarks.quality.readme import ROOT, filled
 from benchmarks.speed_readme import blocks
+from modeling_ivtp import trained
 from modeling_ivtp.cli import main
 from modeling_ivtp.files.console import shareable_command
 from modeling_ivtp.flops import load_shape
 from modeling_ivtp.flops.formula import kv_cache_bytes
 from modeling_ivtp.model.labels import CHOOSE, SCORE, TEXT_TOWER, label
+from modeling_ivtp.serving.answering import load_model
 from modeling_ivtp.speed import bench as speed_bench
 from modeling_ivtp.speed.bench import Settings, bench, check_largest
 from modeling_ivtp.speed.growth import growth
@@ -128,10 +130,28 @@ def test_the_command_writes_what_it_measured(tmp_path: Path, capsys: pytest.Capt
     assert str(tmp_path) not in file.read_text()
 
 
+@pytest.mark.slow
+def test_a_trained_pruner_is_timed_from_its_folder(tmp_path: Path) -> None:
+    """At its saved budget or another, on the model that its modules fit; results do not say where it lies."""
+    base = ROOT / "examples" / "miniature"
+    loaded, _ = load_model(base, device="cpu", dtype="float32")
+    trained.SparseAttention(keep=64).for_model(loaded).save(tmp_path / "pruner")
+    folder = str(tmp_path / "pruner")
+    arguments = ["bench", "--model", str(base), "--arm", folder, "--arm", f"{folder}@32"]
+    arguments += ["--new-tokens", "2", "--repeats", "1", "--dtype", "float32", "--out", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    (file,) = (tmp_path / "out").glob("speed-*.json")
+    results = json.loads(file.read_text())
+    found = {row["arm"]: row["final_tokens"] for row in results["rows"]}
+    assert found == {"stock": 576, "pruner": 64, "pruner@32": 32}
+    assert results["settings"]["arms"] == ["pruner", "pruner@32"]
+    assert main(["bench", "--shape", "tiny", "--arm", folder, "--dtype", "float32", "--out", str(tmp_path / "no")]) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"arms": ("ivtp",)}, "arm 'ivtp'; allowed: off, or a method and its budget"),
+        ({"arms": ("ivtp",)}, "arm 'ivtp'; allowed: off, a method and its budget"),
         ({"arms": ("fastw@64",)}, "Unknown method 'fastw'"),
         ({"arms": ("ivtp@0",)}, "arm 'ivtp@0'"),
         ({"batches": (0,)}, "batches"),
