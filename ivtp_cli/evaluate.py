@@ -136,7 +136,7 @@ def evaluate(
         raise ValueError(
             "no benchmark could be scored: " + "; ".join(f"{n}, {why}" for n, why in measured.left_out.items())
         )
-    results = tables.summary(measured, options.arms)
+    results = tables.summary(measured, options.arms, limit)
     for arm in results["arms"]:
         (options.out / f"model-index-{arm}.yaml").write_text(tables.model_index(results, Path(model).name, arm))
     _write(options.out, results, tables.page(results))

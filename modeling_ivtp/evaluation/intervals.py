@@ -1,16 +1,69 @@
-"""Intervals of accuracies and of their differences: the bootstrap over questions."""
+"""Intervals of scores and of their differences: the bootstrap over questions."""
+
+from collections.abc import Callable
 
 import numpy as np
 
 RESAMPLES = 10_000
 LEVEL = 0.95
 
+Statistic = Callable[[np.ndarray], np.ndarray]
+"""From sums over questions, (m, c), to a score of each of the m samples, (m,)."""
+
+
+def interval_of(
+    columns: np.ndarray, statistic: Statistic, *, resamples: int = RESAMPLES, seed: int = 0
+) -> tuple[float, float]:
+    """Return the 95% percentile interval of a score that depends on sums over questions.
+
+    The sums of a resample depend only on how often each distinct question was drawn, and these counts are multinomial.
+    So counts are drawn instead of questions: the distribution is the same, and it takes no time.
+
+    Parameters
+    ----------
+    columns : float array (n, c)
+        What each question adds to the sums, with few distinct rows.
+    statistic : callable
+    resamples : int
+    seed : int
+
+    Raises
+    ------
+    ValueError
+        If there is no question.
+    """
+    if columns.ndim != 2 or not len(columns):
+        raise ValueError(f"An interval needs numbers of at least one question; got shape {columns.shape}.")
+    distinct, counts = np.unique(columns, axis=0, return_counts=True)
+    draws = np.random.default_rng(seed).multinomial(len(columns), counts / len(columns), size=resamples)
+    tail = (1 - LEVEL) / 2
+    low, high = np.quantile(statistic(draws @ distinct), [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def difference_interval(columns: np.ndarray, reference: np.ndarray, statistic: Statistic) -> tuple[float, float]:
+    """Return the 95% interval of the difference of two scores on the same questions, paired by question.
+
+    Parameters
+    ----------
+    columns, reference : float array (n, c)
+        As in `interval_of`.
+    statistic : callable
+
+    Raises
+    ------
+    ValueError
+        If the numbers of questions differ.
+    """
+    if columns.shape != reference.shape:
+        raise ValueError(f"Pairs need the same questions; got {columns.shape} and {reference.shape}.")
+    width = columns.shape[1]
+    both = np.concatenate([columns, reference], axis=1)
+    return interval_of(both, lambda sums: statistic(sums[:, :width]) - statistic(sums[:, width:]))
+
 
 def bootstrap_interval(values: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float]:
-    """Return the 95% percentile interval of a mean.
-
-    The mean of a resample depends only on how often each distinct value was drawn, and these counts are multinomial.
-    So counts are drawn instead of questions: the distribution is the same, and it takes no time.
+    """Return the 95% percentile interval of a mean, as `interval_of`.
 
     Parameters
     ----------
@@ -31,11 +84,7 @@ def bootstrap_interval(values: np.ndarray, *, resamples: int = RESAMPLES, seed: 
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or not len(values):
         raise ValueError(f"An interval needs one number for each of at least one question; got shape {values.shape}.")
-    distinct, counts = np.unique(values, return_counts=True)
-    draws = np.random.default_rng(seed).multinomial(len(values), counts / len(values), size=resamples)
-    tail = (1 - LEVEL) / 2
-    low, high = np.quantile(draws @ distinct / len(values), [tail, 1 - tail])
-    return float(low), float(high)
+    return interval_of(values[:, None], lambda sums: sums[:, 0] / len(values), resamples=resamples, seed=seed)
 
 
 def paired_interval(right: np.ndarray, reference: np.ndarray, *, seed: int = 0) -> tuple[float, float]:

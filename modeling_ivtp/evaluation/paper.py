@@ -11,7 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from .intervals import Statistic
 from .metrics import load_metric
+from .metrics.mme.mme import PERCEPTION
+from .metrics.pope.pope import read as read_pope
 
 _SHORT = "\nAnswer the question using a single word or phrase."
 _LETTER = "Answer with the option's letter from the given choices directly."
@@ -26,14 +29,20 @@ class Score:
     ----------
     value : float
         As Table 1 prints it, from 0 to 100.
-    each : float array (n,)
-        For each question from 0 to 100, where the value is their mean; otherwise empty.
+    questions : int
+        Those of MMBench count once, in whatever orders their options were shown.
+    columns : float array (n, c)
+        What each question adds to sums that decide the value; MME's are of each picture.
+    statistic : callable
+        From the sums to the value.
     more : dict
         Other scores of the benchmark.
     """
 
     value: float
-    each: np.ndarray
+    questions: int
+    columns: np.ndarray
+    statistic: Statistic
     more: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -104,7 +113,19 @@ def answers(samples: Samples) -> list[str]:
 
 def _mean(values: Sequence[float], **more: Any) -> Score:
     each = 100 * np.asarray(values, dtype=np.float64)
-    return Score(float(each.mean()), each, more)
+    return Score(float(each.mean()), len(each), np.stack([each, np.ones(len(each))], axis=1), _share, more)
+
+
+def _share(sums: np.ndarray) -> np.ndarray:
+    return sums[:, 0] / sums[:, 1]
+
+
+def _in_blocks(rows: Sequence[Sequence[float]], kinds: Sequence[str]) -> np.ndarray:
+    """Return rows of three numbers, (n, 3), each in the block of its kind: (n, 3 times the number of kinds)."""
+    known = sorted(set(kinds))
+    columns = np.zeros((len(rows), len(known), 3))
+    columns[np.arange(len(rows)), [known.index(kind) for kind in kinds]] = rows
+    return columns.reshape(len(rows), -1)
 
 
 def _by_task(name: str) -> Callable[[Samples], Score]:
@@ -134,7 +155,17 @@ def _pope(samples: Samples) -> Score:
             references=[str(samples[row]["doc"]["answer"]) for row in rows],
         )
         found[kind].pop("right")
-    return Score(100 * float(np.mean([each["f1"] for each in found.values()])), np.array([]), found)
+    yes = [read_pope(text) == "yes" for text in said]
+    wanted = [str(sample["doc"]["answer"]).strip().lower() == "yes" for sample in samples]
+    counted = [(one and other, one, other) for one, other in zip(yes, wanted, strict=True)]
+    value = 100 * float(np.mean([each["f1"] for each in found.values()]))
+    return Score(value, len(said), _in_blocks(counted, kinds), _mean_f1, found)
+
+
+def _mean_f1(sums: np.ndarray) -> np.ndarray:
+    """Return F1 in %, averaged over blocks of right yeses, said yeses and wanted yeses."""
+    right, said, wanted = np.moveaxis(sums.reshape(len(sums), -1, 3), 2, 0)
+    return 100 * (2 * right / np.maximum(said + wanted, 1)).mean(axis=1)
 
 
 def _mme(samples: Samples) -> Score:
@@ -147,8 +178,21 @@ def _mme(samples: Samples) -> Score:
         for sample in samples
     ]
     found = load_metric("mme").compute(predictions=answers(samples), references=references)
-    found.pop("right")
-    return Score(100 * found["perception_share"], np.array([]), found)
+    pictures: dict[tuple[str, str], list[bool]] = {}
+    for right, reference in zip(found.pop("right"), references, strict=True):
+        if reference["category"] in PERCEPTION:
+            pictures.setdefault((reference["category"], reference["picture"]), []).append(right)
+    counted = [(1, sum(pair) / 2, all(pair)) for pair in pictures.values()]
+    columns = _in_blocks(counted, [category for category, _ in pictures])
+    return Score(100 * found["perception_share"], len(samples), columns, _perception_share, found)
+
+
+def _perception_share(sums: np.ndarray) -> np.ndarray:
+    """Return accuracy and accuracy+ in %, averaged, over blocks of pictures, their accuracy and accuracy+."""
+    pictures, accuracy, plus = np.moveaxis(sums.reshape(len(sums), -1, 3), 2, 0)
+    # A resample may have no picture of a category, which then does not count.
+    shares = np.divide(accuracy + plus, 2 * pictures, out=np.zeros_like(accuracy), where=pictures > 0)
+    return 100 * shares.sum(axis=1) / (pictures > 0).sum(axis=1)
 
 
 def _mmbench(samples: Samples) -> Score:
@@ -184,7 +228,8 @@ def _llava_w(samples: Samples) -> Score:
         raise RuntimeError(
             f"the judge gave no points to {int((points < 0).any(axis=1).sum())} of {len(points)} answers"
         )
-    return Score(100 * float(points[:, 1].mean() / points[:, 0].mean()), np.array([]))
+    columns = np.stack([100 * points[:, 1], points[:, 0]], axis=1)
+    return Score(100 * float(points[:, 1].mean() / points[:, 0].mean()), len(points), columns, _share)
 
 
 def _mmvet(samples: Samples) -> Score:

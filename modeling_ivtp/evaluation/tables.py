@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from ..files.tables import markdown_table
 from ..flops import count, count_named
 from .arm import OWN, UNPRUNED, Arm
-from .intervals import bootstrap_interval, paired_interval
+from .intervals import difference_interval, interval_of
 from .paper import BENCHMARKS, PRINTED, Measured, Score
 
 TEXT_TOKENS = 512
@@ -31,8 +31,8 @@ def costs(config: Any, arm: Arm) -> dict[str, Any]:
     }
 
 
-def summary(measured: Measured, arms: Sequence[Arm]) -> dict[str, Any]:
-    """Return everything as a dict ready for JSON.
+def summary(measured: Measured, arms: Sequence[Arm], limit: int | None = None) -> dict[str, Any]:
+    """Return everything as a dict ready for JSON, with the number of questions if it was limited.
 
     For each arm: `scores` by benchmark with intervals over questions, `average` over the benchmarks that were scored,
     and `share` of the unpruned model's average, from 0 to 1; beside them the arm's costs.
@@ -52,15 +52,18 @@ def summary(measured: Measured, arms: Sequence[Arm]) -> dict[str, Any]:
             "share": sum(values) / sum(base) if sum(base) else None,
             **costs(measured.config, arm),
         }
-    return {"arms": rows, "left_out": measured.left_out, "printed": {name: list(row) for name, row in PRINTED.items()}}
+    printed = {name: list(row) for name, row in PRINTED.items()}
+    return {"limit": limit, "arms": rows, "left_out": measured.left_out, "printed": printed}
 
 
 def _with_intervals(score: Score, base: Score) -> dict[str, Any]:
-    found: dict[str, Any] = {"value": score.value, "questions": len(score.each) or None, **score.more}
-    if len(score.each):
-        found["interval"] = list(bootstrap_interval(score.each))
-        found["difference_interval"] = list(paired_interval(score.each, base.each))
-    return found
+    return {
+        "value": score.value,
+        "questions": score.questions,
+        **score.more,
+        "interval": list(interval_of(score.columns, score.statistic)),
+        "difference_interval": list(difference_interval(score.columns, base.columns, score.statistic)),
+    }
 
 
 def page(results: Mapping[str, Any]) -> str:
@@ -102,6 +105,8 @@ def page(results: Mapping[str, Any]) -> str:
         "Rows marked *(printed)* are the paper's, for LLaVA-1.5-7B at 64 visual tokens; averages are over the columns "
         f"shown. MME is normalised by its maximum. TFLOPs are for {TEXT_TOKENS} text tokens.\n"
     )
+    if results["limit"] is not None:
+        parts.append(f"Only the first {results['limit']:,} questions of each benchmark were asked.\n")
     parts += ["## Intervals over questions, 95%\n", _intervals(results, scored)]
     if any(benchmark.parts for benchmark in scored):
         parts += ["## Parts of a score\n", _parts(results, scored)]
@@ -117,14 +122,15 @@ def page(results: Mapping[str, Any]) -> str:
 
 
 def _intervals(results: Mapping[str, Any], scored: list[Any]) -> str:
-    header = ["benchmark", "arm", "score", "interval", "difference to unpruned"]
+    header = ["benchmark", "arm", "score", "questions", "interval", "difference to unpruned"]
     lines = [
         [
             benchmark.title,
             name,
             f"{score['value']:.1f}",
-            _span(score.get("interval"), ".1f"),
-            "" if name == "unpruned" else _span(score.get("difference_interval"), "+.1f"),
+            f"{score['questions']:,}",
+            _span(score["interval"], ".1f"),
+            "" if name == "unpruned" else _span(score["difference_interval"], "+.1f"),
         ]
         for benchmark in scored
         for name, row in results["arms"].items()
@@ -144,8 +150,8 @@ def _parts(results: Mapping[str, Any], scored: list[Any]) -> str:
     return markdown_table(["benchmark", "arm", "parts"], lines)
 
 
-def _span(ends: Any, form: str) -> str:
-    return "" if ends is None else f"{ends[0]:{form}} to {ends[1]:{form}}"
+def _span(ends: Sequence[float], form: str) -> str:
+    return f"{ends[0]:{form}} to {ends[1]:{form}}"
 
 
 def _number(value: float | None, form: str) -> str:

@@ -27,6 +27,7 @@ from benchmarks.quality.world import sample_questions
 from modeling_ivtp.evaluation import paper, run, tables
 from modeling_ivtp.evaluation.answerer import Answerer, Reply
 from modeling_ivtp.evaluation.arm import Arm
+from modeling_ivtp.evaluation.intervals import interval_of
 from modeling_ivtp.evaluation.prompts import VICUNA
 from modeling_ivtp.serving.answering import load_model
 
@@ -311,7 +312,15 @@ def test_every_benchmark_is_asked_and_scored_as_published(
         assert {image.size for prompt in asked["now"] for image in prompt.images} == {(12, 12)}
         assert len(asked["now"]) == len(fixture.rows)
         assert {len(prompt.images) for prompt in asked["now"]} == {1}
-        assert found.scores[name]["unpruned"].value == pytest.approx(fixture.score), name
+        score = found.scores[name]["unpruned"]
+        assert score.value == pytest.approx(fixture.score), name
+        # MMBench asks one question with its options in several orders.
+        assert score.questions == (3 if name == "mmbench" else len(fixture.rows))
+        # What intervals are drawn from gives the score of all questions, and changes with them.
+        assert score.statistic(score.columns.sum(0)[None]) == pytest.approx([fixture.score]), name
+        low, high = interval_of(score.columns, score.statistic)
+        assert 0 <= low <= fixture.score <= high <= 100
+        assert low < high or len({*fixture.answers}) == 1
 
 
 def test_a_run_goes_on_where_it_stopped_and_a_changed_arm_is_asked_anew(
@@ -449,6 +458,8 @@ def test_the_command_writes_table_1(
     page = (out / "table.md").read_text()
     assert "| *IVTP (printed)* | 60.4 | 60.4 |  | 8.2 |" in page
     assert "| ivtp@64 | 60.0 | 60.0 | 100.0% |" in page
+    assert "| GQA | ivtp@64 | 60.0 | 5 | 20.0 to 100.0 | +0.0 to +0.0 |" in page
+    assert "Only the first" not in page
     assert "model-index:" in (out / "model-index-ivtp@64.yaml").read_text()
     alone = ("--benchmarks", "mmvet", "--model", str(MINIATURE), "--device", "cpu", "--out", str(tmp_path / "none"))
     assert ivtp_cli.main(["evaluate", *alone]) == 1
