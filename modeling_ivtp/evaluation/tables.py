@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..files.tables import markdown_table
-from ..flops import count, count_named
+from ..flops import count_named
 from .arm import OWN, UNPRUNED, Arm
 from .intervals import difference_interval, interval_of
 from .paper import BENCHMARKS, PRINTED, Measured, Score
@@ -19,11 +19,9 @@ TEXT_TOKENS = 512
 
 def costs(config: Any, arm: Arm) -> dict[str, Any]:
     """Return TFLOPs at 512 text tokens, and an arm's final and layer-averaged visual tokens."""
-    if arm.method == UNPRUNED:
-        counted = count_named(config, "unpruned", config.num_patches, text_tokens=TEXT_TOKENS)
-    else:
-        own = arm.method == OWN and arm.visual_tokens is None
-        counted = count(config, None if own else arm.pruner, text_tokens=TEXT_TOKENS)
+    name = "unpruned" if arm.method == UNPRUNED else arm.method
+    tokens = arm.visual_tokens or (config.pruning.visual_tokens if arm.method == OWN else None)
+    counted = count_named(config, name, tokens, text_tokens=TEXT_TOKENS)
     return {
         "tflops": counted.total_tflops,
         "final_tokens": counted.layer_tokens[-1],
