@@ -15,7 +15,7 @@ from ..methods.selecting import best_for_decoder, received
 from ..model.configuration_ivtp import is_number, is_whole
 from ..model.pruner import Choice, DecoderStep, GridPositions, Needs
 from ..model.schedule import Group, PruningPlan
-from .method import TrainedMethod
+from .method import TrainedMethod, summed_over_processes
 
 LAYERS = (4, 14, 24)
 """The numbers of layers before each module, of 32 (Table 2: 144 tokens on average; for 88 they are 1, 13, 25)."""
@@ -185,14 +185,21 @@ class ATPLLaVA(TrainedMethod):
         layers = self._layers(base["num_hidden_layers"])
         self.check_depth("layers", layers, base["num_hidden_layers"])
         self._check_ratios(len(layers))
-        if self.ratios is None and self.target > base["patches"]:
-            raise ValueError(
-                f"{self.name}: target={self.target}; allowed: up to {base['patches']}, the patches of an image."
-            )
+        self._check_target(layers[0], base["num_hidden_layers"], base["patches"])
         return nn.ModuleList() if self.ratios else nn.ModuleList(ThresholdModule(base["patches"]) for _ in layers)
 
     def _layers(self, depth: int) -> tuple[int, ...]:
         return self.layers or scaled_layers(LAYERS, 32, depth)
+
+    def _check_target(self, before: int, depth: int, patches: int) -> None:
+        """Refuse an average that no thresholds reach: all tokens are in the layers before the first module."""
+        least = (before * patches + depth - before) / depth
+        if self.ratios is None and not least <= self.target <= patches:
+            raise ValueError(
+                f"{self.name}: target={self.target} tokens on average cannot be reached; allowed: {least:.1f} to "
+                f"{patches}, as the first {before} of {depth} layers get all tokens and one stays at least. Earlier "
+                "layers= reach lower."
+            )
 
     def _check_ratios(self, modules: int) -> None:
         if self.ratios is not None and len(self.ratios) != modules:
@@ -328,7 +335,10 @@ class ATPLLaVA(TrainedMethod):
         return (margin * start * (end / start) ** self.batch.progress).sigmoid()
 
     def loss(self) -> torch.Tensor:
-        """Return λ_ATP times Eq. 12 and λ_target times Eq. 13, over the images of the batch."""
+        """Return λ_ATP times Eq. 12 and λ_target times Eq. 13, over the images of the batch.
+
+        The distance of Eq. 13 is that of the average over the batches of all processes, as if they were one.
+        """
         if not self.batch.weighed:
             return torch.zeros(())  # fixed ratios: nothing is weighed
         assert self.base is not None
@@ -338,7 +348,9 @@ class ATPLLaVA(TrainedMethod):
         deep = torch.stack([count / size * top for count, top in zip(counts, tops, strict=True)]).sum()
         spans = [after - top for top, after in zip(tops, [*tops[1:], depth], strict=True)]
         total = size * tops[0] + torch.stack([count * span for count, span in zip(counts, spans, strict=True)]).sum()
-        return self.depth_weight * deep + self.target_weight * (total / depth - self.target).abs()
+        images = self.batch.weighed[0].counts.new_tensor(len(self.batch.weighed[0].counts))
+        average = summed_over_processes(total / depth * images) / summed_over_processes(images)
+        return self.depth_weight * deep + self.target_weight * (average - self.target).abs()
 
 
 def scaled(values: torch.Tensor, there: torch.Tensor) -> torch.Tensor:

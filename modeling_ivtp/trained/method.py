@@ -9,7 +9,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.nn.functional import all_reduce
 
 from ..methods import Method
 from ..methods.selecting import text_tokens
@@ -19,6 +21,14 @@ from ..model.visual_sequence import VisualSequence
 from . import adapter
 
 ATrained = TypeVar("ATrained", bound="TrainedMethod")
+
+
+def summed_over_processes(value: torch.Tensor) -> torch.Tensor:
+    """Sum a tensor over the processes that train together, with its gradient; one process alone keeps its own."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return value
+    total: torch.Tensor = all_reduce(value)
+    return total
 
 
 @dataclass(frozen=True)

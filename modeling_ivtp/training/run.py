@@ -186,7 +186,7 @@ def _trainer(
     )
     own: dict[str, Any] = {"callbacks": [_Log(folder, lines=options.progress and not bar)]}
     if isinstance(module, PrunerTraining):
-        own["callbacks"].append(module.callback())
+        own["callbacks"].insert(0, module.callback())  # the log holds what it measures
         if preset.pruner_learning_rate is not None:
             groups = module.parameter_groups(preset.pruner_learning_rate, preset.learning_rate)
             own["optimizers"] = torch.optim.AdamW(groups, weight_decay=preset.weight_decay), None

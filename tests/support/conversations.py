@@ -40,5 +40,7 @@ def run_options(model: Path, data: Path, out: Path, trains: tuple[str, ...] = SE
     """Four steps of four rows on the CPU."""
     preset = Preset(trains=trains, learning_rate=3e-3, batch_size=4, max_length=256)
     usual = {"max_steps": 4, "save_steps": 2, "log_steps": 1, "device": "cpu", "progress": False, "log_to": "none"}
-    changed = {name: options.pop(name) for name in ("batch_size", "max_length") if name in options}
+    changed = {
+        name: options.pop(name) for name in ("batch_size", "max_length", "pruner_learning_rate") if name in options
+    }
     return Options(str(model), str(data), out, preset.changed(**changed), **usual | options)

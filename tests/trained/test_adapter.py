@@ -1,6 +1,9 @@
 """Folders of trained pruners: what is saved comes back, what does not fit is refused, the base is left alone."""
 
+import errno
 import json
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -174,6 +177,26 @@ def test_an_unknown_option_or_an_occupied_folder_is_refused(folder, model):
         method.save(folder)
     method.save(folder, overwrite=True)
     assert trained.load(folder).ratio == 0.5
+
+
+@pytest.mark.parametrize("when", ["before", "in the middle"])
+def test_a_full_disk_leaves_what_was_saved_before_and_nothing_half_written(when, folder, tmp_path, monkeypatch):
+    method, before = trained.load(folder, ratio=0.5), {path: path.read_bytes() for path in folder.iterdir()}
+    if when == "before":
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    else:
+
+        def half(weights, path, **_):
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(trained.adapter, "save_file", half)
+    for target, overwrite in ((folder, True), (tmp_path / "new", False)):
+        with pytest.raises(OSError, match=r"needs .* free|no room left on the disk") as error:
+            method.save(target, overwrite=overwrite)
+        assert error.value.errno == errno.ENOSPC
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == [folder.name]
 
 
 def test_a_method_is_made_by_name_or_folder(folder):

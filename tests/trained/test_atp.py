@@ -422,10 +422,26 @@ def test_an_option_out_of_range_is_named(options, message):
 
 def test_what_does_not_fit_the_model_is_named():
     for options, message in (
-        ({"target": 17}, "target=17; allowed: up to 16, the patches of an image"),
         ({"ratios": (0.5, 0.5)}, "allowed: 3 of them, one for each module"),
         ({"target": 8, "layers": (2, 9)}, "allowed: 1 to 6, the layers of this decoder"),
     ):
         with pytest.raises(ValueError, match="atp-llava") as error:
             trained.ATPLLaVA(**options).for_model(tiny_model())
         assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("target", "layers", "message"),
+    [
+        (17, None, "target=17 tokens on average cannot be reached; allowed: 3.5 to 16"),
+        (3.4, None, "target=3.4 tokens on average cannot be reached; allowed: 3.5 to 16"),
+        (8, (4, 5), "target=8 tokens on average cannot be reached; allowed: 11.0 to 16, as the first 4 of 6 layers"),
+    ],
+)
+def test_a_target_that_cannot_be_reached_is_refused_before_anything_changes(target, layers, message):
+    model = tiny_model()
+    with pytest.raises(ValueError, match="atp-llava") as error:
+        trained.ATPLLaVA(target=target, layers=layers).for_model(model)
+    assert message in str(error.value)
+    assert model.model.applied_pruner is None
+    assert trained.ATPLLaVA(target=3.5).for_model(model).target == 3.5

@@ -46,6 +46,17 @@ def test_generate_answers_with_the_saved_budget_or_another(capsys, folders):
         assert tokens < PATCHES
 
 
+def test_generate_takes_sparse_attention_with_learned_weights_and_fixed_ones(capsys, folders, tmp_path):
+    base, _, *rest = folders
+    model, _ = load_model(str(base), device="cpu")
+    for fusion in ("learned", "fixed"):
+        ready(trained.SparseAttention(keep=7, fusion=fusion), model).save(tmp_path / fusion)
+        changed = (base, tmp_path / fusion, *rest)
+        status, out, err = run(capsys, "generate", changed, "--json", "--max-new-tokens", 2, "--device", "cpu")
+        assert (status, err) == (0, "")
+        assert json.loads(out)["visual_tokens"] == [7]
+
+
 def test_explain_shows_the_modules_choices(capsys, folders, tmp_path):
     status, out, err = run(capsys, "explain", folders, "--json", tmp_path / "trace.json", "--device", "cpu")
     assert (status, err) == (0, "")

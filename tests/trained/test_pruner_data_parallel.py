@@ -18,7 +18,9 @@ ROWS = [[3, "image", 6], [3, "image", 6]]
 STEPS = 2
 METHODS = {
     "lvpruning": trained.LVPruning(ratio=0.5, straight_through=False),
-    "atp-llava": trained.ATPLLaVA(target=1),  # every image is above the target, so its distance is linear in them
+    "atp-llava": trained.ATPLLaVA(target=4),
+    # One process is above the target and the other below: their own distances would pull in opposite directions.
+    "atp-llava, two sides": trained.ATPLLaVA(target=6.9, target_weight=2.0),
     "sparse-attention": trained.SparseAttention(keep=4, layers=(2, 4), fuse=2, sparsity_weight=0.5),
 }
 
@@ -76,3 +78,16 @@ def test_two_processes_train_as_one_does_on_the_joint_batch(name, tmp_path, monk
     of_modules = [key for key in after if key.startswith("learned.")]
     assert len(set(of_modules) & set(changed)) > min(5, len(of_modules) - 1)
     expected.release()
+
+
+@torch.no_grad()
+def test_the_two_sides_are_two_sides():
+    method = METHODS["atp-llava, two sides"]
+    training = training_of("atp-llava, two sides")
+    distances = []
+    for rank in range(2):
+        training(**row(answered(ROWS, seed=0), rank))
+        counts = [float(weighed.counts.mean()) for weighed in training.method.batch.weighed]
+        distances.append((16 + 2 * counts[0] + counts[1] + 2 * counts[2]) / 6 - method.target)
+    assert distances[0] < -0.05 < 0.05 < distances[1]
+    training.release()

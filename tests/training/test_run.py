@@ -10,8 +10,8 @@ from transformers import TrainerCallback
 
 import ivtp_cli
 from modeling_ivtp import IVTPLlavaForConditionalGeneration, methods, trained
+from modeling_ivtp.training import load_preset, train
 from modeling_ivtp.training import run as running
-from modeling_ivtp.training import train
 from modeling_ivtp.training.batches import Collator
 from modeling_ivtp.training.data import open_conversations
 from modeling_ivtp.training.parts import PrunedBy, linked_to_pictures, training_module
@@ -124,6 +124,8 @@ def test_a_folder_with_another_run_or_anything_else_is_left_alone(sample, tmp_pa
 
 
 REFUSED = [
+    ({"method": "atp-llava", "method_options": {"target": 99}}, r"target=99 tokens on average cannot be reached"),
+    ({"method": "sparse-attention", "method_options": {"sparsity": "l2"}}, "sparsity='l2'; allowed: l1, entropy"),
     ({"method": "magic"}, "method='magic'; allowed: unpruned, random"),
     ({"method": "sparsevlm", "tokens": 0}, "tokens=0"),
     ({"batch_size": 4, "device_batch_size": 3}, "device_batch_size=3 of 4 conversations"),
@@ -260,3 +262,41 @@ def test_options_of_a_method_come_from_the_command_line_and_are_kept(sample, tmp
         assert not model.model.plan().exact
     assert ivtp_cli.main([*arguments, "--method-option", "target"]) == 1
     assert "--method-option='target'; allowed: NAME=VALUE" in capsys.readouterr().err
+
+
+def test_a_run_of_a_trained_pruner_that_was_interrupted_goes_on_with_the_same_losses(sample, tmp_path, monkeypatch):
+    """Modules, model and what the method logs, with both learning rates."""
+    preset = load_preset("sparse-attention")
+    more = {
+        "method": "sparse-attention", "tokens": 4, "method_options": {"layers": (2, 4), "sparsity": "entropy"},
+        "pruner_learning_rate": preset.pruner_learning_rate, "max_steps": 4,
+    }  # fmt: skip
+    whole = train(run_options(sample / "model", sample / "rows.json", tmp_path / "whole", preset.trains, **more))
+    options = run_options(sample / "model", sample / "rows.json", tmp_path / "parts", preset.trains, **more)
+    build = running._trainer
+
+    def interrupted(*arguments):
+        trainer = build(*arguments)
+        trainer.add_callback(Stop(2))
+        return trainer
+
+    monkeypatch.setattr(running, "_trainer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(options)
+    assert not (tmp_path / "parts" / "pruner").exists()
+    monkeypatch.setattr(running, "_trainer", build)
+    resumed = train(options)
+    assert resumed.losses == whole.losses
+    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("whole", "parts")]
+    entries = [[entry for entry in map(json.loads, log) if "loss" in entry] for log in logs]
+    measured = [[entry["attention_entropy"] for entry in log] for log in entries]
+    assert measured[0] == measured[1]
+    assert len(measured[0]) == 4
+    assert min(measured[0]) > 0
+    one, other = (trained.load(tmp_path / name / "pruner") for name in ("whole", "parts"))
+    for name, value in one.learned.state_dict().items():
+        assert torch.equal(value, other.learned.state_dict()[name])
+    assert moved(sample, resumed.model) == {"projector", "language_model", "lm_head"}
+    model = IVTPLlavaForConditionalGeneration.from_pretrained(resumed.model)
+    with other(model):
+        assert model.model.plan().final_tokens == 4
