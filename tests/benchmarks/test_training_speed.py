@@ -1,0 +1,68 @@
+"""Timing of training steps: paired, in alternating order, with memory that is counted and not guessed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import training_speed
+from benchmarks.training_speed import markdown, measure, train_step
+from modeling_ivtp.speed.models import prompt
+from tests.support.tiny import tiny_model
+
+
+def test_arms_take_turns_and_pruned_steps_keep_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, order = tiny_model(), []
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    original = training_speed.train_step
+
+    def noted(model: Any, name: str, *rest: Any) -> Any:
+        order.append(name)
+        return original(model, name, *rest)
+
+    monkeypatch.setattr(training_speed, "train_step", noted)
+    arms = ["unpruned", "fastv", "lvpruning"]
+    rows = measure(model, arms, tokens=4, batch=2, text_tokens=12, repeats=3)
+    assert order == [*arms[::-1], *arms, *arms[::-1], *arms]
+    unpruned, fastv, lvpruning = rows
+    assert unpruned["speed_up"] == [1.0, 1.0, 1.0]
+    assert fastv["kept_bytes"] < unpruned["kept_bytes"] < lvpruning["kept_bytes"]
+    assert (fastv["final_tokens"], unpruned["final_tokens"]) == (4, 16)
+    assert all(len(row["all"]) == 3 for row in rows)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    results = {
+        "date": "2026-01-01", "model": "tiny", "note": "Shared.", "rows": rows,
+        "machine": {"device": "x", "threads": 1}, "settings": {"batch": 2, "text_tokens": 12, "repeats": 3},
+    }  # fmt: skip
+    page = markdown(results)
+    assert "| lvpruning (masks) | 4 |" in page
+    assert "| 1.00 [1.00, 1.00] |" in page
+    assert json.loads(json.dumps(results)) == results
+
+
+def test_what_is_kept_is_counted_once_and_without_the_weights() -> None:
+    """A frozen head on a linear layer: autograd keeps the layer's input and the weights, which do not count."""
+    model = tiny_model()
+    inputs = prompt(model, batch=1, text_tokens=12, instruction_tokens=4)
+    labels = torch.full_like(inputs["input_ids"], -100)
+    labels[:, -2:] = 3
+    once, again = (train_step(model, "unpruned", 4, inputs, labels).kept_bytes for _ in range(2))
+    assert once == again
+    layers, width, length = 6, 32, 28
+    assert once > 4 * layers * length * width * 6  # inputs of both norms, q, k, v and the MLP of every layer, at least
+    assert once < sum(weight.nbytes for weight in model.parameters()) * 10
+    double = {name: torch.cat([value, value]) for name, value in inputs.items()}
+    twice = train_step(model, "unpruned", 4, double, torch.cat([labels, labels])).kept_bytes
+    assert twice == pytest.approx(2 * once, rel=0.05)
+
+
+def test_what_cannot_be_timed_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    for options, message in (
+        ({"batch": 0}, "batch=0, repeats=7, text_tokens=32; allowed"),
+        ({"arm": ["fastw"]}, "method='fastw'; allowed: unpruned"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            training_speed.main(**options, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
