@@ -84,6 +84,15 @@ def test_the_card_says_what_the_modules_are(folder: Path, tmp_path: Path) -> Non
     assert repository.pruner
 
 
+def test_the_card_of_sparse_attention_says_whose_it_is_not(tmp_path: Path) -> None:
+    ready(trained.SparseAttention(keep=4, sparsity="entropy"), tiny_model()).save(tmp_path / "adapter")
+    (tmp_path / "out").mkdir()
+    stage(tmp_path / "adapter", f"{OWNER}/sparse", tmp_path / "out")
+    card = ModelCard((tmp_path / "out" / "README.md").read_text())
+    assert "the method `sparse-attention`, after a summary that goes by the name of IVTP, and is not it." in card.text
+    assert "| `sparsity` | `entropy` |" in card.text
+
+
 def test_a_damaged_pruner_or_a_missing_card_is_refused_before_anything_is_sent(
     hub: Hub, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
