@@ -121,7 +121,7 @@ def measure(
             if repeat >= WARM_UPS:
                 steps[name].append(step)
     baseline = [step.seconds for step in steps[UNPRUNED]]
-    rows = []
+    rows, layers = [], model.config.text_config.num_hidden_layers
     for name in arms:
         seconds = [step.seconds for step in steps[name]]
         plan = arm_of(name, tokens)[0].plan(model.config)
@@ -133,8 +133,9 @@ def measure(
                 "speed_up": list(ratio(baseline, seconds)),
                 "kept_bytes": steps[name][-1].kept_bytes,
                 "peak_bytes": max(peaks) if peaks else None,
-                "final_tokens": plan.final_tokens,
-                "layer_averaged_tokens": plan.layer_average(model.config.text_config.num_hidden_layers),
+                # A method that adapts the number to the picture has none to plan.
+                "final_tokens": plan.final_tokens if plan.exact else None,
+                "layer_averaged_tokens": plan.layer_average(layers) if plan.exact else None,
                 "masked": name in TRAINED,
                 "all": [round(value, 4) for value in seconds],
             }
@@ -148,8 +149,8 @@ def markdown(results: dict[str, Any]) -> str:
     lines = [
         (
             row["arm"] + (" (masks)" if row["masked"] else ""),
-            f"{row['final_tokens']:g}",
-            f"{row['layer_averaged_tokens']:.1f}",
+            "by picture" if row["final_tokens"] is None else f"{row['final_tokens']:g}",
+            "" if row["final_tokens"] is None else f"{row['layer_averaged_tokens']:.1f}",
             f"{row['milliseconds']:.0f}",
             "{:.2f} [{:.2f}, {:.2f}]".format(*row["speed_up"]),
             human_bytes(row["kept_bytes"]),

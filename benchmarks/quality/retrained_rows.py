@@ -8,7 +8,9 @@ from typing import Any
 
 from benchmarks.quality.methods import Row, ablation_rows, main_rows
 from modeling_ivtp.methods import METHODS, Method
+from modeling_ivtp.methods.method import scaled_layers
 from modeling_ivtp.model.pruner import Pruner
+from modeling_ivtp.trained.atp import LAYERS
 from modeling_ivtp.training.parts import UNPRUNED, PrunedBy
 
 TOKENS = 64
@@ -89,6 +91,7 @@ class Retrained:
 def retrained_rows(config: Any) -> list[Retrained]:
     """List all systems in the order of their training: control, IVTP, what learns to choose, connectors, the rest."""
     main = {row.key: row for row in main_rows(config, (TOKENS,))}
+    depth = config.text_config.num_hidden_layers
 
     def of(name: str, table: str = "Table 1") -> Retrained:
         row = main.get(f"{name}@{TOKENS}") if name in ("ivtp", "ivtp-v") else None
@@ -110,32 +113,15 @@ def retrained_rows(config: Any) -> list[Retrained]:
             untrained=Row("lvpruning-topk", TOKENS, {}, system="lvpruning-topk"),
         ),
         *(
-            Retrained(
-                f"atp-llava target={target}",
-                "Table 1",
-                PrunedBy("atp-llava", None, {"target": target}),
-                (*LEARNS, "pruner"),
-                untrained=Applied(
-                    f"atp-spatial average={target}", TOKENS, {}, method_object=METHODS["atp-spatial"](average=target)
-                ),
-            )
-            for target in (144, 88)
+            _atp(f"target={target}", "Table 1", config, target=target, layers=scaled_layers(layers, 32, depth))
+            for target, layers in ((144, LAYERS), (88, (1, 13, 25)))
         ),
         *(
             Retrained(name, "Table 1", PrunedBy(UNPRUNED), connector={"name": name, "tokens": TOKENS})
             for name in ("c_abstractor", "context_attention", "resampler")
         ),
         *(of(name) for name in _REST),
-        *(
-            Retrained(
-                f"sparse-attention {term}",
-                "001",
-                PrunedBy("sparse-attention", TOKENS, {"sparsity": term}),
-                (*LEARNS, "pruner"),
-                untrained=Row("text_attention", TOKENS, {}, system="text_attention"),
-            )
-            for term in ("l1", "entropy", "l1_over_l2", "none")
-        ),
+        *(_sparse(term, {"sparsity": term}) for term in ("l1", "entropy", "l1_over_l2", "none")),
         *(of(name, "Table 7") for name in _TABLE_7),
     ]
     ablations, _ = ablation_rows(config, (TOKENS,))
@@ -145,7 +131,58 @@ def retrained_rows(config: Any) -> list[Retrained]:
                 continue
             options = {name: value for name, value in row.options.items() if name not in ("enabled", "visual_tokens")}
             rows.append(Retrained(row.method, table, PrunedBy("ivtp", TOKENS, options), untrained=row))
-    return rows
+    return rows + _claims(config)
+
+
+def _claims(config: Any) -> list[Retrained]:
+    """List the ablations of ATP-LLaVA's paper, at an average of 144, and those of the summary."""
+    depth = config.text_config.num_hidden_layers
+    first, late, early = (scaled_layers((layer,), 32, depth) for layer in (8, 16, 4))
+    return [
+        _atp("fixed ratios", "ATP's Table 2", config, ratios=(fixed_ratio(config, 144),) * len(LAYERS)),
+        _atp("frozen, rope=1d", "ATP's Table 3", config, ("pruner",), rope="1d"),
+        *(_atp(f"scores={one}", "ATP's Table 4", config, scores=one) for one in ("redundancy", "spatial")),
+        _atp("rope=1d", "ATP's Table 4", config, rope="1d"),
+        *(_atp(f"attention={one}", "ATP's Table 5", config, attention=one) for one in ("self", "cross")),
+        _sparse("readers=vision", {"readers": "vision"}),
+        _sparse("fuse=1", {"fuse": 1}),
+        _sparse("fusion=fixed", {"fusion": "fixed"}, {}),
+        *(_sparse(f"one step, layers={layers}", {"layers": layers}) for layers in (early, first, late)),
+    ]
+
+
+def _atp(
+    name: str, table: str, config: Any, learns: tuple[str, ...] = (*LEARNS, "pruner"), **options: Any
+) -> Retrained:
+    """Return ATP-LLaVA with options, beside its untrained stand-in with as many tokens on average."""
+    average = options.get("target", 144)
+    stand_in = METHODS["atp-spatial"](average=average)
+    if "ratios" not in options:
+        options = {"target": average} | options
+    untrained = Applied(f"atp-spatial average={average}", TOKENS, {}, method_object=stand_in)
+    return Retrained(f"atp-llava {name}", table, PrunedBy("atp-llava", None, options), learns, untrained=untrained)
+
+
+def _sparse(name: str, options: dict[str, Any], untrained: dict[str, Any] | None = None) -> Retrained:
+    """Return sparse attention with options, beside text attention with those that it knows."""
+    if untrained is None:
+        untrained = {option: value for option, value in options.items() if option != "sparsity"}
+    row = Row(f"text_attention {name}" if untrained else "text_attention", TOKENS, untrained, system="text_attention")
+    pruned_by = PrunedBy("sparse-attention", TOKENS, options)
+    return Retrained(f"sparse-attention {name}", "sparse attention", pruned_by, (*LEARNS, "pruner"), untrained=row)
+
+
+def fixed_ratio(config: Any, average: float) -> float:
+    """Return the ratio of all three drops that leaves this many tokens per layer on average (ATP-LLaVA, Table 2)."""
+    depth, patches = config.text_config.num_hidden_layers, config.num_patches
+    tops = scaled_layers(LAYERS, 32, depth)
+    spans = [after - top for top, after in zip(tops, [*tops[1:], depth], strict=True)]
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        ratio = (low + high) / 2
+        total = tops[0] + sum(span * ratio ** (drop + 1) for drop, span in enumerate(spans))
+        low, high = (low, ratio) if total * patches / depth > average else (ratio, high)
+    return round(ratio, 4)
 
 
 def chosen_rows(config: Any, names: tuple[str, ...] | list[str]) -> list[Retrained]:

@@ -14,6 +14,7 @@ from benchmarks.quality.plots import plot_kept, tokens_of_pictures
 from benchmarks.quality.retrain import Course, draw_questions, load_base, prepared
 from benchmarks.quality.retrained_rows import LEARNS, chosen_rows, retrained_rows
 from modeling_ivtp import IVTPLlavaConfig
+from modeling_ivtp.trained.adapter import describe_shape
 from modeling_ivtp.training.parts import PrunedBy, training_module
 
 SMALL = Course(steps=2, scenes=1, questions=2)
@@ -46,10 +47,14 @@ def test_the_rows_are_those_of_the_tables_in_their_order(config: Any) -> None:
     for row in rows:
         if row.connector is None:
             row.pruned_by.plan(config)  # fits the miniature
+            if row.pruned_by.is_trained:
+                row.pruned_by.make().build(describe_shape(config))
             asked = row.rows(config, row.pruned_by.make() if row.pruned_by.is_trained else None)
             assert all(one.method for one in asked)
     asked = [row.method for row in chosen_rows(config, ["lvpruning"])[0].rows(config, PrunedBy("lvpruning", 64).make())]
     assert asked == ["lvpruning", "lvpruning ratio=0.6", "lvpruning ratio=0.5", "lvpruning ratio=0.45"]
+    fixed = chosen_rows(config, ["atp-llava fixed ratios"])[0].pruned_by
+    assert fixed.plan(config).layer_average(config.text_config.num_hidden_layers) == pytest.approx(144, abs=0.5)
     with pytest.raises(ValueError, match="No system fastw; allowed: unpruned, ivtp, lvpruning"):
         chosen_rows(config, ["fastw"])
 

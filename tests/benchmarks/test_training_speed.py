@@ -10,23 +10,28 @@ import torch
 from benchmarks import training_speed
 from benchmarks.training_speed import markdown, measure, train_step
 from modeling_ivtp.speed.models import prompt
+from modeling_ivtp.training.parts import PrunedBy
 from tests.support.tiny import tiny_model
 
 
 def test_arms_take_turns_and_pruned_steps_keep_less(monkeypatch: pytest.MonkeyPatch) -> None:
     model, order = tiny_model(), []
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    original = training_speed.train_step
+    original, of = training_speed.train_step, training_speed.arm_of
+    reachable = PrunedBy("atp-llava", None, {"target": 8}), ("pruner",)
 
     def noted(model: Any, name: str, *rest: Any) -> Any:
         order.append(name)
         return original(model, name, *rest)
 
     monkeypatch.setattr(training_speed, "train_step", noted)
-    arms = ["unpruned", "fastv", "lvpruning"]
+    arms = ["unpruned", "fastv", "lvpruning", "atp-llava"]
+    monkeypatch.setattr(
+        training_speed, "arm_of", lambda name, tokens: reachable if name == arms[3] else of(name, tokens)
+    )
     rows = measure(model, arms, tokens=4, batch=2, text_tokens=12, repeats=3)
     assert order == [*arms[::-1], *arms, *arms[::-1], *arms]
-    unpruned, fastv, lvpruning = rows
+    unpruned, fastv, lvpruning, atp = rows
     assert unpruned["speed_up"] == [1.0, 1.0, 1.0]
     assert fastv["kept_bytes"] < unpruned["kept_bytes"] < lvpruning["kept_bytes"]
     assert (fastv["final_tokens"], unpruned["final_tokens"]) == (4, 16)
@@ -38,6 +43,8 @@ def test_arms_take_turns_and_pruned_steps_keep_less(monkeypatch: pytest.MonkeyPa
     }  # fmt: skip
     page = markdown(results)
     assert "| lvpruning (masks) | 4 |" in page
+    assert "| atp-llava (masks) | by picture |" in page
+    assert atp["final_tokens"] is None
     assert "| 1.00 [1.00, 1.00] |" in page
     assert json.loads(json.dumps(results)) == results
 
