@@ -37,6 +37,7 @@ from modeling_ivtp.files.tables import markdown_table
 from modeling_ivtp.flops.formula import connector_flops, decoder_flops, head_flops, tower_flops
 from modeling_ivtp.model.schedule import PruningPlan
 from modeling_ivtp.trained import TrainedMethod
+from modeling_ivtp.trained.adapter import describe_base
 
 HERE = Path(__file__).parents[2]
 SAMPLE = 2000
@@ -244,8 +245,9 @@ def measure(
     name = f"{system.table} {system.name} {course.seed}".replace(" ", "-")
     method, seconds = retrain(llava, processor, system.pruned_by, system.learns, course, states / name, model)
     if isinstance(method, TrainedMethod):
-        base = llava if "language_model" in system.learns else None
-        method.save(states / name / "pruner", model=base, overwrite=True)
+        # What was trained beside the modules is their base from now on.
+        method = method.with_modules(method.modules_or_raise(), describe_base(llava))
+        method.save(states / name / "pruner", overwrite=True)
     llava.eval()
     with torch.no_grad():
         rows = ask(llava, processor, system.rows(llava.config, method), asked, batch)
@@ -289,6 +291,7 @@ def main(
             with quiet():
                 measure(row, model, one, sample, states, results, batch, str(device))
             print(f"{row.name}, seed {one.seed}: done", flush=True)
+    results.add([], config, [question for _, question in sample])  # the page names systems that are new since
 
 
 if __name__ == "__main__":
