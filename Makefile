@@ -90,7 +90,7 @@ $(VLLM)/.installed: pyproject.toml tests/vllm_plugin/requirements.txt tests/vllm
 	echo 'import torchvision_operators' > $$($(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torchvision_operators.pth
 	@touch $@
 
-vllm-test:  ## the plug-in against the transformers engine on 60 questions; skipped where vLLM cannot be installed
+vllm-test:  ## the plug-in and vLLM's server against the transformers engine; skipped where vLLM cannot be installed
 	@$(MAKE) --no-print-directory vllm-env || { echo "skipped: vLLM cannot be installed here, for the reason above"; exit 0; }; \
 	test ! -e $(VLLM)/.installed || IVTP_TEST_GIB=6 OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm_plugin tests/evaluation/test_vllm_answerer.py
 

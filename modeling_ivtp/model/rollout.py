@@ -8,7 +8,7 @@ records its queries and keys, or its map averaged over heads if it computed its 
 Methods that rank by what decoder layers attend to, without a reference token, read a `DecoderAttentionRecord`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +44,11 @@ class AttentionRecord:
         Factor of the products of queries and keys, 1 / sqrt(dh).
     averaged_map : float32 Tensor (B, K, K) or None
         The attention map averaged over heads, if all K tokens are tracked; None: it follows from queries and keys.
+    sum_over_devices : callable or None
+        Adds up a tensor over the devices of which each has some of the layer's heads (tensor parallelism). None: this
+        device has all.
+    devices : int
+        How many have them.
     sealed : bool
         Whether the record takes no more. Gradient checkpointing runs a layer again in the backward pass, long after its
         group was scored.
@@ -58,7 +63,13 @@ class AttentionRecord:
     visible: torch.Tensor | None = field(init=False, repr=False, default=None)
     columns: torch.Tensor | None = field(init=False, repr=False, default=None)
     averaged_map: torch.Tensor | None = field(init=False, repr=False, default=None)
+    sum_over_devices: Callable[[torch.Tensor], torch.Tensor] | None = field(init=False, repr=False, default=None)
+    devices: int = field(init=False, default=1)
     sealed: bool = field(init=False, default=False)
+
+    def over_all_heads(self, row: torch.Tensor) -> torch.Tensor:
+        """Average rows that are averaged over this device's heads with those of the other devices."""
+        return row if self.sum_over_devices is None else self.sum_over_devices(row) / self.devices
 
     def fill(self, **tensors: torch.Tensor | float | None) -> None:
         """Store what the attention layer computed; a sealed record ignores it."""
@@ -72,6 +83,8 @@ class AttentionRecord:
         # One kernel, accumulating in float32 at least.
         dtype = torch.promote_types(self.value.dtype, torch.float32)
         norms = torch.linalg.vector_norm(self.value, dim=(1, 3), dtype=dtype).float()
+        if self.sum_over_devices is not None:
+            norms = self.sum_over_devices(norms.square()).sqrt()
         if self.value_columns is None:
             return norms[:, None, 1:]
         columns = self.value_columns.to(norms.device)
@@ -205,7 +218,7 @@ def reference_row(record: AttentionRecord) -> torch.Tensor:
     """Return the reference token's row of a layer's attention map, over the tracked tokens: float32 (B, M, 1 + k)."""
     visible = None if record.visible is None else record.visible[:, :, :1]
     row = averaged_attention(record.query[:, :, :, :1], record.key, record.scale, visible)[:, :, 0]
-    return _on_tracked(row, record.columns)
+    return record.over_all_heads(_on_tracked(row, record.columns))
 
 
 def roll_down(row: torch.Tensor, record: AttentionRecord, *, residual: bool) -> torch.Tensor:
@@ -231,7 +244,7 @@ def roll_down(row: torch.Tensor, record: AttentionRecord, *, residual: bool) -> 
         product = row @ record.averaged_map
     else:
         product = weighted_attention(row, record.query, record.key, record.scale, record.visible)
-        product = _on_tracked(product, record.columns)
+        product = record.over_all_heads(_on_tracked(product, record.columns))
     return torch.lerp(product, row, 0.5) if residual else product
 
 

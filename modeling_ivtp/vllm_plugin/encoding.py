@@ -24,7 +24,7 @@ from ..model.prompt import PromptInputs, build_prompt
 from ..model.prompt_graphs import PromptGraphs
 from ..model.vision_ivtp import GroupedCLIPVisionModel
 from .budget import options_for
-from .prefix_decoder import PrefixDecoder
+from .prefix_decoder import Devices, PrefixDecoder, without_adapters
 
 TOWER_OUTPUTS = 64
 """Pictures whose tower output is remembered, so that another question about one does not encode it again."""
@@ -88,10 +88,12 @@ class ImageEncoder(IVTPLlavaModel):
     ----------
     config : IVTPLlavaConfig
     decoder : Module
-        vLLM's decoder, with `embed_input_ids` and `layers`.
+        vLLM's decoder, with `embed_tokens` and `layers`.
+    devices : Devices, optional
+        Those that share the heads of its layers. Each encodes all images.
     """
 
-    def __init__(self, config: Any, decoder: nn.Module) -> None:
+    def __init__(self, config: Any, decoder: nn.Module, devices: Devices | None = None) -> None:
         # Not IVTPLlavaModel's, which builds a decoder. The options change with every batch, so the copy is its own.
         config = copy.deepcopy(config)
         LlavaPreTrainedModel.__init__(self, config)
@@ -110,12 +112,14 @@ class ImageEncoder(IVTPLlavaModel):
         # Not registered as a part: the decoder's weights are vLLM's.
         self.__dict__["decoder"] = decoder
         layers: Any = decoder.layers
-        self.__dict__["language_model"] = PrefixDecoder(config.text_config, layers[: config.pruning.decoder_layers])
+        first = layers[: config.pruning.decoder_layers]
+        self.__dict__["language_model"] = PrefixDecoder(config.text_config, first, devices)
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Return the embeddings of tokens (B, S), with any for placeholders: (B, S, d)."""
         words = input_ids.masked_fill(input_ids == self.config.image_token_id, 0)
-        return self.__dict__["decoder"].embed_input_ids(words.flatten()).unflatten(0, words.shape)
+        embed = without_adapters(self.__dict__["decoder"].embed_tokens)
+        return embed(words.flatten()).unflatten(0, words.shape)
 
     @torch.no_grad()
     def features_of(self, items: Sequence[Item]) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -3,7 +3,8 @@
 The layers are vLLM's own, so weights are held once, quantised as the server wants them. Attention is computed here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,32 @@ from ..model.language_ivtp import GroupedDecoder
 from ..model.pseudo_cls_attention import PseudoCLSAttention
 
 
+def without_adapters(module: nn.Module) -> Any:
+    """Return the layer that adapters (LoRA) were laid over, or the layer itself.
+
+    What an image keeps is cached for all requests about it, whatever adapter they name, so the base model chooses.
+    """
+    return getattr(module, "base_layer", module)
+
+
+@dataclass(frozen=True)
+class Devices:
+    """The devices that share every layer's heads (tensor parallelism).
+
+    A layer's projections put their own outputs together. What a group of layers is scored by needs, for each layer, one
+    sum of rows that every device has averaged over its heads, and for each group one of its squared value norms.
+
+    Attributes
+    ----------
+    count : int
+    sum : callable
+        Adds up a tensor over all of them, and gives each the same result.
+    """
+
+    count: int
+    sum: Callable[[torch.Tensor], torch.Tensor]
+
+
 class PrefixLayer:
     """A decoder layer of vLLM, called as `GroupedDecoder` calls its layers.
 
@@ -21,11 +48,14 @@ class PrefixLayer:
     ----------
     layer : Module
         Of LLaMA's architecture as vLLM builds it: `input_layernorm`, `self_attn` with a joint `qkv_proj`,
-        `post_attention_layernorm`, `mlp`.
+        `post_attention_layernorm`, and `mlp` with a joint `gate_up_proj`.
+    devices : Devices, optional
+        Those that share the layer's heads. Default: this device has all.
     """
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, devices: "Devices | None" = None) -> None:
         self.layer: Any = layer
+        self.devices = devices
 
     def __call__(
         self,
@@ -41,16 +71,20 @@ class PrefixLayer:
         """
         attention = self.layer.self_attn
         flat = hidden.flatten(0, 1)
-        joint, _ = attention.qkv_proj(self.layer.input_layernorm(flat))
+        joint, _ = without_adapters(attention.qkv_proj)(self.layer.input_layernorm(flat))
         query, key, value = joint.split([attention.q_size, attention.kv_size, attention.kv_size], dim=-1)
         query, key = attention.rotary_emb(position_embeddings.flatten(), query.contiguous(), key.contiguous())
+        if self.devices is not None and record is not None and record.record is not None:
+            record.record.sum_over_devices, record.record.devices = self.devices.sum, self.devices.count
         shape = (*hidden.shape[:2], -1, attention.head_dim)
         query, key, value = (part.reshape(shape).transpose(1, 2) for part in (query, key, value))
         output = self._attend(query, key, value, record, attention_mask, attention.scaling)
-        output, _ = attention.o_proj(output.flatten(2).flatten(0, 1))
+        output, _ = without_adapters(attention.o_proj)(output.flatten(2).flatten(0, 1))
         flat = flat + output
-        flat = flat + self.layer.mlp(self.layer.post_attention_layernorm(flat))
-        return flat.view_as(hidden)
+        mlp = self.layer.mlp
+        inner, _ = without_adapters(mlp.gate_up_proj)(self.layer.post_attention_layernorm(flat))
+        output, _ = without_adapters(mlp.down_proj)(mlp.act_fn(inner))
+        return (flat + output).view_as(hidden)
 
     @staticmethod
     def _attend(
@@ -87,11 +121,13 @@ class PrefixDecoder(GroupedDecoder):
     config : PreTrainedConfig
         Of the decoder.
     layers : sequence of Module
+    devices : Devices, optional
+        Those that share their heads.
     """
 
-    def __init__(self, config: Any, layers: Sequence[nn.Module]) -> None:
+    def __init__(self, config: Any, layers: Sequence[nn.Module], devices: Devices | None = None) -> None:
         self.config = config
-        self.layers = [PrefixLayer(layer) for layer in layers]
+        self.layers = [PrefixLayer(layer, devices) for layer in layers]
 
     def rotary_emb(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """Return the positions themselves (B, n), for `PrefixLayer`."""

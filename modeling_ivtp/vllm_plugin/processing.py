@@ -19,16 +19,20 @@ from vllm.multimodal.parse import ImageEmbeddingItems
 from vllm.multimodal.processing import PromptReplacement
 
 from ..model.processing_ivtp import IVTPLlavaProcessor
+from . import pictures as pictures_of_requests
 from .budget import BUDGET, CEILING, Budgets, plan_for
 from .guide import Guide, guides_of
+from .metrics import PruningMetrics
 
 _GUIDES = "ivtp_guides"
 """The name under which guides travel with a request's options inside of vLLM's processor."""
 _PICTURES = "ivtp_pictures"
+_DUMMY = "ivtp_dummy"
+"""Marks vLLM's own requests, by which it warms up and measures memory."""
 _TOKENIZING = threading.RLock()
 """Held while a tokenizer works: fast tokenizers refuse two threads at a time."""
 
-_OURS = (BUDGET, CEILING, _GUIDES, _PICTURES)
+_OURS = (BUDGET, CEILING, _GUIDES, _PICTURES, _DUMMY)
 
 FIELDS = ("pixel_values", "picture_keys", "image_number", BUDGET, "prompt_ids", "clip_input_ids", "clip_spans")
 """What an image brings to the model; see `encoding.Item`."""
@@ -36,6 +40,10 @@ FIELDS = ("pixel_values", "picture_keys", "image_number", BUDGET, "prompt_ids", 
 
 class ServedProcessingInfo(LlavaProcessingInfo):
     """What vLLM has to know of requests ahead."""
+
+    def __init__(self, ctx: Any) -> None:
+        super().__init__(ctx)
+        pictures_of_requests.guard()
 
     def get_hf_processor(self, **kwargs: object) -> IVTPLlavaProcessor:
         """Return the checkpoint's processor, with CLIP's tokenizer."""
@@ -50,6 +58,11 @@ class ServedProcessingInfo(LlavaProcessingInfo):
     def budgets(self) -> Budgets:
         """The budgets of this server."""
         return Budgets(self.get_hf_config(), self.ctx.get_mm_config().mm_processor_kwargs)
+
+    @cached_property
+    def metrics(self) -> PruningMetrics:
+        """What pruning spares, for `/metrics`."""
+        return PruningMetrics(self.get_hf_config(), self.ctx.model_config.dtype.itemsize)
 
     @cached_property
     def words_guide(self) -> bool:
@@ -92,6 +105,7 @@ class ServedProcessor(LlavaMultiModalProcessor):
         if isinstance(pictures, ImageEmbeddingItems):
             raise ValueError("image embeddings came in place of a picture; pruning needs the picture itself.")
         options = dict(inputs.hf_processor_mm_kwargs)
+        dummy = options.pop(_DUMMY, False)
         number = self.info.budgets.of(options)
         if self.info.is_guided(number):
             processor = self.info.get_hf_processor()
@@ -101,7 +115,15 @@ class ServedProcessor(LlavaMultiModalProcessor):
                 raise ValueError(f"{len(pictures)} image(s) came for a prompt with {len(guides)} image token(s).")
             options |= {_GUIDES: guides, _PICTURES: list(pictures.get_processor_data()["images"])}
         options[BUDGET] = number
-        return super().apply(replace(inputs, hf_processor_mm_kwargs=options), timing_ctx)
+        processed = super().apply(replace(inputs, hf_processor_mm_kwargs=options), timing_ctx)
+        if not dummy:
+            self.info.metrics.count(len(pictures), number)
+        return processed
+
+    def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        """Make one of vLLM's own requests, which the metrics leave out."""
+        inputs = super().get_dummy_inputs(*args, **kwargs)
+        return replace(inputs, hf_processor_mm_kwargs={**inputs.hf_processor_mm_kwargs, _DUMMY: True})
 
     @property
     def _image_token(self) -> int:

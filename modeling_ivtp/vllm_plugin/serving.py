@@ -8,6 +8,8 @@ import torch
 import vllm
 from torch import nn
 from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+from vllm.logger import init_logger
 from vllm.model_executor.models.interfaces import SupportsMRoPE
 from vllm.model_executor.models.llava import LlavaForConditionalGeneration
 from vllm.model_executor.models.module_mapping import MultiModelKeys
@@ -23,6 +25,7 @@ from ..model.language_ivtp import DECODERS
 from . import check_version
 from .budget import BUDGET, Budgets, options_for, plan_for
 from .encoding import ImageEncoder, Item
+from .prefix_decoder import Devices
 from .processing import ServedDummyInputs, ServedProcessingInfo, ServedProcessor
 
 check_version(vllm.__version__)
@@ -84,7 +87,7 @@ class IVTPLlavaForConditionalGeneration(LlavaForConditionalGeneration, SupportsM
             if part is not None:
                 part._attn_implementation = "sdpa"
         with self._mark_tower_model(vllm_config, "image"):
-            self.images = ImageEncoder(config, self.language_model.model)
+            self.images = ImageEncoder(config, self.language_model.model, _devices())
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
         server = None if self.multimodal_config is None else self.multimodal_config.mm_processor_kwargs
         self.budgets = Budgets(config, server)
@@ -211,6 +214,12 @@ def _items(kwargs: dict[str, Any]) -> list[Item]:
     ]
 
 
+def _devices() -> Devices | None:
+    """Return the devices that share the decoder's heads, None if there is one."""
+    count = get_tensor_model_parallel_world_size()
+    return Devices(count, tensor_model_parallel_all_reduce) if count > 1 else None
+
+
 def _check(config: Any, vllm_config: VllmConfig) -> None:
     """Refuse what the plug-in does not support, before anything is loaded."""
     if config.text_config.model_type not in DECODERS:
@@ -226,12 +235,15 @@ def _check(config: Any, vllm_config: VllmConfig) -> None:
         return
     options_for(config, config.pruning.visual_tokens)  # refuses a pooled pseudo CLS
     plan = plan_for(config, config.pruning.visual_tokens)
-    parallel = vllm_config.parallel_config
-    if plan is not None and plan.decoder and parallel.tensor_parallel_size * parallel.pipeline_parallel_size > 1:
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    if plan is not None and plan.decoder and stages > 1:
         raise ValueError(
-            f"tensor_parallel_size={parallel.tensor_parallel_size}, pipeline_parallel_size="
-            f"{parallel.pipeline_parallel_size}: the question-guided stage runs on one device; allowed: 1 and 1, or "
-            "decoder_layers=0 (the vision tower alone prunes)."
+            f"pipeline_parallel_size={stages}: the question-guided stage needs the decoder's first layers on every "
+            "device; allowed: 1, or decoder_layers=0 (the vision tower alone prunes)."
         )
-    if config.pruning.strict and config.pruning.guidance == "clip" and config.clip_text_config is None:
-        raise ValueError("pruning.strict=True, and this checkpoint has no CLIP text tower that the question needs.")
+    if plan is not None and plan.decoder and config.pruning.guidance == "clip" and config.clip_text_config is None:
+        if config.pruning.strict:
+            raise ValueError("pruning.strict=True, and this checkpoint has no CLIP text tower that the question needs.")
+        init_logger(__name__).warning(
+            "This checkpoint has no CLIP text tower to read questions with: the picture's own CLS guides instead."
+        )

@@ -59,8 +59,8 @@ ELSEWHERE = {
     "ivtp quality": "tests/benchmarks/, with fewer questions: two thousand of them take hours",
     "make ": "tests/examples/, test_make_help_lists_every_target, and .ci/run",
     "pip install": "tests/packaging/test_distributions.py",
-    "python -m vllm.": "needs vLLM; tests/vllm_plugin/ runs its engine",
-    "vllm serve": "needs vLLM; tests/vllm_plugin/ runs its engine",
+    "python -m vllm.": "needs vLLM; tests/vllm_plugin/ runs its engine and its server",
+    "vllm serve": "needs vLLM; tests/vllm_plugin/ runs its engine and its server",
     "python -m benchmarks.": "tests/benchmarks/, tests/speed/, tests/flops/, and the tests of pages and cards",
 }
 """How the commands begin that no page's test runs, and what runs them."""

@@ -7,11 +7,9 @@ import io
 import json
 import random
 import re
-import struct
 import sys
 import threading
 import time
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -27,6 +25,7 @@ from PIL import Image
 from benchmarks.quality.world import Question, draw_scene, questions
 from modeling_ivtp.checkpoints.convert import convert
 from modeling_ivtp.publish.staging import stage
+from tests.support.hostile import HOSTILE, encoded, hostile_request
 
 SIDE = 336
 
@@ -65,12 +64,6 @@ def asked() -> list[tuple[str, Question]]:
         one = questions(scene, types=("colour", "corner"), style="plain")[number % 2]
         found.append((encoded(Image.fromarray(scene.pixels)), one))
     return found
-
-
-def encoded(image: Image.Image, kind: str = "PNG") -> str:
-    file = io.BytesIO()
-    image.save(file, kind)
-    return base64.b64encode(file.getvalue()).decode()
 
 
 def short(inputs: Any, **parameters: Any) -> dict[str, Any]:
@@ -230,85 +223,11 @@ def test_a_ribbon_is_answered_from_its_middle(handler: Any, asked: list[Any]) ->
     assert handler(short({"image": encoded(ribbon), "text": question.text}))["generated_text"] == question.answer
 
 
-def _tiled_tiff() -> str:
-    """A TIFF of 100 x 100 pixels in one tile of 46,000 x 46,000, a kilobyte in all."""
-    tags = [
-        (256, 4, 100), (257, 4, 100), (258, 3, 8), (259, 3, 8), (262, 3, 1), (277, 3, 1), (322, 4, 46000),
-        (323, 4, 46000), (324, 4, 8), (325, 4, 10),
-    ]  # fmt: skip
-    body = b"II*\0" + struct.pack("<I", 32) + zlib.compress(b"\0" * 100)[:24].ljust(24, b"\0")
-    body += struct.pack("<H", len(tags)) + b"".join(
-        struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags
-    )
-    return base64.b64encode(body + struct.pack("<I", 0)).decode()
-
-
-def _many_scans() -> str:
-    """A progressive JPEG with its last scan again and again: few bytes, much work."""
-    file = io.BytesIO()
-    Image.new("L", (900, 900)).save(file, "JPEG", progressive=True)
-    content = file.getvalue()
-    last = content.rindex(b"\xff\xda")
-    return base64.b64encode(content[:-2] + content[last:-2] * 300 + b"\xff\xd9").decode()
-
-
-BOMB = "bomb"
-HOSTILE: dict[str, tuple[Any, str]] = {
-    "path": ({"image": "/etc/passwd", "text": "x"}, "files are not read"),
-    "relative path": ({"image": "../config.json", "text": "x"}, "files are not read"),
-    "file address": ({"image": "file:///etc/passwd", "text": "x"}, "not supported"),
-    "ftp": ({"image": "ftp://example.com/x.png", "text": "x"}, "not supported"),
-    "loopback": ({"image": "http://127.0.0.1:1/x.png", "text": "x"}, "not a public address"),
-    "localhost": ({"image": "http://localhost/x.png", "text": "x"}, "not a public address"),
-    "private": ({"image": "http://10.0.0.1/x.png", "text": "x"}, "not a public address"),
-    "link-local": ({"image": "http://169.254.169.254/latest/meta-data/", "text": "x"}, "not a public address"),
-    "IPv6 loopback": ({"image": "http://[::1]/x.png", "text": "x"}, "not a public address"),
-    "IPv4 inside IPv6": ({"image": "https://[::ffff:192.168.0.1]/x.png", "text": "x"}, "not a public address"),
-    "IPv4 behind NAT64": ({"image": "http://[64:ff9b::7f00:1]/x.png", "text": "x"}, "not a public address"),
-    "a number for an address": ({"image": "http://2130706433/x.png", "text": "x"}, "not a public address"),
-    "no base64": ({"image": "???", "text": "x"}, "files are not read"),
-    "no picture": ({"image": base64.b64encode(b"hello there").decode(), "text": "x"}, "not an image"),
-    "too many pixels": (BOMB, "pixels"),
-    "too many bytes": ({"image": "A" * 27_000_000, "text": "x"}, "larger than 20,000,000 bytes"),
-    "a tile larger than its picture": ({"image": _tiled_tiff(), "text": "x"}, "not an image in a known format"),
-    "an icon": ({"image": encoded(Image.new("RGB", (16, 16)), "ICO"), "text": "x"}, "not an image in a known format"),
-    "many scans": ({"image": _many_scans(), "text": "x"}, "more than 100 scans"),
-    "many images": ({"images": ["AAAA"] * 40, "text": "x"}, "more than 32 images"),
-    "half a character": ({"text": "a\ud800b"}, "surrogates not allowed"),
-    "a port that is none": ({"image": "http://8.8.8.8:99999999999999999999999/x", "text": "x"}, "cannot be reached"),
-    "a cloud's metadata": ({"image": "http://168.63.129.16/x.png", "text": "x"}, "not a public address"),
-    "another cloud's": ({"image": "http://192.0.0.192/x.png", "text": "x"}, "not a public address"),
-    "site-local": ({"image": "http://[fec0::1]/x.png", "text": "x"}, "not a public address"),
-    "IPv4 under an old IPv6": ({"image": "http://[::127.0.0.1]/x.png", "text": "x"}, "not a public address"),
-    "local NAT64": ({"image": "http://[64:ff9b:1::7f00:1]/x.png", "text": "x"}, "not a public address"),
-    "more than the context": ({"text": "word " * 3000}, "the model takes 2048 in all"),
-    "no text": ({"image": "AAAA"}, "text is missing"),
-    "a number": (7, "an entry of inputs is"),
-    "an image in the text": ({"text": "<image> what is this?"}, "must not be in a text"),
-    "an image in another message": (
-        [{"role": "user", "content": "<image>"}, {"role": "user", "content": [{"type": "image", "image": "AAAA"}]}],
-        "must not be in a text",
-    ),
-    "too much text": ({"text": "x" * 30_000}, "at most 20,000"),
-    "an unknown field": ({"text": "x", "path": "y"}, "unknown field(s) path; allowed: image"),
-    "an unknown role": ([{"role": "root", "content": "x"}], "none of those allowed: system, user, assistant"),
-    "an unknown part": ([{"role": "user", "content": [{"type": "video"}]}], "a part is"),
-    "the answer is there": ([{"role": "assistant", "content": "x"}], "the last message is not the user's"),
-}
-
-
-def _hostile(name: str) -> Any:
-    request, _ = HOSTILE[name]
-    if request != BOMB:
-        return request
-    return {"image": encoded(Image.new("1", (30_000, 30_000))), "text": "x"}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_requests_are_refused(handler: Any, name: str) -> None:
     with pytest.raises(ValueError, match=re.escape(HOSTILE[name][1])):
-        handler(short(_hostile(name)))
+        handler(short(hostile_request(name)))
 
 
 @pytest.mark.parametrize(
@@ -412,7 +331,7 @@ def test_addresses_are_followed_to_where_they_lead(
 @pytest.mark.slow
 def test_under_load_nothing_is_mixed_up_or_kept(handler: Any, asked: list[Any]) -> None:
     """200 requests, 16 at a time: every good one gets its own answer, every hostile one is refused, memory is flat."""
-    hostile = {name: _hostile(name) for name in HOSTILE if name != "too many bytes"}
+    hostile = {name: hostile_request(name) for name in HOSTILE if name != "too many bytes"}
     draws = random.Random(0)
     jobs = [draws.choice(sorted(hostile)) if draws.random() < 0.4 else draws.randrange(len(asked)) for _ in range(200)]
     budgets = [64 + number % 2 for number in range(len(asked))]

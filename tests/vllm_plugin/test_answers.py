@@ -4,46 +4,15 @@ It needs vLLM, in an environment of its own: `make vllm-env`, then `make vllm-te
 """
 
 import gc
-from itertools import islice
-from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
-from benchmarks.quality.world import sample_questions
-from modeling_ivtp import IVTPLlavaForConditionalGeneration, IVTPLlavaProcessor
-from modeling_ivtp.vllm_plugin import register
+from benchmarks.serving.engines import TOWER, Engine, Transformers, held_out
 
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed here: make vllm-env, then make vllm-test")
 
-MINIATURE = Path(__file__).parents[2] / "examples" / "miniature"
-TYPES = ("existence", "colour", "corner", "left_of", "above", "larger")
-QUESTIONS, NEW_TOKENS = 60, 4
-TOWER = {"decoder_layers": 0, "tower_tokens": None}
-
-
-class Transformers:
-    """The other engine, which says what is right."""
-
-    def __init__(self):
-        pruning = {"decoder_choice": "ahead"}
-        self.model = IVTPLlavaForConditionalGeneration.from_pretrained(
-            MINIATURE, dtype=torch.float32, pruning=pruning
-        ).eval()
-        self.processor = IVTPLlavaProcessor.from_pretrained(MINIATURE)
-
-    def answer(self, text, images, generation=None, **options):
-        inputs = self.processor(images=images or None, text=text, return_tensors="pt")
-        generation = {"max_new_tokens": NEW_TOKENS, "do_sample": False} | (generation or {})
-        with torch.no_grad(), self.model.pruning(**options):
-            tokens = self.model.generate(**inputs, **generation)
-        return tokens[0, inputs["input_ids"].shape[1] :].tolist()
-
-    def patches(self, text, images, **options):
-        inputs = self.processor(images=images, text=text, return_tensors="pt")
-        with self.model.pruning(**options):
-            return [image.groups[-1].kept.tolist() for image in self.model.explain(**inputs).images]
+QUESTIONS = 60
 
 
 @pytest.fixture(scope="module")
@@ -53,46 +22,11 @@ def right():
 
 @pytest.fixture(scope="module")
 def asked():
-    sampled = islice(sample_questions("validation", QUESTIONS, TYPES), QUESTIONS)
-    return [(question.prompt, [Image.fromarray(scene.pixels)]) for scene, question in sampled]
-
-
-class Server:
-    """vLLM on the miniature, and the patches that it kept."""
-
-    def __init__(self, **options):
-        register()
-        usual = {"max_model_len": 2048, "max_num_seqs": 16, "block_size": 32, "limit_mm_per_prompt": {"image": 4}}
-        options = usual | options
-        self.llm = vllm.LLM(str(MINIATURE), dtype="float32", enforce_eager=True, **options)
-        self.images = self.llm.apply_model(lambda model: model.images)[0]
-        self.kept, features_of = [], self.images.features_of
-
-        def noted(items):
-            found = features_of(items)
-            self.kept.extend(patches.tolist() for _, patches in found)
-            return found
-
-        self.images.features_of = noted
-
-    def outputs(self, requests, sampling=None):
-        sampling = sampling or vllm.SamplingParams(max_tokens=NEW_TOKENS, temperature=0)
-        prompts = []
-        for text, images, *options in requests:
-            prompt = {"prompt": text}
-            if images:
-                prompt |= {"multi_modal_data": {"image": images}}
-            if options:
-                prompt |= {"mm_processor_kwargs": options[0]}
-            prompts.append(prompt)
-        return self.llm.generate(prompts, sampling, use_tqdm=False)
-
-    def answers(self, requests, sampling=None):
-        return [list(output.outputs[0].token_ids) for output in self.outputs(requests, sampling)]
+    return [(text, images) for text, images, _ in held_out(QUESTIONS)]
 
 
 def started(**options):
-    server = Server(**options)
+    server = Engine(**options)
     yield server
     del server
     gc.collect()
@@ -167,6 +101,34 @@ def test_a_second_turn_reads_the_first_ones_picture_from_the_cache(guided, asked
     assert guided.images.chosen == chosen + 1
 
 
+def test_chats_are_laid_out_as_the_processor_does(guided, right, asked):
+    picture = {"type": "image_pil", "image_pil": asked[0][1][0]}
+    first = [{"role": "user", "content": [picture, said("Is there a cup?")]}]
+    later = [*first, {"role": "assistant", "content": "no"}, {"role": "user", "content": [said("Is there a dog?")]}]
+    for chat in (first, later):
+        (output,) = guided.llm.chat(chat, guided.sampling, use_tqdm=False)
+        plain = [
+            {**turn, "content": [{"type": "image"} if part == picture else part for part in parts_of(turn)]}
+            for turn in chat
+        ]
+        text = right.processor.apply_chat_template(plain, add_generation_prompt=True)
+        image = right.processor.image_token_id
+        assert output.prompt_token_ids.count(image) == 64
+        words = [token for token in right.processor.tokenizer(text)["input_ids"] if token != image]
+        assert [token for token in output.prompt_token_ids if token != image] == words
+        # In a later turn the picture keeps what its own turn kept; transformers would choose anew for a whole prompt.
+        if chat is first:
+            assert list(output.outputs[0].token_ids) == right.answer(text, asked[0][1])
+
+
+def said(text):
+    return {"type": "text", "text": text}
+
+
+def parts_of(turn):
+    return [said(turn["content"])] if isinstance(turn["content"], str) else turn["content"]
+
+
 def test_a_budget_above_the_ceiling_is_refused(guided, asked):
     text, images = asked[0]
     with pytest.raises(ValueError, match="visual_tokens=193 is above this server's ceiling of 192; allowed: 1 to 192"):
@@ -184,8 +146,7 @@ def test_prompts_in_chunks_and_under_preemption_answer_the_same(right, asked):
     for server in started(max_num_batched_tokens=48, disable_log_stats=False, **small):
         expected = [right.answer(*question, generation) for question in few]
         assert server.answers(few, sampling) == expected
-        counted = {metric.name: getattr(metric, "value", 0) for metric in server.llm.get_metrics()}
-        assert counted["vllm:num_preemptions"] > 0
+        assert server.metrics()["vllm:num_preemptions"] > 0
 
 
 @pytest.mark.parametrize(

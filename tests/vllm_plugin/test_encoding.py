@@ -1,68 +1,13 @@
 """Both stages as the vLLM plug-in runs them, on a stand-in for vLLM's decoder: they choose as transformers' engine."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from modeling_ivtp.vllm_plugin.encoding import ImageEncoder, Item
-from tests.support.tiny import IMAGE_TOKEN, prompt, rows_alone, tiny_model
+from modeling_ivtp.vllm_plugin.encoding import Item
+from tests.support.tiny import IMAGE_TOKEN, prompt, tiny_model
+from tests.support.vllm_layers import encoder_of, items_of
 
 ROWS = [[3, "image", 7], [2, "image", 4, "image", 3], [3, "image", 12], [5, "image"]]
-
-
-class StandinLayer:
-    """A layer of transformers with the parts that vLLM's layers have: one projection for queries, keys and values."""
-
-    def __init__(self, layer, rotary):
-        attention = layer.self_attn
-        heads = attention.config.num_attention_heads * attention.head_dim
-        keys = attention.config.num_key_value_heads * attention.head_dim
-        parts = (attention.q_proj, attention.k_proj, attention.v_proj)
-        self.input_layernorm, self.post_attention_layernorm = layer.input_layernorm, layer.post_attention_layernorm
-        self.mlp = layer.mlp
-
-        def turned(positions, query, key):
-            cos, sin = rotary(query[None], position_ids=positions[None])
-            split = [part.view(1, len(positions), -1, attention.head_dim).transpose(1, 2) for part in (query, key)]
-            return [part.transpose(1, 2).flatten(2)[0] for part in apply_rotary_pos_emb(*split, cos, sin)]
-
-        self.self_attn = SimpleNamespace(
-            q_size=heads,
-            kv_size=keys,
-            head_dim=attention.head_dim,
-            scaling=attention.scaling,
-            qkv_proj=lambda hidden: (torch.cat([part(hidden) for part in parts], -1), None),
-            o_proj=lambda hidden: (attention.o_proj(hidden), None),
-            rotary_emb=turned,
-        )
-
-
-def encoder_of(model):
-    language = model.model.language_model
-    decoder = SimpleNamespace(
-        embed_input_ids=language.embed_tokens,
-        layers=[StandinLayer(layer, language.rotary_emb) for layer in language.layers],
-    )
-    encoder = ImageEncoder(model.config, decoder).eval()
-    missing, unexpected = encoder.load_state_dict(
-        {name: value for name, value in model.model.state_dict().items() if not name.startswith("language_model")},
-        strict=False,
-    )
-    assert not missing
-    assert not unexpected
-    return encoder
-
-
-def items_of(inputs, rows, budget=4):
-    items = []
-    for at, row in enumerate(rows_alone(inputs, rows)):
-        for number in range(rows[at].count("image")):
-            keys = tuple((at, image) for image in range(len(row["pixel_values"])))
-            words = {name: row[name][0] for name in ("clip_input_ids", "clip_spans")}
-            items.append(Item(row["pixel_values"], keys, number, budget, row["input_ids"][0], **words))
-    return items
 
 
 def final_patches(model, inputs):
