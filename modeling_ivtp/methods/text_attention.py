@@ -173,10 +173,14 @@ def _are_weights(weights: Any, number: int) -> bool:
 
 def fused(rows: Sequence[torch.Tensor], weights: Sequence[float] | torch.Tensor | None) -> torch.Tensor:
     """Return the weighted mean of several layers' rows."""
-    weights = [1.0] * len(rows) if weights is None else weights
-    share = weights if isinstance(weights, torch.Tensor) else torch.tensor(weights, dtype=torch.float32)
-    share = share / share.sum()
+    shares: Sequence[Any]
+    if isinstance(weights, torch.Tensor):
+        shares = list(weights.to(rows[-1].device) / weights.sum().to(rows[-1].device))
+    else:
+        # Numbers, not a tensor: a GPU would wait for it.
+        share = torch.tensor([1.0] * len(rows) if weights is None else weights, dtype=torch.float32)
+        shares = (share / share.sum()).tolist()
     total = torch.zeros_like(rows[-1])
-    for weight, row in zip(share, rows, strict=True):
-        total = total + weight.to(total.device) * row.to(total.device)
+    for weight, row in zip(shares, rows, strict=True):
+        total = total + weight * row.to(total.device)
     return total
