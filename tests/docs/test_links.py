@@ -27,7 +27,7 @@ EXTERNAL = {
 }
 """Hosts that pages link to, and why. Nothing is fetched from them here."""
 FOLDERS = "modeling_ivtp|ivtp_cli|tests|docs|benchmarks|examples|configuration|hub_cards|.github"
-MADE = {"benchmarks/results/quality-DATE.json"}
+MADE = {"benchmarks/results/quality-DATE.json", "benchmarks/results/retrained.json"}
 """Paths on pages that only a command makes."""
 
 
@@ -136,6 +136,12 @@ def test_every_page_is_in_the_navigation() -> None:
     [
         ("docs/speed.md", r"takes ([\d.]+) TFLOPs unpruned and ([\d.]+) with IVTP", "flops.md"),
         ("docs/speed.md", r"the paper prints ([\d.]+)\s+and ([\d.]+)\.", "flops.md"),
+        (
+            "docs/training.md",
+            r"take\s+([\d.]+) times less time under IVTP than unpruned and ([\d.]+) .*?keeps ([\d.]+) and ([\d.]+) "
+            r"times\s+less.*?step is ([\d.]+) times",
+            "training-speed-2026-11-30.md",
+        ),
         ("docs/batch.md", r"answered 768 rows ([\d.]+) times as fast .*? and ([\d.]+)\s+times", "batch-2026-11-28.md"),
     ],
 )
