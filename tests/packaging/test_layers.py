@@ -2,11 +2,13 @@
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -112,3 +114,19 @@ def test_no_two_test_files_share_a_name() -> None:
     """pytest imports them by their names alone: one of two would not run, or spawn the other's processes."""
     names = [file.name for file in (ROOT / "tests").rglob("test_*.py")]
     assert sorted(names) == sorted(set(names))
+
+
+def test_the_picture_of_the_layers_shows_each_in_its_row_and_cuts_none_off() -> None:
+    written = re.search(r"^layers = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)
+    assert written is not None
+    rows = [row.split(" | ") for row in re.findall(r'"([^"]+)"', written[1])]
+    expected = [["ivtp_cli"], *(row for row in rows if row not in (["cli"], ["_moved"]))]
+    picture = ElementTree.parse(ROOT / "docs" / "images" / "layers.svg").getroot()
+    bottom = float(picture.attrib["height"])
+    boxes = [each.attrib for each in picture.iter("{http://www.w3.org/2000/svg}rect")][1:]
+    assert all(float(box["y"]) + float(box["height"]) < bottom for box in boxes)
+    shown: dict[float, list[str]] = {}
+    for text in picture.iter("{http://www.w3.org/2000/svg}text"):
+        if text.attrib.get("font-weight") == "600":
+            shown.setdefault(float(text.attrib["y"]), []).append(str(text.text))
+    assert [sorted(shown[y]) for y in sorted(shown)] == [sorted(row) for row in expected]
