@@ -74,11 +74,11 @@ def _loss(main: list[Mapping[str, Any]]) -> str:
     unpruned = unpruned_of(main)
     found = {row["method"]: row["accuracy"] for row in main if row["visual_tokens"] == BUDGET}
     lost = [
-        f"`{name}` {100 * (unpruned['accuracy'] - found[name]):.1f}"
+        f"`{name}` loses {100 * (unpruned['accuracy'] - found[name]):.1f} points"
         for name in ("ivtp", EXTENDED[0])
         if unpruned is not None and name in found
     ]
-    return f"At {BUDGET} tokens {' and '.join(lost)} points are lost. " if lost else ""
+    return f"At {BUDGET} tokens {' and '.join(lost)}. " if lost else ""
 
 
 def excerpt(file: Path, page: Path = QUALITY_PAGE) -> str:
