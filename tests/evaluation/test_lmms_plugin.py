@@ -24,6 +24,7 @@ from benchmarks.quality.examination import Examination
 from benchmarks.quality.lmms_task import TASK, write_task
 from benchmarks.quality.methods import Row
 from benchmarks.quality.world import sample_questions
+from modeling_ivtp.checkpoints.stock import export_stock
 from modeling_ivtp.evaluation import load_metric
 from modeling_ivtp.evaluation.answerer import Answerer
 from modeling_ivtp.evaluation.lmms_model import IVTPLlava
@@ -99,6 +100,12 @@ def test_the_score_is_that_of_our_own_evaluation(task: Path, own: dict[str, list
 def test_the_arguments_decide_how_much_is_pruned(task: Path, own: dict[str, list[str]]) -> None:
     assert own["method=fastv,visual_tokens=64"] != own["method=none"]
     assert said(evaluate(task, "visual_tokens=1", limit=8)) != [text.strip() for text in own["visual_tokens=64"][:8]]
+
+
+def test_a_stock_llava_is_the_baseline(task: Path, own: dict[str, list[str]], tmp_path: Path) -> None:
+    export_stock(MINIATURE, tmp_path / "stock")
+    found = evaluate(task, "method=none", model=tmp_path / "stock", limit=8)
+    assert said(found) == [answer.strip() for answer in own["method=none"][:8]]
 
 
 def test_single_questions_are_answered_as_batches_are(task: Path, own: dict[str, list[str]]) -> None:
