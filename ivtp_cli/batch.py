@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
-from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +19,8 @@ DataOption = Annotated[
         "--data",
         "-d",
         help="A .jsonl, .json or .parquet file, or a pattern of such files in quotes; a folder of images, with "
-        "--prompt; any other folder or Hub id that `datasets` reads, as NAME or NAME:CONFIG.",
+        "--prompt; any other folder or Hub id that `datasets` reads, as NAME or NAME:CONFIG. Files may lie "
+        "at an address, such as s3://….",
     ),
 ]
 ImageColumn = Annotated[
@@ -31,13 +33,30 @@ ImageColumn = Annotated[
 Memory = Annotated[
     str | None,
     typer.Option(
-        help="Memory that a batch may take beside the weights, in each process, such as 8GB.",
+        help="Memory that a batch may take beside the weights, in each actor, such as 8GB.",
         show_default="a part of what is free",
     ),
 ]
 ShardRows = Annotated[
     int | None,
     typer.Option(min=1, help="Rows in one file of answers.", show_default="a 64th of all, from 16 to 1024"),
+]
+Engine = Annotated[str, typer.Option(help="transformers, or vllm with this package's plug-in.")]
+Actors = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Processes that answer.", show_default="one for each GPU; without GPUs one on each machine"
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(min=1, help="CPU threads of each.", show_default="all, shared among the actors; one beside a GPU"),
+]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        help="A Ray cluster that this machine belongs to: auto or HOST:PORT.", show_default="this machine alone"
+    ),
 ]
 
 
@@ -64,6 +83,10 @@ def batch(
     batch_size: Annotated[int, typer.Option(min=1, help="Most rows in a batch; memory may allow fewer.")] = 64,
     memory: Memory = None,
     shard_rows: ShardRows = None,
+    engine: Engine = "transformers",
+    actors: Actors = None,
+    threads: Threads = None,
+    address: Address = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
     limit: Annotated[int | None, typer.Option(min=1, help="Answer only the first rows.", show_default="all")] = None,
@@ -78,10 +101,9 @@ def batch(
     Answers are Parquet files: row, id, answer, error, tokens, prompt_tokens, images. A failed row is recorded with its
     error; the run continues. The exit status is 1 if all rows failed.
 
-    Several processes, on GPUs or CPUs: accelerate launch --multi_gpu --num_processes 2 -m modeling_ivtp.cli batch ...
-
-    (With --cpu instead, accelerate starts one process only.) Machines that share the folder share the work.
+    Ray runs it: on all GPUs of this machine, with --actors 2 in two processes, with --address on a cluster.
     """
+    check_not_launched("batch", " --actors {}")
     _check_installed()
     if prompt is not None and prompt_column is not None:
         raise ValueError("batch takes one of --prompt and --prompt-column")
@@ -91,7 +113,7 @@ def batch(
     options = batches.Options(
         model=model,
         data=data,
-        out=Path(out).expanduser(),
+        out=out if "://" in out else Path(out).expanduser(),
         split=split,
         image_column=image_column,
         prompt_column=prompt_column or "question",
@@ -103,6 +125,10 @@ def batch(
         batch_size=batch_size,
         memory=None if memory is None else byte_count(memory, "--memory"),
         shard_rows=shard_rows,
+        engine=engine,
+        actors=actors,
+        threads=threads,
+        address=address,
         device=device,
         dtype=dtype,
         limit=limit,
@@ -111,22 +137,34 @@ def batch(
     try:
         summary = batches.run(options)
     except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
-            print("ivtp: stopped; the same command goes on from here", file=sys.stderr)
+        print("ivtp: stopped; the same command goes on from here", file=sys.stderr)
         raise
-    if summary.main:
-        done = "was finished before" if summary.was_finished else "done"
-        typer.echo(f"{done}: {summary.rows:,} rows, {summary.errors:,} of them errors, in {out}")
-        if summary.errors == summary.rows or (summary.errors and fail_on_error):
-            failed = "all" if summary.errors == summary.rows else f"{summary.errors:,} of"
-            raise ValueError(f"{failed} {summary.rows:,} rows failed; the first: {summary.first_error}")
+    done = "was finished before" if summary.was_finished else "done"
+    typer.echo(f"{done}: {summary.rows:,} rows, {summary.errors:,} of them errors, in {out}")
+    if summary.errors == summary.rows or (summary.errors and fail_on_error):
+        failed = "all" if summary.errors == summary.rows else f"{summary.errors:,} of"
+        raise ValueError(f"{failed} {summary.rows:,} rows failed; the first: {summary.first_error}")
+
+
+def check_not_launched(command: str, more: str = "") -> None:
+    """Refuse `accelerate launch`, which started the processes of a command before Ray did.
+
+    Parameters
+    ----------
+    command : str
+    more : str
+        What takes the place of the launcher's number of processes, with `{}` for it.
+    """
+    if not any(name in os.environ for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")):
+        return
+    if os.environ.get("RANK", "0") != "0":
+        raise typer.Exit(1)  # the first process says it for all
+    arguments = sys.argv[sys.argv.index(command) :] if command in sys.argv else [command, "..."]
+    instead = f"ivtp {shlex.join(arguments)}{more.format(os.environ.get('WORLD_SIZE', '1'))}"
+    raise ValueError(f"{command} starts its processes itself; in place of accelerate launch, type: {instead}")
 
 
 def _check_installed() -> None:
-    try:
-        for library in ("datasets", "filelock", "pyarrow"):
-            import_module(library)
-    except ImportError as error:
-        raise ImportError(
-            "answering a data set needs datasets, pyarrow and filelock: pip install 'ivtp-llava[batch]'"
-        ) from error
+    # Importing Ray takes seconds; whether it is there is known at once.
+    if any(find_spec(library) is None for library in ("datasets", "filelock", "pyarrow", "ray")):
+        raise ImportError("answering a data set needs datasets, pyarrow and Ray: pip install 'ivtp-llava[batch]'")

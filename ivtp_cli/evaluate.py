@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .batch import check_not_launched
 from .options import Debug, DeviceOption, DtypeOption, ModelOption
 
 Data = Annotated[
@@ -80,7 +81,8 @@ def evaluate(
     Before it starts it says what each benchmark needs. One whose data or judge cannot be had is left out by name.
     With --questions it scores questions of your own, and needs no lmms-eval.
 
-    Several GPUs: accelerate launch --multi_gpu --num_processes 2 -m modeling_ivtp.cli evaluate ...
+    Several GPUs: accelerate launch --multi_gpu --num_processes 2 -m modeling_ivtp.cli evaluate ...; --questions takes
+    all of this machine by itself.
     """
     from modeling_ivtp.evaluation.arm import arms_of
 
@@ -91,7 +93,7 @@ def evaluate(
         if benchmarks is not None or data:
             raise ValueError("evaluate takes --questions, or --benchmarks and --data")
         _check_installed("pyarrow", "your own questions are read with pyarrow: pip install 'ivtp-llava[batch]'")
-        from modeling_ivtp.batch.process import launched
+        check_not_launched("evaluate")
         from modeling_ivtp.evaluation import own
 
         mine = own.OwnOptions(
@@ -106,14 +108,12 @@ def evaluate(
             device=device,
             dtype=dtype,
         )
-        with launched(device) as state:
-            answered = own.evaluate(mine, typer.echo if state.is_main_process else _say_nothing)
-        if state.is_main_process:
-            _write(mine.out, answered, own.page(answered))
+        answered = own.evaluate(mine, typer.echo)
+        _write(mine.out, answered, own.page(answered))
         return
     _check_installed("lmms_eval", "the benchmarks run in lmms-eval: pip install 'ivtp-llava[eval]'")
-    from modeling_ivtp.batch.process import launched
     from modeling_ivtp.evaluation import paper, run, tables
+    from modeling_ivtp.evaluation.processes import launched
 
     folders = dict(_folder(entry) for entry in data or [])
     options = run.Options(
@@ -140,10 +140,6 @@ def evaluate(
     for arm in results["arms"]:
         (options.out / f"model-index-{arm}.yaml").write_text(tables.model_index(results, Path(model).name, arm))
     _write(options.out, results, tables.page(results))
-
-
-def _say_nothing(line: str) -> None:
-    """Leave what is to be told to the first process."""
 
 
 def _write(out: Path, results: Mapping[str, Any], page: str) -> None:

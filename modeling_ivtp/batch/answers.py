@@ -1,15 +1,12 @@
-"""Answered rows, and the Parquet files that hold them."""
+"""Answered rows, and the columns in which they are written."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, astuple, dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 SCHEMA = pa.schema(
     [
@@ -58,39 +55,7 @@ class Answered:
         return list(astuple(self))
 
 
-def write(path: Path, rows: Iterable[Answered]) -> None:
-    """Write answers to a Parquet file, in the order of the rows; the file appears only once it is complete.
-
-    The same answers give the same bytes, whenever and by whichever process they are written.
-    """
-    ordered = sorted(rows, key=lambda answered: answered.row)
-    table = pa.Table.from_pylist([asdict(answered) for answered in ordered], schema=SCHEMA)
-    # Only one process holds the shard, so a file of this name was left by one that was killed.
-    temporary = path.with_name(f".{path.name}.partial")
-    with open(temporary, "wb") as file:  # pyarrow would interpret a path
-        pq.write_table(table, file)
-    sync(temporary)
-    os.replace(temporary, path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Flush a file, or a folder's list of files, to the disk."""
-    if os.name != "posix":
-        return  # Windows opens no folders, and writes files through as it closes them
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def count_errors(paths: Iterable[Path]) -> tuple[int, str | None]:
-    """Count the rows with an error in finished files, and return the first of these errors."""
-    count, first = 0, None
-    for path in paths:
-        errors = pq.read_table(path, columns=["error"])["error"].drop_null()
-        if len(errors) and first is None:
-            first = errors[0].as_py()
-        count += len(errors)
-    return count, first
+def table(answered: Iterable[Answered]) -> pa.Table:
+    """Return answers as they are written, in the order of the rows."""
+    ordered = sorted(answered, key=lambda row: row.row)
+    return pa.Table.from_pylist([asdict(row) for row in ordered], schema=SCHEMA)

@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from PIL import Image
 
 from ..files.console import quiet
 from ..files.images import load_image, shortened
 from ..model.placeholders import features_of_image
 from ..serving.answering import as_prompt
 from .answers import Answered
+from .budget import Task
 from .data import Row
-from .plan import Task
 from .tables import is_text
 
 _LOG = logging.getLogger(__name__)
@@ -100,12 +101,10 @@ class Asker:
         ready, pictures, failed = [], [], []
         for task in tasks:
             try:
-                sources = (image if isinstance(image, str) else image.read() for image in task.row.images)
-                # A batch of photographs in full would be gigabytes.
-                pictures += [self._processor.as_seen(load_image(source)) for source in sources]
+                pictures += self.pictures(task)
                 ready.append(task)
             except (ValueError, OSError, RuntimeError) as error:
-                failed.append(failure(task.row, _message(error)))
+                failed.append(failure(task.row, error_text(error)))
         inputs = None
         if ready:
             inputs = self._processor(
@@ -116,6 +115,11 @@ class Asker:
                 return_tensors="pt",
             )
         return Prepared(ready, inputs, failed)
+
+    def pictures(self, task: Task) -> list[Image.Image]:
+        """Read the pictures of a row, no larger than the model sees them: a batch of photographs would be gigabytes."""
+        sources = (image if isinstance(image, str) else image.read() for image in task.row.images)
+        return [self._processor.as_seen(load_image(source)) for source in sources]
 
     def answer(self, tasks: Sequence[Task], prepared: Callable[[], Prepared] | None = None) -> list[Answered]:
         """Answer a batch.
@@ -142,7 +146,7 @@ class Asker:
                 full = out_of_memory(error)
                 if not full and isinstance(error, torch.AcceleratorError):
                     raise
-                message = "out of memory, with this row alone" if full else _message(error)
+                message = "out of memory, with this row alone" if full else error_text(error)
             # Python has dropped the error here, and with it the tensors that its frames held.
             if full:
                 clear_device_cache(garbage_collection=True)
@@ -194,7 +198,8 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or should_reduce_batch_size(error)
 
 
-def _message(error: Exception) -> str:
+def error_text(error: Exception) -> str:
+    """Return an error as a row has it, in one line."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"

@@ -1,8 +1,9 @@
-"""Memory: the bytes that a batch takes, and the bytes that are free."""
+"""Memory: the bytes that a batch takes, the bytes that are free, and batches that fit."""
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
@@ -13,9 +14,28 @@ from ..files.sizes import human_bytes
 from ..flops.formula import kv_cache_bytes
 from ..model.prompt_graphs import layer_bytes
 from ..speed.models import DTYPES
+from .data import Row
 
 _SHARE = {"cuda": 0.8, "cpu": 0.5}
 """Share of the free memory that batches get by default. Other programs need main memory too."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A row that can be answered.
+
+    Attributes
+    ----------
+    row : Row
+    prompt : str
+        The prompt in the form that the model was trained on, with a placeholder for every picture.
+    tokens : int
+        Length of the prompt with all tokens of its pictures.
+    """
+
+    row: Row
+    prompt: str
+    tokens: int
 
 
 class Cost:
@@ -71,7 +91,7 @@ def free_bytes(device: str | None) -> int:
     return main
 
 
-def check_room(weights: int, row: int, budget: int | None, device: str | None) -> None:
+def check_room(weights: int, row: int, budget: int | None, device: str | None, actors: int) -> None:
     """Refuse a run that memory cannot hold, before anything is loaded or written.
 
     Parameters
@@ -81,7 +101,9 @@ def check_room(weights: int, row: int, budget: int | None, device: str | None) -
     budget : int or None
         Bytes of a batch that the person allows.
     device : str or None
-        As in `free_bytes`. Processes that share main memory share its bytes.
+        As in `free_bytes`.
+    actors : int
+        Processes that share the device's memory.
 
     Raises
     ------
@@ -92,19 +114,18 @@ def check_room(weights: int, row: int, budget: int | None, device: str | None) -
         raise ValueError(
             f"one row needs {human_bytes(row)} beside the weights, and --memory gives {human_bytes(budget)}"
         )
-    processes = _sharing(device)
-    needed, free = processes * (weights + row), free_bytes(device)
+    needed, free = actors * (weights + row), free_bytes(device)
     if needed > free:
-        subject = f"{processes} processes need" if processes > 1 else "weights and one row need"
+        subject = f"{actors} actors need" if actors > 1 else "weights and one row need"
         raise ValueError(
             f"{subject} at least {human_bytes(needed)}, and {human_bytes(free)} are free on {device or 'here'}"
         )
 
 
-def default_budget(weights: int, row: int, device: str | None) -> int:
+def default_budget(weights: int, row: int, device: str | None, actors: int) -> int:
     """Return the default bytes of a batch: a share of what the weights leave free, and at least one row's."""
     cuda = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
-    spare = free_bytes(device) // _sharing(device) - weights
+    spare = free_bytes(device) // actors - weights
     if device is None and cuda:
         # A spread model's cache is spread too, but its activations lie on one GPU at a time. Main memory is for
         # weights that do not fit.
@@ -113,7 +134,70 @@ def default_budget(weights: int, row: int, device: str | None) -> int:
     return max(row, int(spare * _SHARE["cuda" if cuda else "cpu"]))
 
 
-def _sharing(device: str | None) -> int:
-    """Return how many processes of this run share a device's memory; on a CPU all of this machine do."""
-    on_gpu = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
-    return 1 if on_gpu else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+@dataclass(frozen=True)
+class Need:
+    """Bytes that a run needs on each device.
+
+    Attributes
+    ----------
+    weights, row : int
+        Of the weights, and of the smallest row beside them.
+    """
+
+    weights: int
+    row: int
+
+    def batch(self, memory: int | None, device: str | None, actors: int) -> int:
+        """Return the bytes that a batch may take on this machine, where so many actors share the device.
+
+        Raises
+        ------
+        ValueError
+            If the device cannot hold weights and a row, or `memory` no row.
+        """
+        check_room(self.weights, self.row, memory, device, actors)
+        return memory or default_budget(self.weights, self.row, device, actors)
+
+
+def plan_batches(
+    tasks: Sequence[Task], cost: Callable[[int, int, int], int], budget: int, largest: int
+) -> tuple[list[list[Task]], dict[int, str]]:
+    """Group tasks into batches, from the longest to the shortest.
+
+    Little is padded then, and the first batch is the largest.
+
+    Parameters
+    ----------
+    tasks : sequence of Task
+    cost : callable
+        Returns the bytes of a number of rows, padded to a length in tokens, with a number of images in all.
+    budget : int
+        Bytes that a batch may take.
+    largest : int
+        Most rows in a batch.
+
+    Returns
+    -------
+    batches : list of list of Task
+    too_large : dict of int to str
+        Errors of the rows that exceed the budget alone, by their number in the data.
+    """
+    batches: list[list[Task]] = []
+    too_large: dict[int, str] = {}
+    images = 0
+    for task in sorted(tasks, key=lambda task: (-task.tokens, task.row.number)):
+        alone = cost(1, task.tokens, len(task.row.images))
+        if alone > budget:
+            too_large[task.row.number] = (
+                f"{task.tokens} tokens need {human_bytes(alone)}, and a batch may take {human_bytes(budget)}"
+            )
+            continue
+        more = images + len(task.row.images)
+        last = batches[-1] if batches else []
+        if last and len(last) < largest and cost(len(last) + 1, last[0].tokens, more) <= budget:
+            last.append(task)
+            images = more
+        else:
+            batches.append([task])
+            images = len(task.row.images)
+    return batches, too_large

@@ -19,6 +19,7 @@ from pyarrow.parquet import read_metadata
 from ..checkpoints.sources import HubOptions, is_hub_id
 from ..files.images import is_base64, shortened
 from .image_folder import ImageFolder
+from .remote import Remote, RemoteFolder, fetch, is_address
 from .tables import ArrowTable, Broken, JsonTable, Size, Table, is_text, split_of
 
 _JSON, _PARQUET = (".jsonl", ".json"), ".parquet"
@@ -59,8 +60,8 @@ class Row:
     id : str or None
     question : object
         A text, if the row is valid.
-    images : tuple of (str or Stored)
-        The path or address of each picture, or its stored file.
+    images : tuple of (str, Stored or Remote)
+        The path or address of each picture, or its file, which is stored in the data or elsewhere.
     problem : str or None
         What is wrong with the row, if anything is.
     """
@@ -68,7 +69,7 @@ class Row:
     number: int
     id: str | None
     question: Any
-    images: tuple[str | Stored, ...]
+    images: tuple[str | Stored | Remote, ...]
     problem: str | None = None
 
 
@@ -80,7 +81,7 @@ class Data:
     table : Table
     source : str
         The name that the person gave; it stands in every error.
-    folder : Path
+    folder : Path or RemoteFolder
         The folder that relative paths of pictures start from.
     image_column, prompt_column : str or None
         Names of the columns; None: there is no such column.
@@ -101,7 +102,7 @@ class Data:
         self,
         table: Table,
         source: str,
-        folder: Path,
+        folder: Path | RemoteFolder,
         *,
         image_column: str | None,
         prompt_column: str | None,
@@ -178,7 +179,7 @@ class Data:
         valid = tuple(image for image in images if image is not None)
         return Row(number, None if name is None else str(name), question, valid, problem)
 
-    def _image(self, cell: Any, row: int, place: int | None) -> str | Stored | None:
+    def _image(self, cell: Any, row: int, place: int | None) -> str | Stored | Remote | None:
         if isinstance(cell, dict):
             # The Image feature of `datasets` stores the file itself, or its path.
             cell = cell.get("path") if cell.get("bytes") is None else cell["bytes"]
@@ -186,8 +187,12 @@ class Data:
             return Stored(self, row, place)
         if not isinstance(cell, str):
             return None
-        if cell.startswith("data:") or "://" in cell or is_base64(cell):
+        if cell.startswith("data:") or is_base64(cell):
             return cell
+        if "://" in cell:
+            return Remote.picture(cell)
+        if isinstance(self._folder, RemoteFolder):
+            return self._folder.joined(cell)
         try:
             return str(self._folder / Path(cell).expanduser())
         except RuntimeError:  # the path names a user who does not exist
@@ -219,7 +224,9 @@ class Data:
             return [self._relative(item) for item in value]
         if isinstance(value, dict):
             return {name: self._relative(item) for name, item in value.items()}
-        return os.path.relpath(value, self._folder) if str(value).startswith(f"{self._folder}{os.sep}") else str(value)
+        if isinstance(self._folder, Path) and str(value).startswith(f"{self._folder}{os.sep}"):
+            return os.path.relpath(value, self._folder)
+        return str(value)
 
 
 def open_data(
@@ -237,7 +244,8 @@ def open_data(
     Parameters
     ----------
     source : str
-        A `.jsonl`, `.json` or `.parquet` file, or a pattern such as `part-*.parquet`; a folder of images, or any other
+        A `.jsonl`, `.json` or `.parquet` file, or a pattern such as `part-*.parquet`, here or at an address that fsspec
+        reads, such as `s3://bucket/rows.jsonl`; a folder of images, or any other
         that `datasets` reads, one of `save_to_disk` included; or a data set's name on the Hub, with `:CONFIG` after
         it if it has several. If a folder holds pictures and tables, the tables with the image column are read, and
         without one the pictures. Relative paths of pictures start at the file's folder (of several files, at the
@@ -293,8 +301,11 @@ def _quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _load(source: str, split: str, image_column: str | None) -> tuple[Table, Path, str | None]:
+def _load(source: str, split: str, image_column: str | None) -> tuple[Table, Path | RemoteFolder, str | None]:
     """Return a source's table, the folder that its relative paths start from, and what the table leaves out."""
+    if is_address(source):
+        copies, folder = fetch(source, (*_JSON, _PARQUET))
+        return _load_tables(source, copies, split)[0], folder, None
     path = Path(source).expanduser()
     if path.is_dir():
         return _load_folder(path, split, image_column)
@@ -307,10 +318,7 @@ def _load(source: str, split: str, image_column: str | None) -> tuple[Table, Pat
             raise FileNotFoundError(f"there are no data {source!r}: no file, no folder, and no name on the Hub")
         _check_on_hub(name)
         return ArrowTable(datasets.load_dataset(name, config or None, split=split)), Path.cwd(), None
-    endings = sorted({Path(file).suffix.lower() for file in files})
-    if len(endings) > 1 or endings[0] not in (*_JSON, _PARQUET):
-        raise ValueError(f"{source} ends in {', '.join(endings)}; allowed: one of {', '.join((*_JSON, _PARQUET))}")
-    return *_load_files(source, [Path(file) for file in files], split), None
+    return *_load_tables(source, [Path(file) for file in files], split), None
 
 
 def _check_on_hub(name: str) -> None:
@@ -318,6 +326,14 @@ def _check_on_hub(name: str) -> None:
     cached = Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")
     if not (datasets.config.HF_HUB_OFFLINE or cached.is_dir()):
         HubOptions().check(name, "dataset")
+
+
+def _load_tables(source: str, files: list[Path], split: str) -> tuple[Table, Path]:
+    """Return the table of files of one kind that `--data` may name, and the deepest folder that holds them all."""
+    endings = sorted({file.suffix.lower() for file in files})
+    if len(endings) > 1 or endings[0] not in (*_JSON, _PARQUET):
+        raise ValueError(f"{source} ends in {', '.join(endings)}; allowed: one of {', '.join((*_JSON, _PARQUET))}")
+    return _load_files(source, files, split)
 
 
 def _load_files(source: str, files: list[Path], split: str) -> tuple[Table, Path]:

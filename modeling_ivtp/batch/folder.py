@@ -1,50 +1,65 @@
-"""The output's folder: finished shards, locks of those in work, and the settings that all of them share."""
+"""The output's folder, here or on any file system that fsspec knows: answers, checkpoints and the run's settings."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
+from fsspec.implementations.local import LocalFileSystem
+from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
+from pyarrow.fs import LocalFileSystem as ArrowLocalFileSystem
 
-from .answers import sync
-
-_POLL_SECONDS = 0.5
 SETTINGS_FILE = "_run.json"
+CHECKPOINTS = "_checkpoint"
 
 
 class OutFolder:
     """The folder that answers are written to.
 
-    `answers-00003-of-00040.parquet` is a finished shard. `_unfinished/` holds locks and journals of the shards in work,
-    and is removed in the end. Readers of Parquet skip names that begin with `_`, so the folder can be read as one
+    Ray Data writes `answers-*.parquet`, one file for each shard, and keeps in `_checkpoint/`, under the same name, the
+    numbers of the shard's rows. Readers of Parquet skip names that begin with `_`, so the folder can be read as one
     table.
 
     Parameters
     ----------
-    path : Path
+    name : str
+        A path, or an address such as `s3://bucket/answers`.
+
+    Attributes
+    ----------
+    path : str
+        The path on the file system.
+    is_local : bool
+    arrow : pyarrow.fs.FileSystem
+        The file system as PyArrow and Ray Data take it.
 
     Raises
     ------
     OSError
         If the path is a file, or a folder that holds something else.
+    ValueError
+        If fsspec does not know the kind of address.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.unfinished = path / "_unfinished"
-        if path.exists() and not path.is_dir():
-            raise FileExistsError(f"{path} is a file, not a folder to write into")
-        if path.is_dir() and not (path / SETTINGS_FILE).exists():
-            others = [entry for entry in path.iterdir() if entry.name != self.unfinished.name]
-            # Meanwhile another process of this run may have written the settings.
-            if others and not (path / SETTINGS_FILE).exists():
-                raise FileExistsError(f"{path} exists and holds no run of ivtp batch; choose another folder")
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._files, self.path = fsspec.core.url_to_fs(name)
+        self.path = self.path.rstrip("/")
+        self.is_local = isinstance(self._files, LocalFileSystem)
+        self.arrow: FileSystem = ArrowLocalFileSystem() if self.is_local else PyFileSystem(FSSpecHandler(self._files))
+        self._settings, self.checkpoints = f"{self.path}/{SETTINGS_FILE}", f"{self.path}/{CHECKPOINTS}"
+        if self._files.isfile(self.path):
+            raise FileExistsError(f"{name} is a file, not a folder to write into")
+        names = self._names(self.path)
+        if names - {CHECKPOINTS} and SETTINGS_FILE not in names:
+            raise FileExistsError(f"{name} exists and holds no run of ivtp batch; choose another folder")
 
     def settings(self) -> dict[str, Any] | None:
         """Return the settings that the run in this folder was begun with; None if there is no run.
@@ -54,82 +69,118 @@ class OutFolder:
         ValueError
             If the file is damaged.
         """
-        file = self.path / SETTINGS_FILE
-        if not file.exists():
+        if not self._files.exists(self._settings):
             return None
         try:
-            about = json.loads(file.read_text(encoding="utf-8"))
-            return dict(about["settings"])
+            return dict(json.loads(self._files.cat_file(self._settings))["settings"])
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{file} is damaged ({error}); remove the folder or choose another") from error
+            raise ValueError(
+                f"{self.name}/{SETTINGS_FILE} is damaged ({error}); remove the folder or choose another"
+            ) from error
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep a second command out of a folder on this machine's disks.
+
+        Raises
+        ------
+        FileExistsError
+            If another command answers into the folder.
+        """
+        self._files.makedirs(self.checkpoints, exist_ok=True)
+        lock = FileLock(f"{self.checkpoints}/lock", blocking=False) if self.is_local else nullcontext()
+        try:
+            with lock:
+                yield
+        except Timeout as error:
+            raise FileExistsError(f"another ivtp batch answers into {self.name}; wait until it has ended") from error
 
     def begin(self, about: Mapping[str, Any]) -> None:
-        """Write `_run.json`, unless another process was quicker.
+        """Write `_run.json`, complete or not at all.
 
         Parameters
         ----------
         about : mapping
             What describes the run; `about["settings"]` are compared when a run continues.
         """
-        self.unfinished.mkdir(parents=True, exist_ok=True)
-        file = self.path / SETTINGS_FILE
-        with FileLock(self.unfinished / "run.lock"):
-            if file.exists():
-                return
-            temporary = self.unfinished / f"{SETTINGS_FILE}.partial"
-            temporary.write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            sync(temporary)
-            os.replace(temporary, file)
-            sync(self.path)
+        partial = f"{self.checkpoints}/{SETTINGS_FILE}"
+        self._files.pipe_file(partial, json.dumps(about, indent=2, ensure_ascii=False).encode() + b"\n")
+        self._files.mv(partial, self._settings)
 
-    def answers(self, shard: int, shards: int) -> Path:
-        """Return the path of a finished shard's file."""
-        return self.path / f"answers-{shard:05d}-of-{shards:05d}.parquet"
+    def forget_if_empty(self) -> None:
+        """Remove the folder if no row is answered: what failed then was no run."""
+        if not self._answers():
+            self._files.rm(self.path, recursive=True)
 
-    def journal(self, shard: int) -> Path:
-        """Return the path of the journal of a shard in work."""
-        return self.unfinished / f"{shard:05d}.jsonl"
+    def settle(self, rows: int) -> np.ndarray:
+        """Return which rows are answered, after what a kill left behind is removed.
 
-    def finished(self, shards: int) -> set[int]:
-        """Return the numbers of the finished shards."""
-        names = {entry.name for entry in os.scandir(self.path)} if self.path.is_dir() else set()
-        return {shard for shard in range(shards) if self.answers(shard, shards).name in names}
-
-    def claim(self, shards: int, start: int) -> Iterator[int | None]:
-        """Yield shards to answer, until all shards are finished by this process or others.
-
-        A shard is locked while the caller works on it. The lock is the operating system's and ends with the process,
-        even if that is killed. While other processes work on all remaining shards, None is yielded now and then.
+        A file counts if its checkpoint does, and the other way round. A file without a checkpoint was being written. A
+        checkpoint without a file that can be read stands for a file that was lost. A file whose rows others have was
+        written by a process that outlived its command.
 
         Parameters
         ----------
-        shards : int
-        start : int
-            The shard to look at first; processes that start at different shards seldom compete.
-        """
-        while len(finished := self.finished(shards)) < shards:
-            claimed = False
-            # The process that first saw all shards finished has removed the folder.
-            self.unfinished.mkdir(parents=True, exist_ok=True)
-            for shard in sorted(set(range(shards)) - finished, key=lambda number: (number - start) % shards):
-                if self.answers(shard, shards).exists():
-                    continue
-                lock = FileLock(self.unfinished / f"{shard:05d}.lock")
-                try:
-                    lock.acquire(blocking=False)
-                except (Timeout, FileNotFoundError):
-                    continue
-                try:
-                    # Its owner may have finished it just before the lock was free.
-                    if not self.answers(shard, shards).exists():
-                        claimed = True
-                        yield shard
-                finally:
-                    lock.release()
-            if not claimed:
-                yield None
-                time.sleep(_POLL_SECONDS)
+        rows : int
+            Number of all rows.
 
-    def tidy(self) -> None:
-        """Remove the files of unfinished work; every process may do so in the end."""
-        shutil.rmtree(self.unfinished, ignore_errors=True)
+        Returns
+        -------
+        array of bool
+        """
+        answered = np.zeros(rows, dtype=bool)
+        committed = {name.removesuffix(".parquet") for name in self._names(self.checkpoints) if _is_committed(name)}
+        kept = set()
+        for name in self._answers():
+            shard = _shard(name)
+            numbers = self._numbers(name) if shard in committed else None
+            if numbers is None or not len(numbers) or numbers.max() >= rows or answered[numbers].any():
+                self._files.rm_file(f"{self.path}/{name}")
+            else:
+                answered[numbers] = True
+                kept.add(shard)
+        for name in self._names(self.checkpoints):
+            if name.endswith(".parquet") and name.removesuffix(".parquet") not in kept:
+                self._files.rm_file(f"{self.checkpoints}/{name}")
+        return answered
+
+    def count_errors(self) -> tuple[int, str | None]:
+        """Count the rows with an error, and return the error of the first of these rows."""
+        count, first = 0, (-1, None)
+        for name in self._answers():
+            table = self._read(name, ["row", "error"])
+            table = table.filter(pa.compute.is_valid(table["error"]))
+            count += len(table)
+            for row, error in zip(table["row"].to_pylist(), table["error"].to_pylist(), strict=True):
+                if first[0] == -1 or row < first[0]:
+                    first = row, error
+        return count, first[1]
+
+    def _numbers(self, name: str) -> np.ndarray | None:
+        """Return the rows of a file; None if it is damaged."""
+        try:
+            return self._read(name, ["row"])["row"].to_numpy()
+        except (pa.ArrowException, OSError):
+            return None
+
+    def _read(self, name: str, columns: list[str]) -> pa.Table:
+        with self.arrow.open_input_file(f"{self.path}/{name}") as file:  # PyArrow would interpret a path
+            return pq.read_table(file, columns=columns)
+
+    def _answers(self) -> list[str]:
+        return sorted(name for name in self._names(self.path) if name.startswith("answers-"))
+
+    def _names(self, folder: str) -> set[str]:
+        self._files.invalidate_cache()
+        if not self._files.isdir(folder):
+            return set()
+        return {entry.rstrip("/").rpartition("/")[2] for entry in self._files.ls(folder, detail=False)}
+
+
+def _is_committed(name: str) -> bool:
+    return name.endswith(".parquet") and not name.endswith(".pending.parquet")
+
+
+def _shard(name: str) -> str:
+    """Return the name of a file's checkpoint: Ray Data adds a number to the names of the files that it writes."""
+    return name.removesuffix(".parquet").rpartition("-")[0]

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 IMAGE_COLUMN, PROMPT_COLUMN = "image", "question"
+ENGINES = ("transformers", "vllm")
+_COUNTS = ("visual_tokens", "max_new_tokens", "batch_size", "memory", "shard_rows", "limit", "actors", "threads")
 
 
 @dataclass(frozen=True)
@@ -18,8 +20,8 @@ class Options:
         Folder or Hub id of an IVTP-LLaVA, or of an official LLaVA.
     data : str
         As `open_data` takes it.
-    out : Path
-        Folder of the answers.
+    out : str or Path
+        Folder of the answers, or the address of one.
     split : str, default "train"
     image_column : str, default "image"
         An empty name: there are no pictures.
@@ -37,22 +39,30 @@ class Options:
     batch_size : int, default 64
         Most rows in a batch, however much memory there is.
     memory : int, optional
-        Bytes that a batch may take beside the weights, in one process; None: a share of the memory that the run's
-        first process finds free.
+        Bytes that a batch may take beside the weights, in one actor; None: a share of the memory that is free where
+        the first actor will be.
     shard_rows : int, optional
         Rows of one shard; None: a 64th of all rows, from 16 to 1024.
     device : str, optional
-        As in `answering.load_model`; None and several processes: one GPU each, or the CPU.
+        `"cpu"`, `"cuda"`, or one device of this machine, such as `"cuda:1"`; None: GPUs if there are any.
     dtype : str, default "auto"
     limit : int, optional
         Number of rows to answer, from the first.
     progress : bool, default True
-        Whether the main process shows the run's progress.
+        Whether Ray Data shows the run's progress.
+    engine : str, default "transformers"
+        `"vllm"` answers with vLLM and this package's plug-in.
+    actors : int, optional
+        Processes that answer; None: one for each GPU, and one without GPUs.
+    threads : int, optional
+        CPU threads of each; None: this machine's, shared among the actors, and one beside a GPU.
+    address : str, optional
+        A Ray cluster, as `auto` or HOST:PORT; None: this machine.
     """
 
     model: str
     data: str
-    out: Path
+    out: str | Path
     split: str = "train"
     image_column: str = IMAGE_COLUMN
     prompt_column: str = PROMPT_COLUMN
@@ -68,9 +78,15 @@ class Options:
     dtype: str = "auto"
     limit: int | None = None
     progress: bool = True
+    engine: str = "transformers"
+    actors: int | None = None
+    threads: int | None = None
+    address: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("visual_tokens", "max_new_tokens", "batch_size", "memory", "shard_rows", "limit"):
+        if self.engine not in ENGINES:
+            raise ValueError(f"engine={self.engine!r}; allowed: {', '.join(ENGINES)}")
+        for name in _COUNTS:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}; allowed: a whole number from 1")
@@ -88,12 +104,9 @@ class Summary:
         The error of the first of these.
     was_finished : bool
         Whether all rows had been answered before.
-    main : bool
-        Whether this is the main process, which reports for all.
     """
 
     rows: int
     errors: int
     first_error: str | None
     was_finished: bool
-    main: bool

@@ -22,7 +22,7 @@ SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "clip_tokenizer/*")
 _PACKAGES = ("ivtp-llava", "torch", "transformers")
 
 
-def compared(options: Options, model: str, data: Data, dtype: torch.dtype, **derived: int) -> dict[str, Any]:
+def compared(options: Options, model: str, data: Data, dtype: torch.dtype, **derived: int | None) -> dict[str, Any]:
     """Return the settings that must be the same when a run continues.
 
     Parameters
@@ -34,7 +34,7 @@ def compared(options: Options, model: str, data: Data, dtype: torch.dtype, **der
     dtype : torch.dtype
         The type that the model computes in.
     **derived
-        `memory` and `shard_rows`, as the person chose them or as derived.
+        `memory` and `shard_rows`, as the person chose them or as derived; None: not yet.
     """
     return {
         "model": model,
@@ -48,6 +48,7 @@ def compared(options: Options, model: str, data: Data, dtype: torch.dtype, **der
         "method": adapter.fingerprint(options.method) if is_adapter(options.method) else options.method,
         "max_new_tokens": options.max_new_tokens,
         "dtype": str(dtype).removeprefix("torch."),
+        "engine": options.engine,
         "batch_size": options.batch_size,
         **derived,
         "versions": versions(),
@@ -93,7 +94,7 @@ def model_fingerprint(checkpoint: Checkpoint, folder: Path) -> str:
     return found.hexdigest()
 
 
-def check_same(begun: Mapping[str, Any], current: Mapping[str, Any], out: Path) -> None:
+def check_same(begun: Mapping[str, Any], current: Mapping[str, Any], out: str | Path) -> None:
     """Refuse to continue a run with other settings than it was begun with.
 
     Raises

@@ -24,14 +24,14 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from tqdm import tqdm
 
 from ..batch.answers import Answered
-from ..batch.journal import Journal
-from ..batch.process import own_device, processes
 from ..batch.settings import SMALL_FILES, model_fingerprint, versions
 from ..checkpoints.sources import HubOptions, open_checkpoint
 from ..serving.answering import load_model, warn_if_unguided
 from .answerer import Answerer, Generation, Reply
 from .arm import Arm
+from .journal import Journal
 from .lmms_plugin import NAME
+from .processes import own_device, processes
 from .prompts import VICUNA, Prompt, prompt_of
 from .vllm_answerer import VLLMAnswerer
 

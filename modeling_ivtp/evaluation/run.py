@@ -20,12 +20,12 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from tenacity import RetryError  # of lmms-eval
 
-from ..batch.journal import Journal
-from ..batch.process import launched, own_device
 from ..serving.answering import load_model
 from .arm import Arm
+from .journal import Journal
 from .lmms_model import IVTPLlava
 from .paper import Benchmark, Measured, Score
+from .processes import launched, own_device
 
 KEY = "OPENAI_API_KEY"
 """The environment variable that lmms-eval's judges read."""

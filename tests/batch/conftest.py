@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from modeling_ivtp.batch import process as running
+from modeling_ivtp.batch import actor, cluster, pipeline
 from modeling_ivtp.checkpoints.convert import convert
 from modeling_ivtp.serving import answering
-from tests.support.batches import QUESTIONS, write_rows
+from tests.support.batches import QUESTIONS, answer_here, connected_here, write_rows
 from tests.support.checkpoints import PRUNING, clip_folder, llava_folder
 
 
@@ -24,6 +24,13 @@ def cache(tmp_path_factory):
         patch.setenv("HF_DATASETS_OFFLINE", "1")
         patch.setenv("OMP_NUM_THREADS", "1")
         yield
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch):
+    """Answer in this process: Ray takes seconds to start. test_ray.py has processes of its own."""
+    monkeypatch.setattr(cluster, "connected", connected_here)
+    monkeypatch.setattr(pipeline, "answer_all", answer_here)
 
 
 @pytest.fixture(scope="module")
@@ -51,4 +58,4 @@ def sample(tmp_path_factory):
 @pytest.fixture
 def loaded(sample, monkeypatch):
     """The checkpoint as it is loaded once, for tests that are not about loading."""
-    monkeypatch.setattr(running, "load_model", lambda *_, **__: (sample.model, sample.processor))
+    monkeypatch.setattr(actor, "load_model", lambda *_, **__: (sample.model, sample.processor))

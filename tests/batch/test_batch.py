@@ -1,14 +1,10 @@
-"""`ivtp batch`: every row once, the answer it has alone, however often the run was killed and whoever ran it."""
+"""`ivtp batch` without Ray: every row once, with the answer it has alone, whatever was answered before."""
 
 import base64
 import json
-import os
 import random
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,14 +17,11 @@ import torch
 from PIL import Image
 
 import ivtp_cli
-from modeling_ivtp.batch import budget, progress
-from modeling_ivtp.batch import process as running
-from modeling_ivtp.batch.answers import Answered
+from modeling_ivtp.batch import actor, budget, pipeline
 from modeling_ivtp.batch.asking import Asker
+from modeling_ivtp.batch.budget import Task, plan_batches
 from modeling_ivtp.batch.data import Data, Row, open_data
-from modeling_ivtp.batch.folder import OutFolder
-from modeling_ivtp.batch.journal import Journal, journaled_rows
-from modeling_ivtp.batch.plan import Task, default_shard_rows, plan_batches
+from modeling_ivtp.batch.run import default_shard_rows
 from modeling_ivtp.batch.tables import ArrowTable
 from modeling_ivtp.checkpoints.convert import convert
 from modeling_ivtp.serving import answering
@@ -57,10 +50,11 @@ def expected(sample):
 @pytest.mark.slow
 def test_a_row_gets_the_answer_it_has_alone(capsys, sample, expected, tmp_path):
     assert batch(capsys, sample, tmp_path / "out", "--id-column", "name") == expected
-    # One table to whoever reads Parquet, and nothing left of the work.
+    # One table to whoever reads Parquet.
     assert pq.read_table(tmp_path / "out").num_rows == 40
-    names = ["_run.json", *(f"answers-{shard:05d}-of-00003.parquet" for shard in range(3))]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names[:2] == ["_checkpoint", "_run.json"]
+    assert len(names) == 2 + 3
 
 
 @pytest.mark.slow
@@ -162,7 +156,7 @@ BAD = [
     ({"image": "pictures/none.png"}, "row 0: there is no image '{root}/pictures/none.png'"),
     ({"image": "damaged.png"}, "row 1: {root}/damaged.png is not an image in a known format"),
     ({"image": "pictures"}, "row 2: {root}/pictures is not a file"),
-    ({"image": "ftp://host/picture.png"}, "row 3: ftp://host/picture.png is not supported; images come from files"),
+    ({"image": "moon://host/picture.png"}, "row 3: moon://host/picture.png is not supported; images come from files"),
     ({"image": ["pictures/0.png", None]}, "row 4: image 2 is neither a path nor a file's bytes"),
     ({"image": 7}, "row 5: image 1 is neither a path nor a file's bytes"),
     ({"question": None}, "row 6: the prompt is missing"),
@@ -212,6 +206,13 @@ def test_an_id_that_no_file_takes_is_an_error_row(capsys, sample, loaded, tmp_pa
         (["--visual-tokens", "0"], "visual_tokens=0; allowed: a whole number from 1"),
         (["--method", "magic"], "magic"),
         (["--device", "toaster"], "device='toaster' cannot be used"),
+        (["--engine", "magic"], "engine='magic'; allowed: transformers, vllm"),
+        (["--actors", "0"], "--actors"),
+        (["--address", "somewhere"], "address='somewhere'; allowed: auto or HOST:PORT"),
+        (["--address", "ray://127.0.0.1:10001"], "allowed: auto or HOST:PORT, on a machine of the cluster"),
+        (["--address", "127.0.0.1:1"], "no Ray cluster can be reached at 127.0.0.1:1 ("),
+        (["--address", "127.0.0.1:1", "--device", "cuda:1"], "device='cuda:1'; allowed on a cluster: cpu, cuda"),
+        (["--out", "moon://answers"], "Protocol not known: moon"),
         (["--dtype", "int3"], "dtype='int3'; allowed: auto"),
         (["-m", "./no/model"], "neither a folder here nor"),
         (["-d", "./no/rows.jsonl"], "there are no data './no/rows.jsonl'"),
@@ -310,10 +311,7 @@ def test_the_same_rows_elsewhere_are_the_same_rows(sample, sources, tmp_path):
 def test_a_finished_run_does_nothing(capsys, sample, tmp_path, monkeypatch):
     batch(capsys, sample, tmp_path / "out", "--limit", 4)
     before_run, times = contents(tmp_path / "out"), [path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()]
-    monkeypatch.setattr(running, "load_model", None)
-    # As if it had been killed with nothing left to do but to remove this.
-    (tmp_path / "out" / "_unfinished").mkdir()
-    (tmp_path / "out" / "_unfinished" / "00000.lock").touch()
+    monkeypatch.setattr(pipeline, "answer_all", None)
     assert ivtp_cli.main(arguments(sample, tmp_path / "out", "--limit", 4)) == 0
     assert "was finished before: 4 rows, 0 of them errors" in capsys.readouterr().out
     assert contents(tmp_path / "out") == before_run
@@ -321,159 +319,41 @@ def test_a_finished_run_does_nothing(capsys, sample, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_ctrl_c_and_a_torn_line_cost_one_batch(capsys, sample, loaded, tmp_path, monkeypatch):
-    options = ["--batch-size", 4, "--shard-rows", 20, "--memory", "1GB"]
-    batch(capsys, sample, tmp_path / "whole", *options)
+def test_ctrl_c_costs_what_is_not_written(capsys, sample, loaded, expected, tmp_path, monkeypatch):
+    options = ["--id-column", "name", "--batch-size", 4, "--shard-rows", 8, "--memory", "1GB"]
     answer, asked = Asker.answer, []
 
-    def stop_at_the_fourth(self, tasks, prepared=None):
+    def stop_at_the_sixth(self, tasks, prepared=None):
         asked.append(len(tasks))
-        if len(asked) == 4:
+        if len(asked) == 6:
             raise KeyboardInterrupt
         return answer(self, tasks, prepared)
 
-    monkeypatch.setattr(Asker, "answer", stop_at_the_fourth)
+    monkeypatch.setattr(Asker, "answer", stop_at_the_sixth)
     assert ivtp_cli.main(arguments(sample, tmp_path / "out", *options)) == 130
     assert capsys.readouterr().err == "ivtp: stopped; the same command goes on from here\n"
-    journal = tmp_path / "out" / "_unfinished" / "00000.jsonl"
-    assert journaled_rows(journal) == 12
-    journal.write_bytes(journal.read_bytes()[:-7])
-    assert journaled_rows(journal) == 8
-    # Ten batches in all, two of them kept.
-    monkeypatch.setattr(
-        Asker, "answer", lambda self, tasks, prepared=None: asked.append(1) or answer(self, tasks, prepared)
-    )
-    asked.clear()
-    batch(capsys, sample, tmp_path / "out", *options)
-    assert len(asked) == 8
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    # Two shards of two batches each; the fifth batch's shard is not whole.
+    assert answers(tmp_path / "out") == expected[:16]
+    assert batch(capsys, sample, tmp_path / "out", *options) == expected
+    assert len(asked) == 6 + 3 * 2
 
 
-def test_a_journal_keeps_what_is_whole(tmp_path):
-    rows = [Answered(number, None, "yes", None, 1, 2, 0) for number in range(4)]
-    with Journal(tmp_path / "j.jsonl") as journal:
-        journal.add(0, rows[:2])
-        journal.add(1, rows[2:3])
-        journal.add(2, rows[3:])
-    whole = (tmp_path / "j.jsonl").read_bytes()
-    second = whole.index(b"\n") + 1
-    for damaged, kept in (
-        (whole[:-1], [0, 1]),
-        (whole[: second + 3], [0]),
-        (whole[:second] + b"\x00" * 9 + b"\n" + whole[second:], [0]),
-        (whole[:5], []),
-        (b"", []),
-    ):
-        (tmp_path / "j.jsonl").write_bytes(damaged)
-        with Journal(tmp_path / "j.jsonl") as journal:
-            assert list(journal.batches) == kept
-        # What is after the last whole line is gone at once, not overwritten bit by bit.
-        assert (tmp_path / "j.jsonl").read_bytes().count(b"\n") == len(kept)
-        with Journal(tmp_path / "j.jsonl") as journal:
-            journal.add(7, rows[:1])
-        with Journal(tmp_path / "j.jsonl") as journal:
-            assert list(journal.batches) == [*kept, 7]
-            assert journal.batches[7] == rows[:1]
+def test_a_run_that_answered_nothing_leaves_nothing(capsys, sample, tmp_path, monkeypatch):
+    monkeypatch.setattr(actor, "load_model", lambda *_, **__: 1 / 0)
+    assert ivtp_cli.main(arguments(sample, tmp_path / "out", "--limit", 4)) == 1
+    assert "ZeroDivisionError" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
-def test_a_journal_of_other_rows_is_told(capsys, sample, loaded, tmp_path):
-    options = ["--limit", 4, "--batch-size", 2, "--memory", "1GB"]
-    batch(capsys, sample, tmp_path / "out", *options)
-    (path,) = (tmp_path / "out").glob("answers-*")
-    path.unlink()
-    (tmp_path / "out" / "_unfinished").mkdir()
-    with Journal(tmp_path / "out" / "_unfinished" / "00000.jsonl") as journal:
-        journal.add(0, [Answered(99, None, "yes", None, 1, 2, 0)])
-    assert ivtp_cli.main(arguments(sample, tmp_path / "out", *options)) == 1
-    assert "the journal of shard 0 does not belong to these data" in capsys.readouterr().err
-
-
-def started(sample, out, *more, launcher=(sys.executable,)):
-    return subprocess.Popen(
-        [*launcher, "-m", "modeling_ivtp.cli", *arguments(sample, out, *more)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT,
-        start_new_session=True,
-    )
-
-
-@pytest.mark.slow
-def test_killed_again_and_again_the_rows_are_the_same(capsys, sample, loaded, tmp_path):
-    options = ["--batch-size", 1, "--shard-rows", 10, "--memory", "1GB", "--max-new-tokens", 24]
-    batch(capsys, sample, tmp_path / "whole", *options)
-    out, draws, kills = tmp_path / "out", random.Random(0), 0
-    folder = OutFolder(tmp_path / "out")
-    counter = progress.Counter(folder, 40, 10, 4)
-    for _ in range(3):
-        process, before = started(sample, out, *options), counter.done()
-        while process.poll() is None and counter.done() == before:
-            time.sleep(0.01)
-        time.sleep(draws.uniform(0, 0.3))
-        kills += process.poll() is None
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-    assert kills == 3
-    assert 0 < counter.done() < 40
-    batch(capsys, sample, out, *options)
-    assert contents(out) == contents(tmp_path / "whole")
-
-
-@pytest.mark.slow
-def test_two_processes_answer_every_row_once(capsys, sample, loaded, tmp_path):
-    options = ["--shard-rows", 5, "--memory", "1GB"]
-    batch(capsys, sample, tmp_path / "whole", *options)
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    process = started(sample, tmp_path / "out", *options, launcher=launcher)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    # The main process alone speaks.
-    assert output.count("40 rows, 0 of them errors") == 1
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-
-
-HOLD = """
-import sys, time
-from filelock import FileLock
-lock = FileLock(sys.argv[1])
-lock.acquire()
-print("held", flush=True)
-time.sleep(60)
-"""
-
-
-def test_a_dead_owners_shard_is_taken_over_and_a_living_ones_is_not(tmp_path):
-    folder = OutFolder(tmp_path / "out")
-    folder.begin({"settings": {}})
-    owner = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(folder.unfinished / "00001.lock")], stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert owner.stdout.readline() == "held\n"
-        claimed = []
-        for shard in folder.claim(3, 1):
-            if shard is None:
-                if len(claimed) == 2:
-                    owner.kill()
-                    owner.wait()
-                continue
-            claimed.append(shard)
-            folder.answers(shard, 3).touch()
-    finally:
-        owner.kill()
-        owner.wait()
-        owner.stdout.close()
-    assert claimed == [2, 0, 1]
-
-
-def test_who_comes_second_takes_the_settings_of_the_first(tmp_path):
-    folder = OutFolder(tmp_path / "out")
-    folder.begin({"settings": {"memory": 1}})
-    OutFolder(tmp_path / "out").begin({"settings": {"memory": 2}})
-    assert folder.settings() == {"memory": 1}
+def test_accelerate_launch_is_told_what_to_type(capsys, sample, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", ["cli.py", "batch", "-m", "a model", "-o", "out"])
+    line = fails(capsys, sample, tmp_path / "out")
+    assert line.endswith("in place of accelerate launch, type: ivtp batch -m 'a model' -o out --actors 2\n")
+    monkeypatch.setenv("RANK", "1")
+    assert ivtp_cli.main(arguments(sample, tmp_path / "out")) == 1
+    assert capsys.readouterr().err == ""
 
 
 def limited(monkeypatch, model, most, error):
@@ -568,7 +448,7 @@ def test_a_device_that_fails_ends_the_run(capsys, sample, loaded, tmp_path, monk
     )
     assert ivtp_cli.main(arguments(sample, tmp_path / "out", "--limit", 8)) == 1
     assert "illegal memory access" in capsys.readouterr().err
-    assert answers(tmp_path / "out") == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_batches_stay_under_the_budget():
@@ -630,65 +510,22 @@ def test_the_cost_covers_the_cache(sample):
 
 def test_what_the_machine_cannot_hold_is_refused_with_the_bytes(capsys, sample, tmp_path, monkeypatch):
     monkeypatch.setattr(budget.psutil, "virtual_memory", lambda: SimpleNamespace(available=1_000_000))
-    monkeypatch.setattr(running, "load_model", None)
     line = fails(capsys, sample, tmp_path / "out")
     assert "weights and one row need at least" in line
     assert "1 MB are free on cpu" in line
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    assert "3 processes need at least" in fails(capsys, sample, tmp_path / "out")
+    assert "3 actors need at least" in fails(capsys, sample, tmp_path / "out", "--actors", 3)
     assert not (tmp_path / "out").exists()
 
 
 def test_the_default_budget_is_a_part_of_what_is_free(monkeypatch):
     monkeypatch.setattr(budget.psutil, "virtual_memory", lambda: SimpleNamespace(available=10_000))
-    assert budget.default_budget(2_000, 10, "cpu") == 4_000
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert budget.default_budget(2_000, 10, "cpu") == 1_500
-    assert budget.default_budget(5_000, 10, "cpu") == 10
+    assert budget.default_budget(2_000, 10, "cpu", 1) == 4_000
+    assert budget.default_budget(2_000, 10, "cpu", 2) == 1_500
+    assert budget.default_budget(5_000, 10, "cpu", 2) == 10
 
 
 def test_shards_are_neither_tiny_nor_huge():
     assert [default_shard_rows(rows) for rows in (1, 1024, 1025, 10_000, 10**7)] == [16, 16, 17, 157, 1024]
-
-
-def test_progress_counts_all_processes_rows(capsys, sample, tmp_path, monkeypatch):
-    folder = OutFolder(tmp_path / "out")
-    folder.begin({"settings": {}})
-    folder.answers(1, 3).touch()
-    counter = progress.Counter(folder, 25, 10, 3)
-    with Journal(folder.journal(2)) as journal:
-        assert counter.done() == 10
-        journal.add(0, [Answered(20, None, "yes", None, 1, 2, 0)])
-        assert counter.done() == 11
-    folder.answers(2, 3).touch()
-    assert counter.done() == 15  # the last shard is the rest, and its journal no longer counts
-    monkeypatch.setattr(progress, "_LINE_SECONDS", 0)
-    with progress.shown(counter, True) as update:
-        update()
-        folder.answers(0, 3).touch()
-        time.sleep(0.01)
-        update()
-    first, second = capsys.readouterr().err.splitlines()
-    assert first == "ivtp: 15 of 25 rows, no rate yet"
-    assert second.startswith("ivtp: 25 of 25 rows, ")
-    assert second.endswith("rows/s, about 0 s left")
-    with progress.shown(counter, False) as update:
-        update()
-    assert capsys.readouterr().err == ""
-
-
-def test_a_bar_on_a_terminal_begins_where_the_run_was(sample, tmp_path, monkeypatch, capsys):
-    folder = OutFolder(tmp_path / "out")
-    folder.begin({"settings": {}})
-    folder.answers(0, 3).touch()
-    monkeypatch.setattr(progress, "_BAR_SECONDS", 0)
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("COLUMNS", "100")
-    with progress.shown(progress.Counter(folder, 25, 10, 3), True) as update:
-        update()
-    shown = capsys.readouterr().err
-    assert "10/25" in shown
-    assert "answering" in shown
 
 
 def test_without_its_libraries_one_line_tells_what_to_install(capsys, sample, tmp_path, monkeypatch):
@@ -720,44 +557,6 @@ def test_shards_in_which_nothing_can_be_asked(capsys, sample, loaded, tmp_path):
         capsys, sample, tmp_path / "out", "--shard-rows", "16", data=write_rows(tmp_path / "bad.jsonl", rows)
     )
     assert [row["error"] is None for row in answered] == [False] * 16 + [True]
-
-
-@pytest.mark.parametrize("at", ["write", "replace", "unlink"])
-def test_a_process_that_dies_at_the_end_of_a_shard(capsys, sample, loaded, tmp_path, monkeypatch, at):
-    """Its journal is whole; no batch is left, and the shard is finished all the same."""
-
-    class Killed(BaseException):
-        """Stands for SIGKILL."""
-
-    def dies(*_, **__):
-        raise Killed
-
-    expected = batch(capsys, sample, tmp_path / "sound", "--shard-rows", "40")
-    with monkeypatch.context() as patch:
-        if at == "write":
-            patch.setattr("modeling_ivtp.batch.answers.pq.write_table", dies)
-        elif at == "replace":
-            replace = os.replace
-            patch.setattr(os, "replace", lambda a, b: dies() if str(b).endswith("parquet") else replace(a, b))
-        else:
-            patch.setattr("pathlib.Path.unlink", dies)
-        with pytest.raises(Killed):
-            running.run(cli_options(sample, tmp_path / "out"))
-    assert batch(capsys, sample, tmp_path / "out", "--shard-rows", "40") == expected
-
-
-def cli_options(sample, out):
-    from modeling_ivtp.batch.options import Options
-
-    return Options(
-        model=str(sample.ivtp),
-        data=str(sample.data),
-        out=out,
-        max_new_tokens=5,
-        device="cpu",
-        shard_rows=40,
-        progress=False,
-    )
 
 
 def test_pictures_that_are_none_are_told(capsys, sample, loaded, tmp_path):

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import sys
-import warnings
 import zipfile
 
 import pytest
@@ -193,23 +192,3 @@ def test_a_name_that_is_no_text_is_a_row_too(capsys, sample, loaded, tmp_path):
     sound, damaged = answers(tmp_path / "out")
     assert sound["answer"] == alone(sample, {"image": ["pictures/0.png"], "question": QUESTIONS[1]})[0]
     assert "d\\udce9.png is not an image" in damaged["error"]
-
-
-@pytest.mark.slow
-def test_only_the_main_process_warns(capsys, sample, loaded, tmp_path, monkeypatch):
-    from modeling_ivtp.batch import process as running
-
-    picture(tmp_path / "pictures" / "a.png")
-    (tmp_path / "pictures" / "notes.txt").touch()
-    processes = running.processes
-
-    def second(device):
-        state = processes(device)
-        monkeypatch.setattr(type(state), "is_main_process", False)
-        return state
-
-    monkeypatch.setattr(running, "processes", second)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        status = ivtp_cli.main(arguments(sample, tmp_path / "out", "--prompt", "What?", data=tmp_path / "pictures"))
-    assert (status, capsys.readouterr().err) == (0, "")

@@ -47,7 +47,7 @@ PAGES = [
 """Pages whose blocks run, in this order and in one process: later ones go on from the README's names."""
 
 ELSEWHERE = {
-    "accelerate launch": "tests/batch/test_batch.py",
+    "accelerate launch": "tests/training/test_processes.py",
     "cd ": "a folder",
     "ivtp check": "tests/evaluation/test_check.py, on the miniature; it takes minutes",
     "ivtp evaluate": "tests/evaluation/, with a harness in an environment of its own",

@@ -1,10 +1,7 @@
 """Own questions: answered by the engine of `ivtp batch`, scored by a metric, compared with the unpruned model."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +10,23 @@ from PIL import Image
 
 import ivtp_cli
 from benchmarks.quality.world import sample_questions
+from modeling_ivtp.batch import cluster, pipeline
 from modeling_ivtp.evaluation import own
 from modeling_ivtp.evaluation.arm import Arm
 from modeling_ivtp.evaluation.own import OwnOptions
+from tests.support.batches import answer_here, connected_here
 
 pytestmark = pytest.mark.slow
 
 MINIATURE = Path(__file__).parents[2] / "examples" / "miniature"
 NUMBER = 6
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answer in this process: Ray takes seconds to start."""
+    monkeypatch.setattr(cluster, "connected", connected_here)
+    monkeypatch.setattr(pipeline, "answer_all", answer_here)
 
 
 @pytest.fixture(scope="module")
@@ -63,24 +69,17 @@ def test_arms_are_compared_on_own_questions(
     assert "| ivtp@1 |" in (out / "table.md").read_text()
 
 
-@pytest.mark.subprocess
-def test_two_processes_score_as_one(questions: Path, tmp_path: Path) -> None:
-    found = []
-    for name, launcher in (("one", ()), ("two", ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"))):
-        command = [sys.executable, *launcher, "-m", "modeling_ivtp.cli", "evaluate", "--model", str(MINIATURE)]
-        options = ["--questions", str(questions), "--metric", "exact_word", "--device", "cpu", "--dtype", "float32"]
-        done = subprocess.run(
-            [*command, *options, "--out", str(tmp_path / name)],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-            capture_output=True,
-            text=True,
-            timeout=1200,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count("ivtp@64: ") == 1
-        found.append(json.loads((tmp_path / name / "results.json").read_text()))
-    assert found[0] == found[1]
-    assert found[0]["arms"]["unpruned"]["score"] > 50
+def test_launched_processes_are_told_what_to_type(
+    questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray starts one process for each GPU by itself."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("sys.argv", ["cli.py", "evaluate", "--questions", "mine.jsonl"])
+    command = ["evaluate", "--model", str(MINIATURE), "--questions", str(questions), "--metric", "exact_word"]
+    assert ivtp_cli.main([*command, "--out", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err.endswith("type: ivtp evaluate --questions mine.jsonl\n")
+    assert not (tmp_path / "out").exists()
 
 
 def test_answers_are_read_as_the_metric_takes_them(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ import base64, io, resource, sys
 from PIL import Image
 from modeling_ivtp.batch.asking import Asker
 from modeling_ivtp.batch.data import Row
-from modeling_ivtp.batch.plan import Task
+from modeling_ivtp.batch.budget import Task
 from modeling_ivtp.serving.answering import prepare
 from modeling_ivtp.serving.server import load_handler
 

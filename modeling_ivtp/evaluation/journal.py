@@ -1,4 +1,4 @@
-"""The answers of an unfinished shard: a line for each batch, on disk before the next batch begins."""
+"""The answers of an unfinished evaluation: a line for each batch, on disk before the next batch begins."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from .answers import Answered
+from ..batch.answers import Answered
 
 
 class Journal:
-    """The answered batches of one shard, written by the process that holds its lock.
+    """The answered batches of one benchmark.
 
     A process that is killed while it writes leaves half a line. That line is cut off, and its batch is answered again.
 
@@ -59,16 +59,6 @@ class Journal:
         self._file.flush()
         os.fsync(self._file.fileno())
         self.batches[batch] = answered
-
-
-def journaled_rows(path: Path) -> int:
-    """Count the rows in a journal, which another process may be writing."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return 0  # its shard has just been finished
-    entries = (_read(line) for line in _complete(content))
-    return sum(len(entry[1]) for entry in entries if entry is not None)
 
 
 def _complete(content: bytes) -> Iterator[bytes]:
