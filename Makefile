@@ -16,7 +16,7 @@ TOWERS ?= $(wildcard benchmarks/quality/towers/$(RECIPE)-$(SEED).safetensors)
 # beside other work on two cores, spinning made a step take three times as long.
 TRAIN := OMP_WAIT_POLICY=PASSIVE MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=8000000000 $(RUN)/python -m benchmarks.quality
 
-.PHONY: help setup demo space cards quality miniature retrained test test-fast test-oldest test-clients eval-test vllm-env vllm-test batch-check lint docs clean
+.PHONY: help setup demo space cards quality miniature retrained test test-fast test-oldest test-clients eval-test vllm-env vllm-test serving-check batch-check lint docs clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -93,6 +93,9 @@ $(VLLM)/.installed: pyproject.toml tests/vllm_plugin/requirements.txt tests/vllm
 vllm-test:  ## the plug-in and vLLM's server against the transformers engine; skipped where vLLM cannot be installed
 	@$(MAKE) --no-print-directory vllm-env || { echo "skipped: vLLM cannot be installed here, for the reason above"; exit 0; }; \
 	test ! -e $(VLLM)/.installed || IVTP_TEST_GIB=6 OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm_plugin tests/evaluation/test_vllm_answerer.py
+
+serving-check: vllm-env  ## all claims about vLLM on 400 held-out questions, in out/serving-check; goes on where it was stopped
+	IVTP_TEST_GIB=6 OMP_NUM_THREADS=1 $(VLLM)/bin/python -m benchmarks.serving.check
 
 batch-check: setup  ## ivtp batch on Ray: two actors against one, ten kills, a node that dies; goes on where it was stopped
 	$(RUN)/python -m benchmarks.batch_cluster --work out/batch-check

@@ -1,5 +1,6 @@
 """The two engines that are compared: transformers, which says what is right, and vLLM in this process."""
 
+import os
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -17,6 +18,14 @@ TYPES = ("existence", "colour", "corner", "left_of", "above", "larger")
 NEW_TOKENS = 4
 TOWER = {"decoder_layers": 0, "tower_tokens": None}
 """Options under which the vision tower alone prunes."""
+
+IN_PROCESS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+"""Variables under which vLLM runs in the process that asks it, unless they are set."""
 
 Request = Sequence[Any]
 """A prompt, its pictures, and optionally its `mm_processor_kwargs`."""
@@ -45,7 +54,12 @@ class Transformers:
             model, dtype=dtype, pruning={"decoder_choice": choice}
         )
         self.model = loaded.eval()
-        self.processor = IVTPLlavaProcessor.from_pretrained(model)
+        self.processor = self.processor_of(model)
+
+    @staticmethod
+    def processor_of(model: Path) -> IVTPLlavaProcessor:
+        """Return the processor of a checkpoint."""
+        return IVTPLlavaProcessor.from_pretrained(model)
 
     def answer(
         self, text: str, images: Sequence[Image.Image], generation: dict[str, Any] | None = None, **options: Any
@@ -78,9 +92,13 @@ class Engine:
     ----------
     kept : list of list of int
         The patches of each image that was chosen, in the order of choosing.
+    images : ImageEncoder or None
+        The plug-in's encoder; a stock model has none.
     """
 
     def __init__(self, model: Path = MINIATURE, **options: Any) -> None:
+        for name, value in IN_PROCESS.items():
+            os.environ.setdefault(name, value)
         import vllm
 
         register()
@@ -96,8 +114,12 @@ class Engine:
         }
         self.sampling = vllm.SamplingParams(max_tokens=NEW_TOKENS, temperature=0)
         self.llm = vllm.LLM(str(model), **(usual | options))
-        self.images = self.llm.apply_model(lambda loaded: loaded.images)[0]
+        self.images = self.llm.apply_model(lambda loaded: getattr(loaded, "images", None))[0]
         self.kept: list[list[int]] = []
+        if self.images is not None:
+            self._note_what_stays()
+
+    def _note_what_stays(self) -> None:
         features_of = self.images.features_of
 
         def noted(items: Any) -> Any:

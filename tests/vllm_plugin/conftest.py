@@ -2,9 +2,6 @@
 
 import os
 
-os.environ |= {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_NO_USAGE_STATS": "1",
-}
+from benchmarks.serving.engines import IN_PROCESS
+
+os.environ |= IN_PROCESS

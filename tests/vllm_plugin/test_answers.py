@@ -4,15 +4,19 @@ It needs vLLM, in an environment of its own: `make vllm-env`, then `make vllm-te
 """
 
 import gc
+import json
+import shutil
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from benchmarks.serving.engines import TOWER, Engine, Transformers, held_out
+from benchmarks.serving.engines import MINIATURE, TOWER, Engine, Transformers, held_out
 
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed here: make vllm-env, then make vllm-test")
 
 QUESTIONS = 60
+TEXT_HALF = ("model.clip_text_model.", "model.visual_projection.")
 
 
 @pytest.fixture(scope="module")
@@ -160,3 +164,30 @@ def test_options_of_a_checkpoint_hold_on_the_server(right, asked, options, token
             right.answer(*question, **options) for question in few
         ]
         assert all(output.prompt_token_ids.count(right.processor.image_token_id) == tokens for output in outputs)
+
+
+@pytest.fixture(scope="module")
+def without_clip(tmp_path_factory):
+    """The miniature without CLIP's text half."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "model"
+    shutil.copytree(MINIATURE, folder, ignore=shutil.ignore_patterns("clip_tokenizer", "*.safetensors"))
+    weights = load_file(MINIATURE / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if not name.startswith(TEXT_HALF)}
+    assert len(kept) < len(weights)
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"clip_text_config": None}))
+    return folder
+
+
+def test_without_a_text_tower_the_pictures_cls_guides_which_is_said_once(without_clip, asked, caplog):
+    few, right = asked[:8], Transformers(without_clip)
+    for server in started(model=without_clip):
+        assert server.answers(few) == [right.answer(*question) for question in few]
+    said = [record for record in caplog.records if "no CLIP text tower" in record.getMessage()]
+    assert len(said) == 1
+
+
+def test_strict_refuses_to_serve_without_a_text_tower(without_clip):
+    with pytest.raises(ValueError, match=r"pruning.strict=True, and this checkpoint has no CLIP text tower"):
+        Engine(without_clip, hf_overrides={"pruning": {"strict": True}})
