@@ -247,6 +247,20 @@ def test_modules_of_a_method_learn_beside_a_model_that_stays(sample, tmp_path):
     assert trained.is_adapter(tmp_path / "both" / "pruner")
 
 
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [({"seed": 5}, "embeddings are not those of the adapter's base"), ({"width": 64}, "hidden_size=32; allowed: 64")],
+)
+def test_modules_of_another_model_are_refused_before_anything_is_written(other, message, sample, tmp_path):
+    stranger = model_for(make_processor(size=56), **other)
+    trained.LVPruning(4).for_model(stranger).save(tmp_path / "pruner")
+    options = {"trains": ("pruner",), "method": str(tmp_path / "pruner")}
+    with pytest.raises(ValueError, match="lvpruning") as error:
+        train(run_options(sample / "model", sample / "rows.json", tmp_path / "run", **options))
+    assert message in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
 def test_options_of_a_method_come_from_the_command_line_and_are_kept(sample, tmp_path, capsys):
     arguments = ["train", "-m", sample / "model", "-d", sample / "rows.json", "-o", tmp_path / "run", "--device", "cpu"]
     arguments += ["--preset", "atp-llava", "--method", "atp-llava", "--method-option", "target=6"]
