@@ -28,6 +28,8 @@ BUDGETS = (192, 128, 64, 32, 16)
 CHOOSERS = ("random", "cls-topk", "cls-topk-all-layers", "oracle")
 HANDED_OVER = (96, 192, 288)
 """Tokens that the tower hands over in the ablation of the hand-over; those below a budget are left out."""
+HANDED_OVER_AT_64 = 120
+"""Tokens that the tower hands over to a decoder that goes on to 64."""
 COVERAGES = (0.9, 0.95, 0.99, 0.999, 0.9999)
 """Shares to cover in the rows in which every picture has a budget of its own."""
 COMPACT = "compact"
@@ -202,6 +204,8 @@ def ablation_rows(config: Any, budgets: Sequence[int] = (64,)) -> tuple[list[Row
         *(("ahead of the decoder", {"decoder_choice": "ahead", **more}) for more in ({}, EXTENSION)),
         *(("hand-over", {"tower_tokens": number}) for number in HANDED_OVER if number < config.num_patches),
         *(("a budget of its own", {"coverage": share, "min_visual_tokens": 1, **EXTENSION}) for share in COVERAGES),
+        # What a budget of its own has to beat: as many tokens for every picture, after the same groups in the tower.
+        ("a budget of its own", {"tower_tokens": HANDED_OVER_AT_64, **EXTENSION}),
     ]
     rows, skipped = [], {}
     for tokens in budgets:

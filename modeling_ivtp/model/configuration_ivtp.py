@@ -24,8 +24,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
 """The allowed values of the options that are words."""
 
 AUTO = "auto"
-AUTO_COVERAGE, AUTO_FLOOR = 0.9, 16
-"""What `visual_tokens="auto"` stands for, and the floor of every coverage that sets none."""
+AUTO_COVERAGE = {"top": 0.9, "diverse": 0.999}
+"""The coverage of `visual_tokens="auto"`, by `choice`. A few diverse tokens cover most of what all have in common."""
+AUTO_FLOOR = 16
+"""The floor of every coverage that sets none."""
 
 AUTO_MAP = {
     "AutoConfig": "configuration_ivtp.IVTPLlavaConfig",
@@ -61,7 +63,7 @@ class IVTPPruningConfig:
         False runs stock LLaVA, operation for operation.
     visual_tokens : int or "auto", default 64
         Visual tokens of one image that are left in the end. A number above the image's patches keeps all. `"auto"`
-        stands for `visual_tokens=64` with `coverage=0.9`, where these are not given.
+        stands for `visual_tokens=64` with a coverage of 0.9, with the diverse choice of 0.999, where none is given.
     coverage : float or None, default None
         The share of importance, from 0 to 1, that the tokens of a picture have to cover for its question. The last
         group of the decoder then keeps as few tokens as reach it, at most `visual_tokens`. With the diverse choice, a
@@ -132,7 +134,9 @@ class IVTPPruningConfig:
     def __post_init__(self) -> None:
         if self.visual_tokens == AUTO:
             object.__setattr__(self, "visual_tokens", 64)
-            object.__setattr__(self, "coverage", AUTO_COVERAGE if self.coverage is None else self.coverage)
+            # A choice that is not allowed is refused below.
+            usual = AUTO_COVERAGE.get(self.choice)
+            object.__setattr__(self, "coverage", usual if self.coverage is None else self.coverage)
         for name in ("enabled", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"pruning.{name}={getattr(self, name)!r}; allowed: True, False.")

@@ -132,6 +132,9 @@ def test_beams_and_traces_follow_each_pictures_own_budget():
 def test_auto_stands_for_a_coverage_with_a_floor_and_a_ceiling(tmp_path):
     auto = IVTPPruningConfig(visual_tokens="auto")
     assert (auto.visual_tokens, auto.coverage, auto.fewest_tokens) == (64, 0.9, 16)
+    assert IVTPPruningConfig(visual_tokens="auto", choice="diverse").coverage == 0.999
+    with pytest.raises(ValueError, match="choice='best'; allowed: top, diverse"):
+        IVTPPruningConfig(visual_tokens="auto", choice="best")
     assert IVTPPruningConfig(visual_tokens="auto", coverage=0.5).coverage == 0.5
     assert IVTPPruningConfig(visual_tokens=8, coverage=0.5).fewest_tokens == 8
     model = tiny_model(**DIVERSE, coverage=0.6, min_visual_tokens=1)
