@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from benchmarks.quality.methods import ADAPTIVE
+
 BUDGET = 64
 """Visual tokens of the paper's main comparison."""
 FEW = (64, 32, 16)
@@ -143,12 +145,12 @@ def _beside(results: Mapping[str, Any], method: str, how: str) -> Iterator[str]:
 def _adaptive(results: Mapping[str, Any]) -> Iterator[str]:
     """Yield what a budget of its own for every picture answers, with the average that it keeps."""
     said = [
-        f"{row['accuracy']:.1%} from {row['final_tokens']:.1f} on average (coverage {row['options']['coverage']})"
-        for row in results["rows"]
-        if row["table"] == "a budget of its own" and row["visual_tokens"] == BUDGET
+        f"{row['accuracy']:.1%} from {row['final_tokens']:.1f} tokens on average, at most {row['visual_tokens']}"
+        for row in sorted(results["rows"], key=lambda row: row["final_tokens"])
+        if row["table"] == ADAPTIVE and "coverage" in row["options"]
     ]
     if said:
-        yield f"With a budget of its own for every picture and at most {BUDGET} tokens, it answers {_listed(said)}."
+        yield f"With a budget of its own for every picture it answers {'; '.join(said)}."
 
 
 def _oracle(results: Mapping[str, Any]) -> Iterator[str]:

@@ -34,6 +34,8 @@ COVERAGES = (0.9, 0.95, 0.99, 0.999, 0.9999)
 """Shares to cover in the rows in which every picture has a budget of its own."""
 COMPACT = "compact"
 """The `table` of rows with renumbered positions, which are a column beside the other rows."""
+ADAPTIVE = "a budget of its own"
+"""The `table` of rows in which every picture has one."""
 _RANDOM_PATCHES = 3
 
 
@@ -203,9 +205,9 @@ def ablation_rows(config: Any, budgets: Sequence[int] = (64,)) -> tuple[list[Row
         ("beyond the paper", {"guidance": "visual_cls", **EXTENSION}),
         *(("ahead of the decoder", {"decoder_choice": "ahead", **more}) for more in ({}, EXTENSION)),
         *(("hand-over", {"tower_tokens": number}) for number in HANDED_OVER if number < config.num_patches),
-        *(("a budget of its own", {"coverage": share, "min_visual_tokens": 1, **EXTENSION}) for share in COVERAGES),
+        *((ADAPTIVE, {"coverage": share, "min_visual_tokens": 1, **EXTENSION}) for share in COVERAGES),
         # What a budget of its own has to beat: as many tokens for every picture, after the same groups in the tower.
-        ("a budget of its own", {"tower_tokens": HANDED_OVER_AT_64, **EXTENSION}),
+        (ADAPTIVE, {"tower_tokens": HANDED_OVER_AT_64, **EXTENSION}),
     ]
     rows, skipped = [], {}
     for tokens in budgets:

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.quality.methods import COMPACT
+from benchmarks.quality.methods import ADAPTIVE, COMPACT
 from benchmarks.quality.plots import flops_unit, label
 from modeling_ivtp.evaluation.intervals import paired_interval
 from modeling_ivtp.files.tables import markdown_table
@@ -118,6 +118,43 @@ def ablation_differences(rows: Sequence[Row], right: Mapping[str, Any]) -> str:
             header = ("setting", *map(_setting, names[:-1]))
             parts.append(f"### {table} at {budget} visual tokens\n\n{markdown_table(header, lines)}")
     return "\n".join(parts)
+
+
+def adaptive_against_fixed(rows: Sequence[Row], right: Mapping[str, Any]) -> str:
+    """Return the table of budgets of their own against fixed ones; empty without any.
+
+    Parameters
+    ----------
+    rows : sequence of mapping
+        All rows.
+    right : mapping of str to bool array
+        Right and wrong for each row on the questions that count, by `METHOD@TOKENS`.
+    """
+    adaptive = [row for row in rows if row["table"] == ADAPTIVE and "coverage" in row["options"]]
+    fixed = [row for row in rows if row["method"] == "ivtp-extended" and not row["table"]]
+    fixed.sort(key=lambda row: row["visual_tokens"], reverse=True)
+    if not adaptive or not fixed:
+        return ""
+    unit, per_tflop = flops_unit(rows)
+    lines = [
+        (
+            row["options"]["coverage"],
+            row["visual_tokens"],
+            f"{row['final_tokens']:.1f}",
+            f"{row['tflops'] * per_tflop:.4g}",
+            with_interval(row),
+            *(_paired(row, other, right) for other in fixed),
+        )
+        for row in adaptive
+    ]
+    to = (f"to {row['visual_tokens']} for each ({row['tflops'] * per_tflop:.4g} {unit})" for row in fixed)
+    return markdown_table(("coverage", "at most", "average", unit, "accuracy in %", *to), lines)
+
+
+def _paired(one: Row, other: Row, right: Mapping[str, Any]) -> str:
+    """Format the paired difference of two rows in points."""
+    answers, others = (right[f"{row['method']}@{row['visual_tokens']}"] for row in (one, other))
+    return points(answers.mean() - others.mean(), paired_interval(answers, others))
 
 
 def _setting(method: str) -> str:

@@ -22,7 +22,15 @@ import typer
 
 from benchmarks.quality import command
 from benchmarks.quality.methods import COMPACT
-from benchmarks.quality.paper_tables import ablation_differences, percent, points, table_1, table_7, with_interval
+from benchmarks.quality.paper_tables import (
+    ablation_differences,
+    adaptive_against_fixed,
+    percent,
+    points,
+    table_1,
+    table_7,
+    with_interval,
+)
 from benchmarks.quality.plots import flops_unit, label, plot, plot_systems, unpruned_of
 from benchmarks.quality.world import TYPES, Question, chance, fingerprint, sample_questions
 from modeling_ivtp.evaluation import load_metric
@@ -307,6 +315,8 @@ def markdown(results: Mapping[str, Any]) -> str:
             "Differences between settings in points, row minus column, paired by question:\n",
             ablation_differences([row for row in rows if row["table"] != COMPACT], _right(rows, results)),
         ]
+    if adaptive := adaptive_against_fixed(rows, _right(rows, results)):
+        parts += ["## A budget of its own for every picture, against fixed ones, paired\n", adaptive]
     if "survival" in results:
         parts += ["## Where patches are lost\n", _survival(results["survival"])]
     if "other_seed" in results:

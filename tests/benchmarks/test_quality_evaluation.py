@@ -19,6 +19,7 @@ from benchmarks.quality.checkpoint import check_world
 from benchmarks.quality.evaluate_quality import MINIATURE, _rows, _well_answered, evaluate_checkpoint
 from benchmarks.quality.examination import Asked, Examination, row_cost, row_signature
 from benchmarks.quality.methods import (
+    ADAPTIVE,
     CHOOSERS,
     COMPACT,
     Row,
@@ -412,6 +413,20 @@ def test_questions_about_what_is_not_there_are_rows_of_their_own() -> None:
     table = report.markdown(results).split("## Existence")[1].split("##")[0]
     assert f"| ivtp | 64 | 100.0 | {100 * row['existence']['no']['accuracy']:.1f} |" in table
     assert f"no (n = {len(there['no'])})" in table
+
+
+def test_budgets_of_their_own_are_paired_with_fixed_ones() -> None:
+    results = results_of({("unpruned", 576): share(390), ("ivtp-extended", 64): share(380)}, "a")
+    assert "against fixed ones" not in report.markdown(results)
+    asked = [question for _, question in sample_questions("test", 400)]
+    own = results["rows"][1] | {
+        "method": "ivtp-extended coverage=0.9", "table": ADAPTIVE, "options": {"coverage": 0.9},
+        "right": report.pack(share(360)), "final_tokens": 41.5,
+    }  # fmt: skip
+    results["rows"] = report.summarised([*results["rows"], own], asked, TYPES)
+    table = report.markdown(results).split("against fixed ones")[1].split("##")[0]
+    low, high = (100 * end for end in paired_interval(share(360), share(380)))
+    assert f"| 0.9 | 64 | 41.5 | 10 | 90.0 ± 3.0 | -5.0 [{low:+.1f}, {high:+.1f}] |" in table
 
 
 def test_types_that_are_not_answered_well_stay_out_of_the_headline(asked: list[Any]) -> None:
