@@ -192,7 +192,7 @@ def plot_kept(rows: Sequence[Row], types: Sequence[str], patches: int, layers: i
         axes.set_title(row["method"], loc="left", fontsize=10, color=_INK, fontweight="bold", pad=6)
         axes.set_xlabel("visual tokens of a picture, averaged over layers", color=_MUTED, fontsize=9)
     figure.suptitle(
-        "Tokens by question type: pictures (lines), their mean (dot), the mean of all (dashed)",
+        "Visual tokens by type of question\npictures (lines), their mean (dot), the mean of all (dashed)",
         x=0.01, ha="left", fontsize=10, color=_MUTED,
     )  # fmt: skip
     return figure

@@ -193,7 +193,7 @@ def _line(
     own = right[_key(row)]
     before = right[_key(without[0])] if without else None
     return (
-        system.table, row["method"], row["seed"], f"{row['final_tokens']:g}", f"{row['layer_averaged_tokens']:.1f}",
+        system.table, row["method"], row["seed"], f"{row['final_tokens']:.4g}", f"{row['layer_averaged_tokens']:.1f}",
         f"{row['tflops']:.4g}", _accuracy(before), _accuracy(own), _to(own, before),
         "" if system.name == "unpruned" else _to(own, control), f"{row['seconds_per_step']:.2g}",
     )  # fmt: skip
