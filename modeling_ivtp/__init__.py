@@ -12,7 +12,7 @@ from .model.modeling_ivtp import IVTPLlavaForConditionalGeneration, IVTPLlavaMod
 from .model.processing_ivtp import IVTPLlavaProcessor
 from .model.trace import PruningTrace
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 
 # Importing the package is enough for the Auto classes to know its checkpoints, without trust_remote_code.
 AutoConfig.register(IVTPLlavaConfig.model_type, IVTPLlavaConfig, exist_ok=True)
