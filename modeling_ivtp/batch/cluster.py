@@ -39,7 +39,7 @@ class Machines:
     ----------
     nodes : int
     cpus : int
-        Of the smallest node.
+        Threads of the smallest node; of this machine as many as PyTorch takes, which OMP_NUM_THREADS may have set.
     gpus : int
         Of all nodes.
     """
@@ -101,7 +101,7 @@ def connected(options: Options, need: Need, memory: int | None) -> Iterator[Plac
         If the cluster cannot be reached, it has too few GPUs, or memory cannot hold the model and a row.
     """
     if options.address is None and not ray.is_initialized():
-        machines = Machines(1, os.cpu_count() or 1, torch.cuda.device_count())
+        machines = Machines(1, torch.get_num_threads(), torch.cuda.device_count())
         actors = share(options, machines)
         # What does not fit into main memory is refused at once; of GPUs an actor knows.
         place = None if actors.gpus else _place(options, need, memory, actors, machines)

@@ -11,6 +11,7 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.data.checkpoint import CheckpointConfig
 
+from ..files.images import shortened
 from .actor import Answering, Job
 from .cluster import Actors
 from .folder import OutFolder
@@ -59,7 +60,8 @@ def answer_all(job: Job, shards: Sequence[np.ndarray], folder: OutFolder, actors
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
         except ray.exceptions.RayError as error:
-            raise ChildProcessError(f"processes of the run died: {' '.join(str(error).split())}") from error
+            why = shortened(" ".join(str(error).split()))
+            raise ChildProcessError(f"processes of the run died: {why}; the same command goes on") from error
 
 
 def _answers(numbers: Dataset, job: Job, actors: Actors) -> Dataset:

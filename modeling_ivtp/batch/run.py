@@ -80,7 +80,7 @@ def run(options: Options) -> Summary:
         _warn_if_unguided(options, config, files)
         if data.left_out is not None:
             warnings.warn(data.left_out, stacklevel=2)
-    _answer(options, need, folder, settings, begun is None)
+    _answer(options, need, folder, settings)
     return Summary(len(data), *folder.count_errors(), was_finished=False)
 
 
@@ -121,7 +121,7 @@ def _warn_if_unguided(options: Options, config: Any, files: Path) -> None:
         warn_if_unguided(model, IVTPLlavaProcessor.from_pretrained(files))
 
 
-def _answer(options: Options, need: budget.Need, folder: OutFolder, settings: dict[str, Any], is_new: bool) -> None:
+def _answer(options: Options, need: budget.Need, folder: OutFolder, settings: dict[str, Any]) -> None:
     """Answer the rows that are left."""
     # Importing Ray takes seconds, which a run that is refused does not have to wait for.
     from .cluster import connected
@@ -134,11 +134,15 @@ def _answer(options: Options, need: budget.Need, folder: OutFolder, settings: di
             _absolute(options), place.memory, settings["shard_rows"], place.actors.threads, place.device, expected
         )
         with folder.held():
-            if is_new:
+            begun = folder.settings()
+            if begun is None:
                 names = {"model": options.model, "data": options.data, "split": options.split}
                 folder.begin(names | {"settings": settings})
+            else:  # here before, or by another command while this one waited for Ray
+                check_same(begun, settings, options.out)
             try:
-                answer_all(job, _left(folder, settings), folder, place.actors, options.progress)
+                if left := _left(folder, settings):
+                    answer_all(job, left, folder, place.actors, options.progress)
             except BaseException:
                 folder.forget_if_empty()
                 raise

@@ -1,4 +1,4 @@
-"""What `--engine vllm` asks and reads; vLLM itself is not here, so nothing says that it answers."""
+"""What `--engine vllm` asks of vLLM and reads of its replies; vLLM itself lives in another environment."""
 
 from importlib.metadata import PackageNotFoundError
 
