@@ -2,7 +2,7 @@
 
     python -m benchmarks.speed_readme
 
-`README.md` gets a short table, `docs/speed.md` all results.
+`README.md` gets a short table, `docs/speed.md` all results, `docs/serving.md` those of serving on vLLM.
 """
 
 import json
@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.readme import README, RESULTS, ROOT, link_base, write_pages
+from benchmarks.serving import page as serving
 from modeling_ivtp.files.tables import markdown_table
 from modeling_ivtp.speed.report import interval, name_of, products, reached, times
 
 SPEED_PAGE = ROOT / "docs" / "speed.md"
+SERVING_PAGE = ROOT / "docs" / "serving.md"
 ARM = "ivtp@64"
 """The arm in the README's table."""
 
@@ -207,7 +209,7 @@ _LINES = {"off": _off, "growth": _growth, "batches": _growth}
 
 def blocks(folder: Path = RESULTS) -> dict[Path, list[str]]:
     """Return the blocks of each page."""
-    return {README: [short_excerpt(folder)], SPEED_PAGE: [excerpt(folder)]}
+    return {README: [short_excerpt(folder)], SPEED_PAGE: [excerpt(folder)], SERVING_PAGE: [serving.excerpt(folder)]}
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ order; ratios are taken within a round. A run that was stopped goes on with the 
 import datetime
 import json
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -25,19 +24,16 @@ import typer
 from benchmarks.quality.command import run
 from benchmarks.quality.report import write_atomically
 from benchmarks.serving.engines import MINIATURE, NEW_TOKENS, TOWER, Engine, held_out
+from benchmarks.serving.page import PARTS, STOCK, Row, markdown
 from modeling_ivtp.checkpoints.stock import export_stock
 from modeling_ivtp.files.console import shareable_command
-from modeling_ivtp.files.tables import markdown_table
 from modeling_ivtp.speed.bench import machine
 
 ROOT = Path(__file__).parents[2]
-STOCK = "stock"
+STATE = ROOT / "out" / "serving-speed.jsonl"
+"""The finished rounds of a run; it is removed in the end."""
 ARMS: dict[str, dict[str, Any]] = {"tower": TOWER, "guided": {}}
 CONCURRENCIES = (1, 8, 32)
-PARTS = {"_encode": "vision tower", "_prepare": "pseudo CLS", "_choose": "choice"}
-"""Methods of the encoder that are timed apart, and what they do."""
-
-Row = dict[str, Any]
 
 
 @contextmanager
@@ -113,53 +109,6 @@ def one_round(arms: Mapping[str, Engine], number: int, asked: Iterator[Any], eac
     return rows
 
 
-def ratios(rows: Sequence[Row], arm: str, concurrency: int, what: str) -> list[float]:
-    """Return how many times as much of `what` stock takes as an arm, for each round."""
-    by_round = {(row["round"], row["arm"]): row[what] for row in rows if row["concurrency"] == concurrency}
-    rounds = sorted({number for number, _ in by_round})
-    return [by_round[number, STOCK] / by_round[number, arm] for number in rounds]
-
-
-def _spread(values: Sequence[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
-
-
-def markdown(results: Mapping[str, Any]) -> str:
-    """Return the page of the results."""
-    host, rows = results["machine"], results["rows"]
-    versions = ", ".join(f"{name} {number}" for name, number in host["versions"].items())
-    count = len({row["round"] for row in rows})
-    lines = [
-        f"# Pruned serving on vLLM beside stock LLaVA, {results['date']}\n",
-        f"{host['device']}, {host['cpus']} CPUs, load average {results['load']:.2f} before; {versions}; "
-        f"{results['model']} in {results['dtype']}, {NEW_TOKENS} tokens out, new pictures in every request, "
-        f"{count} interleaved rounds.\n",
-        f"`{results['command']}`\n",
-    ]
-    table = [
-        (
-            arm,
-            concurrency,
-            _spread(ratios(rows, arm, concurrency, "cpu_seconds")),
-            _spread(ratios(rows, arm, concurrency, "seconds")),
-        )
-        for arm in ARMS
-        for concurrency in CONCURRENCIES
-    ]
-    header = ("arm", "concurrency", "stock's CPU time over its own", "requests per second over stock's")
-    lines += [markdown_table(header, table), "CPU milliseconds of a request at the highest concurrency, medians:\n"]
-    parts = [*PARTS.values()]
-    table = []
-    for arm in (STOCK, *ARMS):
-        found = [row for row in rows if row["arm"] == arm and row["concurrency"] == CONCURRENCIES[-1]]
-        own = [statistics.median(row["parts"].get(part, 0.0) for row in found) * 1000 for part in parts]
-        whole = statistics.median(row["cpu_seconds"] for row in found) * 1000
-        cells = ["–" if arm == STOCK else f"{value:.0f}" for value in own]
-        table.append((arm, *cells, f"{whole - sum(own):.0f}", f"{whole:.0f}"))
-    lines.append(markdown_table(("arm", *parts, "all else", "whole"), table))
-    return "\n".join(lines)
-
-
 def main(
     model: Annotated[Path, typer.Option(help="The checkpoint.")] = MINIATURE,
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 5,
@@ -168,15 +117,14 @@ def main(
     eager: Annotated[bool, typer.Option(help="Without torch.compile.")] = False,
     blocks: Annotated[int, typer.Option(min=0, help="Blocks of the KV cache; 0: as many as vLLM takes.")] = 1024,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = ROOT / "benchmarks" / "results",
-    state: Annotated[Path, typer.Option(help="File of the finished rounds.")] = ROOT / "out" / "serving-speed.jsonl",
 ) -> None:
     """Measure, and write serving-DATE.json and serving-DATE.md."""
-    settings = {"model": model.name, "dtype": dtype, "eager": eager, "each": each}
-    known = [json.loads(line) for line in state.read_text().splitlines()] if state.exists() else []
+    settings = {"model": model.name, "dtype": dtype, "eager": eager, "each": each, "new_tokens": NEW_TOKENS}
+    known = [json.loads(line) for line in STATE.read_text().splitlines()] if STATE.exists() else []
     if known and known[0]["settings"] != settings:
-        raise ValueError(f"{state} has rounds of {known[0]['settings']}; name another --state, or remove it.")
+        raise ValueError(f"{STATE} has rounds of {known[0]['settings']}; allowed: {settings}, or remove it.")
     load = os.getloadavg()[0]
-    state.parent.mkdir(parents=True, exist_ok=True)
+    STATE.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         options = {"dtype": dtype, "enforce_eager": eager, "max_num_seqs": CONCURRENCIES[-1]}
         options["num_gpu_blocks_override"] = blocks or None
@@ -189,7 +137,7 @@ def main(
             one_round(arms, 0, asked, each)  # warms up
         for number in missing:
             known.append({"settings": settings, "rows": one_round(arms, number, asked, each)})
-            with open(state, "a") as journal:
+            with open(STATE, "a") as journal:
                 journal.write(json.dumps(known[-1]) + "\n")
     date = datetime.date.today().isoformat()
     results = settings | {
@@ -202,6 +150,7 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / f"serving-{date}.json", (json.dumps(results, indent=2) + "\n").encode())
     write_atomically(out / f"serving-{date}.md", markdown(results).encode())
+    STATE.unlink()
     print(markdown(results))
 
 
