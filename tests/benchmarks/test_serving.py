@@ -36,18 +36,9 @@ def test_ratios_are_taken_within_a_round():
 
 
 def test_the_page_has_every_ratio_and_every_part():
-    machine = {"device": "a CPU", "cpus": 2, "versions": {"torch": "2"}}
-    text = page.markdown(
-        {
-            "date": "today",
-            "machine": machine,
-            "load": 0.5,
-            "model": "m",
-            "dtype": "float32",
-            "command": "c",
-            "rows": rows(),
-        }
-    )
+    host = {"device": "a CPU", "cpus": 2, "versions": {"torch": "2"}}
+    run = {"date": "today", "load": 9.5, "command": "c", "machine": host, "rows": rows()}
+    text = page.markdown(run | {"model": "m", "dtype": "float32", "eager": True, "new_tokens": 4})
     assert "3 interleaved rounds (least to most). The machine was shared" in text
     assert text.count("3.00 (3.00 to 3.00)") == 2 * len(speed.CONCURRENCIES)
     assert text.count("2.00 (2.00 to 2.00)") == 2 * len(speed.CONCURRENCIES)
