@@ -191,7 +191,8 @@ def _line(
     control: np.ndarray | None,
 ) -> tuple[Any, ...]:
     own = right[_key(row)]
-    before = right[_key(without[0])] if without else None
+    # At another ratio the untrained stand-in would be another one.
+    before = right[_key(without[0])] if without and row["method"] == system.name else None
     return (
         system.table, row["method"], row["seed"], f"{row['final_tokens']:.4g}", f"{row['layer_averaged_tokens']:.1f}",
         f"{row['tflops']:.4g}", _accuracy(before), _accuracy(own), _to(own, before),

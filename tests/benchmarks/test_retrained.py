@@ -179,6 +179,8 @@ def test_differences_are_paired_and_those_that_are_not_measured_are_named(config
         }  # fmt: skip
 
     rows = [row("unpruned", "retrained", better), row("ivtp", "inference", right), row("ivtp", "retrained", right)]
+    rows += [row("lvpruning", "inference", right), row("lvpruning", "retrained", better)]
+    rows.append(row("lvpruning", "retrained", better) | {"method": "lvpruning ratio=0.6"})
     results = {
         "date": "2026-01-01", "checkpoint": "x", "asked": 40, "rows": rows,
         "course": {"steps": 1, "scenes": 1, "questions": 1},
@@ -187,7 +189,10 @@ def test_differences_are_paired_and_those_that_are_not_measured_are_named(config
     (line,) = [line for line in page.splitlines() if line.startswith("| Table 1 | ivtp |")]
     assert "| 75.0 ± " in line
     assert "| +0.0 [+0.0, +0.0] | -5.0 [" in line
-    assert page.count("not measured") == len(retrained_rows(config)) - 2
+    assert page.count("not measured") == len(retrained_rows(config)) - 3
+    at_64, at_another = [line for line in page.splitlines() if line.startswith("| Table 1 | lvpruning")]
+    assert "| +5.0 [" in at_64
+    assert "| – | 80.0 ± " in at_another  # the stand-in has 64 tokens
 
 
 def test_tokens_of_pictures_are_averaged_over_all_layers() -> None:
