@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from tenacity import RetryError  # of lmms-eval
+from tenacity import RetryError, stop_after_attempt  # lmms-eval's, as it raises them
 
 from ..serving.answering import load_model
 from .arm import Arm
@@ -289,6 +289,8 @@ def _files(folder: Path, split: str) -> list[str]:
 def _task(options: Options, benchmark: Benchmark) -> Any:
     from lmms_eval.api.task import ConfigurableMessagesTask
 
+    # The harness asks five times, and each time the Hub's own client does, too: minutes for each of twelve data sets.
+    ConfigurableMessagesTask.download.retry.stop = stop_after_attempt(1)
     task, reason = None, None
     try:
         config = task_config(benchmark, options.data.get(benchmark.name))

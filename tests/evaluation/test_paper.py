@@ -377,7 +377,11 @@ def test_what_cannot_be_had_is_left_out_by_name_and_the_others_run(
     assert found.left_out["pope"] == (
         "its data set cannot be had (FileNotFoundError: the folder has no file test.parquet or test-*.parquet)"
     )
+    asks: list[str] = []
+    load = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, **more: asks.append(path) or load(path, **more))
     online = run.run(options(folders, tmp_path / "online", "gqa", "pope", given=("gqa",)))
+    assert [path for path in asks if "POPE" in path] == ["lmms-lab-encoder/POPE"]
     assert re.match(r"its data set cannot be had \((?!RetryError)\w+: .*POPE", online.left_out["pope"])
     assert (
         "mmvet: needs its data set from the Hub and a judge, with its key in OPENAI_API_KEY, which is not set"
