@@ -59,7 +59,10 @@ class Steps:
             "warm and cold caches": self.caches,
             "mixed budgets": self.budgets,
             "compiled": self.compiled,
-            **{f"tests of {name}": partial(self.tests, name) for name in ("answers", "http", "adapters", "parallel")},
+            **{
+                f"tests of {name}": partial(self.tests, name)
+                for name in ("answers", "http", "served_adapters", "parallel")
+            },
         }
 
     def path(self, name: str) -> Path:

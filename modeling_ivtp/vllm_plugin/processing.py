@@ -28,7 +28,8 @@ _GUIDES = "ivtp_guides"
 """The name under which guides travel with a request's options inside of vLLM's processor."""
 _PICTURES = "ivtp_pictures"
 _DUMMY = "ivtp_dummy"
-"""Marks vLLM's own requests, by which it warms up and measures memory."""
+_VLLMS_OWN = object()
+"""Under that name it marks vLLM's own requests, by which it warms up and measures memory; no client can send it."""
 _TOKENIZING = threading.RLock()
 """Held while a tokenizer works: fast tokenizers refuse two threads at a time."""
 
@@ -105,7 +106,9 @@ class ServedProcessor(LlavaMultiModalProcessor):
         if isinstance(pictures, ImageEmbeddingItems):
             raise ValueError("image embeddings came in place of a picture; pruning needs the picture itself.")
         options = dict(inputs.hf_processor_mm_kwargs)
-        dummy = options.pop(_DUMMY, False)
+        dummy = options.pop(_DUMMY, None) is _VLLMS_OWN
+        for name in (_GUIDES, _PICTURES):  # a trusted client might name them
+            options.pop(name, None)
         number = self.info.budgets.of(options)
         if self.info.is_guided(number):
             processor = self.info.get_hf_processor()
@@ -123,7 +126,7 @@ class ServedProcessor(LlavaMultiModalProcessor):
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
         """Make one of vLLM's own requests, which the metrics leave out."""
         inputs = super().get_dummy_inputs(*args, **kwargs)
-        return replace(inputs, hf_processor_mm_kwargs={**inputs.hf_processor_mm_kwargs, _DUMMY: True})
+        return replace(inputs, hf_processor_mm_kwargs={**inputs.hf_processor_mm_kwargs, _DUMMY: _VLLMS_OWN})
 
     @property
     def _image_token(self) -> int:

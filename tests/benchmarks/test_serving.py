@@ -77,6 +77,13 @@ def test_a_folder_without_an_ivtp_llava_is_named(tmp_path, monkeypatch):
             check.main(model=tmp_path, folder=tmp_path)
 
 
+def test_the_tests_among_the_steps_are_there(tmp_path):
+    named = [name.removeprefix("tests of ") for name in check.Steps(MINIATURE, 60, tmp_path).all if "tests of" in name]
+    files = {path.stem.removeprefix("test_") for path in (check.ROOT / check.TESTS).glob("test_*.py")}
+    assert named
+    assert set(named) <= files
+
+
 def test_claims_fail_where_they_do_not_hold(tmp_path):
     steps = check.Steps(MINIATURE, 60, tmp_path)
     right = [[1, 2]] * 60
