@@ -93,7 +93,7 @@ def batch(
     fail_on_error: Annotated[
         bool, typer.Option("--fail-on-error", help="Exit with status 1 if any row failed, not only if all did.")
     ] = False,
-    progress: Annotated[bool, typer.Option(help="Show rows done, rows per second and the time left.")] = True,
+    progress: Annotated[bool, typer.Option(help="Show Ray Data's progress, on a terminal.")] = True,
     debug: Debug = False,
 ) -> None:
     """Answer a data set. The same command continues a run that was stopped.

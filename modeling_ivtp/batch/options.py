@@ -49,7 +49,7 @@ class Options:
     limit : int, optional
         Number of rows to answer, from the first.
     progress : bool, default True
-        Whether Ray Data shows the run's progress.
+        Whether Ray Data shows the run's progress on a terminal.
     engine : str, default "transformers"
         `"vllm"` answers with vLLM and this package's plug-in.
     actors : int, optional

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -35,7 +36,7 @@ def answer_all(job: Job, shards: Sequence[np.ndarray], folder: OutFolder, actors
     folder : OutFolder
     actors : Actors
     progress : bool
-        Whether Ray Data shows how far it is.
+        Whether Ray Data shows how far it is, if this is a terminal.
 
     Raises
     ------
@@ -91,13 +92,14 @@ def _context(folder: OutFolder, progress: bool) -> Iterator[None]:
             delete_checkpoint_on_success=False,
             checkpoint_manager_cls=LeftToSettle,
         ),
-        "enable_progress_bars": progress,
+        # Elsewhere than on a terminal they are a dozen lines of its log, every ten seconds.
+        "enable_progress_bars": progress and sys.stdout.isatty(),
         "raise_original_map_exception": True,
     }
     before = {name: getattr(context, name) for name in wanted}
     console = [one for one in logging.getLogger("ray.data").handlers if isinstance(one, logging.StreamHandler)]
     for handler in console:
-        handler.addFilter(_is_progress)
+        handler.addFilter(_nothing)
     try:
         for name, value in wanted.items():
             setattr(context, name, value)
@@ -106,9 +108,9 @@ def _context(folder: OutFolder, progress: bool) -> Iterator[None]:
         for name, value in before.items():
             setattr(context, name, value)
         for handler in console:
-            handler.removeFilter(_is_progress)
+            handler.removeFilter(_nothing)
 
 
-def _is_progress(record: logging.LogRecord) -> bool:
-    """Tell whether a line says how far the run is; everything else of Ray Data's log is in its files."""
-    return record.name.endswith("logging_progress")
+def _nothing(record: logging.LogRecord) -> bool:
+    """Keep Ray Data's log from the console; it is in files, too, and errors are raised."""
+    return False
