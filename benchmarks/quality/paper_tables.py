@@ -132,7 +132,8 @@ def adaptive_against_fixed(rows: Sequence[Row], right: Mapping[str, Any]) -> str
     """
     adaptive = [row for row in rows if row["table"] == ADAPTIVE and "coverage" in row["options"]]
     fixed = [row for row in rows if row["method"] == "ivtp-extended" and not row["table"]]
-    fixed.sort(key=lambda row: row["visual_tokens"], reverse=True)
+    fixed += [row for row in rows if row["table"] == ADAPTIVE and row not in adaptive]
+    fixed.sort(key=lambda row: (row["table"], -row["visual_tokens"]))
     if not adaptive or not fixed:
         return ""
     unit, per_tflop = flops_unit(rows)
@@ -147,7 +148,12 @@ def adaptive_against_fixed(rows: Sequence[Row], right: Mapping[str, Any]) -> str
         )
         for row in adaptive
     ]
-    to = (f"to {row['visual_tokens']} for each ({row['tflops'] * per_tflop:.4g} {unit})" for row in fixed)
+    to = [
+        f"to {row['visual_tokens']} for each"
+        + (f" of {row['options']['tower_tokens']} from the tower" if row["table"] else "")
+        + f" ({row['tflops'] * per_tflop:.4g} {unit})"
+        for row in fixed
+    ]
     return markdown_table(("coverage", "at most", "average", unit, "accuracy in %", *to), lines)
 
 

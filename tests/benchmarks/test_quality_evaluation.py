@@ -420,13 +420,19 @@ def test_budgets_of_their_own_are_paired_with_fixed_ones() -> None:
     assert "against fixed ones" not in report.markdown(results)
     asked = [question for _, question in sample_questions("test", 400)]
     own = results["rows"][1] | {
-        "method": "ivtp-extended coverage=0.9", "table": ADAPTIVE, "options": {"coverage": 0.9},
+        "method": "ivtp-extended coverage=0.9", "table": ADAPTIVE, "options": {"tower_tokens": None, "coverage": 0.9},
         "right": report.pack(share(360)), "final_tokens": 41.5,
     }  # fmt: skip
-    results["rows"] = report.summarised([*results["rows"], own], asked, TYPES)
+    alike = own | {
+        "method": "ivtp-extended tower_tokens=120", "options": {"tower_tokens": 120}, "visual_tokens": 42,
+        "right": report.pack(share(350)),
+    }  # fmt: skip
+    results["rows"] = report.summarised([*results["rows"], own, alike], asked, TYPES)
     table = report.markdown(results).split("against fixed ones")[1].split("##")[0]
-    low, high = (100 * end for end in paired_interval(share(360), share(380)))
-    assert f"| 0.9 | 64 | 41.5 | 10 | 90.0 ± 3.0 | -5.0 [{low:+.1f}, {high:+.1f}] |" in table
+    assert "| to 64 for each (10 GFLOPs) | to 42 for each of 120 from the tower (10 GFLOPs) |" in table
+    (low, high), more = (paired_interval(share(360), share(number)) for number in (380, 350))
+    differences = f"-5.0 [{100 * low:+.1f}, {100 * high:+.1f}] | +2.5 [{100 * more[0]:+.1f}, {100 * more[1]:+.1f}] |"
+    assert f"| 0.9 | 64 | 41.5 | 10 | 90.0 ± 3.0 | {differences}" in table
 
 
 def test_types_that_are_not_answered_well_stay_out_of_the_headline(asked: list[Any]) -> None:
