@@ -270,8 +270,8 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"SIGKILL {len(killed_run['kills'])} times, with so many rows written: {told}. {_verdict(killed_run)}\n"
     )
     lines.append(
-        f"A cluster of two nodes on one machine, the second killed with {cluster['actors']} actors of the run on it "
-        f"and {cluster['rows']} rows written: {_verdict(cluster)}\n"
+        f"A cluster of two nodes on one machine, the second killed with {cluster['rows']} rows written; actors of the "
+        f"run on it: {cluster['actors']}. {_verdict(cluster)}\n"
     )
     return "\n".join(lines)
 
