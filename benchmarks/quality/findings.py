@@ -144,10 +144,10 @@ def _beside(results: Mapping[str, Any], method: str, how: str) -> Iterator[str]:
 
 def _adaptive(results: Mapping[str, Any]) -> Iterator[str]:
     """Yield what a budget of its own for every picture answers, with the average that it keeps."""
+    rows = [row for row in results["rows"] if row["table"] == ADAPTIVE and "coverage" in row["options"]]
     said = [
         f"{row['accuracy']:.1%} from {row['final_tokens']:.1f} tokens on average, at most {row['visual_tokens']}"
-        for row in sorted(results["rows"], key=lambda row: row["final_tokens"])
-        if row["table"] == ADAPTIVE and "coverage" in row["options"]
+        for row in sorted(rows, key=lambda row: row["final_tokens"])
     ]
     if said:
         yield f"With a budget of its own for every picture it answers {'; '.join(said)}."
