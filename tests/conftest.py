@@ -17,8 +17,8 @@ import pytest
 import torch
 
 GIB = 2**30
-MOST_MEMORY = int(os.environ.get("IVTP_TEST_GIB", "3")) * GIB
-"""Peak resident memory that one process of a run may have, or a process that it starts."""
+MOST_MEMORY = int(float(os.environ.get("IVTP_TEST_GIB", "3.5")) * GIB)
+"""Peak resident memory that one process of a run may have, or a process that it starts; two run side by side."""
 MUCH_LEFT = 16 * 2**20
 """Resident bytes that one test may leave behind before memory is given back."""
 _PEAKS = pytest.StashKey[list[int]]()
@@ -133,5 +133,5 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     peaks = config.stash[_PEAKS]
     told = ", ".join(f"{peak / GIB:.1f}" for peak in peaks)
     too_much = bool(peaks) and max(peaks) > MOST_MEMORY
-    verdict = f"; more than the {MOST_MEMORY / GIB:.0f} GiB that one process may take" if too_much else ""
+    verdict = f"; more than the {MOST_MEMORY / GIB:.1f} GiB that one process may take" if too_much else ""
     terminalreporter.write_line(f"peak memory of processes: {told} GiB{verdict}", red=too_much)

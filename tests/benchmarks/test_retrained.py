@@ -124,8 +124,8 @@ def test_results_come_as_they_are_measured_and_the_same_command_goes_on(
 ) -> None:
     out = tmp_path / "results" / "retrained.json"
     options = {
-        "model": MINIATURE, "states": tmp_path / "states", "out": out, "steps": 2, "scenes": 1, "questions": 2,
-        "asked": 3, "batch": 3, "threads": 1,
+        "model": MINIATURE, "states": tmp_path / "states", "out": out, "steps": 2, "scenes": 1, "questions": 1,
+        "asked": 3, "batch": 1, "threads": 1,
     }  # fmt: skip
     retrain_all.main(**options, system=["unpruned"])
     first = json.loads(out.read_text())
@@ -160,7 +160,7 @@ def test_results_come_as_they_are_measured_and_the_same_command_goes_on(
     assert out.read_bytes() == content
     with pytest.raises(ValueError, match=r"has course=.*allowed: .*or another --out"):
         retrain_all.main(**options | {"steps": 3}, system=["unpruned"])
-    with pytest.raises(ValueError, match="asked=0, batch=3; allowed: 1 to 2000 questions"):
+    with pytest.raises(ValueError, match="asked=0, batch=1; allowed: 1 to 2000 questions"):
         retrain_all.main(**options | {"asked": 0})
     assert out.read_bytes() == content
 

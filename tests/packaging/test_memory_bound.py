@@ -27,5 +27,5 @@ def test_a_run_that_takes_too_much_memory_fails(tmp_path: Path, workers: tuple[s
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert "1 passed" in done.stdout, done.stdout + done.stderr
     assert done.returncode == (1 if bound == 2**20 else 0)
-    assert ("more than the 0 GiB that one process may take" in done.stdout) == (bound == 2**20)
+    assert ("more than the 0.0 GiB that one process may take" in done.stdout) == (bound == 2**20)
     assert (tmp_path / "measured.jsonl").read_text().count("test_it.py::test_it") == 1
