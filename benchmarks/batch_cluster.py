@@ -16,6 +16,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -152,7 +153,7 @@ def nodes(begin: Callable[[str], subprocess.Popen[bytes]], out: Path, rows: int)
     """Answer on a cluster of two nodes on this machine; kill the second when it has an actor and there are files."""
     ray = [str(Path(sys.executable).parent / "ray"), "start", "--disable-usage-stats", "--block"]
     ray += ["--object-store-memory", str(100 * 2**20)]
-    address, folder = f"{get_node_ip_address()}:{free_port()}", Path(f"/tmp/ivtp-nodes-{os.getpid()}")
+    address, folder = f"{get_node_ip_address()}:{free_port()}", Path(tempfile.gettempdir(), f"ivtp-nodes-{os.getpid()}")
     options: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
     # Nodes and driver know each other by a token.
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_worker_niceness": "0"}

@@ -41,7 +41,7 @@ OUT = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Step:
-    """What one step took.
+    """The cost of one step.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""What follows from quality results, in sentences with numbers; `benchmarks.quality.readme` puts them on a page."""
+"""Sentences with numbers that follow from quality results; `benchmarks.quality.readme` puts them on a page."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

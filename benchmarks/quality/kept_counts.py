@@ -1,4 +1,4 @@
-"""How many tokens a method keeps of each picture, where it adapts the number to the picture."""
+"""Counts of the tokens that a method keeps of each picture, where it adapts the number to the picture."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What `benchmarks.serving.speed` measured, as a page and as a block of docs/serving.md."""
+"""The results of `benchmarks.serving.speed`, as a page and as a block of docs/serving.md."""
 
 import json
 import statistics

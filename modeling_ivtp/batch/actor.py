@@ -1,4 +1,4 @@
-"""What an actor runs: the model, and the rows of one shard after another."""
+"""The work of an actor: the model, and the rows of one shard after another."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .settings import SMALL_FILES, model_fingerprint
 
 @dataclass(frozen=True)
 class Job:
-    """What every actor of a run is given.
+    """A run as every actor is given it.
 
     Attributes
     ----------

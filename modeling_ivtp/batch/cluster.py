@@ -33,7 +33,7 @@ _SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Machines:
-    """What there is to compute with.
+    """The processors to compute with.
 
     Attributes
     ----------
@@ -68,7 +68,7 @@ class Actors:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run's rows are answered.
+    """The place where a run's rows are answered.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""What Ray Data's own tasks need of a run: numbers of rows to read, names of files to write.
+"""The parts of a run that Ray Data's own tasks need: numbers of rows to read, names of files to write.
 
 These tasks run in processes that only read and write. The file goes there as it is, by value, for which it imports
 nothing of this package: that would bring PyTorch into each of them.

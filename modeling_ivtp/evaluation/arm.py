@@ -52,7 +52,7 @@ class Arm:
 
     @property
     def is_trained(self) -> bool:
-        """Whether the method is the folder of a trained pruner."""
+        """Return whether the method is the folder of a trained pruner."""
         return self.method not in METHODS and is_adapter(self.method)
 
     @property
@@ -65,7 +65,7 @@ class Arm:
 
     @cached_property
     def pruner(self) -> Method:
-        """What prunes, where it is not the checkpoint itself; a trained pruner is read once."""
+        """The method that prunes, where it is not the checkpoint itself; a trained pruner is read once."""
         return make(self.method, self.visual_tokens)
 
     def applied(self, model: Any) -> AbstractContextManager[Any]:

@@ -76,7 +76,7 @@ class IVTPLlava(lmms):
 
     is_simple = False
     journal: Journal | None = None
-    """Where answers are written as they come, and read from if their run was stopped."""
+    """The journal of answers, written as they come, and read from if their run was stopped."""
 
     def __init__(
         self,
@@ -129,7 +129,7 @@ class IVTPLlava(lmms):
 
     @property
     def answerer(self) -> Answerer | VLLMAnswerer:
-        """What answers; made anew each time, as the harness takes the model away when it has its answers."""
+        """Return what answers; made anew each time, as the harness takes the model away when it has its answers."""
         return self.vllm or Answerer(self.model, self.processor, self.arm)
 
     @property

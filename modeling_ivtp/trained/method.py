@@ -33,7 +33,7 @@ def summed_over_processes(value: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Weighed:
-    """What one module made of a batch in training.
+    """The weights that one module gave to a batch in training.
 
     Attributes
     ----------
@@ -57,7 +57,7 @@ class Weighed:
 
 @dataclass
 class Batch:
-    """What a method knows of the batch that a model runs on.
+    """The batch that a model runs on, as far as a method knows it.
 
     Attributes
     ----------

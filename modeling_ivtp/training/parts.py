@@ -1,4 +1,4 @@
-"""What learns of a model, and the method that prunes it meanwhile."""
+"""The parts of a model that learn, and the method that prunes it meanwhile."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def let_learn(model: nn.Module, parts: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class PrunedBy:
-    """What prunes while a model is trained.
+    """The method that prunes while a model is trained.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""How many visual tokens a request gets: its own number, the server's, or the checkpoint's."""
+"""The number of visual tokens that a request gets: its own number, the server's, or the checkpoint's."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""What steers the choice for an image: the prompt up to the end of the image's own turn.
+"""The guide of the choice for an image: the prompt up to the end of the image's own turn.
 
 A later turn must not change what was kept of an earlier turn's images: their keys and values are cached, and would be
 computed anew. So an image is guided by the words that stand before the end of its own turn.

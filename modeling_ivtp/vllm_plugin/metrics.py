@@ -1,4 +1,4 @@
-"""What pruning spares on a vLLM server, in the registry that its `/metrics` shows.
+"""Counts of what pruning spares on a vLLM server, in the registry that its `/metrics` shows.
 
 Counts follow from a request's budget, so they are known where the request is read: in the server's own process.
 """

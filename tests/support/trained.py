@@ -41,3 +41,14 @@ def assert_same_bits(model, before):
     after = model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def slope(weight, place, total, step=1e-5):
+    """Return the central difference of a total by one entry of a weight."""
+    values = []
+    with torch.no_grad():
+        for sign in (step, -step):
+            weight.view(-1)[place].add_(sign)
+            values.append(float(total()))
+            weight.view(-1)[place].sub_(sign)
+    return (values[0] - values[1]) / (2 * step)
