@@ -1,15 +1,12 @@
 """Data-parallel training as people run it: no search for unused parameters, gradient checkpointing, several steps."""
 
-import os
-import socket
-
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.multiprocessing import spawn
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.support.processes import free_port, one_of_two, row
 from tests.support.tiny import IMAGE_TOKEN, prompt, tiny_model
 
 ROWS = [[3, "image", 6], [3, "image", 6]]
@@ -43,29 +40,19 @@ def train(model, batches):
         optimizer.zero_grad()
 
 
-def row(inputs, rank):
-    return {name: value[rank : rank + 1] for name, value in inputs.items()}
-
-
-def one_of_two(rank, port, adapters, out):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    model = model_to_train(adapters)
-    train(DistributedDataParallel(model), [row(batch(step), rank) for step in range(STEPS)])
-    if rank == 0:
-        save_file({n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, out)
-    dist.destroy_process_group()
+def one_trains(rank, port, adapters, out):
+    with one_of_two(rank, port):
+        model = model_to_train(adapters)
+        train(DistributedDataParallel(model), [row(batch(step), rank) for step in range(STEPS)])
+        if rank == 0:
+            save_file({n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, out)
 
 
 @pytest.mark.subprocess
 @pytest.mark.slow
 @pytest.mark.parametrize("adapters", [False, True], ids=["whole", "lora"])
 def test_two_processes_train_as_one_does_on_the_joint_batch(adapters, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    spawn(one_of_two, (port, adapters, tmp_path / "weights.safetensors"), nprocs=2)
+    spawn(one_trains, (free_port(), adapters, tmp_path / "weights.safetensors"), nprocs=2)
     trained = load_file(tmp_path / "weights.safetensors")
     expected = model_to_train(adapters)
     before = {name: parameter.detach().clone() for name, parameter in expected.named_parameters()}

@@ -1,16 +1,13 @@
 """Data-parallel training of a pruner: two processes learn what one learns on the joint batch."""
 
-import os
-import socket
-
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.multiprocessing import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from modeling_ivtp import trained
+from tests.support.processes import free_port, one_of_two, row
 from tests.support.tiny import tiny_model
 from tests.support.trained import answered, ready
 
@@ -41,20 +38,13 @@ def train(model, batches):
         optimizer.zero_grad()
 
 
-def row(inputs, rank):
-    return {name: value[rank : rank + 1] for name, value in inputs.items()}
-
-
-def one_of_two(rank, port, name, out):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    training = training_of(name)
-    # No search for unused parameters: everything that is to learn has a gradient in every step.
-    train(DistributedDataParallel(training), [row(answered(ROWS, seed=step), rank) for step in range(STEPS)])
-    if rank == 0:
-        save_file(training.state_dict(), out)
-    dist.destroy_process_group()
+def one_trains(rank, port, name, out):
+    with one_of_two(rank, port):
+        training = training_of(name)
+        # No search for unused parameters: everything that is to learn has a gradient in every step.
+        train(DistributedDataParallel(training), [row(answered(ROWS, seed=step), rank) for step in range(STEPS)])
+        if rank == 0:
+            save_file(training.state_dict(), out)
 
 
 @pytest.mark.subprocess
@@ -62,10 +52,7 @@ def one_of_two(rank, port, name, out):
 @pytest.mark.parametrize("name", METHODS)
 def test_two_processes_train_as_one_does_on_the_joint_batch(name, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "gumbel_softmax", None)  # restored after `train` replaced it
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    spawn(one_of_two, (port, name, tmp_path / "weights.safetensors"), nprocs=2)
+    spawn(one_trains, (free_port(), name, tmp_path / "weights.safetensors"), nprocs=2)
     found = load_file(tmp_path / "weights.safetensors")
     expected = training_of(name)
     before = {key: value.clone() for key, value in expected.state_dict().items()}
