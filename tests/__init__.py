@@ -1,0 +1,1 @@
+"""A package of its own, because dependencies of lmms-eval install another one called `tests`."""
