@@ -334,14 +334,21 @@ num_additional_image_tokens
         """
         if self.clip_tokenizer is None:
             raise ValueError("read_instruction needs clip_tokenizer, and this processor has none.")
-        rows = input_ids.tolist()
-        valid = [[1] * len(row) for row in rows] if attention_mask is None else attention_mask.tolist()
-        spelled = []
-        for row, present in zip(rows, valid, strict=True):
-            tokens = self.tokenizer.convert_ids_to_tokens(row)
-            spelled.append(spell([token or "" if here else "" for token, here in zip(tokens, present, strict=True)]))
+        whole = input_ids.tolist()
+        masks = [[1] * len(row) for row in whole] if attention_mask is None else attention_mask.tolist()
+        image = self.tokenizer.convert_tokens_to_ids(self.image_token)
+        rows, valid, spelled, places = [], [], [], []
+        for tokens, mask in zip(whole, masks, strict=True):
+            # One placeholder of an image says as much as all of them, which would be most of the text.
+            kept, places_of = _without_runs(tokens, mask, image)
+            rows.append([tokens[column] for column in kept])
+            valid.append([mask[column] for column in kept])
+            names = self.tokenizer.convert_ids_to_tokens(rows[-1])
+            spelled.append(spell([name or "" if here else "" for name, here in zip(names, valid[-1], strict=True)]))
+            places.append(places_of)
         texts, offsets = zip(*spelled, strict=True)
-        windows, spans = self._clip_inputs(texts, [[]] * len(rows), rows, offsets, valid)
+        windows, found = self._clip_inputs(texts, [[]] * len(rows), rows, offsets, valid)
+        spans = [[row[place] for place in columns] for row, columns in zip(found, places, strict=True)]
         example = torch.empty(0)
         return BatchFeature(
             {
@@ -596,6 +603,17 @@ def _check_tokenizers(tokenizer: Any, clip_tokenizer: Any) -> None:
 def _context_length(clip_tokenizer: Any) -> int:
     """Return CLIP's context length; a tokenizer that was saved without it has a huge number instead."""
     return int(clip_tokenizer.model_max_length) if clip_tokenizer.model_max_length < 1_000_000 else 77
+
+
+def _without_runs(tokens: Sequence[int], mask: Sequence[int], image_token: int) -> tuple[list[int], list[int]]:
+    """Leave out image tokens that follow another: the columns that stay, and for every column its place among them."""
+    kept: list[int] = []
+    places = []
+    for column, pair in enumerate(zip(tokens, mask, strict=True)):
+        if pair[0] != image_token or column == 0 or pair != (tokens[column - 1], mask[column - 1]):
+            kept.append(column)
+        places.append(len(kept) - 1)
+    return kept, places
 
 
 def _rows_axis(image: Any, channels: str | ChannelDimension | None) -> int | None:

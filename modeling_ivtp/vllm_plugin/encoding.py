@@ -5,7 +5,7 @@ The vision tower, the projector and CLIP's text tower are the modules of the tra
 
 import copy
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -20,7 +20,7 @@ from ..model.guide import InstructionGuide
 from ..model.instruction_cache import InstructionCache
 from ..model.modeling_ivtp import IVTPLlavaModel
 from ..model.outputs import IVTPImageFeatures
-from ..model.prompt import PromptInputs, build_prompt
+from ..model.prompt import PromptInputs, build_prompt, instruction_windows
 from ..model.prompt_graphs import PromptGraphs
 from ..model.vision_ivtp import GroupedCLIPVisionModel
 from .budget import options_for
@@ -31,6 +31,9 @@ TOWER_OUTPUTS = 64
 
 AT_ONCE = 8
 """Pictures that the vision tower encodes at a time."""
+
+TOGETHER = 32
+"""Windows of questions that CLIP's text tower reads at a time, fewer than its cache holds."""
 
 
 _PER_IMAGE = ("kept_patches", "cls_features", "image_embeds")
@@ -141,6 +144,7 @@ class ImageEncoder(IVTPLlavaModel):
     def _with_one_budget(self, items: Sequence[Item]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         encoded = self._encode(items)
         distinct = {item.conversation: item for item in items if item.prompt_ids is not None}
+        self._read(distinct.values())
         guided = {name: self._prepare(item, encoded) for name, item in distinct.items()}
         stay = self._choose({name: prompt for name, prompt in guided.items() if prompt is not None})
         results = []
@@ -190,6 +194,15 @@ class ImageEncoder(IVTPLlavaModel):
             )
             for at, features in enumerate(output.pooler_output)
         ]
+
+    def _read(self, items: Iterable[Item]) -> None:
+        """Let CLIP read the questions of several prompts together; `_prepare` finds their features in the cache."""
+        windows = [window for item in items if item.clip_input_ids is not None for window in item.clip_input_ids]
+        if self.plan() is None or self.config.pruning.guidance != "clip" or self.config.clip_text_config is None:
+            return
+        for first in range(0, len(windows), TOGETHER):
+            ids = torch.stack(windows[first : first + TOGETHER])[None]
+            self.text_features(ids.to(self.device), instruction_windows(ids))
 
     def _prepare(self, item: Item, encoded: dict[Any, IVTPImageFeatures]) -> _Guided | None:
         """Make the pseudo CLS of a prompt's images, and cut the prompt after the last of them. None: nothing drops."""

@@ -222,7 +222,7 @@ class ServedDummyInputs(LlavaDummyInputsBuilder):
 
 
 def _digest(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=16).digest()
+    return hashlib.sha256(content).digest()[:16]
 
 
 def _picture_keys(pixel_values: torch.Tensor) -> torch.Tensor:

@@ -89,6 +89,14 @@ def test_a_question_read_from_tokens_is_the_one_that_the_processor_writes(templa
     assert instruction_tokens(inputs["clip_spans"])[:3].any(-1).all()
 
 
+def test_images_side_by_side_and_apart_are_read_as_the_processor_writes_them(processor, pictures):
+    texts = ["USER: <image><image>\nWhich red cube differs?", "USER: <image> before the big cat and <image>, what?"]
+    inputs = processor(images=[pictures, pictures], text=texts, padding=True, return_tensors="pt")
+    read = processor.read_instruction(inputs["input_ids"], inputs["attention_mask"])
+    assert torch.equal(read["clip_input_ids"], inputs["clip_input_ids"])
+    assert torch.equal(read["clip_spans"], inputs["clip_spans"])
+
+
 def test_byte_level_tokens_are_read_too(pictures):
     byte_level = make_processor(size=56, tokenizer=_byte_level_tokenizer())
     inputs = byte_level(images=pictures, text=PROMPTS, padding=True, return_tensors="pt")

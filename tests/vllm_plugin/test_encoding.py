@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers.models.clip.modeling_clip import CLIPTextEmbeddings
 
 from modeling_ivtp.vllm_plugin.encoding import Item
 from tests.support.tiny import IMAGE_TOKEN, prompt, tiny_model
@@ -45,6 +46,21 @@ def test_another_question_makes_another_choice_and_encodes_nothing_again():
         chosen.add(tuple(patches.tolist()))
     assert len(chosen) > 1
     assert encoder.encoded == 1
+
+
+def test_questions_are_read_together(monkeypatch):
+    encoder, rows = encoder_of(tiny_model()), [[3, "image", 7], [2, "image", 4], [3, "image", 12], [5, "image"]]
+    inputs, batches = prompt(rows), []
+    embed = CLIPTextEmbeddings.forward
+
+    def counted(self, input_ids, *args, **kwargs):
+        batches.append(len(input_ids))
+        return embed(self, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(CLIPTextEmbeddings, "forward", counted)  # a hook would switch the cache off
+    encoder.features_of(items_of(inputs, rows))
+    windows = inputs["clip_input_ids"].flatten(0, 1)
+    assert batches == [len(windows.unique(dim=0))]
 
 
 def test_budgets_of_one_batch_differ():
