@@ -15,7 +15,7 @@ from .options import Debug, Invocation, set_threads
 
 
 class Rows(str, Enum):
-    """Which rows to evaluate."""
+    """Groups of rows that can be evaluated."""
 
     main = "main"
     systems = "systems"

@@ -1,4 +1,4 @@
-"""How commands show their results."""
+"""Tables in which commands show their results."""
 
 from __future__ import annotations
 

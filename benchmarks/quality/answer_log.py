@@ -12,7 +12,7 @@ from modeling_ivtp.speed.stopwatch import Taken
 
 
 class Answers(NamedTuple):
-    """What a row said, the seconds it took, and what it kept of each picture where it adapts the number."""
+    """Answers of a row, the seconds they took, and tokens kept of each picture where the number adapts."""
 
     said: list[str]
     taken: Taken

@@ -37,7 +37,7 @@ metadata:
   version: 1
 """
 _FUNCTIONS = '''\
-"""What lmms-eval asks of the task beside this file."""
+"""Functions that lmms-eval calls for the task beside this file."""
 
 from modeling_ivtp.evaluation.metrics.exact_word.exact_word import first_word
 

@@ -42,7 +42,7 @@ ADAM, NEW = 1e-4, 1e-3
 
 @dataclass(frozen=True)
 class Course:
-    """How long a system is trained, and on how much; the same for all that are compared.
+    """Length of a training and its data; the same for all systems that are compared.
 
     Attributes
     ----------

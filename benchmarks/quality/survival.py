@@ -1,4 +1,4 @@
-"""Where a method loses what a question needs: questions that still have a patch of every object they ask about.
+"""The place where a method loses what a question needs: questions that still have a patch of every object they name.
 
     python -m benchmarks.quality.survival benchmarks/results/quality-DATE.json --model examples/miniature --tokens 64
 

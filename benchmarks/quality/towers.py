@@ -25,7 +25,7 @@ NAMES = {
     "text_projection.": "clip_text_model.text_projection.",
     "visual_projection.": "visual_projection.",
 }
-"""How the names of CLIP's parts begin, and how they begin in a checkpoint."""
+"""Beginnings of the names of CLIP's parts, and theirs in a checkpoint."""
 
 
 def load_teacher(source: Path) -> Teacher:

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 
 START_SECONDS = 900
-"""How long a server may take to answer; on two busy cores most of it is spent on imports and compilation."""
+"""Seconds that a server may take to answer; on two busy cores most of it is spent on imports and compilation."""
 
 
 @dataclass(frozen=True)

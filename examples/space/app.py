@@ -136,7 +136,7 @@ def _card(title: str, answer: tuple[str, float], tokens: int, averaged: float, k
 
 
 def _figure(picture: Any) -> str:
-    """What one group of layers left of the image, small enough for a phone's connection."""
+    """Draw what one group of layers left of the image, small enough for a phone's connection."""
     file = io.BytesIO()
     picture.image.resize((384, 384 * picture.image.height // picture.image.width)).save(file, "JPEG", quality=85)
     source = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -20,7 +20,7 @@ from .row_files import AnswerFiles, LeftToSettle, RowNumbers
 from .vllm_engine import answers_by_vllm
 
 _RETRIES = 20
-"""How often a shard is given to another process when its own dies. A shard that always kills must end the run."""
+"""Times that a shard is given to another process when its own dies. A shard that always kills must end the run."""
 _SMALL_TASK = {"num_cpus": 0}
 """Reading and writing take next to nothing, and must not wait for a CPU that the actors have taken."""
 

@@ -22,7 +22,7 @@ from .weights import Checkpoint
 RECIPE_FILE = "ivtp_recipe.json"
 """The file that names the recipe a checkpoint was built from; `ivtp push` chooses the model card by it."""
 CLIP_NAMES = ("model.clip_text_model.", "model.visual_projection.")
-"""How the names of CLIP's tensors begin in our checkpoints."""
+"""Beginnings of the names of CLIP's tensors in our checkpoints."""
 TERMS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 """Files with the terms of use, which go wherever the weights go."""
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", *TERMS)

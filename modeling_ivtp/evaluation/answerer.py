@@ -24,7 +24,7 @@ _KNOWN = ("until", "max_new_tokens", "temperature", "top_p", "num_beams", "do_sa
 
 @dataclass(frozen=True)
 class Generation:
-    """How answers are generated.
+    """Settings of generation.
 
     Attributes
     ----------

@@ -84,7 +84,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Extent:
-    """How much is measured.
+    """Amount of work in a check.
 
     Attributes
     ----------
@@ -109,7 +109,7 @@ QUICK = Extent(questions=6, repeats=5, new_tokens=16)
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found about a claim.
+    """Finding about a claim.
 
     Attributes
     ----------

@@ -28,7 +28,7 @@ SINGLE = ("gqa_match", "scienceqa_match", "pope", "exact_word")
 
 @dataclass(frozen=True)
 class OwnOptions:
-    """What is evaluated, and on which questions.
+    """Systems and questions of an evaluation.
 
     Attributes
     ----------

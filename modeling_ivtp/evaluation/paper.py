@@ -47,7 +47,7 @@ class Score:
 
 
 Samples = Sequence[Mapping[str, Any]]
-"""What lmms-eval logs of each question: `doc`, `filtered_resps`, and the task's own results."""
+"""Fields that lmms-eval logs of each question: `doc`, `filtered_resps`, and the task's own results."""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ KEY = "OPENAI_API_KEY"
 
 @dataclass(frozen=True)
 class Options:
-    """What is evaluated.
+    """Systems and benchmarks of an evaluation.
 
     Attributes
     ----------

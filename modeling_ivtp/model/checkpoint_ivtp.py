@@ -27,7 +27,7 @@ from .configuration_ivtp import IVTPLlavaConfig
 from .language_ivtp import DECODERS
 
 OPEN_CLIP = "open_clip:"
-"""How the name of an open_clip model begins, as in `"open_clip:ViT-L-14-336/openai"`."""
+"""Beginning of an open_clip model's name, as in `"open_clip:ViT-L-14-336/openai"`."""
 
 _HUB_ACCESS = ("token", "cache_dir", "local_files_only")
 _CLASS_EMBEDDING = "vision_model.embeddings.class_embedding"

@@ -28,7 +28,7 @@ AUTOMATIC_SHARE = 64
 """Graphs that nobody asked for take at most one part in so many of the GPU's memory."""
 
 _SIGHTINGS = 2
-"""How often shapes have to come until their work is captured."""
+"""Times that shapes have to come until their work is captured."""
 
 _SPARE = 2**28
 """Most bytes by which the memory for outputs exceeds what is needed."""
@@ -36,7 +36,7 @@ _SPARE = 2**28
 
 @dataclass(frozen=True)
 class _Piece:
-    """Where a tensor lies in the memory of its type: the elements from `start` on, in this shape."""
+    """Place of a tensor in the memory of its type: the elements from `start` on, in this shape."""
 
     start: int
     shape: torch.Size
@@ -47,7 +47,7 @@ class _Piece:
 
 
 class Packing:
-    """How outputs lie one after the other, all of a type in one tensor, so that one copy takes all of them.
+    """Layout of outputs one after the other, all of a type in one tensor, so that one copy takes all of them.
 
     Parameters
     ----------
@@ -86,7 +86,7 @@ class Packing:
 
 
 class SharedMemory:
-    """What the graphs of a device share: a pool for their work, and memory for their outputs.
+    """Memory that the graphs of a device share: a pool for their work, and room for their outputs.
 
     Each graph starts when the one before has finished, whatever streams they run on. All are captured on one stream,
     because libraries hold memory for each stream.

@@ -1,4 +1,4 @@
-"""How `generate()` deals with pruning: masks of a static cache, beams, images of earlier turns."""
+"""Pruning inside `generate()`: masks of a static cache, beams, images of earlier turns."""
 
 import inspect
 from typing import Any

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import repeat_kv
 
 EPSILON = 1e-6
-"""What is added to a row's sum, in equal parts to each key that the row sees."""
+"""Constant that is added to a row's sum, in equal parts to each key that the row sees."""
 
 
 def masked_softmax(logits: torch.Tensor, weights: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:

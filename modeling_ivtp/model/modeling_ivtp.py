@@ -175,7 +175,7 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
     """
 
     applied_pruner: Pruner | None = None
-    """What prunes instead of the model's own options, for a while; `modeling_ivtp.methods` sets it."""
+    """Pruner in place of the model's own options, for a while; `modeling_ivtp.methods` sets it."""
 
     def __init__(self, config: Any) -> None:
         LlavaPreTrainedModel.__init__(self, config)
@@ -198,7 +198,7 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
 
     @property
     def pruner(self) -> Pruner:
-        """What prunes: IVTP with the model's own options, unless a method was applied."""
+        """The pruner: IVTP with the model's own options, unless a method was applied."""
         return self.applied_pruner or IVTPPruner(self.config.pruning)
 
     def plan(self) -> PruningPlan | None:

@@ -1,4 +1,4 @@
-"""What the model returns: encoded images, and a prompt's hidden states with the tokens that were kept."""
+"""Outputs of the model: encoded images, and a prompt's hidden states with the tokens that were kept."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -44,7 +44,7 @@ from .text_relevance import PADDING_SPAN, overlapping_spans
 logger = logging.get_logger(__name__)
 
 LONGEST = 100
-"""How many times as long as wide a picture is scaled; 34 MB at 336 pixels."""
+"""Most times that a picture may be as long as wide to be scaled; 34 MB at 336 pixels."""
 _OF_SIZE = {"size", "crop_size", "do_resize", "do_center_crop"}
 
 _STOCK_ARGUMENTS = (

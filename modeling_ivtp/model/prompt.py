@@ -112,7 +112,7 @@ class PromptInputs:
 
 @dataclass(frozen=True)
 class PromptIndex:
-    """What the host knows of a prompt: read once, before the device has work, so that nothing later waits for it.
+    """Facts about a prompt on the host: read once, before the device has work, so that nothing later waits for them.
 
     Attributes
     ----------

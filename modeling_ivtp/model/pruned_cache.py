@@ -100,7 +100,7 @@ class PrunedStaticLayer(StaticLayer):
     is_initialized: bool
     max_cache_len: int
     empty: bool = True
-    """Whether nothing is stored yet."""
+    """Tell whether nothing is stored yet."""
     _spare: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __init__(

@@ -248,7 +248,7 @@ class GridPositions:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a pruner needs of the model.
+    """Needs of a pruner, which the model has to meet.
 
     Attributes
     ----------
@@ -303,12 +303,12 @@ class Pruner:
 
     @property
     def label(self) -> str:
-        """What a reader calls it."""
+        """Name that a reader knows it by."""
         return type(self).__name__
 
     @property
     def needs(self) -> Needs:
-        """What the model has to provide."""
+        """Needs that the model has to meet."""
         return Needs()
 
     def plan(self, config: Any, patches: int) -> PruningPlan | None:

@@ -1,4 +1,4 @@
-"""Whether a module's weights alone decide what it computes. If so, its results may be kept or replayed."""
+"""The test whether a module's weights alone decide what it computes: its results may then be kept or replayed."""
 
 from collections.abc import Iterable
 from typing import Any

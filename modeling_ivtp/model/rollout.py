@@ -1,4 +1,4 @@
-"""What attention layers record, rollout within a group of layers, and importance (IVTP Sec. 3.2, Eq. 2 to 4).
+"""Records of attention layers, rollout within a group of layers, and importance (IVTP Sec. 3.2, Eq. 2 to 4).
 
 Rollout multiplies the attention maps of a group (Eq. 3), yet importance needs only one row of the product: that of the
 reference token, which is CLS in the vision tower and the pseudo-CLS token in the language model. So that row is carried
@@ -20,7 +20,7 @@ from .schedule import Group
 
 @dataclass
 class AttentionRecord:
-    """What one attention layer records for the rollout of its group.
+    """Record of one attention layer, for the rollout of its group.
 
     The *tracked* tokens of an image are its reference token, at index 0, and its visual tokens after it.
 

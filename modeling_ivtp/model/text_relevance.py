@@ -119,7 +119,7 @@ def text_similarity(embeddings: Tensor, reference: Tensor, spans: Tensor) -> Ten
 
 
 PADDING_SPAN = (1, 1)
-"""What stands for padding in `clip_spans`: an empty range, which tells where the processor put the padding."""
+"""Mark of padding in `clip_spans`: an empty range, which tells where the processor put the padding."""
 
 
 def misplaced_spans(spans: Tensor, placeholders: Tensor, valid: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""What was pruned, where and why: the record that `explain` returns, and how a forward pass fills it.
+"""The record of what was pruned, where and why: `explain` returns it, and a forward pass fills it.
 
 The record is `PruningTrace`: an `ImageTrace` for every image, a `GroupTrace` for every group of layers and a
 `TokenTrace` for every token of the instruction. Its figure is Fig. 5 of IVTP (ECCV 2024).

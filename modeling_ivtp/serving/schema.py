@@ -34,7 +34,7 @@ class Message(BaseModel):
 
 
 class StreamOptions(BaseModel):
-    """What a stream holds beside the answer."""
+    """Choices about a stream beside the answer."""
 
     include_usage: bool = False
     include_obfuscation: bool = False
@@ -114,7 +114,7 @@ class ChatRequest(BaseModel):
 
 
 class Usage(BaseModel):
-    """What a request cost in tokens."""
+    """Tokens that a request cost."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -122,7 +122,7 @@ class Usage(BaseModel):
 
 
 class Pruning(BaseModel):
-    """What is left of each picture, and what the answer took."""
+    """Tokens left of each picture, and cost of the answer."""
 
     visual_tokens: list[int]
     layer_averaged_tokens: float

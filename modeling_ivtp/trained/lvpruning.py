@@ -17,7 +17,7 @@ from ..model.schedule import Group, PruningPlan
 from .method import TrainedMethod
 
 STEP = 0.2
-"""How much less of all tokens each module keeps than the one before (Sec. 4.1)."""
+"""Share of all tokens by which each module keeps less than the one before (Sec. 4.1)."""
 LAYERS = (1, 8, 16)
 """The numbers of layers before each module, of 32 (Sec. 4.1)."""
 

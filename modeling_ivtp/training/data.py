@@ -15,7 +15,7 @@ import torch
 from ..checkpoints.sources import is_hub_id
 
 IMAGE = "<image>"
-"""What stands for a picture in the texts of LLaVA's data, whatever the tokenizer calls it."""
+"""Mark of a picture in the texts of LLaVA's data, whatever the tokenizer calls it."""
 _ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
 }  # fmt: skip

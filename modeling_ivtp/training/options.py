@@ -26,7 +26,7 @@ _WHOLE = ("batch_size", "max_length")
 
 @dataclass(frozen=True)
 class Preset:
-    """What learns, and how. LLaVA-1.5's two stages ship as `llava-1.5-stage-1` and `llava-1.5-stage-2`.
+    """Parts that learn, and their schedule. LLaVA-1.5's two stages ship as `llava-1.5-stage-1` and `llava-1.5-stage-2`.
 
     What trained methods print of their own training ships under their names.
 
@@ -224,7 +224,7 @@ class Options:
 
     @property
     def pruned_by(self) -> PrunedBy:
-        """What prunes meanwhile."""
+        """The pruner of the run."""
         return PrunedBy(self.method, self.tokens, self.method_options)
 
     def settings(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ NAMES = {
     "language_model": ("model.language_model.", "lm_head."),
     "pruner": (),
 }
-"""How the names of the parts' weights begin."""
+"""Beginnings of the names of the parts' weights."""
 UNPRUNED = "unpruned"
 """The name of the control: trained as long, with nothing pruned."""
 

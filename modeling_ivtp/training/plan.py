@@ -1,4 +1,4 @@
-"""What a run will take, counted before it begins: steps, tokens, memory."""
+"""The cost of a run, counted before it begins: steps, tokens, memory."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will take.
+    """Cost of a run.
 
     Attributes
     ----------

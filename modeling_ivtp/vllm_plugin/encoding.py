@@ -70,7 +70,7 @@ class Item:
 
     @property
     def conversation(self) -> tuple[Any, ...]:
-        """What the images of one turn share: they are chosen in one pass."""
+        """Key that the images of one turn share: they are chosen in one pass."""
         ids = None if self.prompt_ids is None else tuple(self.prompt_ids.tolist())
         return self.visual_tokens, self.keys, ids
 

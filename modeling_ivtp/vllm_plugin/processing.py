@@ -36,11 +36,11 @@ _TOKENIZING = threading.RLock()
 _OURS = (BUDGET, CEILING, _GUIDES, _PICTURES, _DUMMY)
 
 FIELDS = ("pixel_values", "picture_keys", "image_number", BUDGET, "prompt_ids", "clip_input_ids", "clip_spans")
-"""What an image brings to the model; see `encoding.Item`."""
+"""Fields that an image brings to the model; see `encoding.Item`."""
 
 
 class ServedProcessingInfo(LlavaProcessingInfo):
-    """What vLLM has to know of requests ahead."""
+    """Facts about requests that vLLM has to know ahead."""
 
     def __init__(self, ctx: Any) -> None:
         super().__init__(ctx)
@@ -62,7 +62,7 @@ class ServedProcessingInfo(LlavaProcessingInfo):
 
     @cached_property
     def metrics(self) -> PruningMetrics:
-        """What pruning spares, for `/metrics`."""
+        """Counters of what pruning spares, for `/metrics`."""
         return PruningMetrics(self.get_hf_config(), self.ctx.model_config.dtype.itemsize)
 
     @cached_property

@@ -34,7 +34,7 @@ _FORMS = (
     *(("(", after) for after in (")", ").")),
     *((":", after) for after in ("", ",", ".", ")", ").")),
 )
-"""What stands before and after a letter, in the order in which forms are tried."""
+"""Characters before and after a letter, in the order in which forms are tried."""
 
 
 def option(said: str, options: list[str]) -> str | None:
