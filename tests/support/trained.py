@@ -2,7 +2,7 @@
 
 import torch
 
-from tests.support.tiny import IMAGE_TOKEN, prompt, randomize
+from tests.support.tiny import IMAGE_TOKEN, prompt, randomize, rows_alone
 
 ROWS = [[3, "image", 7], [5], [2, "image", 4, "image", 3]]
 
@@ -52,3 +52,30 @@ def slope(weight, place, total, step=1e-5):
             values.append(float(total()))
             weight.view(-1)[place].sub_(sign)
     return (values[0] - values[1]) / (2 * step)
+
+
+@torch.no_grad()
+def assert_a_batch_is_its_rows(method, model, chosen_by, tolerance):
+    """Each row of a batch is what it is alone: its logits at inference, and in training what `chosen_by` finds.
+
+    `chosen_by` takes the method's batch and returns, for each place where it chooses, a tensor (B, M, ...).
+    """
+    inputs = prompt(ROWS)
+    with method(model):
+        batch = model(**inputs, position_ids=positions(inputs)).logits[:, -1]
+        method.learned.train()
+        with method.running(None):
+            model(**inputs, position_ids=positions(inputs), use_cache=False)
+        together = chosen_by(method.batch)
+        for row, single in enumerate(rows_alone(inputs, ROWS)):
+            method.learned.eval()
+            torch.testing.assert_close(model(**single).logits[0, -1], batch[row], atol=1e-5, rtol=0)
+            if "image" not in ROWS[row]:
+                continue
+            method.learned.train()
+            with method.running(None):
+                model(**single, use_cache=False)
+            images = ROWS[row].count("image")
+            for whole, alone in zip(together, chosen_by(method.batch), strict=True):
+                torch.testing.assert_close(whole[row, :images], alone[0], atol=tolerance, rtol=0)
+        method.learned.eval()

@@ -15,8 +15,8 @@ from modeling_ivtp.model.pruner import DecoderStep
 from modeling_ivtp.model.schedule import Group
 from modeling_ivtp.trained.atp import ThresholdModule
 from modeling_ivtp.trained.method import Weighed
-from tests.support.tiny import prompt, randomize, rows_alone, tiny_model
-from tests.support.trained import ROWS, answered, bits, exact_norm, positions, ready
+from tests.support.tiny import prompt, randomize, tiny_model
+from tests.support.trained import ROWS, answered, assert_a_batch_is_its_rows, bits, exact_norm, ready
 
 
 @torch.no_grad()
@@ -160,28 +160,10 @@ def test_masked_training_is_gathered_inference_and_decoding_goes_on(options):
     assert (other.logits[:, -1] - gathered.logits[:, -1]).abs().max() > 1e-3  # the comparison can fail
 
 
-@torch.no_grad()
 def test_a_batch_gives_what_its_rows_give_alone_in_training_and_inference():
     model = tiny_model()
-    inputs, method = prompt(ROWS), ready(trained.ATPLLaVA(target=8), model)
-    with method(model):
-        batch = model(**inputs, position_ids=positions(inputs)).logits[:, -1]
-        method.learned.train()
-        with method.running(None):
-            model(**inputs, position_ids=positions(inputs), use_cache=False)
-        together = method.batch.weighed
-        for row, single in enumerate(rows_alone(inputs, ROWS)):
-            method.learned.eval()
-            torch.testing.assert_close(model(**single).logits[0, -1], batch[row], atol=1e-5, rtol=0)
-            if "image" not in ROWS[row]:
-                continue
-            method.learned.train()
-            with method.running(None):
-                model(**single, use_cache=False)
-            for whole, alone in zip(together, method.batch.weighed, strict=True):
-                images = ROWS[row].count("image")
-                torch.testing.assert_close(whole.weights[row, :images], alone.weights[0], atol=1e-5, rtol=0)
-        method.learned.eval()
+    method = ready(trained.ATPLLaVA(target=8), model)
+    assert_a_batch_is_its_rows(method, model, lambda batch: [weighed.weights for weighed in batch.weighed], 1e-5)
 
 
 @torch.no_grad()

@@ -10,8 +10,18 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from modeling_ivtp import methods, trained
 from modeling_ivtp.trained.sparse_attention import chosen, sparsity_of
 from tests.support.reference import decoder_layer
-from tests.support.tiny import PATCHES, prompt, rows_alone, tiny_model
-from tests.support.trained import ROWS, answered, assert_same_bits, bits, exact_norm, positions, ready, slope
+from tests.support.tiny import PATCHES, prompt, tiny_model
+from tests.support.trained import (
+    ROWS,
+    answered,
+    assert_a_batch_is_its_rows,
+    assert_same_bits,
+    bits,
+    exact_norm,
+    positions,
+    ready,
+    slope,
+)
 
 TWO = {"layers": (2, 4), "fuse": 2}
 
@@ -99,28 +109,10 @@ def test_masked_training_is_gathered_inference(decoder, attention):
     assert (other.logits[kept] - gathered.logits[kept]).abs().max() > 1e-3  # the comparison can fail
 
 
-@torch.no_grad()
 def test_a_batch_gives_what_its_rows_give_alone_in_training_and_inference():
     model = tiny_model()
-    inputs, method = prompt(ROWS), ready(trained.SparseAttention(keep=3, **TWO), model)
-    with method(model):
-        batch = model(**inputs, position_ids=positions(inputs)).logits[:, -1]
-        method.learned.train()
-        with method.running(None):
-            model(**inputs, position_ids=positions(inputs), use_cache=False)
-        together = method.batch.scores
-        for row, single in enumerate(rows_alone(inputs, ROWS)):
-            method.learned.eval()
-            torch.testing.assert_close(model(**single).logits[0, -1], batch[row], atol=1e-5, rtol=0)
-            if "image" not in ROWS[row]:
-                continue
-            method.learned.train()
-            with method.running(None):
-                model(**single, use_cache=False)
-            for whole, alone in zip(together, method.batch.scores, strict=True):
-                images = ROWS[row].count("image")
-                torch.testing.assert_close(whole[row, :images], alone[0], atol=1e-6, rtol=0)
-        method.learned.eval()
+    method = ready(trained.SparseAttention(keep=3, **TWO), model)
+    assert_a_batch_is_its_rows(method, model, lambda batch: batch.scores, 1e-6)
 
 
 def test_the_terms_are_those_of_loops():

@@ -85,24 +85,29 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def test_an_interrupted_run_goes_on_with_the_same_losses(sample, tmp_path, monkeypatch):
-    whole = train(run_options(sample / "model", sample / "rows.json", tmp_path / "whole", max_steps=5))
-    options = run_options(sample / "model", sample / "rows.json", tmp_path / "parts", max_steps=5)
+def interrupt(options, step, monkeypatch):
+    """Train until a person interrupts after a step."""
     build = running._trainer
 
     def interrupted(*arguments):
         trainer = build(*arguments)
-        trainer.add_callback(Stop(3))
+        trainer.add_callback(Stop(step))
         return trainer
 
-    monkeypatch.setattr(running, "_trainer", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train(options)
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "_trainer", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(options)
+
+
+def test_an_interrupted_run_goes_on_with_the_same_losses(sample, tmp_path, monkeypatch):
+    whole = train(run_options(sample / "model", sample / "rows.json", tmp_path / "whole", max_steps=5))
+    options = run_options(sample / "model", sample / "rows.json", tmp_path / "parts", max_steps=5)
+    interrupt(options, 3, monkeypatch)
     assert not (tmp_path / "parts" / "model").exists()
     half = tmp_path / "parts" / "checkpoint-4"
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"cut short")
-    monkeypatch.setattr(running, "_trainer", build)
     resumed = train(options)
     assert resumed.losses == whole.losses
     for name, value in weights(whole.model).items():
@@ -287,18 +292,8 @@ def test_a_run_of_a_trained_pruner_that_was_interrupted_goes_on_with_the_same_lo
     }  # fmt: skip
     whole = train(run_options(sample / "model", sample / "rows.json", tmp_path / "whole", preset.trains, **more))
     options = run_options(sample / "model", sample / "rows.json", tmp_path / "parts", preset.trains, **more)
-    build = running._trainer
-
-    def interrupted(*arguments):
-        trainer = build(*arguments)
-        trainer.add_callback(Stop(2))
-        return trainer
-
-    monkeypatch.setattr(running, "_trainer", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train(options)
+    interrupt(options, 2, monkeypatch)
     assert not (tmp_path / "parts" / "pruner").exists()
-    monkeypatch.setattr(running, "_trainer", build)
     resumed = train(options)
     assert resumed.losses == whole.losses
     logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("whole", "parts")]
