@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable
+from inspect import cleandoc
+from typing import Annotated, Any
 
 import typer
 
@@ -50,5 +52,10 @@ def _ivtp(
         typer.echo(context.get_help())
 
 
+def _flowing(command: Callable[..., Any]) -> str:
+    """Return a command's help, each paragraph in one line: typer breaks lines where a docstring does, and again."""
+    return "\n\n".join(" ".join(part.split()) for part in cleandoc(command.__doc__ or "").split("\n\n"))
+
+
 for command in (convert, push, serve, generate, batch, train, explain, flops, bench, quality, evaluate, check):
-    app.command()(command)
+    app.command(help=_flowing(command))(command)

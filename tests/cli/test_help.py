@@ -50,6 +50,11 @@ def test_all_commands_are_here():
     assert tuple(get_command(ivtp_cli.app).commands) == COMMANDS
 
 
+def test_paragraphs_of_help_are_broken_by_the_terminal_alone():
+    for name, command in get_command(ivtp_cli.app).commands.items():
+        assert not any("\n" in paragraph for paragraph in command.help.split("\n\n")), name
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--help"], *([command, "--help"] for command in COMMANDS)], ids=" ".join)
 def test_help_takes_half_a_second_of_cpu_time(arguments):
