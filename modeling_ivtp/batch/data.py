@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 from pyarrow.parquet import read_metadata
 
 from ..checkpoints.sources import HubOptions, is_hub_id
@@ -344,12 +345,19 @@ def _load_files(source: str, files: list[Path], split: str) -> tuple[Table, Path
     ending = files[0].suffix.lower()
     if ending in _JSON:
         return split_of(JsonTable(files), split), folder
-    if ending == _PARQUET and not any(read_metadata(file).num_rows for file in files):
+    if ending == _PARQUET and not any(_parquet_rows(file) for file in files):
         raise ValueError(f"{source} has no rows")
     # `datasets` takes names for patterns.
     escaped = [glob.escape(str(file)) for file in files]
     kind, more = ("parquet", {}) if ending == _PARQUET else ("csv", {"sep": "\t"} if ending == ".tsv" else {})
     return ArrowTable(datasets.load_dataset(kind, data_files=escaped, split=split, **more)), folder
+
+
+def _parquet_rows(file: Path) -> int:
+    try:
+        return int(read_metadata(file).num_rows)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{file} is no Parquet file: {error}") from error
 
 
 def _load_folder(path: Path, split: str, image_column: str | None) -> tuple[Table, Path, str | None]:

@@ -237,6 +237,8 @@ def test_data_that_cannot_be_read(capsys, sample, tmp_path):
     assert "has no rows" in fails(capsys, sample, tmp_path / "out", "--split", "train[:0]")
     pq.write_table(pa.table({"image": pa.array([], pa.string())}), tmp_path / "none.parquet")
     assert "none.parquet has no rows" in fails(capsys, sample, tmp_path / "out", data=tmp_path / "none.parquet")
+    (tmp_path / "text.parquet").write_text("no table")
+    assert "text.parquet is no Parquet file" in fails(capsys, sample, tmp_path / "out", data=tmp_path / "text.parquet")
     none = datasets.Dataset.from_dict({"image": [], "question": []})
     with pytest.raises(ValueError, match="x has no rows"):
         Data(none, "x", tmp_path, image_column="image", prompt_column="question")
