@@ -77,6 +77,8 @@ class IVTPLlava(lmms):
     is_simple = False
     journal: Journal | None = None
     """The journal of answers, written as they come, and read from if their run was stopped."""
+    answered = False
+    """Whether all questions have answers, so that an error is not the model's."""
 
     def __init__(
         self,
@@ -168,6 +170,7 @@ class IVTPLlava(lmms):
         ValueError
             For a question with video or sound, or generation arguments that are not known.
         """
+        self.answered = False
         answerer = self.answerer
         results: list[Any] = [None] * len(requests)
         seconds, tokens = 0.0, 0
@@ -188,6 +191,7 @@ class IVTPLlava(lmms):
             avg_speed=tokens / seconds if seconds else 0.0,
             additional_metrics={"rank": self.rank},
         )
+        self.answered = True
         return results
 
     def _replies(self, number: int, batch: _Batch, answerer: Answerer | VLLMAnswerer) -> list[Reply]:

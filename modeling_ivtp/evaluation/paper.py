@@ -74,6 +74,8 @@ class Benchmark:
         The data set's column of right answers.
     parts : tuple of str
         Entries of `Score.more` that the tables show beside the score.
+    together : int
+        Successive rows that are scored together.
     """
 
     name: str
@@ -85,6 +87,7 @@ class Benchmark:
     note: str = ""
     answer: str = "answer"
     parts: tuple[str, ...] = ()
+    together: int = 1
 
 
 @dataclass(frozen=True)
@@ -324,6 +327,7 @@ BENCHMARKS = (
         _mme,
         note="perception of its 2,000 points",
         parts=("perception", "cognition"),
+        together=2,
     ),
     Benchmark(
         "mmbench",
@@ -390,9 +394,11 @@ def chosen(names: Sequence[str]) -> list[Benchmark]:
     Raises
     ------
     ValueError
-        For an unknown name.
+        For an unknown name, or none.
     """
     known = {benchmark.name: benchmark for benchmark in BENCHMARKS}
     if unknown := sorted(set(names) - {"paper", *known}):
         raise ValueError(f"benchmark {', '.join(unknown)}; allowed: paper, {', '.join(known)}")
+    if not names:
+        raise ValueError(f"no benchmark is named; allowed: paper, {', '.join(known)}")
     return [benchmark for name, benchmark in known.items() if "paper" in names or name in names]

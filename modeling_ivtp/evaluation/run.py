@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+from datasets.exceptions import DatasetGenerationError
 from tenacity import RetryError, stop_after_attempt  # lmms-eval's, as it raises them
 
 from ..serving.answering import load_model
@@ -177,13 +178,16 @@ def _scores(
         else:
             task = task or _task(options, benchmark)
             file.parent.mkdir(exist_ok=True)
-            samples = _samples(options, task, model, file.with_suffix(f".{identity}-{_share(options, model)}.jsonl"))
+            journal = file.with_suffix(f".{identity}-{_share(options, model)}.jsonl")
+            samples = _samples(task, model, journal, _limit(options, benchmark))
         score, reason = None, None
         if model.rank == 0:
             try:
                 score = benchmark.score(samples or [])
-            except RuntimeError as error:
+            except RuntimeError as error:  # of a judge
                 reason = str(error)
+            except Exception as error:  # rows fail in many ways: no such column, no such category
+                reason = _unscored(error)
             else:
                 _write(file, {"identity": identity, "samples": samples})
         score, reason = _of_main((score, reason))
@@ -222,10 +226,15 @@ def _identity(options: Options, benchmark: Benchmark, model: IVTPLlava) -> str:
         model.fingerprint,
         benchmark.file,
         changes,
-        str(options.limit),
+        str(_limit(options, benchmark)),
         *([] if data is None else _state(data)),
     ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _limit(options: Options, benchmark: Benchmark) -> int | None:
+    """Return how many rows are asked, so that rows which are scored together are asked together."""
+    return None if options.limit is None else -(-options.limit // benchmark.together) * benchmark.together
 
 
 def _state(folder: Path) -> list[str]:
@@ -298,7 +307,7 @@ def _task(options: Options, benchmark: Benchmark) -> Any:
     except Exception as error:  # data sets fail in many ways: no network, no permission, no such split
         reason = f"its data set cannot be had ({_told(error)})"
     else:
-        reason = _without_answers(task, benchmark.answer, options.limit)
+        reason = _without_answers(task, benchmark.answer, _limit(options, benchmark)) or _without_questions(task)
     # Where one process has no data, the others would wait for its answers.
     if reasons := [each for each in gather_object([reason]) if each is not None]:
         raise _Unavailable(reasons[0])
@@ -315,17 +324,37 @@ def _without_answers(task: Any, column: str, limit: int | None) -> str | None:
     return f"{len(missing)} of its rows have no {column}, the first is row {missing[0]}" if missing else None
 
 
+def _unscored(error: BaseException) -> str:
+    return f"its answers cannot be scored ({_told(error)})"
+
+
+def _without_questions(task: Any) -> str | None:
+    """Say why the first row makes no question; None if it does."""
+    try:
+        task.doc_to_messages(task.eval_docs[0])
+    except Exception as error:
+        return f"its first row cannot be asked ({_told(error)})"
+    return None
+
+
 def _told(error: BaseException) -> str:
-    """Return an error in one line; of one that says how often something was tried, what happened the last time."""
+    """Return an error in one line: of several attempts the last one's, of a data set that cannot be built the cause."""
     if isinstance(error, RetryError):
         error = error.last_attempt.exception() or error
+    if isinstance(error, DatasetGenerationError):
+        error = error.__cause__ or error
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
-def _samples(options: Options, task: Any, model: IVTPLlava, journal: Path) -> list[dict[str, Any]] | None:
+def _samples(task: Any, model: IVTPLlava, journal: Path, limit: int | None) -> list[dict[str, Any]] | None:
     """Return what the harness logs of every question; the journal holds the answers of a run that was stopped.
 
     Other processes than the first get None.
+
+    Raises
+    ------
+    _Unavailable
+        If the harness cannot score the answers.
     """
     from lmms_eval import evaluator
     from lmms_eval.tasks import TaskManager
@@ -337,10 +366,15 @@ def _samples(options: Options, task: Any, model: IVTPLlava, journal: Path) -> li
                 model=model,
                 tasks=[task],
                 task_manager=TaskManager(include_defaults=False),
-                limit=options.limit,
+                limit=limit,
                 log_samples=True,
                 bootstrap_iters=0,
             )
+    except Exception as error:
+        # Other processes would wait for this one in the harness, so there the run has to end.
+        if not model.answered or model.world_size > 1:
+            raise
+        raise _Unavailable(_unscored(error)) from error
     finally:
         model.model, model.journal = module, None
         task.instances.clear()

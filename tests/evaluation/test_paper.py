@@ -15,6 +15,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -415,6 +416,76 @@ def test_rows_without_answers_are_no_wrong_answers(
         assert list(some.scores) == ["gqa"]
 
 
+def write_rows(folder: Path, split: str, rows: list[dict[str, Any]]) -> Path:
+    folder.mkdir()
+    table = datasets.Dataset.from_list(rows)
+    if "image" in table.column_names:
+        table = table.cast_column("image", datasets.Image())
+    table.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "rows", "reason"),
+    [
+        (
+            "gqa",
+            "testdev",
+            [{"question": "Where?", "answer": "left"}],
+            r"first row cannot be asked \(KeyError: 'image'",
+        ),
+        ("gqa", "testdev", [{"answer": "left", "image": png()}], r"KeyError: 'question'"),
+        (
+            "mme",
+            "test",
+            [
+                {"question": "Red? (0)", "answer": "Yes", "category": "color", "question_id": n, "image": png()}
+                for n in "ab"
+            ],
+            r"answers cannot be scored \(AssertionError: MME only supports pairwise",
+        ),
+        (
+            "mmbench",
+            "dev",
+            [{**mmbench(n, "F", 0), "image": png()} for n in range(2)],
+            r"answers cannot be scored \(ValueError: answer='F'; allowed: A, B",
+        ),
+    ],
+)
+def test_rows_in_other_columns_than_the_data_set_s_stop_no_other_benchmark(
+    name: str,
+    split: str,
+    rows: list[dict[str, Any]],
+    reason: str,
+    folders: dict[str, Path],
+    asked: dict[str, list[Any]],
+    tmp_path: Path,
+) -> None:
+    asked["answers"] = FIXTURES["pope"].answers
+    odd = write_rows(tmp_path / name, split, rows)
+    found = run.run(options(folders | {name: odd}, tmp_path / "out", name, "pope"))
+    assert list(found.scores) == ["pope"]
+    assert re.search(reason, found.left_out[name])
+
+
+def test_data_without_rows_are_left_out_with_the_cause(
+    folders: dict[str, Path], asked: dict[str, list[Any]], tmp_path: Path
+) -> None:
+    empty = write_rows(tmp_path / "gqa", "testdev", [{"question": "Where?", "answer": "left"}])
+    (file,) = empty.glob("*.parquet")
+    pq.write_table(pq.read_table(file).slice(0, 0), file)
+    found = run.run(options({"gqa": empty}, tmp_path / "out", "gqa"))
+    assert "ArrowInvalid" in found.left_out["gqa"]
+
+
+def test_a_limit_parts_no_rows_that_are_scored_together(
+    folders: dict[str, Path], asked: dict[str, list[Any]], tmp_path: Path
+) -> None:
+    asked["answers"] = FIXTURES["mme"].answers
+    found = run.run(options(folders, tmp_path, "mme", limit=3))
+    assert found.scores["mme"]["unpruned"].questions == 4
+
+
 def test_parts_of_a_score_stand_in_the_table(
     folders: dict[str, Path], asked: dict[str, list[Any]], tmp_path: Path
 ) -> None:
@@ -509,6 +580,7 @@ def test_two_processes_score_as_one(tmp_path: Path) -> None:
         (["--data", "gqa=nowhere"], "there is no folder nowhere"),
         (["--benchmarks", "gqa", "--data", "pope=."], "data of pope, which is none of the benchmarks"),
         (["--method", "magic"], "method='magic'; allowed"),
+        (["--benchmarks", ","], "no benchmark is named; allowed: paper, vqav2"),
     ],
 )
 def test_wrong_calls_are_refused_before_anything_is_written(
