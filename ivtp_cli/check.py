@@ -62,6 +62,8 @@ def check(
     from modeling_ivtp.files.images import load_image
     from modeling_ivtp.serving.answering import load_model
 
+    if "none" in (method or []):
+        raise ValueError("--method none: all methods are compared with the unpruned model; leave it out")
     for each in method or []:
         Arm(each)  # refuses an unknown one before the model is loaded
     own = [checking.Asked(load_image(path), text, private=True) for path, text in zip(pictures, asked, strict=True)]

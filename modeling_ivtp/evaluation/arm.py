@@ -101,6 +101,8 @@ class Arm:
 def arms_of(methods: Sequence[str], tokens: Sequence[int]) -> list[Arm]:
     """Return the unpruned arm, and one for each method at each budget; IVTP at 64 if there are none.
 
+    The method "none" adds nothing to the unpruned arm, which is always there.
+
     Raises
     ------
     ValueError
@@ -108,7 +110,9 @@ def arms_of(methods: Sequence[str], tokens: Sequence[int]) -> list[Arm]:
     """
     arms = [
         Arm(UNPRUNED),
-        *dict.fromkeys(Arm(method, budget) for method in methods or (OWN,) for budget in tokens or (64,)),
+        *dict.fromkeys(
+            Arm(method, budget) for method in methods or (OWN,) if method != UNPRUNED for budget in tokens or (64,)
+        ),
     ]
     name, often = Counter(arm.name for arm in arms).most_common(1)[0]
     if often > 1:

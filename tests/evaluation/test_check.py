@@ -135,6 +135,7 @@ def test_the_command_writes_a_report_without_anything_private(
     [
         (["--image", "a.jpg"], "1 --image and 0 --question"),
         (["--method", "magic"], "method='magic'; allowed: none, random"),
+        (["--method", "none"], "--method none: all methods are compared with the unpruned model"),
         (["--out", "nowhere/report.md"], "--out=nowhere/report.md; allowed: a file in a folder that exists"),
     ],
 )

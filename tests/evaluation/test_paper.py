@@ -27,7 +27,7 @@ import ivtp_cli
 from benchmarks.quality.world import sample_questions
 from modeling_ivtp.evaluation import paper, run, tables
 from modeling_ivtp.evaluation.answerer import Answerer, Reply
-from modeling_ivtp.evaluation.arm import Arm
+from modeling_ivtp.evaluation.arm import Arm, arms_of
 from modeling_ivtp.evaluation.intervals import interval_of
 from modeling_ivtp.evaluation.prompts import VICUNA
 from modeling_ivtp.serving.answering import load_model
@@ -484,6 +484,11 @@ def test_a_limit_parts_no_rows_that_are_scored_together(
     asked["answers"] = FIXTURES["mme"].answers
     found = run.run(options(folders, tmp_path, "mme", limit=3))
     assert found.scores["mme"]["unpruned"].questions == 4
+
+
+def test_the_method_none_is_the_unpruned_arm_alone() -> None:
+    assert arms_of(["none"], []) == [Arm("none")]
+    assert arms_of(["none", "fastv"], [16]) == [Arm("none"), Arm("fastv", 16)]
 
 
 def test_parts_of_a_score_stand_in_the_table(
