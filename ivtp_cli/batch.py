@@ -104,7 +104,7 @@ def batch(
     Ray runs it: on all GPUs of this machine, with --actors 2 in two processes, with --address on a cluster.
     """
     check_not_launched("batch", " --actors {}")
-    _check_installed()
+    check_installed()
     if prompt is not None and prompt_column is not None:
         raise ValueError("batch takes one of --prompt and --prompt-column")
     from modeling_ivtp import batch as batches
@@ -164,7 +164,8 @@ def check_not_launched(command: str, more: str = "") -> None:
     raise ValueError(f"{command} starts its processes itself; in place of accelerate launch, type: {instead}")
 
 
-def _check_installed() -> None:
+def check_installed() -> None:
+    """Refuse to answer a data set without the libraries of the extra `batch`."""
     # Importing Ray takes seconds; whether it is there is known at once.
     if any(find_spec(library) is None for library in ("datasets", "filelock", "pyarrow", "ray")):
         raise ImportError("answering a data set needs datasets, pyarrow and Ray: pip install 'ivtp-llava[batch]'")

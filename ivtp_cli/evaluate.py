@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .batch import check_not_launched
+from .batch import check_installed, check_not_launched
 from .options import Debug, DeviceOption, DtypeOption, ModelOption
 
 Data = Annotated[
@@ -41,7 +41,7 @@ Metric = Annotated[
     str | None,
     typer.Option(
         help="How your own questions are scored: gqa_match, exact_word, scienceqa_match or pope with one answer; "
-        "vqa_accuracy or anls with several."
+        "anls with one or several; vqa_accuracy with those of four people or more."
     ),
 ]
 
@@ -60,7 +60,9 @@ def evaluate(
     tokens: Tokens = None,
     method: Methods = None,
     data: Data = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first questions.", show_default="all")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only the first questions; of MME an even number.", show_default="all")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered side by side.")] = 8,
     own_prompt: Annotated[
         bool,
@@ -92,7 +94,7 @@ def evaluate(
     if questions is not None:
         if benchmarks is not None or data:
             raise ValueError("evaluate takes --questions, or --benchmarks and --data")
-        _check_installed("pyarrow", "your own questions are read with pyarrow: pip install 'ivtp-llava[batch]'")
+        check_installed()
         check_not_launched("evaluate")
         from modeling_ivtp.evaluation import own
 
@@ -111,7 +113,7 @@ def evaluate(
         answered = own.evaluate(mine, typer.echo)
         _write(mine.out, answered, own.page(answered))
         return
-    _check_installed("lmms_eval", "the benchmarks run in lmms-eval: pip install 'ivtp-llava[eval]'")
+    _check_harness()
     from modeling_ivtp.evaluation import paper, run, tables
     from modeling_ivtp.evaluation.processes import launched
 
@@ -156,8 +158,8 @@ def _folder(entry: str) -> tuple[str, Path]:
     return name, Path(folder).expanduser()
 
 
-def _check_installed(package: str, message: str) -> None:
+def _check_harness() -> None:
     try:
-        import_module(package)
+        import_module("lmms_eval")
     except ImportError as error:
-        raise ImportError(message) from error
+        raise ImportError("the benchmarks run in lmms-eval: pip install 'ivtp-llava[eval]'") from error

@@ -24,6 +24,8 @@ SEVERAL = ("vqa_accuracy", "anls")
 """Metrics that compare with all right answers of a question."""
 SINGLE = ("gqa_match", "scienceqa_match", "pope", "exact_word")
 """Metrics that compare with one right answer."""
+PEOPLE = 4
+"""Fewest answers of people with which VQA accuracy can give a question all points."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def references(options: OwnOptions) -> list[Any]:
     Raises
     ------
     ValueError
-        If rows have none, with the first rows' numbers.
+        If rows have none, with the first rows' numbers, or other answers than the metric can compare with.
     """
     column = open_data(
         options.questions,
@@ -94,12 +96,18 @@ def references(options: OwnOptions) -> list[Any]:
     if missing := [number for number, texts in enumerate(found) if not texts]:
         shown = ", ".join(map(str, missing[:5])) + (", …" if len(missing) > 5 else "")
         raise ValueError(f"{len(missing)} rows of {options.questions} have no {options.answer_column}: {shown}")
+    if options.metric == "vqa_accuracy" and (
+        few := [number for number, texts in enumerate(found) if len(texts) < PEOPLE]
+    ):
+        raise ValueError(
+            f"row {few[0]} of {options.questions} has {len(found[few[0]])} right answer(s); vqa_accuracy counts how "
+            f"many of ten people gave an answer, and needs {PEOPLE} or more; anls takes any number"
+        )
     if options.metric in SEVERAL:
         return found
     if several := [number for number, texts in enumerate(found) if len(texts) > 1]:
         raise ValueError(
-            f"row {several[0]} of {options.questions} has several answers; {options.metric} takes one, "
-            f"{SEVERAL[0]} more"
+            f"row {several[0]} of {options.questions} has several answers; {options.metric} takes one, anls any number"
         )
     return [texts[0] for texts in found]
 
@@ -124,9 +132,10 @@ def evaluate(options: OwnOptions, tell: Callable[[str], None] = lambda line: Non
         For rows without answers, and as `batch.run`. Nothing is written then.
     """
     wanted = references(options)
+    metric, rows = load_metric(options.metric), {}
+    metric.compute(predictions=[""] * len(wanted), references=wanted)  # refuses right answers that it cannot take
     _, folder = open_checkpoint(options.model, HubOptions())
     config = read_config(folder, options.model, quantized=True)
-    metric, rows = load_metric(options.metric), {}
     base = np.array([])
     for arm in options.arms:
         said = _answers(options, arm, config)

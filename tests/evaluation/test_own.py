@@ -69,6 +69,15 @@ def test_arms_are_compared_on_own_questions(
     assert "| ivtp@1 |" in (out / "table.md").read_text()
 
 
+def test_a_missing_ray_is_told_before_anything_starts(
+    questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ivtp_cli.batch, "find_spec", lambda name: None if name == "ray" else name)
+    command = ["evaluate", "--model", str(MINIATURE), "--questions", str(questions), "--metric", "exact_word"]
+    assert ivtp_cli.main([*command, "--out", str(tmp_path / "out")]) == 1
+    assert "pip install 'ivtp-llava[batch]'" in capsys.readouterr().err
+
+
 def test_launched_processes_are_told_what_to_type(
     questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,6 +97,10 @@ def test_answers_are_read_as_the_metric_takes_them(tmp_path: Path) -> None:
     assert own.references(OwnOptions("m", several, "anls", arms, tmp_path)) == [["red", "dark red"], ["blue"], ["3"]]
     with pytest.raises(ValueError, match=r"row 0 of .* has several answers; gqa_match takes one"):
         own.references(OwnOptions("m", several, "gqa_match", arms, tmp_path))
+    with pytest.raises(ValueError, match=r"row 0 of .* has 2 right answer\(s\); vqa_accuracy .* needs 4 or more; anls"):
+        own.references(OwnOptions("m", several, "vqa_accuracy", arms, tmp_path))
+    people = write(tmp_path, [["red"] * 4])
+    assert own.references(OwnOptions("m", people, "vqa_accuracy", arms, tmp_path)) == [["red"] * 4]
     single = write(tmp_path, ["red", ["blue"]])
     assert own.references(OwnOptions("m", single, "gqa_match", arms, tmp_path)) == ["red", "blue"]
 
@@ -97,6 +110,8 @@ def test_answers_are_read_as_the_metric_takes_them(tmp_path: Path) -> None:
     [
         (["red", ..., None, ""], ["--metric", "gqa_match"], "3 rows of .* have no answer: 1, 2, 3"),
         (["red"], ["--metric", "mme"], "metric='mme'; allowed for your own questions: vqa_accuracy, anls, gqa_match"),
+        (["yes", "maybe"], ["--metric", "pope"], "references='maybe'; allowed: yes, no"),
+        ([0, 1], ["--metric", "scienceqa_match"], "references='0'; allowed: a letter"),
         (["red"], [], "takes --questions and --metric together"),
         (["red"], ["--metric", "pope", "--benchmarks", "gqa"], "takes --questions, or --benchmarks and --data"),
     ],

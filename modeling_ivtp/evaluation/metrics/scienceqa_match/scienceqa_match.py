@@ -48,6 +48,8 @@ class ScienceQAMatch(evaluate.Metric):
         )
 
     def _compute(self, predictions: list[str], references: list[str]) -> dict[str, Any]:
+        if unknown := [wanted for wanted in references if not re.fullmatch(r"\s*[A-Za-z]\s*", wanted)]:
+            raise ValueError(f"references={unknown[0]!r}; allowed: a letter from A to Z")
         chosen = [letter(said) for said in predictions]
         right = [one == wanted.strip().upper() for one, wanted in zip(chosen, references, strict=True)]
         return {
