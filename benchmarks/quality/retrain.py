@@ -36,8 +36,9 @@ _FIRST = 500_000_000
 """Index of the first scene; earlier training used the ones before."""
 _OF_A_SEED = 10_000_000
 SCENES, QUESTIONS = 8, 4
-ADAM, NEW = 1e-4, 1e-3
-"""Peak learning rates of AdamW; `NEW` is that of modules that start from nothing."""
+ADAM, NEW = 2e-5, 1e-3
+"""Peak learning rates of AdamW: LLaVA's own, and that of modules that start from nothing. Five times LLaVA's made the
+model forget: unpruned accuracy fell from 89.7 to 85.9% in 100 steps of 8 questions."""
 
 
 @dataclass(frozen=True)
