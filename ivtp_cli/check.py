@@ -60,7 +60,7 @@ def check(
     from modeling_ivtp.evaluation import check as checking
     from modeling_ivtp.evaluation.arm import Arm
     from modeling_ivtp.files.images import load_image
-    from modeling_ivtp.serving.answering import load_model
+    from modeling_ivtp.serving.answering import load_model, warn_if_unguided
 
     if "none" in (method or []):
         raise ValueError("--method none: all methods are compared with the unpruned model; leave it out")
@@ -72,6 +72,8 @@ def check(
     )
     extent = checking.QUICK if quick else checking.Extent()
     witness = checking.Witness(loaded, processor, checking.questions(extent, own), extent, method or [])
+    with witness.arm.applied(loaded):
+        warn_if_unguided(loaded, processor)
     findings = []
     for finding in checking.check(witness, lambda what: print(f"{what} …", file=sys.stderr)):
         findings.append(finding)

@@ -22,7 +22,7 @@ from ..files.images import load_image
 from ..files.shipped import shipped
 from ..flops import count
 from ..model.compat import cache_of
-from ..serving.answering import explain, kv_bytes
+from ..serving.answering import explain, kv_bytes, missing_guidance
 from ..speed.models import stock_twin
 from ..speed.timing import Arm as TimedArm
 from ..speed.timing import interleaved, ratio
@@ -205,6 +205,12 @@ class Witness:
         """IVTP at this budget."""
         return Arm("ivtp", self.budget)
 
+    @cached_property
+    def unguided(self) -> str:
+        """What the checkpoint lacks for questions to guide IVTP; empty if nothing."""
+        with self.arm.applied(self.model):
+            return missing_guidance(self.model, self.processor)
+
     def inputs(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
         """Return the model's inputs for prompts side by side."""
         made = self.processor(
@@ -329,6 +335,10 @@ def _body(model: Any) -> int:
 
 def question_guides(witness: Witness) -> Iterator[Finding]:
     """Look at the key words of the questions."""
+    claim = "Some words of a question guide the pruning, and not all."
+    if witness.unguided:
+        yield Finding(claim, OPEN, f"the checkpoint has no {witness.unguided}")
+        return
     guided = 0
     with witness.arm.applied(witness.model):
         for asked, prompt in zip(witness.asked, witness.prompts, strict=True):
@@ -339,7 +349,7 @@ def question_guides(witness: Witness) -> Iterator[Finding]:
             guided += image.reference == "pseudo_cls" and 0 < keys < len(image.tokens)
     number = len(witness.asked)
     yield Finding(
-        "Some words of a question guide the pruning, and not all.",
+        claim,
         SUPPORTED if guided == number else CONTRADICTED,
         f"true of {guided} of {number} questions",
     )
@@ -379,9 +389,11 @@ def agreement(witness: Witness) -> Iterator[Finding]:
         ):
             better, worse = (witness.agreement[f"{name}@{tokens}"] for name in (method, other))
             low, high = paired_interval(better, worse)
+            # The claims are about IVTP that a question guides.
+            decided = not witness.unguided and (low > 0 or high < 0)
             yield Finding(
                 claim,
-                SUPPORTED if low > 0 else CONTRADICTED if high < 0 else OPEN,
+                (SUPPORTED if low > 0 else CONTRADICTED) if decided else OPEN,
                 f"{better.sum()} against {worse.sum()} of {len(better)} answers as without pruning "
                 f"(difference {low:+.0%} to {high:+.0%})",
             )
@@ -428,6 +440,7 @@ def report(witness: Witness, findings: Sequence[Finding], *, name: str = "", qui
         f"- {machine(witness.model)}",
         f"- {', '.join(f'{package} {version}' for package, version in versions().items())}",
         f"- {len(shown)} questions that ship, {own} of the person's own, which are not shown",
+        *([f"- no {witness.unguided}: the image alone guides IVTP, not the question"] if witness.unguided else []),
         "",
         "| claim | verdict | measured |",
         "|---|---|---|",

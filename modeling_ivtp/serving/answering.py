@@ -174,10 +174,8 @@ def prepare(model: Any, processor: Any, images: Sequence[Any], prompt: str) -> d
 
 def warn_if_unguided(model: Any, processor: Any) -> None:
     """Warn, by a UserWarning, if the checkpoint lacks something that the question needs to guide the pruning."""
-    plan, pruner = model.model.plan(), model.model.pruner
-    if plan is None or not plan.decoder or not pruner.needs.pseudo_cls or pruner.needs.options.strict:
-        return
-    if missing := _missing_guidance(model, processor, pruner.needs.options.guidance):
+    missing = missing_guidance(model, processor)
+    if missing and not model.model.pruner.needs.options.strict:
         warnings.warn(
             f"{model.name_or_path} has no {missing}, so the image alone guides the pruning, not the question; `ivtp "
             f"convert {model.name_or_path} --clip CLIP --out FOLDER` joins it",
@@ -185,8 +183,12 @@ def warn_if_unguided(model: Any, processor: Any) -> None:
         )
 
 
-def _missing_guidance(model: Any, processor: Any, guidance: str) -> str:
+def missing_guidance(model: Any, processor: Any) -> str:
     """Name the part that a checkpoint lacks for the question to guide its pruning, or return an empty string."""
+    plan, needs = model.model.plan(), model.model.pruner.needs
+    if plan is None or not plan.decoder or not needs.pseudo_cls:
+        return ""
+    guidance = needs.options.guidance
     if guidance == "clip" and not model.model.has_text_tower:
         return "text tower of CLIP"
     return "clip_tokenizer/" if guidance != "visual_cls" and processor.clip_tokenizer is None else ""

@@ -56,6 +56,21 @@ def test_a_model_that_is_not_as_claimed_is_found(witness: Witness, monkeypatch: 
     assert verdicts(witness, check.batch_like_rows) == [CONTRADICTED]
 
 
+def test_a_checkpoint_that_no_question_guides_decides_nothing_about_guided_pruning(
+    witness: Witness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An official LLaVA has no text tower of CLIP."""
+    del witness.model.model.clip_text_model
+    said = {"none": "abcde", "ivtp": "xxxxx", "ivtp-extended": "abcde", "random": "abcde"}
+    monkeypatch.setattr(check, "_answers", lambda _, arm: list(said[arm.method]))
+    findings = [*check.question_guides(witness), *check.agreement(witness)]
+    assert [finding.verdict for finding in findings] == [OPEN, OPEN, OPEN]
+    assert findings[0].measured == "the checkpoint has no text tower of CLIP"
+    report = check.report(witness, findings)
+    assert "- no text tower of CLIP: the image alone guides IVTP, not the question" in report
+    assert "Key words" not in report
+
+
 def test_answers_are_compared_with_unpruned_ones(witness: Witness, monkeypatch: pytest.MonkeyPatch) -> None:
     said = {"none": "abcde", "ivtp": "abcde", "ivtp-extended": "abcde", "random": "xxxxx"}
     monkeypatch.setattr(check, "_answers", lambda _, arm: list(said[arm.method]))
