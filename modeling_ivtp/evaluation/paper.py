@@ -102,11 +102,14 @@ class Measured:
         Benchmarks without scores, each with the reason.
     config : IVTPLlavaConfig
         The model's.
+    unguided : dict
+        Arms that no question could guide, each with what the checkpoint lacks for that.
     """
 
     scores: dict[str, dict[str, Score]]
     left_out: dict[str, str]
     config: Any
+    unguided: dict[str, str] = field(default_factory=dict)
 
 
 def answers(samples: Samples) -> list[str]:

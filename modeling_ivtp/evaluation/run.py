@@ -21,7 +21,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from datasets.exceptions import DatasetGenerationError
 from tenacity import RetryError, stop_after_attempt  # lmms-eval's, as it raises them
 
-from ..serving.answering import load_model
+from ..serving.answering import load_model, missing_guidance
 from .arm import Arm
 from .journal import Journal
 from .lmms_model import IVTPLlava
@@ -138,7 +138,15 @@ def _run(options: Options, state: PartialState, tell: Callable[[str], None]) -> 
         except _Unavailable as error:
             left_out[benchmark.name] = str(error)
             tell(f"{benchmark.name}: left out, {error}")
-    return Measured(scores, left_out, loaded[0].config)
+    return Measured(scores, left_out, loaded[0].config, dict(_unguided(options.arms, *loaded)))
+
+
+def _unguided(arms: Sequence[Arm], model: Any, processor: Any) -> Iterator[tuple[str, str]]:
+    """Yield the arms that no question guides, each with what the checkpoint lacks for that."""
+    for arm in arms:
+        with arm.applied(model):
+            if missing := missing_guidance(model, processor):
+                yield arm.name, missing
 
 
 def _of_main(value: Any) -> Any:

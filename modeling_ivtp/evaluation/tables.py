@@ -51,7 +51,13 @@ def summary(measured: Measured, arms: Sequence[Arm], limit: int | None = None) -
             **costs(measured.config, arm),
         }
     printed = {name: list(row) for name, row in PRINTED.items()}
-    return {"limit": limit, "arms": rows, "left_out": measured.left_out, "printed": printed}
+    return {
+        "limit": limit,
+        "arms": rows,
+        "left_out": measured.left_out,
+        "unguided": measured.unguided,
+        "printed": printed,
+    }
 
 
 def _with_intervals(score: Score, base: Score) -> dict[str, Any]:
@@ -104,7 +110,9 @@ def page(results: Mapping[str, Any]) -> str:
         f"shown. MME is normalised by its maximum. TFLOPs are for {TEXT_TOKENS} text tokens.\n"
     )
     if results["limit"] is not None:
-        parts.append(f"Only the first {results['limit']:,} questions of each benchmark were asked.\n")
+        parts.append(f"Only the first {results['limit']:,} question(s) of each benchmark were asked.\n")
+    for name, missing in results["unguided"].items():
+        parts.append(f"{name} was guided by the picture alone, not by the question: the checkpoint has no {missing}.\n")
     parts += ["## Intervals over questions, 95%\n", _intervals(results, scored)]
     if any(benchmark.parts for benchmark in scored):
         parts += ["## Parts of a score\n", _parts(results, scored)]

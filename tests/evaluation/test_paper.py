@@ -486,6 +486,20 @@ def test_a_limit_parts_no_rows_that_are_scored_together(
     assert found.scores["mme"]["unpruned"].questions == 4
 
 
+def test_the_table_tells_which_arms_no_question_guides(
+    folders: dict[str, Path], asked: dict[str, list[Any]], tmp_path: Path
+) -> None:
+    asked["answers"] = FIXTURES["gqa"].answers
+    model, _ = run.load_model()
+    del model.model.clip_text_model
+    chosen = options(folders, tmp_path, "gqa", arms=[Arm("ivtp", 64), Arm("fastv", 64)], limit=1)
+    results = tables.summary(run.run(chosen), chosen.arms, 1)
+    assert results["unguided"] == {"ivtp@64": "text tower of CLIP"}
+    page = tables.page(results)
+    assert "\nivtp@64 was guided by the picture alone, not by the question: the checkpoint has no text tower" in page
+    assert "first 1 question(s) of each benchmark" in page
+
+
 def test_the_method_none_is_the_unpruned_arm_alone() -> None:
     assert arms_of(["none"], []) == [Arm("none")]
     assert arms_of(["none", "fastv"], [16]) == [Arm("none"), Arm("fastv", 16)]
