@@ -46,7 +46,7 @@ class Budgets:
     config : IVTPLlavaConfig
     server : mapping or None
         The server's `mm_processor_kwargs`: `visual_tokens` replaces the checkpoint's budget, and `max_visual_tokens`,
-        by default that budget, is the most that a request may ask for.
+        by default that budget, is the most that a request may ask for. There are no other names.
 
     Attributes
     ----------
@@ -55,11 +55,12 @@ class Budgets:
     Raises
     ------
     ValueError
-        For numbers that are not allowed.
+        For numbers and names that are not allowed.
     """
 
     def __init__(self, config: Any, server: Mapping[str, Any] | None = None) -> None:
         self.config, server = config, server or {}
+        _check_names(server, f"{BUDGET} and {CEILING}")
         patches, options = config.num_patches, config.pruning
         own = min(options.visual_tokens, patches) if options.enabled else patches
         self.default = self._number(BUDGET, server.get(BUDGET, own), patches)
@@ -76,8 +77,10 @@ class Budgets:
         Raises
         ------
         ValueError
-            For a number that is not allowed, or above the ceiling, which the message names.
+            For a number that is not allowed, or above the ceiling, which the message names; and for any other name,
+            since pixels of another size would end the engine.
         """
+        _check_names(request, BUDGET)
         if CEILING in request and request[CEILING] != self.ceiling:
             raise ValueError(f"{CEILING}={request[CEILING]!r}; a request cannot change the server's {self.ceiling}.")
         if BUDGET not in request:
@@ -101,3 +104,9 @@ class Budgets:
             allowed = "a whole number from 1" + ("" if most is None else f" to {most}")
             raise ValueError(f"{name}={value!r}; allowed: {allowed}.")
         return int(value)
+
+
+def _check_names(given: Mapping[str, Any], allowed: str) -> None:
+    """Refuse names in `mm_processor_kwargs` that are not the plug-in's own."""
+    if unknown := [name for name in given if name not in (BUDGET, CEILING)]:
+        raise ValueError(f"mm_processor_kwargs has {', '.join(map(repr, unknown))}; allowed: {allowed}.")

@@ -98,7 +98,8 @@ class ServedProcessor(LlavaMultiModalProcessor):
         Raises
         ------
         ValueError
-            For a budget that is not allowed, and for embeddings in place of pictures, of which nothing can be pruned.
+            For a budget that is not allowed, for other options of the processor, and for embeddings in place of
+            pictures, of which nothing can be pruned.
         """
         pictures = inputs.mm_data_items.get("image")
         if not pictures:
@@ -107,8 +108,6 @@ class ServedProcessor(LlavaMultiModalProcessor):
             raise ValueError("image embeddings came in place of a picture; pruning needs the picture itself.")
         options = dict(inputs.hf_processor_mm_kwargs)
         dummy = options.pop(_DUMMY, None) is _VLLMS_OWN
-        for name in (_GUIDES, _PICTURES):  # a trusted client might name them
-            options.pop(name, None)
         number = self.info.budgets.of(options)
         if self.info.is_guided(number):
             processor = self.info.get_hf_processor()
