@@ -38,6 +38,37 @@ def plan_for(config: Any, visual_tokens: int) -> PruningPlan | None:
     return plan_pruning(options_for(config, visual_tokens), config.num_patches, *layers)
 
 
+def moves_positions(config: Any) -> bool:
+    """Return whether kept tokens stand at their original positions, which are known once an image is encoded."""
+    return bool(config.pruning.enabled and config.pruning.positions == "original")
+
+
+def check_positions(config: Any, tokens: int, images: int, room: int) -> None:
+    """Refuse a prompt whose original positions the decoder was not made for, however few tokens of it stay.
+
+    Parameters
+    ----------
+    config : IVTPLlavaConfig
+    tokens : int
+        Of the prompt, one for each image.
+    images : int
+    room : int
+        Positions that the server's decoder takes; beyond a multiple of them vLLM's table of angles ends, and the
+        engine with it.
+
+    Raises
+    ------
+    ValueError
+        With the numbers.
+    """
+    length = tokens + images * (config.num_patches - 1)
+    if moves_positions(config) and length > room:
+        raise ValueError(
+            f"the prompt has {length} positions, {config.num_patches} for each of {images} image(s), whatever is kept "
+            f"of them; the model was made for {room}. Ask about fewer images."
+        )
+
+
 class Budgets:
     """The budgets of a server.
 

@@ -20,7 +20,7 @@ from vllm.multimodal.processing import PromptReplacement
 
 from ..model.processing_ivtp import IVTPLlavaProcessor
 from . import pictures as pictures_of_requests
-from .budget import BUDGET, CEILING, Budgets, plan_for
+from .budget import BUDGET, CEILING, Budgets, check_positions, plan_for
 from .guide import Guide, guides_of
 from .metrics import PruningMetrics
 
@@ -66,6 +66,12 @@ class ServedProcessingInfo(LlavaProcessingInfo):
         return PruningMetrics(self.get_hf_config(), self.ctx.model_config.dtype.itemsize)
 
     @cached_property
+    def room(self) -> int:
+        """Return the positions that the decoder takes, as its configuration or this server has it."""
+        config: Any = self.get_hf_config()
+        return max(int(config.text_config.max_position_embeddings), int(self.ctx.model_config.max_model_len))
+
+    @cached_property
     def words_guide(self) -> bool:
         """Return whether words after an image steer the choice."""
         config: Any = self.get_hf_config()
@@ -98,8 +104,8 @@ class ServedProcessor(LlavaMultiModalProcessor):
         Raises
         ------
         ValueError
-            For a budget that is not allowed, for other options of the processor, and for embeddings in place of
-            pictures, of which nothing can be pruned.
+            For a budget that is not allowed, for other options of the processor, for more pictures than the model has
+            positions for, and for embeddings in place of pictures, of which nothing can be pruned.
         """
         pictures = inputs.mm_data_items.get("image")
         if not pictures:
@@ -109,6 +115,8 @@ class ServedProcessor(LlavaMultiModalProcessor):
         options = dict(inputs.hf_processor_mm_kwargs)
         dummy = options.pop(_DUMMY, None) is _VLLMS_OWN
         number = self.info.budgets.of(options)
+        if not dummy:
+            check_positions(self.info.get_hf_config(), len(inputs.prompt), len(pictures), self.info.room)
         if self.info.is_guided(number):
             processor = self.info.get_hf_processor()
             with _TOKENIZING:
@@ -175,7 +183,10 @@ class ServedProcessor(LlavaMultiModalProcessor):
             )
         config: Any = self.info.get_hf_config()
         assert isinstance(pictures, list)
-        seen = self._pixels(pictures[: max((guide.images for guide in guides), default=0)], options)
+        needed = pictures[: max((guide.images for guide in guides), default=0)]
+        if any(picture is None for picture in needed):
+            raise ValueError("a picture came as its uuid alone, and a later one is chosen beside it: send both.")
+        seen = self._pixels(needed, options)
         data: dict[str, list[torch.Tensor]] = {
             "pixel_values": [seen[: guide.images] for guide in guides],
             "picture_keys": [_picture_keys(seen[: guide.images]) for guide in guides],

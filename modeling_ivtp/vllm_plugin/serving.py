@@ -23,7 +23,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from ..model.language_ivtp import DECODERS
 from . import check_version
-from .budget import BUDGET, Budgets, options_for, plan_for
+from .budget import BUDGET, Budgets, moves_positions, options_for, plan_for
 from .encoding import ImageEncoder, Item
 from .prefix_decoder import Devices
 from .processing import ServedDummyInputs, ServedProcessingInfo, ServedProcessor
@@ -98,8 +98,7 @@ class IVTPLlavaForConditionalGeneration(LlavaForConditionalGeneration, SupportsM
     @property
     def moves_positions(self) -> bool:
         """Return whether kept tokens stand at their original positions, which are known once an image is encoded."""
-        pruning = self.config.pruning
-        return bool(pruning.enabled and pruning.positions == "original")
+        return moves_positions(self.config)
 
     def embed_multimodal(self, **kwargs: object) -> list[torch.Tensor]:
         """Return the features that stay of each image, (k, d), or (k, d + 2) with their places if positions move."""

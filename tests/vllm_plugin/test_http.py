@@ -176,6 +176,35 @@ def test_a_request_has_its_own_budget_up_to_the_ceiling(client, server, right, a
             ask(client, server, chat, extra_body={"mm_processor_kwargs": {"visual_tokens": budget}})
 
 
+def test_a_request_changes_nothing_else_of_the_processor(client, server, asked):
+    """Pixels of another size would end the engine."""
+    chat = [user(asked[3].text, *asked[3].images)]
+    for options in ({"crop_size": {"height": 14, "width": 14}}, {"size": {"height": 100_000, "width": 100_000}}):
+        with pytest.raises(openai.BadRequestError, match=f"has '{next(iter(options))}'; allowed: visual_tokens"):
+            ask(client, server, chat, extra_body={"mm_processor_kwargs": options})
+    assert ask(client, server, chat).choices
+
+
+def test_more_pictures_than_there_are_positions_for_are_refused(client, server, asked):
+    """Pruned they fit into the context; at their original positions they would be behind the end of vLLM's angles."""
+    chat = [user("Is there a cup?", *[one.images[0] for one in asked * 2])]
+    with pytest.raises(openai.BadRequestError, match="made for 2048"):
+        ask(client, server, chat)
+    assert ask(client, server, [user("Is there a cup?", *asked[0].images)]).choices
+
+
+def test_a_picture_by_its_uuid_alone_guides_no_later_one(client, server, asked):
+    """It is answered from the cache as long as it stands alone."""
+    chat = [user(asked[4].text, *asked[4].images)]
+    chat[0]["content"][0]["uuid"] = "known"
+    first = ask(client, server, chat).choices[0].message.content
+    chat[0]["content"][0]["image_url"] = None
+    assert ask(client, server, chat).choices[0].message.content == first
+    later = [*chat, {"role": "assistant", "content": "yes"}, user("And here?", *asked[5].images)]
+    with pytest.raises(openai.BadRequestError, match="as its uuid alone"):
+        ask(client, server, later)
+
+
 def test_metrics_count_what_stays_and_what_is_spared(client, server, right, asked):
     names = ("ivtp:kept_visual_tokens", "ivtp:dropped_visual_tokens", "ivtp:spared_kv_cache_bytes")
     before = server.metrics()

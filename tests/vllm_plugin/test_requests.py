@@ -7,7 +7,7 @@ from PIL import Image
 
 from modeling_ivtp import IVTPLlavaProcessor
 from modeling_ivtp.vllm_plugin import SUPPORTED, check_version
-from modeling_ivtp.vllm_plugin.budget import Budgets, options_for
+from modeling_ivtp.vllm_plugin.budget import Budgets, check_positions, options_for
 from modeling_ivtp.vllm_plugin.guide import guides_of
 from tests.support.tiny import tiny_config
 
@@ -36,7 +36,7 @@ def test_a_budget_is_the_requests_the_servers_or_the_checkpoints():
         ({}, {"max_visual_tokens": 8}, "max_visual_tokens=8; a request cannot change the server's 4"),
         ({}, {"crop_size": 14}, "mm_processor_kwargs has 'crop_size'; allowed: visual_tokens."),
         ({}, {"ivtp_guides": []}, "mm_processor_kwargs has 'ivtp_guides'; allowed: visual_tokens."),
-        ({"visual_token": 8}, {}, "mm_processor_kwargs has 'visual_token'; allowed: visual_tokens and max_visual_tokens"),
+        ({"visual_token": 8}, {}, "has 'visual_token'; allowed: visual_tokens and max_visual_tokens"),
         ({"visual_tokens": 17}, {}, "visual_tokens=17; allowed: a whole number from 1 to 16"),
         ({"max_visual_tokens": 3}, {}, "max_visual_tokens=3 is below the server's visual_tokens=4"),
     ],
@@ -54,6 +54,14 @@ def test_pruning_that_is_off_stays_off():
 def test_a_budget_that_follows_the_picture_is_refused():
     with pytest.raises(ValueError, match=r"pruning.coverage=0.9: .*allowed: None"):
         Budgets(tiny_config(coverage=0.9))
+
+
+def test_more_pictures_than_there_are_positions_for_are_refused():
+    check_positions(tiny_config(), tokens=12, images=2, room=42)
+    with pytest.raises(ValueError, match=r"43 positions, 16 for each of 2 image\(s\).* made for 42. Ask about fewer"):
+        check_positions(tiny_config(), tokens=13, images=2, room=42)
+    check_positions(tiny_config(enabled=False), tokens=13, images=2, room=42)
+    check_positions(tiny_config(positions="compact"), tokens=13, images=2, room=42)
 
 
 def test_another_vllm_is_named_with_the_supported_range():
