@@ -73,7 +73,9 @@ def evaluate(
     ] = False,
     questions: Questions = None,
     metric: Metric = None,
-    answer_column: Annotated[str, typer.Option(help="Column of the right answers of --questions.")] = "answer",
+    answer_column: Annotated[
+        str | None, typer.Option(help="Column of the right answers of --questions.", show_default="answer")
+    ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
     debug: Debug = False,
@@ -91,6 +93,8 @@ def evaluate(
     arms = arms_of(method or [], tokens or [])
     if (questions is None) != (metric is None):
         raise ValueError("evaluate takes --questions and --metric together")
+    if questions is None and answer_column is not None:
+        raise ValueError("evaluate takes --answer-column with --questions")
     if questions is not None:
         if benchmarks is not None or data:
             raise ValueError("evaluate takes --questions, or --benchmarks and --data")
@@ -104,7 +108,7 @@ def evaluate(
             metric=str(metric),
             arms=arms,
             out=out.expanduser(),
-            answer_column=answer_column,
+            answer_column=answer_column or "answer",
             limit=limit,
             batch_size=batch_size,
             device=device,

@@ -77,7 +77,7 @@ def _comparison(unpruned: Any, pruned: Any) -> Any:
         ("visual tokens, layer-averaged", lambda answer: answer.layer_averaged_tokens * len(answer.visual_tokens)),
     ):
         before, after = count(unpruned), count(pruned)
-        table.add_row(name, f"{before:g}", f"{after:g}", times(before, after))
+        table.add_row(name, f"{round(before, 1):g}", f"{round(after, 1):g}", times(before, after))
     table.add_row(
         "KV cache",
         human_bytes(unpruned.kv_bytes),

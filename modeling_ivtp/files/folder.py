@@ -84,7 +84,7 @@ def check_target(target: str | os.PathLike[str], *, needed_bytes: int = 0, overw
     if final.exists() and not final.is_dir():
         raise FileExistsError(f"{target} is a file, not a folder to write into")
     if final.is_dir() and any(final.iterdir()) and not overwrite:
-        raise FileExistsError(f"{target} exists and is not empty; choose another folder or overwrite it")
+        raise FileExistsError(f"{target} exists and is not empty; choose another folder or set overwrite")
     existing = next(folder for folder in final.parents if folder.exists())
     if not existing.is_dir():
         raise NotADirectoryError(f"{existing} is a file; {target} cannot be made below it")
