@@ -215,6 +215,9 @@ def _parsed(line: bytes | str) -> Any:
         return json.loads(line.removeprefix(b"\xef\xbb\xbf") if isinstance(line, bytes) else line)
     except UnicodeDecodeError as error:
         return Broken(f"its line is not UTF-8 (byte 0x{error.object[error.start]:02x}): save the file in UTF-8")
+    except json.JSONDecodeError as error:
+        # Its own text would count lines, and this is one of many.
+        return Broken(f"its line is no JSON ({error.msg} at character {error.pos + 1})")
     except (ValueError, RecursionError) as error:
         return Broken(f"its line is no JSON ({error})")
 

@@ -112,6 +112,13 @@ def test_json_in_every_encoding_of_unicode(tmp_path, encoding, ending):
     assert part.question == rows[1]["question"]
 
 
+def test_a_torn_line_is_told_by_its_character(tmp_path):
+    """Not by a line, which would be taken for one of the file's."""
+    (tmp_path / "rows.jsonl").write_text('{"question": "a"}\n{"question": \n')
+    (_, torn) = open_data(str(tmp_path / "rows.jsonl"), image_column=None).rows(0, 9)
+    assert torn.problem == "its line is no JSON (Expecting value at character 15)"
+
+
 @pytest.mark.parametrize("ending", ["jsonl", "json"])
 def test_json_that_is_no_text_is_refused_with_its_name(capsys, sample, tmp_path, ending):
     (tmp_path / f"rows.{ending}").write_bytes(b"[\0{\0\x00\xd8")
