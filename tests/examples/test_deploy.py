@@ -78,6 +78,8 @@ def test_compose_builds_and_joins_what_is_there(compose: Any) -> None:
     assert space["environment"]["SERVED_MODEL"] == name
     assert space["environment"]["SERVER_URL"] == f"http://vllm:{exposed('vllm-cpu.Dockerfile')}/v1"
     assert space["depends_on"]["vllm"]["condition"] == "service_healthy"
+    # A key that one of them has, the other has: the Space would be refused otherwise.
+    assert server["environment"]["VLLM_API_KEY"] == space["environment"]["SERVER_KEY"] == "${SERVER_KEY:-}"
     assert any(instruction == "HEALTHCHECK" for instruction, _ in dockerfile("vllm-cpu.Dockerfile"))
     page = (ROOT / "examples" / "space" / "chat.py").read_text()
     assert all(f'"{variable}"' in page for variable in space["environment"])
