@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -192,11 +194,29 @@ def _local(cpus: int) -> Iterator[None]:
                     logging_level=logging.ERROR,
                     _temp_dir=folder,
                 )
-                yield
+                with _terminated_like_ctrl_c():
+                    yield
             finally:
                 ray.shutdown()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _terminated_like_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM stop the run as Ctrl-C does; with the handler that `ray.init` sets, the process aborts silently."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
@@ -237,7 +257,8 @@ def _joined(address: str) -> Iterator[None]:
                 ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
             except (ConnectionError, RuntimeError, TimeoutError) as error:
                 raise ValueError(_unreachable(address, error)) from error
-            yield
+            with _terminated_like_ctrl_c():
+                yield
         finally:
             ray.shutdown()
 

@@ -83,3 +83,15 @@ def test_killed_driver_actor_and_worker_lose_no_row_and_write_none_twice(capsys,
     assert first.items() <= written(out).items()
     _, alive = psutil.wait_procs(family, timeout=60)
     assert not alive
+
+
+def test_a_terminated_run_says_how_it_goes_on(sample, loaded, tmp_path):
+    run = started(sample, tmp_path / "out", "--shard-rows", 2, "--batch-size", 1, "--memory", "1GB", "--threads", 1)
+    until(run, lambda: written(tmp_path / "out"))
+    family = below(run)
+    run.terminate()
+    output, _ = run.communicate(timeout=SECONDS)
+    assert run.returncode == 130
+    assert output.splitlines()[-1] == "ivtp: stopped; the same command goes on from here"
+    _, alive = psutil.wait_procs([process for process, name in family.items() if "Agent" not in name], timeout=60)
+    assert not alive
