@@ -9,7 +9,7 @@ from typing import Any
 from modeling_ivtp.files.tables import markdown_table
 
 STOCK = "stock"
-PARTS = {"_encode": "vision tower", "_prepare": "pseudo CLS", "_choose": "choice"}
+PARTS = {"_encode": "vision tower", "_read": "pseudo CLS", "_prepare": "pseudo CLS", "_choose": "choice"}
 """Methods of the encoder that are timed apart, and what they do."""
 
 Row = dict[str, Any]
@@ -43,7 +43,7 @@ def tables(rows: Sequence[Row]) -> str:
         for concurrency in concurrencies
     ]
     header = ("arm", "concurrency", "stock's CPU time over its own", "requests per second over stock's")
-    parts, shares = [*PARTS.values()], []
+    parts, shares = [*dict.fromkeys(PARTS.values())], []
     for arm in (STOCK, *sorted(_arms(rows), reverse=True)):
         found = [row for row in rows if row["arm"] == arm and row["concurrency"] == concurrencies[-1]]
         own = [statistics.median(row["parts"].get(part, 0.0) for row in found) * 1000 for part in parts]
