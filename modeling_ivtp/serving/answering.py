@@ -145,7 +145,7 @@ def as_prompt(processor: Any, question: str, images: int) -> str:
     """
     token, whole = processor.image_token, processor.is_whole_prompt(question)
     if (count := question.count(token)) != images and (count or whole):
-        raise ValueError(f"the prompt has {count} {token}, but there are {images} images")
+        raise ValueError(f"the prompt has {count} {token}, but came with {images} image(s)")
     if not question.strip():
         raise ValueError("the prompt is empty")
     if whole:

@@ -161,7 +161,7 @@ BAD = [
     ({"image": 7}, "row 5: image 1 is neither a path nor a file's bytes"),
     ({"question": None}, "row 6: the prompt is missing"),
     ({"question": "  "}, "row 7: the prompt is empty"),
-    ({"question": "<image> and <image>?"}, "row 8: the prompt has 2 <image>, but there are 1 images"),
+    ({"question": "<image> and <image>?"}, "row 8: the prompt has 2 <image>, but came with 1 image(s)"),
     ({"question": 5}, "row 9: the prompt is no text, but int 5"),
     ({"question": "what \ud83d"}, "row 10: the prompt holds half of a character: 'what \\ud83d'"),
 ]

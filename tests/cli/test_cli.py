@@ -262,7 +262,7 @@ def test_visual_tokens_and_text_alone(capsys, folders):
         (["-i", "no-such.png"], "there is no image 'no-such.png'"),
         (["-i", "ftp://x/y.png"], "http, https and data URLs"),
         (["-m", "./no/model"], "neither a folder here nor"),
-        (["-p", "<image> and <image>?"], "the prompt has 2 <image>, but there are 1 images"),
+        (["-p", "<image> and <image>?"], "the prompt has 2 <image>, but came with 1 image(s)"),
         (["-p", "  "], "the prompt is empty"),
         (["--device", "toaster"], "device='toaster' cannot be used"),
         (["--dtype", "int3"], "dtype='int3'; allowed: auto"),

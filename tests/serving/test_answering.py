@@ -103,8 +103,8 @@ def test_a_marker_word_inside_a_question_does_not_cut_it(
 @pytest.mark.parametrize(
     ("text", "images", "message"),
     [
-        ("<image> and <image>?", 1, "the prompt has 2 <image>, but there are 1 images"),
-        ("USER: What is it? ASSISTANT:", 1, "the prompt has 0 <image>, but there are 1 images"),
+        ("<image> and <image>?", 1, "the prompt has 2 <image>, but came with 1 image(s)"),
+        ("USER: What is it? ASSISTANT:", 1, "the prompt has 0 <image>, but came with 1 image(s)"),
         (" \n", 0, "the prompt is empty"),
     ],
 )
