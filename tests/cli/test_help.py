@@ -26,8 +26,8 @@ COMMANDS = (
     "evaluate",
     "check",
 )
-LONGEST_SECONDS = 0.5
-"""CPU time of a help page, user and system together."""
+MOST = 4
+"""CPU time of a help page, in that of a process that imports what draws it."""
 HEAVY = ("torch", "transformers", "open_clip", "datasets", "pyarrow", "matplotlib", "numpy", "PIL", "modeling_ivtp")
 
 
@@ -57,12 +57,13 @@ def test_paragraphs_of_help_are_broken_by_the_terminal_alone():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--help"], *([command, "--help"] for command in COMMANDS)], ids=" ".join)
-def test_help_takes_half_a_second_of_cpu_time(arguments):
+def test_help_takes_a_few_times_what_importing_typer_does(arguments):
     module, function = entry_point()
     code = f"import sys; from {module} import {function}; sys.exit({function}())"
     pages, seconds = zip(*(python(code, *arguments) for _ in range(3)), strict=True)
     assert all("Usage: ivtp" in page for page in pages)
-    assert min(seconds) < LONGEST_SECONDS, seconds
+    least = min(python("import typer, typer.rich_utils")[1] for _ in range(3))
+    assert min(seconds) < MOST * least, (seconds, least)
 
 
 @pytest.mark.slow

@@ -137,6 +137,8 @@ def test_gradients_are_those_of_stock_layers_and_none_comes_through_the_choice()
     patches = within.explain(**inputs).images[0].groups[-1].kept.tolist()
     stock_logits(ahead, inputs, patches, language=ahead.model.language_model).sum().backward()
     expected = {name: p.grad.clone() for name, p in ahead.named_parameters() if p.grad is not None}
+    # A bias of keys changes no softmax: its gradient is rounding alone, by the size of all others.
+    rounding = 1e-7 * max(gradient.norm() for gradient in expected.values())
     for checkpointing in (False, True):
         ahead.zero_grad()
         ahead.train()
@@ -145,7 +147,7 @@ def test_gradients_are_those_of_stock_layers_and_none_comes_through_the_choice()
         ahead(**inputs, use_cache=False).logits[0, -1].sum().backward()
         found = {name: p.grad for name, p in ahead.named_parameters() if p.grad is not None}
         for name, gradient in expected.items():
-            assert (found[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, name
+            assert (found[name] - gradient).norm() <= 1e-4 * gradient.norm() + rounding, name
 
 
 @pytest.mark.parametrize("rows", [ROWS["single"], [[3, "image", 7], [4, "image", 6]], [[2, "image", 4, "image", 3]]])

@@ -401,7 +401,10 @@ def test_a_connector_joins_an_official_llava(official, name, tmp_path):
     processor.save_pretrained(tmp_path)
     again = IVTPLlavaForConditionalGeneration.from_pretrained(tmp_path).eval()
     inputs = processor(images=Image.new("RGB", (56, 56)), text="USER: <image>\nWhy? ASSISTANT:", return_tensors="pt")
-    assert torch.equal(again(**inputs).logits, model.eval()(**inputs).logits)
+    saved = again.state_dict()
+    assert all(torch.equal(saved[key], value) for key, value in model.state_dict().items())
+    # Some CPUs round a product by where its factors lie in memory.
+    torch.testing.assert_close(again(**inputs).logits, model.eval()(**inputs).logits, atol=1e-6, rtol=0)
 
 
 BAD = [
