@@ -228,7 +228,7 @@ def _what_learns(
     new = {"connector": llava.model.connector} if llava.config.connector is not None else {}
     if isinstance(module, PrunerTraining):
         new["pruner"] = module.learned
-    if any(True for part in new.values() for _ in part.parameters()):
+    if any([*part.parameters()] for part in new.values()):
         optimizers.append(_adam(new.values(), NEW))
     return torch.nn.ModuleDict(named | new), optimizers
 

@@ -197,9 +197,9 @@ class ImageEncoder(IVTPLlavaModel):
 
     def _read(self, items: Iterable[Item]) -> None:
         """Let CLIP read the questions of several prompts together; `_prepare` finds their features in the cache."""
-        windows = [window for item in items if item.clip_input_ids is not None for window in item.clip_input_ids]
         if self.plan() is None or self.config.pruning.guidance != "clip" or self.config.clip_text_config is None:
             return
+        windows = [window for item in items if item.clip_input_ids is not None for window in item.clip_input_ids]
         for first in range(0, len(windows), TOGETHER):
             ids = torch.stack(windows[first : first + TOGETHER])[None]
             self.text_features(ids.to(self.device), instruction_windows(ids))
