@@ -77,7 +77,7 @@ def test_a_chat_of_several_messages_is_rendered(processor: Any) -> None:
         (user({"type": "audio", "url": "a.wav"}), "comes with audio"),
         (user({"type": "depth", "url": "a"}), "type='depth' of a part; allowed: text, image"),
         ({"role": "tool", "content": "a"}, "role='tool'; allowed: system, user, assistant"),
-        (user(image(picture()), text("<image> <image> Same?")), "the prompt has 2 <image>, but there are 1"),
+        (user(image(picture()), text("<image> <image> Same?")), "the prompt has 2 <image>, but came with 1 image"),
         (user(image(picture()), text("")), "the prompt is empty"),
     ],
 )
