@@ -4,7 +4,8 @@
 
 Systems come in the order of `retrained_rows`: control, IVTP, what learns to choose, connectors, the rest of Table 1,
 then the ablations. Each is written to the results as soon as it is measured, and the same command goes on where it was
-stopped, within a system too. The page names what was not measured.
+stopped, within a system too. Several processes may share the results, each with systems or a seed of its own. The page
+names what was not measured.
 """
 
 import datetime
@@ -19,6 +20,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+from filelock import FileLock
 
 from benchmarks.quality import command, report
 from benchmarks.quality.checkpoint import checkpoint_fingerprint
@@ -28,7 +30,7 @@ from benchmarks.quality.loop import set_up
 from benchmarks.quality.methods import Row
 from benchmarks.quality.paper_tables import percent, points, with_interval
 from benchmarks.quality.plots import plot_kept
-from benchmarks.quality.retrain import Course, load_base, retrain
+from benchmarks.quality.retrain import ADAM, NEW, Course, load_base, retrain
 from benchmarks.quality.retrained_rows import Retrained, chosen_rows, retrained_rows
 from benchmarks.quality.world import Question, Scene, fingerprint, sample_questions
 from modeling_ivtp.evaluation.intervals import bootstrap_interval, paired_interval
@@ -63,23 +65,35 @@ class Results:
     def __init__(self, file: Path, identity: Mapping[str, Any]) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)  # rather now than after an hour
         self.file, self.identity = file, json.loads(json.dumps(dict(identity)))
+        self.lock = FileLock(file.with_name(f".{file.name}.lock"))
         self.rows: list[dict[str, Any]] = []
         self.more: dict[str, Any] = {"date": datetime.date.today().isoformat()}
-        if file.exists():
-            before = json.loads(file.read_text())
-            for name, value in self.identity.items():
-                if before.get(name) != value:
-                    raise ValueError(f"{file} has {name}={before.get(name)}; allowed: {value}, or another --out.")
-            self.rows = before["rows"]
-            self.more = {name: value for name, value in before.items() if name not in (*self.identity, "rows")}
+        self.read()
+
+    def read(self) -> None:
+        """Read what the file has by now: other processes may have added rows."""
+        if not self.file.exists():
+            return
+        found = json.loads(self.file.read_text())
+        for name, value in self.identity.items():
+            if found.get(name) != value:
+                raise ValueError(f"{self.file} has {name}={found.get(name)}; allowed: {value}, or another --out.")
+        self.rows = found["rows"]
+        self.more |= {name: value for name, value in found.items() if name not in (*self.identity, "rows")}
 
     def has(self, system: str, mode: str, seed: int | None) -> bool:
         """Return whether a system was measured."""
+        self.read()
         return any((row["system"], row["mode"], row["seed"]) == (system, mode, seed) for row in self.rows)
 
     def add(self, rows: Sequence[Mapping[str, Any]], config: Any, questions: Sequence[Question]) -> None:
         """Add a system's rows, and write file, page, and the picture of adaptive systems."""
-        self.rows += [dict(row) for row in rows]
+        with self.lock:
+            self.read()
+            self.rows += [dict(row) for row in rows]
+            self._write(config, questions)
+
+    def _write(self, config: Any, questions: Sequence[Question]) -> None:
         results = self.more | self.identity | {"rows": self.rows}
         report.write_atomically(self.file, (json.dumps(results, indent=1) + "\n").encode())
         page = markdown(results, retrained_rows(config), [question.type for question in questions])
@@ -279,7 +293,8 @@ def main(
     systems = chosen_rows(config, system or [])
     course = {name: value for name, value in asdict(courses[0]).items() if name != "seed"}
     identity = {
-        "checkpoint": checkpoint_fingerprint(model), "world": fingerprint(), "course": course, "asked": asked
+        "checkpoint": checkpoint_fingerprint(model), "world": fingerprint(), "course": course,
+        "learning_rates": {"model": ADAM, "new": NEW}, "asked": asked,
     }  # fmt: skip
     results = Results(out, identity)
     results.more |= {"versions": report.versions(), "machine": report.machine(llava)}
