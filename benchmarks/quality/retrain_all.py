@@ -28,7 +28,7 @@ from benchmarks.quality.examination import Asked, Examination, row_cost
 from benchmarks.quality.kept_counts import Kept, joined
 from benchmarks.quality.loop import set_up
 from benchmarks.quality.methods import Row
-from benchmarks.quality.paper_tables import percent, points, with_interval
+from benchmarks.quality.paper_tables import points, with_interval
 from benchmarks.quality.plots import plot_kept
 from benchmarks.quality.retrain import ADAM, NEW, Course, load_base, retrain
 from benchmarks.quality.retrained_rows import Retrained, chosen_rows, retrained_rows
@@ -164,31 +164,34 @@ def markdown(results: Mapping[str, Any], systems: Sequence[Retrained], types: Se
     number, course = results["asked"], results["course"]
     right = {_key(row): report.unpack(row["right"], number) for row in results["rows"]}
     seeds = sorted({row["seed"] for row in results["rows"] if row["seed"] is not None})
-    lines = []
+    lines, missing = [], []
+    for seed in seeds or [0]:
+        trained = [row for row in results["rows"] if (row["mode"], row["seed"]) == ("retrained", seed)]
+        measured = {row["system"] for row in trained}
+        if unmeasured := [f"{system.name} ({system.table})" for system in systems if system.name not in measured]:
+            missing.append(f"Not measured with seed {seed}: {'; '.join(unmeasured)}.\n")
     for system in systems:
         without = [row for row in results["rows"] if (row["system"], row["mode"]) == (system.name, "inference")]
-        for seed in seeds or [0]:
-            control = right.get(("unpruned", "unpruned", "retrained", seed))
-            trained = [
-                row for row in results["rows"]
-                if (row["system"], row["mode"], row["seed"]) == (system.name, "retrained", seed)
-            ]  # fmt: skip
-            lines += [_line(system, row, without, right, control) for row in trained]
-            if not trained:
-                lines.append(_unmeasured(system, seed, without))
+        for row in results["rows"]:
+            if (row["system"], row["mode"]) == (system.name, "retrained"):
+                control = right.get(("unpruned", "unpruned", "retrained", row["seed"]))
+                lines.append(_line(system, row, without, right, control))
+    rates = results["learning_rates"]
     return "\n".join(
         [
             f"# Retrained on the miniature, {results['date']}\n",
             f"`{results['checkpoint']}`, {course['steps']} steps of {course['scenes']} scenes with "
-            f"{course['questions']} questions each, the same for all systems of a seed; {number} held-out questions "
-            f"of {len(set(types[:number]))} types, 95% bootstrap intervals over questions, differences paired by "
-            "question. Inference: the checkpoint as it is, under the system or its untrained stand-in. Control: "
-            "unpruned, as many steps. TFLOPs hold modules and connectors.\n",
+            f"{course['questions']} questions each, the same for all systems of a seed; AdamW at {rates['model']:g}, "
+            f"new modules at {rates['new']:g}. {number} held-out questions of {len(set(types[:number]))} types, "
+            "95% bootstrap intervals over questions, differences paired by question. Inference: the checkpoint as it "
+            "is, under the system or its untrained stand-in. Control: unpruned, as many steps. TFLOPs hold modules "
+            "and connectors.\n",
             markdown_table(
                 ("table", "system", "seed", "final tokens", "layer-averaged", "TFLOPs", "inference, %", "retrained, %",
                  "to inference", "to the control", "s a step"),
                 lines,
             ),
+            *missing,
         ]
     )  # fmt: skip
 
@@ -212,11 +215,6 @@ def _line(
         f"{row['tflops']:.4g}", _accuracy(before), _accuracy(own), _to(own, before),
         "" if system.name == "unpruned" else _to(own, control), f"{row['seconds_per_step']:.2g}",
     )  # fmt: skip
-
-
-def _unmeasured(system: Retrained, seed: int, without: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:
-    shown = percent(without[0]["accuracy"]) if without else ""
-    return (system.table, system.name, seed, "", "", "", shown, "not measured", "", "", "")
 
 
 def _accuracy(right: np.ndarray | None) -> str:

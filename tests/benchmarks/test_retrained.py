@@ -151,7 +151,7 @@ def test_results_come_as_they_are_measured_and_the_same_command_goes_on(
     assert (tmp_path / "states" / "Table-1-atp-llava-target=144-0" / "pruner" / "model.safetensors").is_file()
     assert (out.parent / "retrained-kept.png").stat().st_size > 10_000
     page = out.with_suffix(".md").read_text()
-    assert "| Table 1 | lvpruning | 0 |  |  |  |  | not measured |" in page
+    assert "Not measured with seed 0: ivtp (Table 1); lvpruning (Table 1); " in page
     assert "| control | unpruned | 0 | 576 |" in page
     content = out.read_bytes()
     with monkeypatch.context() as patch:
@@ -181,15 +181,18 @@ def test_differences_are_paired_and_those_that_are_not_measured_are_named(config
     rows = [row("unpruned", "retrained", better), row("ivtp", "inference", right), row("ivtp", "retrained", right)]
     rows += [row("lvpruning", "inference", right), row("lvpruning", "retrained", better)]
     rows.append(row("lvpruning", "retrained", better) | {"method": "lvpruning ratio=0.6"})
+    measured = {"unpruned", "ivtp", "lvpruning"}
     results = {
         "date": "2026-01-01", "checkpoint": "x", "asked": 40, "rows": rows,
-        "course": {"steps": 1, "scenes": 1, "questions": 1},
+        "course": {"steps": 1, "scenes": 1, "questions": 1}, "learning_rates": {"model": 2e-5, "new": 1e-3},
     }  # fmt: skip
     page = retrain_all.markdown(results, retrained_rows(config), ["existence"] * 40)
     (line,) = [line for line in page.splitlines() if line.startswith("| Table 1 | ivtp |")]
     assert "| 75.0 ± " in line
     assert "| +0.0 [+0.0, +0.0] | -5.0 [" in line
-    assert page.count("not measured") == len(retrained_rows(config)) - 3
+    (missing,) = [line for line in page.splitlines() if line.startswith("Not measured with seed 0: ")]
+    named = [f"{row.name} ({row.table})" for row in retrained_rows(config) if row.name not in measured]
+    assert missing.removeprefix("Not measured with seed 0: ").removesuffix(".").split("; ") == named
     at_64, at_another = [line for line in page.splitlines() if line.startswith("| Table 1 | lvpruning")]
     assert "| +5.0 [" in at_64
     assert "| – | 80.0 ± " in at_another  # the stand-in has 64 tokens
