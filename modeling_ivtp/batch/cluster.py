@@ -183,23 +183,30 @@ def _local(cpus: int) -> Iterator[None]:
     # Ray puts sockets there, whose paths must be short.
     folder = tempfile.mkdtemp(prefix="ivtp-ray-", dir="/tmp" if os.name == "posix" else None)
     try:
-        with _native_log(Path(folder) / "driver.log"):
+        with _terminated_like_ctrl_c(), _native_log(Path(folder) / "driver.log"):
             try:
-                ray.init(
-                    "local",
-                    num_cpus=cpus,
-                    object_store_memory=_STORE_BYTES,
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                    _temp_dir=folder,
-                )
-                with _terminated_like_ctrl_c():
+                _start(cpus, folder)
+                with _terminated_like_ctrl_c():  # again: `ray.init` sets a handler of its own
                     yield
             finally:
                 ray.shutdown()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start(cpus: int, folder: str) -> None:
+    try:
+        ray.init(
+            "local",
+            num_cpus=cpus,
+            object_store_memory=_STORE_BYTES,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _temp_dir=folder,
+        )
+    except SystemExit as error:  # Ray's own handler of SIGTERM raises it while Ray starts
+        raise KeyboardInterrupt from error
 
 
 @contextmanager

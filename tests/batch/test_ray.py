@@ -1,6 +1,7 @@
 """`ivtp batch` on Ray: killed in any of its processes, it goes on and ends with every row once."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -94,4 +95,17 @@ def test_a_terminated_run_says_how_it_goes_on(sample, loaded, tmp_path):
     assert run.returncode == 130
     assert output.splitlines()[-1] == "ivtp: stopped; the same command goes on from here"
     _, alive = psutil.wait_procs([process for process, name in family.items() if "Agent" not in name], timeout=60)
+    assert not alive
+
+
+def test_a_run_that_is_terminated_while_ray_starts_leaves_nothing(sample, loaded, tmp_path):
+    run = started(sample, tmp_path / "out", "--threads", 1)
+    folder = Path(until(run, lambda: re.search(r"/\S*/ivtp-ray-[^/\s]+", " ".join(below(run).values())))[0])
+    family = below(run)
+    run.terminate()
+    output, _ = run.communicate(timeout=SECONDS)
+    assert run.returncode == 130, output
+    assert output.splitlines()[-1] == "ivtp: stopped; the same command goes on from here"
+    assert not folder.exists()
+    _, alive = psutil.wait_procs(family, timeout=60)
     assert not alive
