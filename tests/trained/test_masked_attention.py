@@ -8,11 +8,19 @@ import pytest
 import torch
 
 from modeling_ivtp.methods import FastV
-from modeling_ivtp.model.masked_attention import EPSILON, masked_softmax
+from modeling_ivtp.model.masked_attention import EPSILON, masked_attention
 from modeling_ivtp.model.pruner import PrunerWrapper
 from modeling_ivtp.model.rollout import DecoderAttentionRecord
 from tests.support.tiny import prompt, tiny_model
 from tests.support.trained import ROWS
+
+LAYER = torch.nn.Module()
+
+
+def masked_softmax(logits, weights, visible):
+    """The attention map of these logits: with unit keys and values, queries are logits and the output is the map."""
+    unit = torch.eye(logits.shape[-1], dtype=logits.dtype).expand_as(logits)
+    return masked_attention(LAYER, logits, unit, unit, visible, weights=weights, scaling=1.0)[0].transpose(1, 2)
 
 
 def by_loops(logits, weights, visible):
@@ -79,11 +87,61 @@ def test_gradients_are_those_of_finite_differences_also_at_zero_and_at_one():
     assert (after - before).item() / 1e-3 == pytest.approx(exact, rel=0.02)
 
 
+def parts(seed=0, size=5):
+    generator = torch.Generator().manual_seed(seed)
+    query, key, value = (
+        torch.randn(2, heads, size, 4, generator=generator, dtype=torch.float64) for heads in (4, 2, 2)
+    )
+    _, weights, visible = sample(seed, size)
+    return [one.requires_grad_() for one in (query, key, value, weights.clamp_min(0.01))], visible
+
+
+def test_the_derivative_is_that_of_finite_differences_for_every_part():
+    inputs, visible = parts()
+
+    def attend(query, key, value, weights):
+        return masked_attention(LAYER, query, key, value, visible, weights=weights, scaling=0.7)[0]
+
+    assert torch.autograd.gradcheck(attend, inputs, eps=1e-7, atol=1e-5)
+
+
+def test_dropout_leaves_the_same_entries_out_of_output_and_derivative():
+    inputs, visible = parts()
+
+    def attend(query, key, value, weights):
+        torch.manual_seed(0)
+        options = {"weights": weights, "scaling": 0.7, "dropout": 0.5}
+        return masked_attention(LAYER, query, key, value, visible, **options)[0]
+
+    assert torch.autograd.gradcheck(attend, inputs, eps=1e-7, atol=1e-5)
+    without = masked_attention(LAYER, *inputs[:3], visible, weights=inputs[3], scaling=0.7)[0]
+    assert (attend(*inputs) - without).abs().max() > 0.1
+
+
+def test_no_map_is_kept_for_the_backward_pass():
+    size = 64
+    query = torch.randn(1, 2, size, 4, requires_grad=True)
+    weights = torch.rand(1, size, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one) or one, lambda one: one):
+        masked_attention(LAYER, query, query, query, None, weights=weights, scaling=0.5)
+    maps = [one for one in kept if one.numel() >= 2 * size * size]
+    assert kept
+    assert not maps
+
+
 def test_half_precision_is_computed_in_float32():
-    logits, weights, visible = sample()
-    result = masked_softmax(logits.bfloat16(), weights.bfloat16(), visible)
-    assert result.dtype == torch.float32
-    torch.testing.assert_close(result.double(), masked_softmax(logits, weights, visible), atol=0.05, rtol=0)
+    inputs, visible = parts()
+    results, gradients = [], []
+    for dtype in (torch.float64, torch.bfloat16):
+        query, key, value, weights = (one.detach().to(dtype).requires_grad_() for one in inputs)
+        output, _ = masked_attention(LAYER, query, key, value, visible, weights=weights.float(), scaling=0.7)
+        assert output.dtype == dtype
+        output.square().sum().backward()
+        results.append(output.double())
+        gradients.append(weights.grad.double())
+    torch.testing.assert_close(*results, atol=0.05, rtol=0)
+    torch.testing.assert_close(*gradients, atol=0.1, rtol=0.05)
 
 
 class Weighing(PrunerWrapper):
