@@ -6,7 +6,7 @@ IVTP's abstract says that pruning accelerates training. A step here is forward a
 projector and the language model learning, or the modules of a trained pruner as its paper trains it; the optimizer's
 part is the same for all and left out. All arms see the same batch, and each repeat runs all arms, in alternating order.
 Memory is what autograd keeps between forward and backward, counted without repetition: it does not depend on what else
-the machine does. On a GPU the peak is measured, too.
+the machine does. The peak is what the process (on a GPU: its tensors) held at once beyond what it held before the step.
 """
 
 import datetime
@@ -22,6 +22,7 @@ import torch
 import typer
 from torch.autograd.graph import saved_tensors_hooks
 
+from benchmarks.peak_memory import PeakMemory
 from benchmarks.quality import command
 from benchmarks.quality.report import write_atomically
 from modeling_ivtp.files.console import quiet, steps_bar
@@ -49,7 +50,7 @@ class Step:
     kept_bytes : int
         Tensors that autograd keeps, each storage once.
     peak_bytes : int or None
-        The most that was allocated on a GPU; None on a CPU.
+        As of `PeakMemory`.
     """
 
     seconds: float
@@ -75,8 +76,6 @@ def train_step(model: Any, name: str, tokens: int, inputs: dict[str, Any], label
         module.train()
         kept: dict[int, int] = {}
         wait: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
         weights = {weight.untyped_storage().data_ptr() for weight in module.parameters()}
 
         def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -85,18 +84,18 @@ def train_step(model: Any, name: str, tokens: int, inputs: dict[str, Any], label
                 kept[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        wait()
-        start = time.perf_counter()
-        with saved_tensors_hooks(note, lambda tensor: tensor):
-            loss = module(**inputs, labels=labels).loss
-        loss.backward()
-        wait()
-        seconds = time.perf_counter() - start
-        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+        with PeakMemory(device) as peak:
+            wait()
+            start = time.perf_counter()
+            with saved_tensors_hooks(note, lambda tensor: tensor):
+                loss = module(**inputs, labels=labels).loss
+            loss.backward()
+            wait()
+            seconds = time.perf_counter() - start
         for weight in module.parameters():
             weight.grad = None
         module.eval()
-    return Step(seconds, sum(kept.values()), peak)
+    return Step(seconds, sum(kept.values()), peak.bytes)
 
 
 def measure(
@@ -132,7 +131,7 @@ def measure(
                 "milliseconds": 1e3 * float(np.median(seconds)),
                 "speed_up": list(ratio(baseline, seconds)),
                 "kept_bytes": steps[name][-1].kept_bytes,
-                "peak_bytes": max(peaks) if peaks else None,
+                "peak_bytes": int(np.median(peaks)) if peaks else None,
                 # A method that adapts the number to the picture has none to plan.
                 "final_tokens": plan.final_tokens if plan.exact else None,
                 "layer_averaged_tokens": plan.layer_average(layers) if plan.exact else None,
@@ -155,11 +154,11 @@ def markdown(results: dict[str, Any]) -> str:
             "{:.2f} [{:.2f}, {:.2f}]".format(*row["speed_up"]),
             human_bytes(row["kept_bytes"]),
             f"{kept / row['kept_bytes']:.2f}",
-            *([human_bytes(row["peak_bytes"])] if row["peak_bytes"] else []),
+            *([human_bytes(row["peak_bytes"])] if row["peak_bytes"] is not None else []),
         )
         for row in results["rows"]
     ]
-    peak = ["peak"] if any(row["peak_bytes"] for row in results["rows"]) else []
+    peak = ["peak"] if any(row["peak_bytes"] is not None for row in results["rows"]) else []
     settings = results["settings"]
     return "\n".join(
         [

@@ -1,6 +1,7 @@
 """Timing of training steps: paired, in alternating order, with memory that is counted and not guessed."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import training_speed
+from benchmarks.peak_memory import PeakMemory
 from benchmarks.training_speed import markdown, measure, train_step
 from modeling_ivtp.speed.models import prompt
 from modeling_ivtp.training.parts import PrunedBy
@@ -33,7 +35,8 @@ def test_arms_take_turns_and_pruned_steps_keep_less(monkeypatch: pytest.MonkeyPa
     assert order == [*arms[::-1], *arms, *arms[::-1], *arms]
     unpruned, fastv, lvpruning, atp = rows
     assert unpruned["speed_up"] == [1.0, 1.0, 1.0]
-    assert fastv["kept_bytes"] < unpruned["kept_bytes"] < lvpruning["kept_bytes"]
+    assert fastv["kept_bytes"] < unpruned["kept_bytes"]
+    assert lvpruning["kept_bytes"] < unpruned["kept_bytes"]  # its base is frozen, and masks keep no attention map
     assert (fastv["final_tokens"], unpruned["final_tokens"]) == (4, 16)
     assert all(len(row["all"]) == 3 for row in rows)
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
@@ -63,6 +66,20 @@ def test_what_is_kept_is_counted_once_and_without_the_weights() -> None:
     double = {name: torch.cat([value, value]) for name, value in inputs.items()}
     twice = train_step(model, "unpruned", 4, double, torch.cat([labels, labels])).kept_bytes
     assert twice == pytest.approx(2 * once, rel=0.05)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process's peak anew")
+def test_the_peak_of_a_process_is_what_it_held_at_once_beyond_what_it_held_before() -> None:
+    held = torch.ones(8 * 2**20)  # 32 MiB, and twice as much is gone again
+    torch.ones(16 * 2**20)
+    with PeakMemory(torch.device("cpu")) as peak:
+        for _ in range(3):
+            torch.ones(4 * 2**20)  # 16 MiB, one after the other
+    assert peak.bytes == pytest.approx(16 * 2**20, abs=4 * 2**20)
+    with PeakMemory(torch.device("cpu")) as nothing:
+        held.sum()
+    assert nothing.bytes is not None
+    assert nothing.bytes < 4 * 2**20
 
 
 def test_what_cannot_be_timed_is_refused_before_anything_is_written(tmp_path: Path) -> None:
