@@ -156,7 +156,7 @@ def _atp(
 ) -> Retrained:
     """Return ATP-LLaVA with options, beside its untrained stand-in with as many tokens on average."""
     average = options.get("target", 144)
-    stand_in = METHODS["atp-spatial"](average=average)
+    stand_in = METHODS["atp-spatial"](average=average, layers=options.get("layers"))
     if "ratios" not in options:
         options = {"target": average} | options
     untrained = Applied(f"atp-spatial average={average}", TOKENS, {}, method_object=stand_in)

@@ -59,6 +59,15 @@ def test_the_rows_are_those_of_the_tables_in_their_order(config: Any) -> None:
         chosen_rows(config, ["fastw"])
 
 
+def test_what_stands_in_for_a_system_before_training_keeps_as_many_tokens(config: Any) -> None:
+    depth = config.text_config.num_hidden_layers
+    for row in retrained_rows(config):
+        if row.untrained is not None:
+            plan = row.untrained.pruner(config).plan(config, config.num_patches)
+            if (target := row.pruned_by.options.get("target")) is not None:
+                assert plan.layer_average(depth) == pytest.approx(target, abs=1), row.name
+
+
 def test_scenes_and_questions_depend_on_seed_and_step_alone() -> None:
     first, again = (draw_questions(3, course=Course(scenes=2, questions=3)) for _ in range(2))
     assert [question.prompt for _, question in first] == [question.prompt for _, question in again]
