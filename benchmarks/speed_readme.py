@@ -15,6 +15,7 @@ from benchmarks.quality.readme import README, RESULTS, ROOT, link_base, write_pa
 from benchmarks.serving import page as serving
 from modeling_ivtp.files.tables import markdown_table
 from modeling_ivtp.speed.report import interval, name_of, products, reached, times
+from modeling_ivtp.speed.timing import ratio
 
 SPEED_PAGE = ROOT / "docs" / "speed.md"
 SERVING_PAGE = ROOT / "docs" / "serving.md"
@@ -203,7 +204,24 @@ def _growth(results: Mapping[str, Any]) -> str:
     return f"Time of prompts with {text} text tokens at batch {batch} against their FLOPs: {'; '.join(lines)}."
 
 
-_LINES = {"off": _off, "growth": _growth, "batches": _growth}
+def _extended(results: Mapping[str, Any]) -> str:
+    """Return how much longer prompts take under extended IVTP than under IVTP, and what the choice takes of both."""
+    rows = {(row["arm"], row["batch"]): row for row in results["rows"]}
+    ratios, shares = [], []
+    for (arm, batch), row in rows.items():
+        name, _, tokens = arm.partition("@")
+        if name == "ivtp-extended":
+            own = rows["ivtp@" + tokens, batch]
+            longer, low, high = ratio(row["prefill"]["all"], own["prefill"]["all"])
+            ratios.append(f"{longer:.2f} [{low:.2f}, {high:.2f}] at {tokens} tokens and batch {batch}")
+            shares.append(f"{row['selection_share']:.1%} instead of {own['selection_share']:.1%}")
+    return (
+        f"Time of prompts under ivtp-extended over that under ivtp, in {results['settings']['repeats']} pairs: "
+        f"{', '.join(ratios)}. Of these prompts the choice takes {', '.join(shares)}."
+    )
+
+
+_LINES = {"off": _off, "growth": _growth, "batches": _growth, "extended": _extended}
 """Labels of results that get a line instead of a table."""
 
 

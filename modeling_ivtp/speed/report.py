@@ -154,11 +154,12 @@ def plot(results: Mapping[str, Any]) -> Any:
         axes.set_xscale("log", base=2)
         for number, (arm, held) in enumerate(series):
             points = sorted((row for row in rows if (row["arm"], row[other]) == (arm, held)), key=lambda row: row[axis])
-            x, colour = [row[axis] for row in points], _COLOURS[number % len(_COLOURS)]
+            alone = len(points) == 1  # a single point shows neither line nor area, and stands beside the others
+            aside = 2 ** (0.1 * (number - (len(series) - 1) / 2)) if alone else 1
+            x, colour = [aside * row[axis] for row in points], _COLOURS[number % len(_COLOURS)]
             mark = _MARKS[number // len(_COLOURS) % len(_MARKS)]
             y, low, high = zip(*(row[part]["speed_up"] for row in points), strict=True)
             axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
-            alone = len(points) == 1  # a single point shows neither line nor area
             if alone:
                 axes.plot([*x, *x], [*low, *high], color=colour, alpha=0.4, lw=5, solid_capstyle="butt")
             axes.plot(x, y, color=colour, marker=mark, ms=4, lw=2, label=f"{arm}, batch {held}" if several else arm)
