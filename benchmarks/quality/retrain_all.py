@@ -210,10 +210,12 @@ def _line(
     own = right[_key(row)]
     # At another ratio the untrained stand-in would be another one.
     before = right[_key(without[0])] if without and row["method"] == system.name else None
+    # A run that stood still for a while tells no time.
+    seconds = "–" if row["seconds_per_step"] is None else f"{row['seconds_per_step']:.2g}"
     return (
         system.table, row["method"], row["seed"], f"{row['final_tokens']:.4g}", f"{row['layer_averaged_tokens']:.1f}",
         f"{row['tflops']:.4g}", _accuracy(before), _accuracy(own), _to(own, before),
-        "" if system.name == "unpruned" else _to(own, control), f"{row['seconds_per_step']:.2g}",
+        "" if system.name == "unpruned" else _to(own, control), seconds,
     )  # fmt: skip
 
 
