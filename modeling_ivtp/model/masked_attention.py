@@ -34,7 +34,8 @@ def masked_attention(
     M_ij = 1 for i = j and the weight of j otherwise (LVPruning Eq. 7, 9); it sums to one. It is differentiable at
     weights of 0, which adding log M to the logits is not. The maximum is that of the keys that count at all: if a token
     of weight 0 had it, the others' sum could be as small as ε. The derivative by a weight of 0 is bounded by 1 / ε.
-    Rows are computed in float32 at least. Of the maps nothing is kept for the backward pass, which computes them again.
+    Rows are computed in float32 at least. The backward pass computes the maps again: kept for it is the mask, which all
+    layers share, and no map but what dropout drew.
 
     Parameters
     ----------
@@ -58,13 +59,12 @@ def masked_attention(
         In place of the attention maps.
     """
     repeats = query.shape[1] // key.shape[1]
-    visible = _visible(attention_mask, query)
     noise = None
     if dropout and module.training:
         shape = (*query.shape[:3], query.shape[2])
         noise = nn.functional.dropout(query.new_ones(shape), dropout)
     key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
-    output = _Attention.apply(query, key, value, weights.to(query.device), visible, scaling, noise)
+    output = _Attention.apply(query, key, value, weights.to(query.device), attention_mask, scaling, noise)
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -78,25 +78,26 @@ class _Attention(torch.autograd.Function):
         key: torch.Tensor,
         value: torch.Tensor,
         weights: torch.Tensor,
-        visible: torch.Tensor,
+        mask: torch.Tensor | None,
         scaling: float,
         noise: torch.Tensor | None,
     ) -> torch.Tensor:
         with torch.autocast(query.device.type, enabled=False):  # as in the backward pass
-            factors, even = _factors(query, weights, visible)
+            factors, even = _factors(query, weights, _visible(mask, query))
             logits = _logits(query, key, scaling)
             most = logits.masked_fill(factors == 0, float("-inf")).amax(-1, keepdim=True)
             shares = _exponentials(logits, most).mul_(factors)
             total = shares.sum(-1, keepdim=True).add_(EPSILON)
             attention = shares.add_(even).div_(total).to(value.dtype)
-            ctx.save_for_backward(query, key, value, weights, visible, most, total, noise)
+            ctx.save_for_backward(query, key, value, weights, mask, most, total, noise)
             ctx.scaling = scaling
             return (attention if noise is None else attention * noise) @ value
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, weights, visible, most, total, noise = ctx.saved_tensors
+        query, key, value, weights, mask, most, total, noise = ctx.saved_tensors
+        visible = _visible(mask, query)
         factors, even = _factors(query, weights, visible)
         exponentials = _exponentials(_logits(query, key, ctx.scaling), most)
         attention = torch.addcmul(even, exponentials, factors).div_(total)
