@@ -74,12 +74,13 @@ def test_the_peak_of_a_process_is_what_it_held_at_once_beyond_what_it_held_befor
     torch.ones(16 * 2**20)
     with PeakMemory(torch.device("cpu")) as peak:
         for _ in range(3):
-            torch.ones(4 * 2**20)  # 16 MiB, one after the other
-    assert peak.bytes == pytest.approx(16 * 2**20, abs=4 * 2**20)
+            torch.ones(32 * 2**20)  # 128 MiB, one after the other
+    # A process does more than this work: other threads of its libraries hold memory too.
+    assert peak.bytes == pytest.approx(128 * 2**20, abs=32 * 2**20)
     with PeakMemory(torch.device("cpu")) as nothing:
         held.sum()
     assert nothing.bytes is not None
-    assert nothing.bytes < 4 * 2**20
+    assert nothing.bytes < 32 * 2**20
 
 
 def test_what_cannot_be_timed_is_refused_before_anything_is_written(tmp_path: Path) -> None:
