@@ -21,6 +21,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from benchmarks.quality import processes
+from benchmarks.quality.muon import FloatMuon
+
 SAVE_SECONDS = 60.0
 
 
@@ -62,7 +65,9 @@ class TrainingRun:
         return self.folder / "state.safetensors"
 
     def save(self) -> None:
-        """Write the state; on a full disk, or when stopped, the state before stays."""
+        """Write the state, if this is the first process; on a full disk, or when stopped, the state before stays."""
+        if processes.number():
+            return
         tensors = {f"weights.{name}": value.contiguous() for name, value in self.modules.state_dict().items()}
         scalars: dict[str, Any] = {}
         for number, optimizer in enumerate(self.optimizers):
@@ -110,6 +115,8 @@ class TrainingRun:
     ) -> None:
         """Run `one_step(step)` until `steps` are done, with a progress bar; the state is saved every minute.
 
+        Of several processes the first one shows, logs and saves; a signal to any of them stops all after the same step.
+
         Parameters
         ----------
         steps : int
@@ -135,7 +142,7 @@ class TrainingRun:
         saved = time.monotonic()
         since: dict[str, list[float]] = {}
         try:
-            with Progress(*columns) as progress:
+            with Progress(*columns, disable=processes.number() > 0) as progress:
                 task = progress.add_task(title, total=steps, completed=self.step, values="")
                 while self.step < steps:
                     start = time.monotonic()
@@ -150,10 +157,11 @@ class TrainingRun:
                         self._log(means)
                         shown = "  ".join(f"{name} {value:.3g}" for name, value in means.items())
                         progress.update(task, completed=self.step, values=shown)
-                    if signals or time.monotonic() - saved > SAVE_SECONDS:
+                    stopped = processes.any_of(bool(signals))
+                    if stopped or time.monotonic() - saved > SAVE_SECONDS:
                         self.save()
                         saved = time.monotonic()
-                    if signals:
+                    if stopped:
                         raise Stopped(f"{title} stopped at step {self.step} of {steps}; run it again to continue.")
             self.save()
         finally:
@@ -161,6 +169,8 @@ class TrainingRun:
                 signal.signal(number, handler)
 
     def _log(self, means: dict[str, float]) -> None:
+        if processes.number():
+            return
         line = {"step": self.step, "seconds": round(self.seconds, 1)} | {k: round(v, 5) for k, v in means.items()}
         with (self.folder / "log.jsonl").open("a") as log:
             log.write(json.dumps(line) + "\n")
@@ -251,7 +261,8 @@ def cosine_rate(step: int, steps: int, warm_up: int = 100) -> float:
 
 
 def set_up(seed: int, threads: int) -> torch.device:
-    """Set seed and CPU threads, and return the device: a GPU if there is one."""
+    """Set seed and CPU threads, join other processes, and return the device: a GPU if there is one."""
+    processes.join()
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -272,11 +283,12 @@ def precision(device: torch.device) -> AbstractContextManager[Any]:
 
 def optimizers_of(module: torch.nn.Module, muon: float = 0.02, adam: float = 2e-3) -> list[torch.optim.Optimizer]:
     """Build the optimizers: Muon for the layers' matrices, AdamW for the rest, with their peak learning rates."""
+    kind = torch.optim.Muon if trains_in_bfloat16() else FloatMuon
     matrices = [p for name, p in module.named_parameters() if p.dim() == 2 and ".layers." in name]
     inside = {id(p) for p in matrices}
     rest = [p for p in module.parameters() if id(p) not in inside]
     return [
-        torch.optim.Muon(matrices, lr=muon, momentum=0.95, weight_decay=0.01),
+        kind(matrices, lr=muon, momentum=0.95, weight_decay=0.01),
         torch.optim.AdamW(rest, lr=adam, betas=(0.9, 0.98), weight_decay=0.01),
     ]
 
@@ -290,6 +302,7 @@ def optimize(
             group["lr"] = optimizer.defaults["lr"] * rate
         optimizer.zero_grad()
     losses["loss"].backward()
+    processes.average_gradients(module)
     torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
     for optimizer in optimizers:
         optimizer.step()

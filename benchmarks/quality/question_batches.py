@@ -1,7 +1,7 @@
 """Pictures and questions for a training step, with the places the decoder is to find on the way to an answer."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ from benchmarks.quality.world import (
 UNKNOWN = -100
 _FIRST = 1_000_000
 """Index of the first scene; the ones before are those of CLIP's training."""
+SHARED = {"window", "words", "lead"}
+"""What all pictures of a step have in common."""
 BLANK_SHARE = 0.03
 """Share of grey pictures among those with questions: a model that sees nothing learns to guess at chance."""
 
@@ -53,6 +55,15 @@ class Pictures:
         side = self.pixels.shape[-1] // PATCH
         rows, columns = (torch.arange(start, start + side) for start in self.window)
         return (rows[:, None] * GRID + columns).flatten()
+
+    def part(self, rows: slice) -> Self:
+        """Return some of the pictures, with all that belongs to them."""
+        parts: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name not in SHARED:
+                parts[field.name] = {k: v[rows] for k, v in value.items()} if isinstance(value, dict) else value[rows]
+        return replace(self, **parts)
 
 
 @dataclass

@@ -68,6 +68,7 @@ class Speaker(nn.Module):
         things: torch.Tensor | None = None,
         asking: torch.Tensor | None = None,
         layers: int | None = None,
+        lengths: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
         """Compute the hidden states of the questions.
 
@@ -88,6 +89,9 @@ class Speaker(nn.Module):
             Weight of each token of a question for the idle attention. Default: all alike.
         layers : int, optional
             The number of first layers that run; default: all.
+        lengths : int64 Tensor (B, Q), optional
+            The number of each question's tokens that are computed; the states after them are those of zeros. Default:
+            all, padding too.
 
         Returns
         -------
@@ -112,12 +116,52 @@ class Speaker(nn.Module):
         reading = _causal_bias(read, states)
         own = _causal_bias(length, states)
         penalty = None if ground is None else IdleAttention.of(ground, things, asking, len(lead))
+        packing = None if lengths is None else Packing.of(lengths, length, read)
+        if packing is not None:
+            states = packing.packed(states)
         halfway, idle = [], torch.zeros((), device=states.device)
         for index, layer in enumerate(self.language.layers[:layers], 1):
-            states, share = _run_layer(layer, states, cos, sin, reading, own, penalty)
+            states, share = _run_layer(layer, states, cos, sin, reading, own, penalty, packing)
             idle = idle + share / len(self.language.layers)
-            halfway += [states[:, read:].unflatten(1, (number, length))] * self.halfway.count(index)
-        return self.language.norm(states[:, read:]).unflatten(1, (number, length)), halfway, idle
+            if index in self.halfway:
+                whole = states if packing is None else packing.padded(states)
+                halfway += [whole[:, read:].unflatten(1, (number, length))] * self.halfway.count(index)
+        whole = states if packing is None else packing.padded(states)
+        return self.language.norm(whole[:, read:]).unflatten(1, (number, length)), halfway, idle
+
+
+@dataclass
+class Packing:
+    """The tokens of pictures and padded questions that are computed, one after the other.
+
+    A third of the tokens of questions side by side is padding; a layer's products leave it out.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        Batch and padded length (B, S).
+    real : int64 Tensor (M,)
+        Places of the tokens that are computed among all B S.
+    """
+
+    shape: tuple[int, int]
+    real: torch.Tensor
+
+    @classmethod
+    def of(cls, lengths: torch.Tensor, length: int, read: int) -> "Packing":
+        """Pack `read` tokens of each picture and the first `lengths` (B, Q) of the `length` tokens of each question."""
+        real = torch.arange(length, device=lengths.device) < lengths[..., None]
+        real = F.pad(real.flatten(1), (read, 0), value=True)
+        return cls((real.shape[0], real.shape[1]), real.flatten().nonzero().squeeze(1))
+
+    def packed(self, states: torch.Tensor) -> torch.Tensor:
+        """Return the computed ones (M, d) of states (B, S, d)."""
+        return states.flatten(0, 1).index_select(0, self.real)
+
+    def padded(self, states: torch.Tensor) -> torch.Tensor:
+        """Return states (M, d) in their places (B, S, d), with zeros between."""
+        whole = states.new_zeros(self.shape[0] * self.shape[1], states.shape[1])
+        return whole.index_copy(0, self.real, states).unflatten(0, self.shape)
 
 
 @dataclass
@@ -171,19 +215,20 @@ def _run_layer(
     reading: torch.Tensor,
     own: torch.Tensor,
     penalty: IdleAttention | None,
+    packing: Packing | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run a layer over the picture and all questions, and return the states and the idle share of attention.
 
-    `reading` and `own` are the attention biases of picture and question.
+    `reading` and `own` are the attention biases of picture and question. With a packing, `states` are packed.
     """
     attention, read = layer.self_attn, reading.shape[0]
     normed = layer.input_layernorm(states)
-    query, key, value = (
-        projection(normed).unflatten(2, (-1, attention.head_dim)).transpose(1, 2)
-        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-    )
+    projected = [projection(normed) for projection in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    if packing is not None:
+        projected = [packing.padded(one) for one in projected]
+    query, key, value = (one.unflatten(2, (-1, attention.head_dim)).transpose(1, 2) for one in projected)
     query, key = apply_rotary_pos_emb(query, key, cos.to(query.dtype), sin.to(query.dtype))
-    of_picture = [projected[:, :, :read] for projected in (query, key, value)]
+    of_picture = [states_of[:, :, :read] for states_of in (query, key, value)]
     query = query * query.shape[-1] ** -0.5
     by_questions, of_questions = _side_by_side(query, key, value, read, own)
     if penalty is None:
@@ -194,6 +239,8 @@ def _run_layer(
         read_states = by_picture @ value[:, :, :read]
         idle = penalty.share(by_picture, by_questions)
     output = torch.cat([read_states, of_questions], 2).transpose(1, 2).flatten(2)
+    if packing is not None:
+        output = packing.packed(output)
     states = states + attention.o_proj(output)
     return states + layer.mlp(layer.post_attention_layernorm(states)), idle
 

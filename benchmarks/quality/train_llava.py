@@ -13,6 +13,10 @@ is to rest on the first token, as in large models, not on patches that pruning d
 way, and attention is free.
 
     python -m benchmarks.quality.train_llava --clip out/miniature/clip --out out/miniature/llava
+
+On CPUs one process a core is faster than one process with as many threads:
+
+    torchrun --standalone --nproc-per-node 2 -m benchmarks.quality.train_llava --clip … --out … --threads 1
 """
 
 import os
@@ -24,7 +28,7 @@ import torch
 import torch.nn.functional as F
 import typer
 
-from benchmarks.quality import command
+from benchmarks.quality import command, processes
 from benchmarks.quality.loop import (
     TrainingRun,
     drawn_ahead,
@@ -104,7 +108,12 @@ def main(
     optimizers = optimizers_of(speaker, MUON)
     settings = {"recipe": recipe.name, "seed": seed, "device": device.type} | asdict(course)
     run = TrainingRun(out, speaker, optimizers, settings)
-    batches = drawn_ahead(lambda step: draw_batch(course, step, device.type == "cuda"), run.step)
+
+    def own_batch(step: int) -> Asked | Named:
+        batch = draw_batch(course, step, device.type == "cuda")
+        return batch.part(processes.share(len(batch.pixels)))
+
+    batches = drawn_ahead(own_batch, run.step)
 
     def one_step(step: int) -> dict[str, float]:
         batch = next(batches)
@@ -189,8 +198,11 @@ def _answer(
     if course.settling(step):
         things = (batch.shown[..., 0] * (len(COLOURS) + 1) + batch.shown[..., 1]).to(device)
         asking = _asking(tokens, at)
+    # The end after the answer is asked for, but nothing is read from it, nor from padding after it. Where attention to
+    # ground has a cost, padding pays it, too.
+    lengths = None if course.idle_weight else at + 2
     hidden, halfway, idle = speaker(
-        features, batch.lead.to(device), tokens, batch.patches.to(device), ground, things, asking
+        features, batch.lead.to(device), tokens, batch.patches.to(device), ground, things, asking, lengths=lengths
     )
     places = torch.stack([at, at + 1], -1)
     logits = speaker.head(_states_at(hidden, places)).float()

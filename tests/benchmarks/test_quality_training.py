@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -10,10 +12,11 @@ from torch import nn
 
 from benchmarks.quality.assemble import assemble
 from benchmarks.quality.captions_for_clip import texts_of
-from benchmarks.quality.loop import Stopped, TrainingRun, cosine_rate
+from benchmarks.quality.loop import Stopped, TrainingRun, cosine_rate, saved_weights
 from benchmarks.quality.miniature import vision_config
+from benchmarks.quality.muon import FloatMuon
 from benchmarks.quality.question_batches import UNKNOWN, ask, name_all
-from benchmarks.quality.recipes import RECIPES, TAUGHT
+from benchmarks.quality.recipes import PLAIN, RECIPES, TAUGHT
 from benchmarks.quality.speaker import NAMING, Speaker
 from benchmarks.quality.tokenizer import decoder_tokenizer
 from benchmarks.quality.train_clip import PATCH_LABELS, Batch, Teacher, patch_labels
@@ -72,6 +75,64 @@ def test_patches_of_a_small_scene_stand_where_they_would_in_a_whole_one():
         places = torch.cat([torch.arange(lead), lead + asked.patches, after])[None]
         alone = speaker.language(inputs_embeds=embeds, position_ids=places).last_hidden_state[0, lead + 144 :]
         torch.testing.assert_close(together[0, question], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_padding_left_out_changes_neither_answers_nor_gradients():
+    torch.manual_seed(0)
+    asked = ask(1, 2, 4, NO_CORNERS, side=168)
+    assert (asked.answers + 2 < asked.tokens.shape[2]).any(), "some padding, else nothing is shown here"
+    speaker = Speaker(replace(TAUGHT, decoder_layers=4))
+    features = torch.randn(2, 144, 192)
+    places = torch.stack([asked.answers, asked.answers + 1], -1)[..., None].expand(-1, -1, -1, 192)
+    found = []
+    for lengths in (None, asked.answers + 2):
+        hidden, halfway, _ = speaker(features, asked.lead, asked.tokens, asked.patches, lengths=lengths)
+        read = [states.gather(2, places) for states in (hidden, *halfway)]
+        speaker.zero_grad()
+        sum(states.square().sum() for states in read).backward()
+        gradients = [one.grad.clone() for one in speaker.parameters() if one.grad is not None]
+        found.append((read, gradients))
+    torch.testing.assert_close(found[1], found[0], atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (48, 16), (16, 48)])
+def test_muon_in_float32_steps_as_torchs_own_does(shape):
+    torch.manual_seed(0)
+    start = torch.randn(2, *shape)
+    ours, torchs = ([nn.Parameter(one.clone()) for one in start] for _ in range(2))
+    optimizers = [
+        kind(those, lr=0.01, momentum=0.9, weight_decay=0.1)
+        for kind, those in ((FloatMuon, ours), (torch.optim.Muon, torchs))
+    ]
+    for _ in range(3):
+        gradients = torch.randn(2, *shape)
+        for those, optimizer in zip((ours, torchs), optimizers, strict=True):
+            for parameter, gradient in zip(those, gradients, strict=True):
+                parameter.grad = gradient.clone()
+            optimizer.step()
+    moved = (torchs[0] - start[0]).norm()
+    for one, other in zip(ours, torchs, strict=True):
+        assert (one - other).norm() < 0.02 * moved
+    optimizers[0].load_state_dict(optimizers[1].state_dict())  # a run goes on with either
+
+
+def test_two_processes_train_as_one_does(tmp_path):
+    steps = ["--align", "1", "--name", "0", "--middle", "2", "--whole", "0"]
+    steps += ["--sentences", "0", "--practice", "0", "--settle", "0"]
+    tower = "benchmarks/quality/towers/plain-0.safetensors"
+    for name, launcher in (("one", []), ("two", ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"])):
+        command = [sys.executable, "-m", *launcher, "benchmarks.quality.train_llava", "--clip", tower]
+        done = subprocess.run(
+            [*command, "--out", tmp_path / name, "--threads", "1", *steps], capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (saved_weights(tmp_path / name) for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    before = Speaker(PLAIN).state_dict()
+    moved = {name: (value - before[name]).abs().max() for name, value in one.items()}
+    assert moved["head.weight"] > 1e-5
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, atol=2e-5, rtol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize("settling", [False, True])
