@@ -16,7 +16,7 @@ way, and attention is free.
 
 On CPUs one process a core is faster than one process with as many threads:
 
-    torchrun --standalone --nproc-per-node 2 -m benchmarks.quality.train_llava --clip … --out … --threads 1
+    torchrun --standalone --nproc-per-node 2 -m benchmarks.quality.train_llava --clip … --out …
 """
 
 import os
@@ -79,10 +79,11 @@ def main(
     practice: Annotated[int | None, typer.Option(help="Steps with more of the hard questions.")] = None,
     settle: Annotated[int | None, typer.Option(help="Steps in which objects learn to look at themselves.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = os.cpu_count() or 1,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default: a process's share.")] = None,
 ) -> None:
     """Train, or continue training, by the recipe of stage 1."""
-    device = set_up(seed, threads)
+    processes.join()
+    device = set_up(seed, threads or max(1, (os.cpu_count() or 1) // processes.count()))
     teacher = load_teacher(clip).to(device)
     recipe = teacher.recipe.with_steps(
         "course",

@@ -10,18 +10,20 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.quality import processes
 from benchmarks.quality.assemble import assemble
 from benchmarks.quality.captions_for_clip import texts_of
 from benchmarks.quality.loop import Stopped, TrainingRun, cosine_rate, saved_weights
 from benchmarks.quality.miniature import vision_config
 from benchmarks.quality.muon import FloatMuon
 from benchmarks.quality.question_batches import UNKNOWN, ask, name_all
-from benchmarks.quality.recipes import PLAIN, RECIPES, TAUGHT
+from benchmarks.quality.recipes import RECIPES, TAUGHT
 from benchmarks.quality.speaker import NAMING, Speaker
 from benchmarks.quality.tokenizer import decoder_tokenizer
 from benchmarks.quality.train_clip import PATCH_LABELS, Batch, Teacher, patch_labels
 from benchmarks.quality.train_llava import NO_CORNERS, TWO_THINGS, draw_batch, losses
 from benchmarks.quality.world import COLOURS, GRID, SIZES, TYPES, answer_words, draw_scene, kinds
+from tests.support import train_in_parts
 
 
 @pytest.fixture(scope="module")
@@ -116,23 +118,23 @@ def test_muon_in_float32_steps_as_torchs_own_does(shape):
     optimizers[0].load_state_dict(optimizers[1].state_dict())  # a run goes on with either
 
 
+@pytest.mark.subprocess
 def test_two_processes_train_as_one_does(tmp_path):
-    steps = ["--align", "1", "--name", "0", "--middle", "2", "--whole", "0"]
-    steps += ["--sentences", "0", "--practice", "0", "--settle", "0"]
-    tower = "benchmarks/quality/towers/plain-0.safetensors"
-    for name, launcher in (("one", []), ("two", ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"])):
-        command = [sys.executable, "-m", *launcher, "benchmarks.quality.train_llava", "--clip", tower]
-        done = subprocess.run(
-            [*command, "--out", tmp_path / name, "--threads", "1", *steps], capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-    one, two = (saved_weights(tmp_path / name) for name in ("one", "two"))
-    assert one.keys() == two.keys()
-    before = Speaker(PLAIN).state_dict()
-    moved = {name: (value - before[name]).abs().max() for name, value in one.items()}
-    assert moved["head.weight"] > 1e-5
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, atol=2e-5, rtol=1e-4, msg=name)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    command = [*launcher, train_in_parts.__name__, str(tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    train_in_parts.train(tmp_path / "one")
+    train_in_parts.train(tmp_path / "half", slice(0, 2))
+    one, two, half = (saved_weights(tmp_path / name, "head") for name in ("one", "two", "half"))
+    torch.testing.assert_close(two[".weight"], one[".weight"], atol=1e-5, rtol=1e-4)
+    assert (half[".weight"] - one[".weight"]).abs().max() > 1e-3  # what a process's share alone would have made
+
+
+def test_pictures_that_processes_cannot_share_are_refused(monkeypatch):
+    monkeypatch.setattr(processes, "count", lambda: 3)
+    with pytest.raises(ValueError, match="8 pictures of a step cannot be divided among 3 processes"):
+        processes.share(8)
 
 
 @pytest.mark.parametrize("settling", [False, True])
