@@ -15,6 +15,8 @@ from .method import Method
 class IVTP(Method):
     """The two stages of IVTP with the model's own pruning options, at another budget.
 
+    A coverage of the model stays in force, with `keep` as its ceiling.
+
     Parameters
     ----------
     options : dict, optional
@@ -50,7 +52,16 @@ class IVTP(Method):
         handed_over = config.pruning.tower_tokens
         if handed_over is not None and handed_over < self.keep:
             handed_over = None
-        fixed = {"enabled": True, "visual_tokens": self.keep, "tower_tokens": handed_over, "positions": self.positions}
+        fewest = config.pruning.min_visual_tokens
+        if fewest is not None:
+            fewest = min(fewest, self.keep)
+        fixed = {
+            "enabled": True,
+            "visual_tokens": self.keep,
+            "min_visual_tokens": fewest,
+            "tower_tokens": handed_over,
+            "positions": self.positions,
+        }
         return IVTPPruner(config.pruning.changed(**fixed | dict(self.options)))
 
 
@@ -63,6 +74,7 @@ class IVTPV(IVTP):
 
     def pruner(self, config: Any) -> IVTPPruner:
         """Make the pruner without layers of the decoder."""
-        # Without the second stage there is no hand-over.
+        # Without the second stage there is no hand-over, and no question that a coverage could follow.
         fixed = {"decoder_layers": 0, "guidance": "visual_cls", "tower_tokens": None}
+        fixed |= {"coverage": None, "min_visual_tokens": None}
         return IVTP(self.keep, {**self.options, **fixed}, positions=self.positions).pruner(config)

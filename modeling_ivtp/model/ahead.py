@@ -128,7 +128,8 @@ def choose_ahead(
 
 def drops(visual: VisualPrompt) -> bool:
     """Return whether a prompt's groups drop anything."""
-    return bool(visual.groups) and visual.groups[-1].keep < visual.sequence.patches.shape[2]
+    last = visual.groups[-1] if visual.groups else None
+    return last is not None and (last.adaptive or last.keep < visual.sequence.patches.shape[2])
 
 
 def places(chosen: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ ratio per group, with a hand-over of 120 between the stages, reproduces its FLOP
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -159,7 +159,7 @@ def plan_pruning(pruning: Any, patches: int, tower_layers: int, decoder_layers: 
     Returns
     -------
     PruningPlan or None
-        None when nothing is to be dropped: pruning is off, or the budget is not below N.
+        None when nothing is to be dropped: pruning is off, or the budget is not below N and no coverage decides.
 
     Raises
     ------
@@ -195,11 +195,16 @@ def plan_pruning(pruning: Any, patches: int, tower_layers: int, decoder_layers: 
                 f"{required} or None."
             )
         handed_over = required
+    decoder = grouped(pruning.decoder_layers, pruning.layers_per_group, handed_over, final, name="decoder_layers")
+    fixed = getattr(pruning, "coverage", None) is None
+    if not fixed:
+        # Where the ceiling leaves all tokens, the coverage still decides.
+        decoder = (*decoder[:-1], replace(decoder[-1], adaptive=True))
     plan = PruningPlan(
         patches,
         tower=grouped(in_tower, pruning.layers_per_group, patches, handed_over, name="tower_layers"),
-        decoder=grouped(pruning.decoder_layers, pruning.layers_per_group, handed_over, final, name="decoder_layers"),
-        exact=getattr(pruning, "coverage", None) is None,
+        decoder=decoder,
+        exact=fixed,
         ahead=getattr(pruning, "decoder_choice", "within") == "ahead",
     )
-    return plan if plan.final_tokens < patches else None
+    return plan if plan.drops else None

@@ -111,6 +111,31 @@ def test_floor_and_ceiling_hold(options):
 
 
 @EVERY_CHOICE
+@pytest.mark.parametrize("where", ["within", "ahead"])
+@pytest.mark.parametrize("hand_over", [{"visual_tokens": 9, "tower_tokens": 9}, {"visual_tokens": 16, "tower_tokens": None}])
+def test_it_decides_where_the_ceiling_drops_nothing(options, where, hand_over):
+    model, inputs = tiny_model(**options, decoder_choice=where), prompt(ROWS)
+    rows, ceiling = len(inputs["input_ids"]), hand_over["visual_tokens"]
+    with model.pruning(**hand_over, coverage=0.3, min_visual_tokens=1):
+        assert max(counts(model, inputs)) < ceiling
+    with model.pruning(**hand_over, coverage=1e-9, min_visual_tokens=2):
+        assert counts(model, inputs) == [2] * rows
+    with model.pruning(**hand_over, coverage=1.0):
+        assert counts(model, inputs) == [ceiling] * rows
+
+
+@pytest.mark.parametrize("method", [methods.IVTP, methods.IVTPExtended, methods.IVTPV, methods.IVTPExtendedFlat])
+def test_methods_take_a_model_whose_pictures_have_budgets_of_their_own(method):
+    model, inputs = tiny_model(coverage=1e-9, min_visual_tokens=3), prompt(ROWS)
+    rows = len(inputs["input_ids"])
+    with method(2)(model):
+        assert counts(model, inputs) == [2] * rows
+    # Without the second stage there is nothing that a coverage could decide.
+    with method(4)(model):
+        assert counts(model, inputs) == [4 if issubclass(method, methods.IVTPV) else 3] * rows
+
+
+@EVERY_CHOICE
 @pytest.mark.parametrize("cache", [None, "static"])
 def test_a_batch_answers_as_its_rows_alone(options, cache):
     model, inputs = tiny_model(**options, coverage=0.6, min_visual_tokens=1), prompt(ROWS)
