@@ -311,8 +311,10 @@ class IVTPLlavaConfig(LlavaConfig):
     def __setattr__(self, name: str, value: Any) -> None:
         unset = value is None and "pruning" not in self.__dict__  # `__post_init__` chooses the default
         if name == "pruning" and not unset and not isinstance(value, IVTPPruningConfig):
-            # A mapping changes some of a checkpoint's options and leaves the others.
+            # A mapping changes some of a checkpoint's options and leaves the others; None changes none.
             current = self.__dict__.get("pruning")
+            if isinstance(current, IVTPPruningConfig) and value is None:
+                return
             if isinstance(current, IVTPPruningConfig) and isinstance(value, Mapping):
                 value = current.changed(**value)
             else:

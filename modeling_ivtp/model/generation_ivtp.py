@@ -1,6 +1,7 @@
 """Pruning inside `generate()`: masks of a static cache, beams, images of earlier turns."""
 
 import inspect
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ _MOVED = {
     "dola_layers": "DoLa",
 }
 """Options of decoding strategies that transformers 5 moved out of the library."""
+_DRAFTED_FROM: ContextVar[Any] = ContextVar("drafted_from", default=None)
+"""The images of a call of `generate` as its assistant's own tower encodes them."""
 
 
 class PrunedGeneration:
@@ -47,8 +50,12 @@ class PrunedGeneration:
                 f"{moved[0]}={kwargs[moved[0]]!r}: {_MOVED[moved[0]]} is no part of transformers 5. Allowed: greedy "
                 "search, sampling and beams (num_beams), prompt lookup and assisted decoding."
             )
-        self._connect_ahead(args, kwargs)
-        return super().generate(*args, **kwargs)  # type: ignore[misc]
+        before = _DRAFTED_FROM.set(_encoded_for_assistant(kwargs))
+        try:
+            self._connect_ahead(args, kwargs)
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            _DRAFTED_FROM.reset(before)
 
     @torch.no_grad()
     def _connect_ahead(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -79,6 +86,10 @@ class PrunedGeneration:
     ) -> Any:
         """Prepare a forward's inputs as transformers does; what only a prompt needs is left out of decoding steps."""
         prompt = kwargs.pop("prompt_length", None)
+        cache = kwargs.get(CACHE)
+        if next_sequence_length != 1 and cache is not None and kwargs.get("mm_encoder_outputs") is not None:
+            # transformers never calls an assistant's pass the first one, and would leave the images out of its prompt.
+            is_first_iteration = is_first_iteration or int(cache.get_seq_length()) == 0
         if not is_first_iteration and kwargs.get("use_cache", True):
             for name in ("mm_encoder_outputs", "clip_input_ids", "clip_spans"):
                 kwargs.pop(name, None)
@@ -98,7 +109,7 @@ class PrunedGeneration:
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
-        cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
+        mask = kwargs.get("attention_mask")
         if is_first_iteration:
             self._index_ahead(inputs, mask)
             if cache is not None:
@@ -229,13 +240,33 @@ class PrunedGeneration:
         return super().generate_batch(inputs, *args, **kwargs)  # type: ignore[misc]
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
-        """Leave out the inputs that an assistant, a plain language model, does not take."""
+        """Give an assistant that sees its own features, and leave out what a plain language model does not take."""
         assistant, inputs = kwargs.get("assistant_model"), kwargs.get("model_kwargs")
         if assistant is not None and inputs is not None:
             known = inspect.signature(assistant.forward).parameters
             ours = {"clip_input_ids", "clip_spans", "pixel_values", "prompt_length"} - set(known)
-            kwargs["model_kwargs"] = {name: value for name, value in inputs.items() if name not in ours}
+            inputs = {name: value for name, value in inputs.items() if name not in ours}
+            if (encoded := _DRAFTED_FROM.get()) is not None:
+                inputs["mm_encoder_outputs"] = encoded
+            kwargs["model_kwargs"] = inputs
         return super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]
+
+
+@torch.no_grad()
+def _encoded_for_assistant(kwargs: dict[str, Any]) -> Any:
+    """Return the images as an assistant's tower encodes them; None without images, or if it sees none.
+
+    An assistant gets the inputs of the model that it drafts for, and transformers has encoded the images by then. Its
+    own tower may be another one, or keep another number of tokens.
+    """
+    assistant, pixels = kwargs.get("assistant_model"), kwargs.get("pixel_values")
+    encode = getattr(assistant, "get_image_features", None)
+    if assistant is None or pixels is None or encode is None:
+        return None
+    known = inspect.signature(encode).parameters
+    given = {name: value for name, value in kwargs.items() if name in known and name != "return_dict"}
+    given["pixel_values"] = pixels.to(assistant.device)
+    return {"image": encode(**given, return_dict=True)}
 
 
 def _needs_no_mask(cache: Any) -> bool:

@@ -55,7 +55,7 @@ CHOOSING = ("clip_text_model", "visual_projection")
 HEAD = "lm_head.weight"
 """The language model's head, by its name among the weights."""
 SPARED = (*CHOOSING, "connector")
-"""Parts that are never quantised."""
+"""Parts that a quantisation is told to leave out."""
 
 
 class IVTPLlavaPreTrainedModel(LlavaPreTrainedModel):
@@ -73,9 +73,10 @@ class IVTPLlavaPreTrainedModel(LlavaPreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a checkpoint as transformers does; CLIP's text tower, projection and a connector are never quantised.
+        """Load a checkpoint as transformers does, with CLIP's text tower, projection and a connector unquantised.
 
-        An error names a weights file that is damaged or cut short.
+        They are left out by name, so a format whose configuration has no list of modules to leave out (HQQ, AQLM)
+        quantises them, too. An error names a weights file that is damaged or cut short.
 
         Raises
         ------
@@ -798,8 +799,17 @@ class IVTPLlavaForConditionalGeneration(
         The model reads questions with it where inputs come without them, so it stays beside the weights.
         """
         super().save_pretrained(save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True) and self.model.has_text_tower:
-            self.model.guide.save(self, save_directory)
+        if kwargs.get("is_main_process", True):
+            self._save_processor(save_directory)
+
+    def _save_processor(self, folder: Any) -> None:
+        if self.model.has_text_tower:
+            self.model.guide.save(self, folder)
+
+    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        """Upload as transformers does, with the processor: `save_pretrained(..., push_to_hub=True)` uploads first."""
+        self._save_processor(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     @torch.no_grad()
     def explain(self, processor: Any = None, **inputs: Any) -> PruningTrace:
@@ -810,7 +820,8 @@ class IVTPLlavaForConditionalGeneration(
         processor : processor or tokenizer, optional
             Puts the instruction's tokens into words. Default: the one saved next to this checkpoint, if it is on disk.
         **inputs
-            What `generate` takes: `input_ids`, `pixel_values`, … A cache of earlier turns is read and left as it is.
+            What `generate` takes: `input_ids`, `pixel_values`, … A cache of earlier turns is read and left as it is;
+            beside it the conversation may come whole, with a mask as long, or only what is new, as in `forward`.
 
         Returns
         -------
@@ -828,7 +839,9 @@ class IVTPLlavaForConditionalGeneration(
         fixed: dict[str, Any] = {"use_cache": True, "return_dict": True, "logits_to_keep": 1}
         earlier = one_cache(inputs.pop("cache", None), inputs.pop("past_key_values", None))
         if earlier is not None:
-            fixed["cache"] = copy.deepcopy(earlier)
+            earlier = copy.deepcopy(earlier)
+            inputs = self._continuing(inputs, earlier)
+            fixed["cache"] = earlier
         training = [module for module in self.modules() if module.training]
         self.eval()
         try:
@@ -837,6 +850,17 @@ class IVTPLlavaForConditionalGeneration(
             for module in training:
                 module.training = True
         return recorder.trace(self, cache_of(outputs))
+
+    def _continuing(self, inputs: dict[str, Any], cache: Cache) -> dict[str, Any]:
+        """Return the inputs of a forward for what is new in a conversation that came whole, as in `generate`."""
+        ids, mask, past = inputs.get("input_ids"), inputs.get("attention_mask"), int(cache.get_seq_length())
+        if past == 0 or ids is None or mask is None or mask.shape[1] != ids.shape[1]:
+            return inputs
+        ids, whole = self._expand_inputs_for_generation(**inputs | {CACHE: cache})
+        prepared: dict[str, Any] = self.prepare_inputs_for_generation(
+            ids, next_sequence_length=ids.shape[1] - past, is_first_iteration=True, **whole
+        )
+        return {name: value for name, value in prepared.items() if name != CACHE}
 
     def _check_something_to_explain(self, inputs: Mapping[str, Any]) -> None:
         if self.model.plan() is None:

@@ -440,12 +440,13 @@ class TraceRecorder:
                 images.append(ImageTrace(row, (side, side), tuple(groups), tokens, reference))
                 flat += 1
         layers = model.config.text_config.num_hidden_layers
-        stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        # A static cache has room for more than it holds.
+        held = [getattr(layer, "entries", int(layer.get_seq_length())) for layer in cache.layers]
         first = cache.layers[0]
         per_entry = first.keys[:, :, :1].nbytes + first.values[:, :, :1].nbytes
         return PruningTrace(
             images=tuple(images),
-            kv_bytes=stored,
+            kv_bytes=per_entry * sum(held),
             kv_bytes_unpruned=per_entry * layers * int(cache.get_seq_length()),
             decoder_layer_tokens=_layer_tokens(images, model.model.plan().tower_tokens, layers),
             method=pruner.label,

@@ -112,10 +112,10 @@ def test_floor_and_ceiling_hold(options):
 
 @EVERY_CHOICE
 @pytest.mark.parametrize("where", ["within", "ahead"])
-@pytest.mark.parametrize("hand_over", [{"visual_tokens": 9, "tower_tokens": 9}, {"visual_tokens": 16, "tower_tokens": None}])
-def test_it_decides_where_the_ceiling_drops_nothing(options, where, hand_over):
+@pytest.mark.parametrize("ceiling", [9, 16])
+def test_it_decides_where_the_ceiling_drops_nothing(options, where, ceiling):
     model, inputs = tiny_model(**options, decoder_choice=where), prompt(ROWS)
-    rows, ceiling = len(inputs["input_ids"]), hand_over["visual_tokens"]
+    rows, hand_over = len(inputs["input_ids"]), {"visual_tokens": ceiling, "tower_tokens": ceiling}
     with model.pruning(**hand_over, coverage=0.3, min_visual_tokens=1):
         assert max(counts(model, inputs)) < ceiling
     with model.pruning(**hand_over, coverage=1e-9, min_visual_tokens=2):

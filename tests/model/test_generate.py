@@ -91,6 +91,51 @@ def test_assisted_decoding_gives_the_greedy_answer(model, assistant):
     )
 
 
+@pytest.mark.parametrize("helper", ["fewer tokens", "unpruned", "stock", "another width"])
+def test_an_assistant_that_sees_drafts_from_its_own_features(model, helper):
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    assistant = tiny_model(seed=1)
+    if helper == "fewer tokens":
+        assistant.set_pruning(visual_tokens=2, tower_tokens=4)
+    elif helper == "unpruned":
+        assistant.set_pruning(enabled=False)
+    elif helper == "stock":
+        config = LlavaConfig.from_dict(model.config.to_dict() | {"model_type": "llava"})
+        assistant = LlavaForConditionalGeneration(config).eval()
+        assistant.generation_config.eos_token_id = None
+    else:
+        assistant = tiny_model(seed=1, width=48)
+    (row,) = rows_alone(prompt(ROWS[:1]), ROWS[:1])
+    assert torch.equal(
+        generate(model, row, assistant_model=assistant, max_new_tokens=12), generate(model, row, max_new_tokens=12)
+    )
+
+
+def test_an_assistant_like_the_model_has_all_its_drafts_accepted(model, monkeypatch):
+    from transformers.generation.candidate_generator import AssistedCandidateGenerator
+
+    accepted = []
+    update = AssistedCandidateGenerator.update_candidate_strategy
+
+    def watched(self, input_ids, scores, matches):
+        accepted.append((int(matches), scores.shape[1] - 1))
+        return update(self, input_ids, scores, matches)
+
+    monkeypatch.setattr(AssistedCandidateGenerator, "update_candidate_strategy", watched)
+    (row,) = rows_alone(prompt(ROWS[:1]), ROWS[:1])
+    with model.pruning(enabled=False):
+        expected = generate(model, row, max_new_tokens=12)
+    unpruned = tiny_model(enabled=False)
+    # The pruned model drafts for the same weights unpruned: what it drafts must be its own answer.
+    assert torch.equal(generate(unpruned, row, assistant_model=model, max_new_tokens=12), expected)
+    own = generate(model, row, max_new_tokens=12)
+    accepted.clear()
+    assert torch.equal(generate(model, row, assistant_model=tiny_model(), max_new_tokens=12), own)
+    assert accepted
+    assert all(matches == drafted for matches, drafted in accepted)
+
+
 def test_streaming_yields_the_answer_token_by_token(model):
     class Numbers:
         def decode(self, tokens, **kwargs):

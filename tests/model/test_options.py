@@ -286,3 +286,11 @@ def test_spans_that_do_not_fit_the_prompt_are_refused(model):
     inputs["clip_spans"] = torch.zeros(2, 26, 2, dtype=torch.long)
     with pytest.raises(ValueError, match="clip_spans has shape"):
         model(**inputs)
+
+
+def test_no_options_change_none_of_a_checkpoints(tmp_path):
+    tiny_model(visual_tokens=2, choice="diverse").save_pretrained(tmp_path)
+    loaded = IVTPLlavaForConditionalGeneration.from_pretrained(tmp_path, pruning=None)
+    assert (loaded.config.pruning.visual_tokens, loaded.config.pruning.choice) == (2, "diverse")
+    loaded.config.pruning = None
+    assert loaded.config.pruning.choice == "diverse"

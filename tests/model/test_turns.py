@@ -102,3 +102,28 @@ def test_explaining_a_later_turn_leaves_its_cache_and_counts_the_whole(loaded):
     assert cache.get_seq_length() == length
     assert 0 < trace.kv_bytes_saved < trace.kv_bytes_unpruned
     assert trace.kv_bytes_unpruned == 6 * 2 * 2 * 8 * 4 * (length + later["input_ids"].shape[1])
+
+
+@pytest.mark.parametrize("all_pictures", [True, False])
+def test_a_conversation_is_explained_as_generate_takes_it(loaded, all_pictures):
+    model, processor, pictures = loaded
+    cache = DynamicCache()
+    answered = answer_first(loaded, cache)
+    later, whole = conversation(loaded, answered, SECOND, pictures[1:])
+    new = later | {"input_ids": whole["input_ids"][:, cache.get_seq_length() :], "attention_mask": None}
+    expected = model.explain(processor=processor, past_key_values=cache, **new)
+    if all_pictures:
+        first = processor(images=pictures[0], text=FIRST, return_tensors="pt")
+        whole["pixel_values"] = torch.cat([first["pixel_values"], whole["pixel_values"]])
+    trace = model.explain(processor=processor, past_key_values=cache, **whole)
+    assert trace.to_dict() == expected.to_dict()
+    assert trace.kv_bytes_unpruned == 6 * 2 * 2 * 8 * 4 * whole["input_ids"].shape[1]
+
+
+def test_a_static_cache_counts_as_what_it_holds(loaded):
+    model, processor, pictures = loaded
+    inputs = processor(images=pictures[0], text=FIRST, return_tensors="pt")
+    static = StaticCache(config=model.config.text_config, max_cache_len=200)
+    trace, expected = model.explain(**inputs, past_key_values=static), model.explain(**inputs)
+    assert (trace.kv_bytes, trace.kv_bytes_unpruned) == (expected.kv_bytes, expected.kv_bytes_unpruned)
+    assert trace.kv_bytes_saved > 0

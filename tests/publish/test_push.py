@@ -13,9 +13,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import HfApi, ModelCard, constants
 from safetensors.torch import load_file, save_file
 
+from modeling_ivtp import IVTPLlavaForConditionalGeneration
 from modeling_ivtp.checkpoints.convert import convert
 from modeling_ivtp.cli import main
 from modeling_ivtp.publish import push as pushing
@@ -447,3 +448,15 @@ def test_a_checkpoint_of_ones_own_gets_a_card_that_claims_nothing(
     (tmp_path / "own" / "README.md").write_text("---\nlicense: mit\n---\nmine")
     assert main(["push", str(tmp_path / "own"), f"{OWNER}/own", "--yes"]) == 0
     assert hub.head(f"{OWNER}/own")["README.md"] == b"---\nlicense: mit\n---\nmine"
+
+
+def test_a_model_that_is_pushed_while_it_is_saved_brings_its_processor(
+    folders: Any, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = IVTPLlavaForConditionalGeneration.from_pretrained(folders.miniature)
+    api = HfApi(endpoint=hub.url, token=TOKEN)
+    monkeypatch.setattr("transformers.modeling_utils.hf_api", lambda: api)
+    monkeypatch.setattr("transformers.utils.hub.hf_api", lambda: api)
+    model.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id=f"{OWNER}/saved")
+    files = hub.head(f"{OWNER}/saved")
+    assert {"config.json", "model.safetensors", "processor_config.json", "clip_tokenizer/tokenizer.json"} <= set(files)
