@@ -105,7 +105,10 @@ def train(options: Options, *, dry_run: bool = False) -> Summary:
     learn, held_out = rows.split(options.evaluation_share, options.seed)
     shown, tokens = options.progress and state.is_main_process, None
     if dry_run or not begun:
-        tokens = count_tokens(processor, learn, features_of_image(config), options.preset.max_length, shown)
+        places, longest = features_of_image(config), options.preset.max_length
+        tokens = count_tokens(processor, learn, places, longest, shown)
+        if held_out is not None:  # for its checks: the plan counts what is learned
+            count_tokens(processor, held_out, places, longest, shown)
     plan = make_plan(options, config, learn, held_out, tokens, state.num_processes)
     if not begun and not dry_run:
         folder.check(settings, plan.disk_bytes)

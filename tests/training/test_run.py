@@ -155,6 +155,19 @@ def test_what_is_wrong_is_said_before_anything_is_written(options, message, samp
     assert not (tmp_path / "run").exists()
 
 
+def test_a_held_out_row_without_an_answer_in_the_length_is_refused_before_anything_is_written(sample, tmp_path):
+    _, held_out = open_conversations(str(sample / "rows.json")).split(0.25, 0)
+    rows = json.loads(json.dumps(ROWS))
+    long = rows[held_out.numbers[0]]
+    long["conversations"] = [{"from": "human", "value": "<image>\n" + "a bird " * 200}, {"from": "gpt", "value": "red"}]
+    data = write_data(tmp_path / "data", rows)
+    options = run_options(sample / "model", data, tmp_path / "run", evaluation_share=0.25)
+    for dry_run in (True, False):
+        with pytest.raises(ValueError, match=rf"\(id {long['id']}\): no answer is left within max_length=256"):
+            train(options, dry_run=dry_run)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_full_disk_is_said_before_anything_is_written(sample, tmp_path, monkeypatch):
     plan = train(run_options(sample / "model", sample / "rows.json", tmp_path / "run"), dry_run=True).plan
     usage = shutil.disk_usage(tmp_path)
