@@ -100,6 +100,25 @@ class PrunedBy:
                 "folder of one."
             )
 
+    def check_connector(self, connector: Any) -> None:
+        """Refuse a method, a budget or options beside a connector, which they would not change.
+
+        Raises
+        ------
+        ValueError
+            If one is given.
+        """
+        if connector is None:
+            return
+        given = [] if self.method in (UNPRUNED, "ivtp") else [f"method={self.method!r}"]
+        given += [] if self.tokens is None else [f"tokens={self.tokens}"]
+        given += [f"options={dict(self.options)}"] if self.options else []
+        if given:
+            raise ValueError(
+                f"{', '.join(given)} with {connector}, which leaves no patches to choose among; allowed: "
+                f"method={UNPRUNED!r} or 'ivtp', without tokens and options."
+            )
+
     def make(self) -> Method:
         """Make the method, but for IVTP with the model's own options; a trained one made anew has no modules yet.
 
@@ -144,6 +163,7 @@ class PrunedBy:
         ValueError
             If the method does not fit the model.
         """
+        self.check_connector(config.connector)
         whole = PruningPlan(features_of_image(config))
         if self.method == UNPRUNED or config.connector is not None:
             return whole
@@ -162,6 +182,7 @@ class PrunedBy:
         ValueError
             If the method or its budget does not fit the model.
         """
+        self.check_connector(model.config.connector)
         if self.method == UNPRUNED or model.config.connector is not None:
             return model.pruning(enabled=False)
         if self.method != "ivtp":

@@ -74,6 +74,29 @@ def test_stage_1_moves_connector_and_projector_alone(sample, tmp_path):
     assert train(second).losses[0] < summary.losses[0] + 1
 
 
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"method": "fastv"}, "method='fastv' with "),
+        ({"method": "lvpruning", "trains": ("pruner",), "tokens": 3}, "method='lvpruning', tokens=3 with "),
+        ({"tokens": 3}, "tokens=3 with "),
+        ({"method_options": {"strict": True}}, "options={'strict': True} with "),
+    ],
+    ids=str,
+)
+def test_a_method_or_a_budget_beside_a_model_s_own_connector_is_refused(given, named, tmp_path):
+    processor = make_processor(size=56)
+    connector = {"name": "c_abstractor", "tokens": 4, "depth": 1}
+    model_for(processor, connector=connector).save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    data = write_data(tmp_path)
+    for dry_run in (True, False):
+        with pytest.raises(ValueError, match="leaves no patches to choose among; allowed: method='unpruned'") as error:
+            train(run_options(tmp_path / "model", data, tmp_path / "run", **given), dry_run=dry_run)
+        assert str(error.value).startswith(named)
+    assert not (tmp_path / "run").exists()
+
+
 class Stop(TrainerCallback):
     """Interrupts a run after a step, as Ctrl-C does."""
 
