@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -62,6 +62,9 @@ class PrunerTraining(nn.Module):
         for part in learns:
             _part(model, part).requires_grad_(True)
         self.train(model.training)
+        # As hooks, they also act where a parent's state is taken or loaded.
+        self.register_state_dict_post_hook(_leave_frozen_out)
+        self.register_load_state_dict_pre_hook(_expect_no_frozen)
 
     def __enter__(self) -> PrunerTraining:
         return self
@@ -184,17 +187,8 @@ class PrunerTraining(nn.Module):
         """Write the modules into a folder; what else was trained is in the model, for its own `save_pretrained`."""
         self.method.save(folder, model=self.model if self.learns else None, overwrite=overwrite)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the state of the modules and of what learns of the model."""
-        state = super().state_dict(*args, **kwargs)
-        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
-        names = {f"{prefix}model.{name}" for name, weight in self.model.named_parameters() if weight.requires_grad}
-        for name in [name for name in state if not name.startswith(f"{prefix}learned.") and name not in names]:
-            del state[name]
-        return state
-
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load what `state_dict` returned.
+        """Load what `state_dict` returned: the state of the modules and of what learns of the model.
 
         Raises
         ------
@@ -204,9 +198,32 @@ class PrunerTraining(nn.Module):
         known = set(self.state_dict())
         if strict and known != set(state_dict):
             raise RuntimeError(f"Names that are missing or unknown: {', '.join(sorted(known ^ set(state_dict)))}.")
-        result = super().load_state_dict(state_dict, strict=False, assign=assign)
-        result.missing_keys[:] = [name for name in result.missing_keys if name in known]
-        return result
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+
+def _is_frozen(training: nn.Module, prefix: str) -> Callable[[str], bool]:
+    """Return a function that tells whether a name, after a prefix, is of the model and learns nothing."""
+    model: Any = training.model
+    names = {f"{prefix}model.{name}" for name, weight in model.named_parameters() if weight.requires_grad}
+    return lambda name: name.startswith(f"{prefix}model.") and name not in names
+
+
+def _leave_frozen_out(training: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Keep of the state what learns, and what is not of this module: a parent's state holds its other children's."""
+    for name in list(filter(_is_frozen(training, prefix), state)):
+        del state[name]
+
+
+def _expect_no_frozen(
+    training: nn.Module, state: dict[str, Any], prefix: str, metadata: Any, strict: bool,
+    missing: list[str], unexpected: list[str], errors: list[str],
+) -> None:  # fmt: skip
+    """Let what is frozen be missing, also where a parent loads strictly; it keeps its values."""
+    frozen = _is_frozen(training, prefix)
+    unexpected += filter(frozen, state)
+    model: Any = training.model
+    own = model.state_dict(prefix=f"{prefix}model.", keep_vars=True)
+    state.update({name: value for name, value in own.items() if frozen(name)})
 
 
 class _Progress(TrainerCallback):

@@ -260,6 +260,32 @@ def test_parts_of_the_base_learn_if_asked_for():
     assert {f"model.{name}" for name in changed} <= names
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_parent_s_state_holds_its_other_children_and_loads_strictly(assign):
+    model = tiny_model()
+    method = ready(trained.LVPruning(ratio=0.5), model)
+    with trained.PrunerTraining(model, method, learns=("lm_head",)) as training:
+        parent = torch.nn.Sequential(torch.nn.Linear(2, 2), training, torch.nn.Linear(2, 2))
+        saved = {name: value.clone() for name, value in parent.state_dict().items()}
+        assert {f"1.{name}" for name in training.state_dict()} == {name for name in saved if name.startswith("1.")}
+        assert {name for name in saved if not name.startswith("1.")} == {"0.weight", "0.bias", "2.weight", "2.bias"}
+        assert set(training.state_dict(destination={"other": 1})) == {"other", *training.state_dict()}
+        before = bits(model)
+        with torch.no_grad():
+            for weight in (*parent[0].parameters(), *training.learned.parameters(), model.lm_head.weight):
+                weight.add_(1)
+        parent.load_state_dict(saved, strict=True, assign=assign)
+        assert all(torch.equal(value, saved[name]) for name, value in parent.state_dict().items())
+        assert_same_bits(model, before)
+        frozen = next(name for name in (f"1.model.{name}" for name in before) if "vision_tower" in name)
+        for name in (frozen, "1.learned.more"):
+            with pytest.raises(RuntimeError, match="Unexpected key"):
+                parent.load_state_dict(saved | {name: torch.ones(1)})
+        saved.pop("1.model.lm_head.weight")
+        with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"1\.model\.lm_head\.weight\""):
+            parent.load_state_dict(saved)
+
+
 def test_a_lora_beside_it_trains_too():
     from peft import LoraConfig, get_peft_model
 
