@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..files.folder import new_folder
+from ..methods import METHODS
 
 if TYPE_CHECKING:
     from .method import TrainedMethod
@@ -36,7 +37,9 @@ def register(method: type[TrainedMethod]) -> None:
 
 
 def is_adapter(folder: str | os.PathLike[str]) -> bool:
-    """Return whether a folder holds a trained pruner."""
+    """Return whether a folder holds a trained pruner; the bare name of an untrained method never is a folder."""
+    if folder in METHODS:
+        return False
     file = Path(folder, CONFIG)
     return file.is_file() and "pruner" in _read(file)
 

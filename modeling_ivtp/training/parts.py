@@ -63,7 +63,8 @@ class PrunedBy:
     Attributes
     ----------
     method : str
-        `"unpruned"`, `"ivtp"`, a method's name, a trained method's name (new modules) or its folder.
+        `"unpruned"`, `"ivtp"`, a method's name, a trained method's name (new modules) or its folder. A name wins over
+        a folder of the same name, which is `"./lvpruning"`.
     tokens : int or None
         As in `Options`.
     options : mapping
@@ -89,7 +90,12 @@ class PrunedBy:
     @property
     def is_trained(self) -> bool:
         """Return whether the method has modules of its own."""
-        return self.method in TRAINED or is_adapter(self.method)
+        return self.method in TRAINED or self.is_folder
+
+    @property
+    def is_folder(self) -> bool:
+        """Return whether the method is the folder of a trained one."""
+        return self.method not in (UNPRUNED, *TRAINED) and is_adapter(self.method)
 
     def check_parts(self, parts: Sequence[str]) -> None:
         """Refuse to train modules that the method does not have."""
@@ -128,7 +134,7 @@ class PrunedBy:
             For an option that is unknown or out of range.
         """
         options, tokens = dict(self.options), self.tokens
-        if is_adapter(self.method):
+        if self.is_folder:
             return load(self.method, **options | ({} if tokens is None else {"keep": tokens}))
         kind = TRAINED.get(self.method) or METHODS[self.method]
         if tokens is None and "keep" in kind.budgets and not any(options.get(name) for name in kind.budgets):

@@ -288,6 +288,21 @@ def test_modules_of_a_method_learn_beside_a_model_that_stays(sample, tmp_path):
     assert trained.is_adapter(tmp_path / "both" / "pruner")
 
 
+def test_a_method_s_name_wins_over_a_folder_of_that_name(sample, tmp_path, monkeypatch):
+    model = IVTPLlavaForConditionalGeneration.from_pretrained(sample / "model")
+    for name in ("lvpruning", "fastv", "unpruned"):
+        trained.LVPruning(3, heads=4).for_model(model).save(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    assert PrunedBy("lvpruning", 5).make().learned is None
+    assert PrunedBy("lvpruning").make() == trained.LVPruning(64)
+    assert PrunedBy("./lvpruning").make() == trained.LVPruning(3, heads=4)
+    assert PrunedBy("./lvpruning").make().learned is not None
+    assert not PrunedBy("fastv").is_trained
+    assert PrunedBy("fastv", 5).make() == methods.FastV(5) == trained.make("fastv", 5)
+    assert PrunedBy("./fastv").make() == trained.LVPruning(3, heads=4) == trained.make("./fastv")
+    assert not PrunedBy("unpruned").is_trained
+
+
 @pytest.mark.parametrize(
     ("other", "message"),
     [({"seed": 5}, "embeddings are not those of the adapter's base"), ({"width": 64}, "hidden_size=32; allowed: 64")],
