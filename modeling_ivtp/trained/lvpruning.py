@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -197,8 +197,11 @@ class LVPruning(TrainedMethod):
         return self._counts(config, patches)[-1]
 
     def schedule(self, config: Any, patches: int) -> PruningPlan:
-        """Plan one drop after each module's layers."""
-        return PruningPlan(patches, decoder=groups_after(self.tops(config, LAYERS), self._counts(config, patches)))
+        """Plan one drop after each module's layers; in training every one decides, though all may stay."""
+        groups = groups_after(self.tops(config, LAYERS), self._counts(config, patches))
+        if self.needs.weights:
+            groups = tuple(replace(group, adaptive=True) for group in groups)
+        return PruningPlan(patches, decoder=groups)
 
     def _counts(self, config: Any, patches: int) -> list[int]:
         modules = len(self.tops(config, LAYERS))
@@ -244,11 +247,13 @@ class LVPruning(TrainedMethod):
     def loss(self) -> torch.Tensor:
         """Return λ_ratio times the mean over modules and images of how far decisions are from the ratios (Eq. 11)."""
         learned, terms = self.modules_or_raise(), []
+        # The number that an average leads to is the one that was planned.
+        method = self if self.average is None else self.at(self.batch.weighed[-1].group.keep)
         assert isinstance(learned, nn.ModuleList)
         for weighed in self.batch.weighed:
             patches = weighed.weights.shape[-1]
             share = weighed.counts / patches
-            goal = torch.full_like(share, self.shares(patches, len(learned))[self._place(weighed.group)])
+            goal = torch.full_like(share, method.shares(patches, len(learned))[self._place(weighed.group)])
             if self.ratio_loss == "huber":
                 terms.append(nn.functional.huber_loss(share, goal, delta=0.5))
             else:

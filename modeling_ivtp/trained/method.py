@@ -16,7 +16,7 @@ from torch.distributed.nn.functional import all_reduce
 from ..methods import Method
 from ..methods.selecting import text_tokens
 from ..model.pruner import DecoderStep, Needs
-from ..model.schedule import Group
+from ..model.schedule import Group, PruningPlan
 from ..model.visual_sequence import VisualSequence
 from . import adapter
 
@@ -205,6 +205,21 @@ class TrainedMethod(Method):
             yield self.batch
         finally:
             self.batch.prompt = None
+
+    def check_trainable(self, plan: PruningPlan | None) -> None:
+        """Refuse a plan of the model under this method in which no module is asked.
+
+        Raises
+        ------
+        ValueError
+            If all visual tokens stay.
+        """
+        if plan is None or not plan.decoder:
+            options = ", ".join(f"{name}={value}" for name, value in adapter.options_of(self).items())
+            raise ValueError(
+                f"{self.name}: {options} leaves all visual tokens, so its modules would learn nothing; allowed: a "
+                "budget that drops some."
+            )
 
     def prompt_text(self, sequence: VisualSequence, answers: bool = False) -> torch.Tensor:
         """Mark the columns that are words of a prompt, or also of `answers` that are to be learned: bool (B, n)."""

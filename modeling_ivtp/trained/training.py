@@ -38,7 +38,8 @@ class PrunerTraining(nn.Module):
     Raises
     ------
     ValueError
-        If the method does not fit the model or has no modules, or for an unknown part. The model is then as before.
+        If the method does not fit the model, has no modules or drops nothing, or for an unknown part. The model is then
+        as before.
 
     Examples
     --------
@@ -55,6 +56,11 @@ class PrunerTraining(nn.Module):
         self.method, self.learns = method, learns
         self._applied = ExitStack()
         self._applied.enter_context(method(model))
+        try:
+            method.check_trainable(_llava(model).model.plan())
+        except ValueError:
+            self._applied.close()
+            raise
         self._before = [(weight, weight.requires_grad) for weight in model.parameters()]
         self._use_cache = vars(model.config).get("use_cache", _MISSING)
         self.learned, self.model = method.modules_or_raise(), model
@@ -236,6 +242,10 @@ class _Progress(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs and "loss" in logs and state.log_history:
             state.log_history[-1].update(self.method.measures())
+
+
+def _llava(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _part(model: nn.Module, name: str) -> nn.Module:

@@ -175,7 +175,10 @@ class PrunedBy:
             return whole
         ours = self.method == "ivtp"
         pruner = IVTPPruner(self.pruning(config.pruning)) if ours else self.make().bind(config)
-        return pruner.plan(config, config.num_patches) or whole
+        plan = pruner.plan(config, config.num_patches)
+        if isinstance(pruner, TrainedMethod):
+            pruner.check_trainable(plan)
+        return plan or whole
 
     def applied(self, model: Any) -> AbstractContextManager[Any]:
         """Return a context in which the method prunes a model.

@@ -161,6 +161,41 @@ def test_the_ratio_loss_is_that_of_the_paper():
     assert (weighed[1].weights < weighed[0].weights).any()
 
 
+@pytest.mark.parametrize(
+    ("budget", "shares"),
+    [
+        ({"average": 8.5}, (0.7125, 0.5125, 0.3125)),
+        ({"keep": 14}, (1.0, 1.0, 0.875)),
+        ({"ratio": 1.0}, (1.0, 0.8, 0.6)),
+    ],
+    ids=str,
+)
+def test_every_module_learns_under_any_budget_towards_its_share(budget, shares):
+    model = tiny_model()
+    method = ready(trained.LVPruning(**budget), model)
+    with trained.PrunerTraining(model, method) as training:
+        training.train()(**answered()).loss.backward()
+        weighed = method.batch.weighed
+        assert [one.group.last for one in weighed] == [0, 1, 2]
+        assert all(weight.grad.abs().max() > 0 for weight in training.learned.parameters())
+    square = [((one.counts.detach() / PATCHES - share) ** 2).mean() for share, one in zip(shares, weighed, strict=True)]
+    assert method.loss().item() == pytest.approx(2 * float(sum(square)) / 3, rel=1e-5)
+    with method(model):  # inference drops where the budget does
+        counts = [round(share * PATCHES) for share in shares]
+        assert [group.keep for group in model.model.plan().decoder] == counts
+        assert not any(group.adaptive for group in model.model.plan().decoder)
+
+
+@pytest.mark.parametrize("budget", [{"keep": PATCHES}, {"average": 99.0}, {"ratios": (1.0, 1.0, 1.0)}], ids=str)
+def test_a_budget_that_drops_nothing_is_not_trained(budget):
+    model = tiny_model()
+    method = ready(trained.LVPruning(**budget), model)
+    with pytest.raises(ValueError, match=r"lvpruning: .*=.* leaves all visual tokens, so its modules would learn noth"):
+        trained.PrunerTraining(model, method)
+    assert model.model.applied_pruner is None
+    assert all(weight.requires_grad for weight in model.model.language_model.parameters())
+
+
 def total_loss(training, inputs, seed=7):
     """The loss of a batch with the same noise each time, in float64: transformers computes its own in float32."""
     torch.manual_seed(seed)

@@ -161,6 +161,7 @@ REFUSED = [
     ({"evaluation_share": 1.0}, r"evaluation_share=1\.0; allowed"),
     ({"connector": {"name": "c_abstractor", "tokens": 25}}, r"connector\.tokens=25 are 5 x 5 places"),
     ({"connector": {"name": "resampler", "tokens": 4}, "method": "fastv"}, "leaves no patches to choose among"),
+    ({"trains": ("pruner",), "method": "lvpruning", "tokens": 16}, "keep=16 leaves all visual tokens"),
     ({"trains": ("pruner",), "method": "fastv"}, r"trains=\['pruner'\] with method='fastv', which has no modules"),
     ({"method": "lvpruning", "method_options": {"speed": 1}}, "lvpruning has no option speed; allowed: "),
     ({"method": "fastv", "method_options": {"speed": 1}}, "fastv has no option speed; allowed"),
