@@ -226,9 +226,12 @@ def open_conversations(source: str, images: Path | None = None, limit: int | Non
 
 
 def _read_json(path: Path) -> list[Any]:
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8-sig")
     try:
-        rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines() if line]
+        if path.suffix == ".json":
+            rows = json.loads(text)
+        else:  # str.splitlines would also break at separators inside strings, such as U+2028
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(rows, list):

@@ -69,6 +69,18 @@ def test_every_form_of_data_gives_the_same_rows(form, tmp_path):
         assert isinstance(rows[0].images[0], bytes)
 
 
+@pytest.mark.parametrize("form", ["json", "jsonl"])
+def test_separators_inside_strings_blank_lines_and_a_byte_order_mark_are_read(form, tmp_path):
+    said = "one\u2028two\u2029three\x85four"
+    rows = [{"conversations": turns("Why?", said)}, {"conversations": turns("Where?", "There.")}]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    source = tmp_path / f"rows.{form}"
+    text = f"[{','.join(lines)}]" if form == "json" else f"\r\n{lines[0]}\r\n  \t\r\n\n{lines[1]}\n \n"
+    source.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    read = open_conversations(str(source))
+    assert [read[n].messages[1][1] for n in range(len(read))] == [said, "There."]
+
+
 def test_a_picture_that_is_missing_is_named_and_one_that_is_needed_is_asked_for(tmp_path):
     source = write_data(tmp_path)
     (tmp_path / "pictures" / "5.png").unlink()
