@@ -110,11 +110,16 @@ def load_model(
 
 
 def set_budget(model: Any, visual_tokens: int) -> None:
-    """Set the final number of visual tokens, and drop a hand-over that the checkpoint fixes below it."""
-    tower_tokens = model.pruning_config.tower_tokens
+    """Prune to a final number of visual tokens, and drop a hand-over that the checkpoint fixes below it.
+
+    A budget of all patches drops nothing, so it leaves pruning off where the checkpoint has it off.
+    """
+    options = model.pruning_config
+    tower_tokens = options.tower_tokens
     if tower_tokens is not None and tower_tokens < visual_tokens:
         tower_tokens = None
-    model.set_pruning(visual_tokens=visual_tokens, tower_tokens=tower_tokens)
+    enabled = options.enabled or visual_tokens < model.config.num_patches
+    model.set_pruning(enabled=enabled, visual_tokens=visual_tokens, tower_tokens=tower_tokens)
 
 
 def check_device(device: str) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 import ivtp_cli
-from modeling_ivtp.serving.answering import as_prompt
+from modeling_ivtp.serving.answering import as_prompt, set_budget
 from tests.support import text_tokenizers
+from tests.support.tiny import PATCHES, tiny_model
 
 ROOT = Path(__file__).parents[2]
 MINIATURE = ROOT / "examples" / "miniature"
@@ -111,6 +112,22 @@ def test_a_marker_word_inside_a_question_does_not_cut_it(
 def test_prompts_that_cannot_be_are_refused(images_first: Any, text: str, images: int, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         as_prompt(images_first, text, images)
+
+
+def test_a_budget_prunes_where_the_checkpoint_has_pruning_off() -> None:
+    model = tiny_model(enabled=False)
+    set_budget(model, PATCHES)
+    assert model.config.pruning_plan() is None
+    set_budget(model, 3)
+    plan = model.config.pruning_plan()
+    assert plan is not None
+    assert plan.final_tokens == 3
+
+
+def test_a_budget_of_all_patches_leaves_a_connector_alone() -> None:
+    model = tiny_model(connector={"name": "c_abstractor", "tokens": 4})
+    set_budget(model, PATCHES)
+    assert not model.pruning_config.enabled
 
 
 @pytest.mark.slow
