@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -15,6 +16,8 @@ from filelock import FileLock, Timeout
 from fsspec.implementations.local import LocalFileSystem
 from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 from pyarrow.fs import LocalFileSystem as ArrowLocalFileSystem
+
+_LOG = logging.getLogger(__name__)
 
 SETTINGS_FILE = "_run.json"
 CHECKPOINTS = "_checkpoint"
@@ -55,6 +58,7 @@ class OutFolder:
         self.is_local = isinstance(self._files, LocalFileSystem)
         self.arrow: FileSystem = ArrowLocalFileSystem() if self.is_local else PyFileSystem(FSSpecHandler(self._files))
         self._settings, self.checkpoints = f"{self.path}/{SETTINGS_FILE}", f"{self.path}/{CHECKPOINTS}"
+        self._made = False  # whether this object made the folder, and may remove it
         if self._files.isfile(self.path):
             raise FileExistsError(f"{name} is a file, not a folder to write into")
         names = self._names(self.path)
@@ -87,6 +91,7 @@ class OutFolder:
         FileExistsError
             If another command answers into the folder.
         """
+        self._made = self._made or not self._files.exists(self.path)
         self._files.makedirs(self.checkpoints, exist_ok=True)
         lock = FileLock(f"{self.checkpoints}/lock", blocking=False) if self.is_local else nullcontext()
         try:
@@ -108,9 +113,20 @@ class OutFolder:
         self._files.mv(partial, self._settings)
 
     def forget_if_empty(self) -> None:
-        """Remove the folder if no row is answered: what failed then was no run."""
-        if not self._answers():
-            self._files.rm(self.path, recursive=True)
+        """Remove the run if no row is answered: what failed then was no run.
+
+        Other files stay, and so does a folder that was here before. An error is logged, not raised: the failure of the
+        run is what has to be told.
+        """
+        try:
+            if self._answers():
+                return
+            self._files.rm_file(self._settings)
+            self._files.rm(self.checkpoints, recursive=True)
+            if self._made and not self._names(self.path):
+                self._files.rmdir(self.path)
+        except Exception as error:
+            _LOG.warning("a run without answers could not be removed from %s: %s", self.name, error)
 
     def settle(self, rows: int) -> np.ndarray:
         """Return which rows are answered, after what a kill left behind is removed.

@@ -8,6 +8,7 @@ from pathlib import Path
 import fsspec
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 import ivtp_cli
 from modeling_ivtp.batch import pipeline
@@ -161,3 +162,40 @@ def test_addresses_that_lead_nowhere(capsys, sample, tmp_path, memory):
     )
     line = fails(capsys, sample, tmp_path / "out", "-d", "memory://folder")
     assert "memory://folder is a folder; of addresses allowed: files in .jsonl, .json, .parquet, or a pattern" in line
+
+
+def dies(*_):
+    raise RuntimeError("the first row was the last")
+
+
+@pytest.mark.parametrize("kind", ["new", "empty", "notes", "link", "."])
+def test_a_run_without_answers_removes_nothing_but_itself(capsys, sample, tmp_path, monkeypatch, kind):
+    """The folder goes if the run made it; a link, or a file that somebody else wrote meanwhile, stays."""
+    monkeypatch.setattr(pipeline, "answer_all", dies)
+    out, real = tmp_path / "out", tmp_path / "real"
+    real.mkdir()
+    if kind == "link":
+        out.symlink_to(real)
+    elif kind != "new":
+        out.mkdir()
+    if kind == "notes":
+        monkeypatch.setattr(pipeline, "answer_all", lambda *_: (out / "notes.txt").write_text("mine") and dies())
+    if kind == ".":
+        monkeypatch.chdir(out)
+    assert ivtp_cli.main(arguments(sample, "." if kind == "." else out)) == 1
+    captured = capsys.readouterr()
+    assert "the first row was the last" in captured.err
+    assert len(captured.err.splitlines()) == 1
+    assert real.is_dir()
+    assert out.is_symlink() is (kind == "link")
+    assert out.exists() is (kind != "new")
+    assert [path.name for path in tmp_path.glob("*/*")] == (["notes.txt"] if kind == "notes" else [])
+
+
+def test_an_error_while_a_run_is_removed_does_not_hide_its_own(capsys, sample, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "answer_all", dies)
+    monkeypatch.setattr(LocalFileSystem, "rm_file", lambda *_: 1 / 0)
+    assert ivtp_cli.main(arguments(sample, tmp_path / "out")) == 1
+    captured = capsys.readouterr().err
+    assert "could not be removed" in captured
+    assert "the first row was the last" in captured
