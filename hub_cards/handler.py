@@ -48,6 +48,8 @@ MAX_REQUESTS = 32
 MAX_IMAGES = 32
 """Most images of a request, and of all requests in one list."""
 MAX_TEXT = 20_000
+MAX_PARTS = 512
+"""Most messages of a request and parts of its messages, together; each of them may cost words of the template."""
 MAX_BYTES = 20_000_000
 MAX_PIXELS = 16_000_000
 MAX_SECONDS = 60
@@ -352,6 +354,9 @@ def _split(chat: list[Any], processor: Any) -> tuple[list[Any], list[dict[str, A
     sources: list[Any] = []
     messages = []
     length = 0
+    contents = [message.get("content") for message in chat]
+    if len(chat) + sum(len(content) for content in contents if isinstance(content, list)) > MAX_PARTS:
+        raise ValueError(f"there are more than {MAX_PARTS} messages or parts of messages")
     for message in chat:
         if message["role"] not in ("system", "user", "assistant"):
             raise ValueError("a role is none of those allowed: system, user, assistant")

@@ -37,8 +37,9 @@ def serve(
         import uvicorn
     except ImportError as error:
         raise ImportError("a server needs FastAPI and uvicorn: pip install 'ivtp-llava[serve]'") from error
-    from modeling_ivtp.serving.server import build, load_handler
+    from modeling_ivtp.serving.server import build, check_key, load_handler
 
+    check_key(api_key)
     # Loading takes minutes; that the port is taken is known before, and nobody takes it meanwhile.
     with _bound(host, port):
         app = build(load_handler(model, revision), model, api_key=api_key, cors_origins=cors_origin or ())

@@ -63,7 +63,7 @@ class Listener:
 
     def _unsure(self, text: str) -> int:
         """Return how many characters at the end may begin a stop."""
-        beginnings = (stop[:length] for stop in self.stops for length in range(1, len(stop)))
+        beginnings = (stop[:length] for stop in self.stops for length in range(1, min(len(stop), len(text) + 1)))
         return max((len(beginning) for beginning in beginnings if text.endswith(beginning)), default=0)
 
     def _pass_on(self, text: str) -> None:

@@ -10,6 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from .batching import cut_at
 
+MAX_STOPS = 4
+LONGEST_STOP = 256
+"""Characters of a stop; every token of an answer is compared with the beginnings of all."""
+
 
 def _neutral(*values: Any) -> Any:
     """Declare a field that clients send without meaning anything by it; only these values and null are taken."""
@@ -51,7 +55,9 @@ class ChatRequest(BaseModel):
     temperature: float | None = None
     top_p: float | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | list[str] | None = Field(
+        None, description=f"Up to {MAX_STOPS} texts of at most {LONGEST_STOP} characters, before which the answer ends."
+    )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     visual_tokens: int | None = Field(
@@ -91,6 +97,14 @@ class ChatRequest(BaseModel):
         extra = cls.model_fields[str(info.field_name)].json_schema_extra
         if isinstance(extra, dict) and value not in (allowed := list(extra["enum"])):  # type: ignore[arg-type]
             raise ValueError(", ".join(map(json.dumps, allowed[:-1])))
+        return value
+
+    @field_validator("stop")
+    @classmethod
+    def _check_stop(cls, value: str | list[str] | None) -> str | list[str] | None:
+        stops = value if isinstance(value, list) else [value or ""]
+        if len(stops) > MAX_STOPS or any(len(stop) > LONGEST_STOP for stop in stops):
+            raise ValueError(f"up to {MAX_STOPS} texts of at most {LONGEST_STOP} characters")
         return value
 
     @property

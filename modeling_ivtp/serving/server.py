@@ -32,8 +32,8 @@ from .schema import ChatRequest, Chunks, Completion, Error, ErrorAnswer, Model, 
 
 logger = logging.getLogger(__name__)
 
-MAX_BODY = 40_000_000
-"""Bytes of a request: two images at the handler's limit, as base64."""
+MAX_BODY = 54_000_000
+"""Bytes of a request: two images at the handler's limit, as base64, and the text."""
 MAX_WAITING = 40
 """Requests whose images are fetched or that wait for the model; others wait with their images unopened."""
 # Errors of the handler that say what is wrong with a request.
@@ -67,6 +67,12 @@ def load_handler(model: str | os.PathLike[str], revision: str | None = None) -> 
     return module.EndpointHandler(str(folder), trust_remote_code=False)
 
 
+def check_key(api_key: str | None) -> None:
+    """Raise ValueError for an empty key, which no request could bring."""
+    if api_key is not None and not api_key.strip():
+        raise ValueError("the API key is empty; give one with characters, or none to answer everybody")
+
+
 def build(handler: Any, name: str, *, api_key: str | None = None, cors_origins: Sequence[str] = ()) -> FastAPI:
     """Build the application, whose page at `/docs` lists what a request may hold.
 
@@ -80,7 +86,13 @@ def build(handler: Any, name: str, *, api_key: str | None = None, cors_origins: 
         The key without which nothing under `/v1` answers; by default everybody is answered.
     cors_origins : sequence of str
         Origins, such as `https://example.com`, whose pages may ask from a browser; `*` is all of them.
+
+    Raises
+    ------
+    ValueError
+        If the key is empty.
     """
+    check_key(api_key)
     app = FastAPI(title="IVTP-LLaVA", responses={"default": {"model": ErrorAnswer}})
     app.add_middleware(_Guard, api_key=api_key)
     app.add_middleware(CORSMiddleware, allow_origins=cors_origins, allow_methods=["*"], allow_headers=["*"])

@@ -1,6 +1,7 @@
 """Text comes piece by piece, without what may still change, and adds up to the whole answer."""
 
 import random
+import time
 
 import pytest
 
@@ -35,6 +36,14 @@ def test_pieces_add_up_to_the_whole_answer(tokenizer, text):
     assert not listener.finished
     assert all("\ufffd" not in piece for piece in pieces)
     assert len(before) > 2 or len(whole) < 10
+
+
+def test_a_long_stop_costs_no_more_than_the_text(tokenizer):
+    """Every beginning of the stop would be 45 gigabytes for each token."""
+    start = time.monotonic()
+    _, pieces, whole, _ = listen(tokenizer, TEXTS[0], ["x" * 300_000])
+    assert "".join(pieces) == whole
+    assert time.monotonic() - start < 5
 
 
 @pytest.mark.parametrize("stop", ["STOP", "and", "o", "TOP it", "nowhere"])

@@ -248,6 +248,13 @@ def test_parameters_out_of_range(handler: Any, parameters: dict[str, Any], said:
         handler({"inputs": {"text": "x"}, "parameters": parameters})
 
 
+@pytest.mark.parametrize("parts", [[""] * 513, [[{"type": "text", "text": ""}] * 513], [[]] * 200 + [[""] * 313]])
+def test_many_messages_or_parts_are_refused_before_they_are_read(handler: Any, parts: list[Any]) -> None:
+    chat = [{"role": "user", "content": content} for content in parts]
+    with pytest.raises(ValueError, match="more than 512 messages or parts"):
+        handler(short({"messages": chat}))
+
+
 def test_requests_that_are_none(handler: Any) -> None:
     for data in ({}, [], {"inputs": []}, {"inputs": [{"text": "x"}] * 40}, {"inputs": {"text": "x"}, "parameters": 3}):
         with pytest.raises(ValueError, match=r"request|entries|parameters"):

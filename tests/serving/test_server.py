@@ -133,6 +133,10 @@ def test_many_at_once_get_their_own_answers(client: Any) -> None:
         ({"extra_body": {"guided_regex": "a"}}, "unknown field(s) guided_regex; allowed: model, messages"),
         ({"max_tokens": "4"}, 'max_tokens="4"; allowed: a valid integer'),
         ({"stop": [1]}, "stop.list[str].0=1; allowed: a valid string"),
+        ({"stop": ["a"] * 5}, 'stop=["a", "a", "a", "a", "a"]; allowed: up to 4 texts of at most 256 characters'),
+        ({"stop": "a" * 257}, "allowed: up to 4 texts of at most 256 characters"),
+        ({"stop": ["b", "a" * 257]}, "allowed: up to 4 texts of at most 256 characters"),
+        ({"messages": [{"role": "user", "content": ""}] * 40_001}, "there are more than 512 messages or parts"),
         (
             {"messages": [{"role": "root", "content": "x"}]},
             "messages.0.role=\"root\"; allowed: 'system', 'user' or 'assistant'",
@@ -471,9 +475,19 @@ def test_the_api_page_lists_what_a_request_may_hold(address: str) -> None:
 
 
 def test_a_request_that_is_too_large_is_cut_off(client: Any) -> None:
-    huge = [{"role": "user", "content": "x" * 41_000_000}]
+    huge = [{"role": "user", "content": "x" * 55_000_000}]
     with pytest.raises((openai.APIStatusError, openai.APIConnectionError)):
         client.with_options(max_retries=0).chat.completions.create(model="mini", messages=huge)
+
+
+def test_two_pictures_at_the_limit_are_read(address: str) -> None:
+    """They are none, which is said of the first; nobody says that the request is too large."""
+    url = f"data:image/png;base64,{base64.b64encode(bytes(20_000_000)).decode()}"
+    content = [{"type": "image_url", "image_url": {"url": url}}] * 2
+    body = {"messages": [{"role": "user", "content": [*content, {"type": "text", "text": "?" * 20_000}]}]}
+    answer = httpx.post(f"{address}/chat/completions", json=body, timeout=60)
+    assert answer.status_code == 400
+    assert "not an image in a known format" in answer.json()["error"]["message"]
 
 
 def free_port() -> int:
@@ -484,6 +498,18 @@ def free_port() -> int:
 def test_the_command_says_what_is_missing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["serve", str(tmp_path / "nowhere"), "--port", str(free_port())]) == 1
     assert "neither a folder here nor the name of a repository" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["", " "])
+def test_an_empty_key_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, handler: Any, key: str
+) -> None:
+    """Nobody could bring it."""
+    with pytest.raises(ValueError, match="the API key is empty"):
+        build(handler, "mini", api_key=key)
+    monkeypatch.setattr("modeling_ivtp.serving.server.load_handler", lambda *_: pytest.fail("loaded"))
+    assert main(["serve", str(ROOT / "examples" / "miniature"), "--api-key", key, "--port", str(free_port())]) == 1
+    assert "the API key is empty" in capsys.readouterr().err
 
 
 @pytest.mark.slow
