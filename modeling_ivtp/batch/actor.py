@@ -19,7 +19,7 @@ from .answers import Answered, table
 from .asking import Asker, failure
 from .budget import Cost, plan_batches
 from .data import Data, open_data
-from .options import Options
+from .options import OWN, UNPRUNED, Options
 from .settings import SMALL_FILES, model_fingerprint
 
 
@@ -83,11 +83,14 @@ class Answering:
         options = job.options
         self._job, self._data = job, read_data(options)
         check_same_files(job, self._data)
-        other = None if options.method == "ivtp" else make(options.method, options.visual_tokens)
+        own = options.method in (OWN, UNPRUNED)
+        other = None if own else make(options.method, options.visual_tokens)
         model, processor = load_model(options.model, device=job.device, dtype=options.dtype)
         if other is not None:
             self._applied = ExitStack()
             self._applied.enter_context(other(model))
+        elif options.method == UNPRUNED:
+            model.set_pruning(enabled=False)
         elif options.visual_tokens is not None:
             set_budget(model, options.visual_tokens)
         self._asker = Asker(model, processor, options.max_new_tokens)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 IMAGE_COLUMN, PROMPT_COLUMN = "image", "question"
 ENGINES = ("transformers", "vllm")
+OWN, UNPRUNED = "ivtp", "none"
+"""Methods that are settings of the model itself: its own pruning options, and no pruning."""
 _COUNTS = ("visual_tokens", "max_new_tokens", "batch_size", "memory", "shard_rows", "limit", "actors", "threads")
 
 
@@ -33,7 +35,7 @@ class Options:
     visual_tokens : int, optional
         Visual tokens of one image left in the end; None: the checkpoint's or the trained method's own, or 64.
     method : str, default "ivtp"
-        The method that prunes, or the folder of a trained one.
+        The method that prunes, or the folder of a trained one; `"none"` drops nothing.
     max_new_tokens : int, default 64
         Length of the longest answer.
     batch_size : int, default 64
@@ -86,6 +88,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
             raise ValueError(f"engine={self.engine!r}; allowed: {', '.join(ENGINES)}")
+        if self.method == UNPRUNED and self.visual_tokens is not None:
+            raise ValueError(f"visual_tokens={self.visual_tokens} with method={UNPRUNED!r}, which drops nothing")
         for name in _COUNTS:
             value = getattr(self, name)
             if value is not None and value < 1:

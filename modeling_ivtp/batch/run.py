@@ -21,7 +21,7 @@ from ..trained import is_adapter, make
 from . import budget
 from .actor import Job, read_data
 from .folder import OutFolder
-from .options import Options, Summary
+from .options import OWN, UNPRUNED, Options, Summary
 from .remote import is_address
 from .settings import SMALL_FILES, check_same, compared, model_fingerprint
 from .vllm_engine import check_architecture, check_vllm
@@ -47,7 +47,7 @@ def run(options: Options) -> Summary:
     ChildProcessError
         If the processes that answer die again and again.
     """
-    if options.method != "ivtp":
+    if options.method not in (OWN, UNPRUNED):
         make(options.method, options.visual_tokens)
     _check_places(options)
     folder = OutFolder(str(options.out))
@@ -77,7 +77,8 @@ def run(options: Options) -> Summary:
             if folder.settle(len(data)).all():
                 return Summary(len(data), *folder.count_errors(), was_finished=True)
     if options.image_column:
-        _warn_if_unguided(options, config, files)
+        if options.method != UNPRUNED:
+            _warn_if_unguided(options, config, files)
         if data.left_out is not None:
             warnings.warn(data.left_out, stacklevel=2)
     _answer(options, need, folder, settings)
@@ -116,7 +117,7 @@ def _warn_if_unguided(options: Options, config: Any, files: Path) -> None:
     with torch.device("meta"):
         model = IVTPLlavaForConditionalGeneration(config)
     model.name_or_path = options.model
-    untrained = options.method != "ivtp" and not is_adapter(options.method)
+    untrained = options.method != OWN and not is_adapter(options.method)
     with make(options.method)(model) if untrained else nullcontext():
         warn_if_unguided(model, IVTPLlavaProcessor.from_pretrained(files))
 

@@ -15,7 +15,7 @@ from ..batch.data import open_data
 from ..checkpoints.llava_source import read_config
 from ..checkpoints.sources import HubOptions, open_checkpoint
 from ..files.tables import markdown_table
-from .arm import OWN, UNPRUNED, Arm
+from .arm import UNPRUNED, Arm
 from .intervals import bootstrap_interval, paired_interval
 from .metrics import load_metric
 from .tables import costs
@@ -138,7 +138,7 @@ def evaluate(options: OwnOptions, tell: Callable[[str], None] = lambda line: Non
     config = read_config(folder, options.model, quantized=True)
     base = np.array([])
     for arm in options.arms:
-        said = _answers(options, arm, config)
+        said = _answers(options, arm)
         texts = [text or "" for text in said]
         found = metric.compute(predictions=texts, references=wanted)
         each = 100 * np.asarray(found.get("scores", found.get("right")), dtype=np.float64)
@@ -156,11 +156,9 @@ def evaluate(options: OwnOptions, tell: Callable[[str], None] = lambda line: Non
     return {"metric": options.metric, "questions": len(wanted), "arms": rows}
 
 
-def _answers(options: OwnOptions, arm: Arm, config: Any) -> list[str | None]:
+def _answers(options: OwnOptions, arm: Arm) -> list[str | None]:
     """Return an arm's answers in the order of the rows; None for a row that failed."""
     out = options.out / arm.name
-    # With all of its patches a model drops nothing: it is stock LLaVA.
-    tokens = config.num_patches if arm.method == UNPRUNED else arm.visual_tokens
     batch.run(
         batch.Options(
             model=options.model,
@@ -168,8 +166,8 @@ def _answers(options: OwnOptions, arm: Arm, config: Any) -> list[str | None]:
             out=out,
             image_column=options.image_column,
             prompt_column=options.question_column,
-            visual_tokens=tokens,
-            method=OWN if arm.method == UNPRUNED else arm.method,
+            visual_tokens=arm.visual_tokens,
+            method=arm.method,
             max_new_tokens=options.max_new_tokens,
             batch_size=options.batch_size,
             device=options.device,

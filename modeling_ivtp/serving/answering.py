@@ -112,7 +112,7 @@ def load_model(
 def set_budget(model: Any, visual_tokens: int) -> None:
     """Prune to a final number of visual tokens, and drop a hand-over that the checkpoint fixes below it.
 
-    A budget of all patches drops nothing, so it leaves pruning off where the checkpoint has it off.
+    A budget of all patches leaves pruning off where the checkpoint has it off.
     """
     options = model.pruning_config
     tower_tokens = options.tower_tokens

@@ -131,6 +131,28 @@ def test_questions_without_pictures(capsys, sample, loaded, tmp_path):
     assert [row["images"] for row in rows] == [0] * 4
 
 
+def test_the_method_none_drops_nothing(capsys, sample, tmp_path, monkeypatch):
+    """A budget of all tokens is no such thing where a coverage decides."""
+    seen = []
+
+    def load(*_, **__):
+        sample.model.set_pruning(coverage=0.5, min_visual_tokens=1, choice="diverse", importance="accumulated")
+        seen.append(sample.model)
+        return sample.model, sample.processor
+
+    monkeypatch.setattr(actor, "load_model", load)
+    before = sample.model.pruning_config
+    try:
+        rows = batch(capsys, sample, tmp_path / "out", "--limit", 3, "--method", "none")
+        assert not seen[0].pruning_config.enabled
+        with sample.model.pruning(enabled=False):
+            assert [row["answer"] for row in rows] == [alone(sample, row)[0] for row in sample.rows[:3]]
+    finally:
+        sample.model.set_pruning(**before.to_dict())
+    line = fails(capsys, sample, tmp_path / "out", "--limit", 3, "--method", "none", "--visual-tokens", 3)
+    assert "visual_tokens=3 with method='none', which drops nothing" in line
+
+
 @pytest.mark.slow
 def test_another_system_and_another_budget(capsys, sample, tmp_path):
     for number, more in enumerate((["--visual-tokens", 2], ["--method", "divprune", "--visual-tokens", 3])):

@@ -69,6 +69,21 @@ def test_arms_are_compared_on_own_questions(
     assert "| ivtp@1 |" in (out / "table.md").read_text()
 
 
+def test_the_unpruned_arm_drops_nothing_whatever_the_checkpoints_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a coverage, a budget of all tokens still drops some."""
+    asked: list[Any] = []
+
+    def run(options: Any) -> None:
+        asked.append((options.method, options.visual_tokens))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(own.batch, "run", run)
+    for arm in (Arm("none"), Arm("ivtp", 9)):
+        with pytest.raises(KeyboardInterrupt):
+            own._answers(OwnOptions(str(MINIATURE), "rows.jsonl", "anls", [arm], Path("out")), arm)
+    assert asked == [("none", None), ("ivtp", 9)]
+
+
 def test_a_missing_ray_is_told_before_anything_starts(
     questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
