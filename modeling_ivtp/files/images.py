@@ -55,6 +55,10 @@ MAX_SCANS = 100
 """Most scans of a stranger's progressive JPEG; each is work over the whole picture, however few bytes it has."""
 
 
+# Markers that begin a segment, or end the picture. Zeros and restart marks among a scan's data do neither; what the
+# standard reserves is skipped by decoders.
+_SEGMENT = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")
+
 LONGEST_SHOWN = 250
 """Characters of a source that an error repeats."""
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
@@ -117,9 +121,19 @@ def load_image(
         content, label = _data_url(f"data:;base64,{text}", max_bytes), "the base64 text"
     else:
         return _from_file(source, max_pixels)
-    if from_stranger and content.startswith(b"\xff\xd8") and content.count(b"\xff\xda") > MAX_SCANS:
+    if from_stranger and content.startswith(b"\xff\xd8") and _scans(content) > MAX_SCANS:
         raise ValueError(f"{label} is a JPEG of more than {MAX_SCANS} scans")
     return _decode(io.BytesIO(content), label, max_pixels, STRANGERS_FORMATS if from_stranger else FORMATS)
+
+
+def _scans(content: bytes) -> int:
+    """Count the scans of a JPEG up to its end, after which may come anything, such as the video of a motion photo."""
+    count, place = 0, 2
+    while (marker := _SEGMENT.search(content, place)) is not None and marker[0] != b"\xff\xd9":
+        count += marker[0] == b"\xff\xda"
+        # A segment begins with its length; a scan's data, which end at the next marker, come after its segment.
+        place = marker.end() + max(2, int.from_bytes(content[marker.end() : marker.end() + 2], "big"))
+    return count
 
 
 def _from_file(source: str | os.PathLike[str], max_pixels: int) -> Image.Image:
@@ -180,8 +194,12 @@ def _to_rgb(image: Image.Image, label: str, max_pixels: int) -> Image.Image:
             values = np.asarray(image).astype(np.float64)
             return _from_values(values / 257 if values.max() > 255 else values)
         if image.mode == "F":
-            values = np.nan_to_num(np.asarray(image).astype(np.float64))
-            return _from_values(values * 255 if values.max() <= 1 else values)
+            values = np.asarray(image).astype(np.float64)
+            finite = values[np.isfinite(values)]
+            if not finite.size:
+                raise ValueError("none of its values is a finite number")
+            # Infinities and NaN, which becomes black, say nothing about the range of the others.
+            return _from_values(np.nan_to_num(values * 255 if finite.max() <= 1 else values))
         if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
             layered = image.convert("RGBA")
             white = Image.new("RGBA", image.size, "white")

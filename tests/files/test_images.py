@@ -71,6 +71,21 @@ def test_modes_become_rgb(tmp_path, image, kind, expected):
     assert np.abs(np.array(colour(result)) - expected).max() <= 3
 
 
+@pytest.mark.parametrize(("odd", "shade"), [(np.nan, 0), (np.inf, 255), (-np.inf, 0)])
+def test_one_value_that_is_no_number_does_not_darken_the_others(tmp_path, odd, shade):
+    values = np.full((4, 6), 0.5, np.float32)
+    values[0, 0] = odd
+    pixels = np.asarray(load_image(saved(tmp_path / "x.tiff", Image.fromarray(values), "TIFF")))
+    assert pixels[0, 0].tolist() == [shade] * 3
+    assert (pixels.reshape(-1, 3)[1:] == 128).all()
+
+
+def test_a_picture_without_a_number_is_refused(tmp_path):
+    path = saved(tmp_path / "x.tiff", Image.fromarray(np.full((4, 6), np.nan, np.float32)), "TIFF")
+    with pytest.raises(ValueError, match="none of its values is a finite number"):
+        load_image(path)
+
+
 def test_a_transparent_palette_is_laid_over_white(tmp_path):
     image = Image.new("P", (2, 2), 0)
     image.putpalette([10, 20, 30])
@@ -327,6 +342,50 @@ def test_no_error_repeats_a_long_source(source, from_stranger):
     with pytest.raises((ValueError, OSError)) as caught:
         load_image(source, from_stranger=from_stranger)
     assert len(str(caught.value)) < 600
+
+
+def photo(**options):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    return encoded(Image.fromarray(noise), "JPEG", **options)
+
+
+def scanned(times):
+    """A progressive JPEG whose last scan comes so often."""
+    content = photo(progressive=True)
+    last = content.rindex(b"\xff\xda")
+    return content[:last] + content[last:-2] * times + b"\xff\xd9"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        photo() + b"\0\0\0\x18ftypmp42" + b"\xff\xda" * 1000,  # a motion photo
+        photo(exif=b"Exif\0\0" + b"\xff\xda" * 1000),
+        photo(comment=b"\xff\xda" * 1000),
+        photo(quality=100, restart_marker_blocks=1),
+        scanned(80),
+    ],
+    ids=["video", "thumbnail", "comment", "restarts", "many scans"],
+)
+def test_strangers_photographs_may_bring_more_than_pixels(content):
+    assert load_image(content, from_stranger=True).size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    "hidden",
+    [
+        b"\xff\x02",  # a reserved mark, after which comes no length
+        b"\xff\xd0",  # a restart
+        b"\xff\x00\xff\xff\xff",  # an escaped byte, and what fills up
+        b"\xff\xfe\x00\x00",  # a comment that is shorter than its length
+        b"\xff\xfe\x00\x04ab",
+    ],
+)
+def test_scans_are_counted_whatever_stands_between(hidden):
+    content = scanned(101)
+    last = content.rindex(b"\xff\xda")
+    with pytest.raises(ValueError, match="a JPEG of more than 100 scans"):
+        load_image(content.replace(content[last:-2], content[last:-2] + hidden), from_stranger=True)
 
 
 def test_every_format_named_is_one_of_pillows():
