@@ -29,7 +29,7 @@ from jinja2 import TemplateError
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from handler_images import load_image
+from handler_images import download, load_image, shortened
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,9 @@ MAX_BYTES = 20_000_000
 MAX_PIXELS = 16_000_000
 MAX_SECONDS = 60
 """Longest time for fetching the images of a request."""
+MAX_SECONDS_EACH = 15
+MAX_DOWNLOADS = 32
+"""Most downloads at once, of all requests."""
 MAX_NEW = 4096
 """Most tokens times beams of an answer."""
 MAX_TOGETHER = 8
@@ -95,6 +98,8 @@ class EndpointHandler:
         self._busy = threading.Lock()
         # An open picture is many times as large as its file, so few are opened at once.
         self._opening = threading.Semaphore(4)
+        # Slow addresses wait here, where they hold up nobody who brings the picture along.
+        self._fetching = threading.Semaphore(MAX_DOWNLOADS)
 
     def __call__(self, data: Mapping[str, Any]) -> Any:
         """Answer one request or several.
@@ -213,12 +218,22 @@ class EndpointHandler:
         return [answer for place in places for answer in self._batch(jobs, [place], extras)]
 
     def _picture(self, source: Any, ends: float) -> Any:
-        left = ends - time.monotonic()
-        if left <= 0:
-            raise ValueError(f"fetching the images took longer than {MAX_SECONDS} seconds")
+        source, label = _url(source), "the image"
+        if not _is_data(source):
+            label, source = shortened(source.strip()), self._download(source.strip(), ends)
         with self._opening:
+            image = load_image(source, max_bytes=MAX_BYTES, max_pixels=MAX_PIXELS, from_stranger=True, label=label)
             # Pictures do not wait for the model at full size.
-            return self.processor.as_seen(_picture(source, min(15.0, left)))
+            return self.processor.as_seen(image)
+
+    def _download(self, url: str, ends: float) -> bytes:
+        if self._fetching.acquire(timeout=max(0.0, ends - time.monotonic())):
+            try:
+                if (left := ends - time.monotonic()) > 0:
+                    return download(url, min(MAX_SECONDS_EACH, left), MAX_BYTES, public_only=True)
+            finally:
+                self._fetching.release()
+        raise ValueError(f"fetching the images took longer than {MAX_SECONDS} seconds")
 
     def _generate(self, jobs: Sequence[Job], extra: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Answer jobs of equal settings as one batch."""
@@ -399,10 +414,11 @@ def _pieces(content: Any) -> tuple[list[str | None], list[Any]]:
     return pieces, images
 
 
-def _picture(source: Any, seconds: float) -> Any:
+def _url(source: Any) -> str:
+    """Return an image of a request as an http(s) address or a data URL."""
     if not isinstance(source, str) or not source:
         raise ValueError("an image is an http(s) address, a data URL or base64")
-    if "://" not in source and source.lstrip()[:5].lower() != "data:":
+    if "://" not in source and not _is_data(source):
         # The rest is base64, or a path, which no stranger may name.
         if len(source) > MAX_BYTES // 3 * 4 + 4:
             raise ValueError(f"the image is larger than {MAX_BYTES:,} bytes")
@@ -411,8 +427,12 @@ def _picture(source: Any, seconds: float) -> Any:
             base64.b64decode(source, validate=True)
         except (binascii.Error, ValueError) as error:
             raise ValueError("an image is an http(s) address, a data URL or base64; files are not read") from error
-        source = f"data:image;base64,{source}"
-    return load_image(source, timeout=seconds, max_bytes=MAX_BYTES, max_pixels=MAX_PIXELS, from_stranger=True)
+        return f"data:image;base64,{source}"
+    return source
+
+
+def _is_data(source: str) -> bool:
+    return source.lstrip()[:5].lower() == "data:"
 
 
 def _checked(parameters: Mapping[str, Any], patches: int) -> dict[str, Any]:

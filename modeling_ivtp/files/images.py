@@ -74,6 +74,7 @@ def load_image(
     max_bytes: int = MAX_DOWNLOAD,
     max_pixels: int = MAX_PIXELS,
     from_stranger: bool = False,
+    label: str = "the image",
 ) -> Image.Image:
     """Load one picture in RGB, ready for the processor.
 
@@ -93,6 +94,8 @@ def load_image(
     from_stranger : bool, default False
         Whether `source` comes from somebody who must not reach what this machine reaches. If so, files are refused, and
         addresses that are not public, by any name and after any redirect, and formats that are costly to decode.
+    label : str
+        What errors call a picture that has no name: content, or an open picture.
 
     Returns
     -------
@@ -107,14 +110,14 @@ def load_image(
         If the file cannot be opened or the address does not answer.
     """
     if isinstance(source, Image.Image):
-        return _to_rgb(source, "the image", max_pixels)
+        return _to_rgb(source, label, max_pixels)
     text = source.strip() if isinstance(source, str) else ""
     if isinstance(source, bytes):
-        content, label = source, "the image"
+        content = source
     elif text[:5].lower() == "data:":
         content, label = _data_url(text, max_bytes), "the data URL"
     elif "://" in text:
-        content, label = _download(text, timeout, max_bytes, from_stranger), shortened(text)
+        content, label = download(text, timeout, max_bytes, public_only=from_stranger), shortened(text)
     elif from_stranger:
         raise ValueError(f"{str(source)[:80]!r} is not an http, https or data URL; files of this machine are not read")
     elif is_base64(text):
@@ -232,8 +235,25 @@ def _data_url(url: str, max_bytes: int) -> bytes:
         raise ValueError(f"the data URL is not valid base64: {error}") from error
 
 
-def _download(url: str, timeout: float, max_bytes: int, public_only: bool) -> bytes:
-    """Download the content of an http(s) address, with one deadline for lookup, handshake, headers and body."""
+def download(url: str, timeout: float, max_bytes: int, *, public_only: bool) -> bytes:
+    """Download the content of an http(s) address, with one deadline for lookup, handshake, headers and body.
+
+    Parameters
+    ----------
+    url : str
+    timeout : float
+        Seconds.
+    max_bytes : int
+    public_only : bool
+        Whether to refuse addresses that are not public, by any name and after any redirect.
+
+    Raises
+    ------
+    ValueError
+        If the address is none, is not public, or holds more.
+    OSError
+        If it does not answer in time, or not with a file.
+    """
     label = shortened(url)
     if url.split("://", 1)[0].lower() not in ("http", "https"):
         raise ValueError(f"{label} is not supported; images come from files and from http, https and data URLs")

@@ -335,6 +335,44 @@ def test_addresses_are_followed_to_where_they_lead(
             handler(short({"image": public + path, "text": "x"}))
 
 
+def test_slow_addresses_hold_up_only_each_other(
+    module: ModuleType, handler: Any, asked: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A picture that comes along is opened meanwhile, and who waits for others has less time left."""
+    content, release, allowed = base64.b64decode(asked[0][0]), threading.Event(), []
+
+    def slow(url: str, timeout: float, *_: Any, **__: Any) -> bytes:
+        allowed.append(timeout)
+        release.wait(30)
+        return content
+
+    monkeypatch.setattr(module, "download", slow)
+    monkeypatch.setattr(handler, "_fetching", threading.Semaphore(6))
+    ends = time.monotonic() + 10
+    with ThreadPoolExecutor(8) as pool:
+        try:
+            waiting = [pool.submit(handler._picture, "http://slow.test/x.png", ends) for _ in range(7)]
+            quick = pool.submit(handler._picture, f"data:image/png;base64,{asked[0][0]}", ends)
+            assert quick.result(5).size
+            assert len(allowed) == 6
+            with pytest.raises(ValueError, match="fetching the images took longer than 60 seconds"):
+                handler._picture("http://slow.test/x.png", time.monotonic() + 0.2)
+            time.sleep(0.3)
+        finally:
+            release.set()
+        assert all(picture.result(5).size == quick.result().size for picture in waiting)
+    assert len(allowed) == 7
+    assert allowed[-1] < min(allowed[:-1]) - 0.3
+
+
+def test_an_address_that_holds_no_picture_is_named(
+    module: ModuleType, handler: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "download", lambda *_, **__: b"hello")
+    with pytest.raises(ValueError, match=re.escape("http://a.test/x.png is not an image in a known format")):
+        handler(short({"image": " http://a.test/x.png", "text": "x"}))
+
+
 @pytest.mark.slow
 def test_under_load_nothing_is_mixed_up_or_kept(handler: Any, asked: list[Any]) -> None:
     """200 requests, 16 at a time: every good one gets its own answer, every hostile one is refused, memory is flat."""
