@@ -18,7 +18,7 @@ from ..checkpoints.recipes import load_recipe
 from ..files.shipped import shipped
 from ..files.sizes import human_bytes
 from ..trained import TrainedMethod
-from ..trained.adapter import options_of
+from ..trained.adapter import hub_name, options_of
 
 GENERIC = "generic"
 """The card of a checkpoint that no recipe here built."""
@@ -127,19 +127,20 @@ def render_pruner(method: TrainedMethod, repo_id: str, *, revision: str = "main"
         The branch that it is pushed to.
     """
     base, learned = dict(method.base or {}), method.modules_or_raise()
-    named = str(base.get("name_or_path", ""))
-    # A name on the Hub has one slash and is no folder here.
-    base_model = named if named.count("/") == 1 and not Path(named).exists() else None
+    base_model = hub_name(str(base.get("name_or_path", ""))) or None
+    beside = bool(base.get("trained"))
+    fits = base_model or "LLaVA"
     weights = list(learned.parameters())
     text = (
         _templates()
         .get_template("pruner.md.jinja")
         .render(
-            title=f"{type(method).__name__} for {base_model or 'a LLaVA'}",
+            title=f"{type(method).__name__} for {'a fine-tuned ' if beside else '' if base_model else 'a '}{fits}",
             method=method,
             paper=method.paper,
             base=base,
             base_model=base_model,
+            beside=beside,
             modules=len(list(learned.children())),
             size=human_bytes(sum(weight.numel() * weight.element_size() for weight in weights)),
             options=options_of(method),

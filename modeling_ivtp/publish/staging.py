@@ -22,7 +22,7 @@ from ..files.shipped import shipped
 from ..model.placeholders import check_placeholders, complete_processor
 from ..model.processing_ivtp import IVTPLlavaProcessor
 from ..trained import is_adapter, load
-from ..trained.adapter import CONFIG, WEIGHTS
+from ..trained.adapter import CONFIG, WEIGHTS, hub_name
 from .cards import GENERIC, card_images, card_names, render, render_pruner
 
 # Kinds of files that are not text.
@@ -153,8 +153,14 @@ def _stage_pruner(folder: Path, repo_id: str, target: Path, card: str | None, re
         if not file.is_file():
             raise ValueError(f"there is no card {card!r}; allowed for a trained pruner: a file, or none")
         text = file.read_text(encoding="utf-8")
-    for place in (CONFIG, WEIGHTS):
-        _link(folder / place, target / place)
+    _link(folder / WEIGHTS, target / WEIGHTS)
+    note = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    named = str(note["base"].get("name_or_path", ""))
+    if hub_name(named) == named:
+        _link(folder / CONFIG, target / CONFIG)
+    else:  # 0.2.0 wrote the path of the base's folder
+        note["base"]["name_or_path"] = ""
+        (target / CONFIG).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
     (target / "README.md").write_text(text, encoding="utf-8")
     (target / ".gitattributes").write_text(_ATTRIBUTES)
     files = _files(target)

@@ -28,7 +28,11 @@ TRAINED: dict[str, type[TrainedMethod]] = {}
 _FORMAT = 1
 _ROWS, _VALUES = 4, 4
 _CLOSE = 0.02
-"""Embeddings of one base differ by less, relatively, between float32 and bfloat16."""
+"""Embeddings of one base differ by less, relatively, between float32 and bfloat16, and those of fine-tuned ones too."""
+_SAME = 0.005
+"""Weights differ by less, relatively, if one is the other in bfloat16 or float16."""
+_NOTES = ("name_or_path", "embeddings", "trained")
+"""What a description holds beside the shape."""
 
 
 def register(method: type[TrainedMethod]) -> None:
@@ -58,29 +62,62 @@ def fingerprint(folder: str | os.PathLike[str]) -> str:
     return found.hexdigest()
 
 
-def describe_base(model: Any) -> dict[str, Any]:
+def describe_base(model: Any, *, trained: bool = False) -> dict[str, Any]:
     """Describe the LLaVA that modules are made for: its shape, and a few values of its embeddings.
+
+    Parameters
+    ----------
+    model : model
+    trained : bool, default False
+        Whether it was trained together with the modules, which then fit no other: values of what may have learned are
+        part of the description.
 
     Returns
     -------
     dict
-        Ready for JSON. `embeddings` is None where the weights cannot be read.
+        Ready for JSON. `embeddings`, and values of `trained`, are None where the weights cannot be read.
     """
     llava = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return describe_shape(llava.config) | {"embeddings": _probe(llava)}
+    found = describe_shape(llava.config) | {"embeddings": _probe(llava)}
+    return found | {"trained": _probe_parts(llava)} if trained else found
 
 
 def describe_shape(config: Any) -> dict[str, Any]:
-    """Describe what a configuration alone tells of a LLaVA that modules are made for."""
+    """Describe what a configuration alone tells of a LLaVA that modules are made for; a folder's path stays here."""
     text, vision = config.text_config, config.vision_config
     return {
-        "name_or_path": str(getattr(config, "_name_or_path", "")),
+        "name_or_path": hub_name(str(getattr(config, "_name_or_path", ""))),
         "model_type": text.model_type,
         "hidden_size": text.hidden_size,
         "num_hidden_layers": text.num_hidden_layers,
         "num_attention_heads": text.num_attention_heads,
         "patches": (vision.image_size // vision.patch_size) ** 2,
     }
+
+
+def hub_name(name_or_path: str) -> str:
+    """Return a name on the Hub, which has one slash and is no folder here; of anything else nothing."""
+    is_name = name_or_path.count("/") == 1 and name_or_path[0] not in "/.~" and not Path(name_or_path).exists()
+    return name_or_path if is_name else ""
+
+
+def _probe_parts(llava: Any) -> dict[str, list[float] | None]:
+    """Return a few values of each part that can be trained together with modules."""
+    layers = llava.model.language_model.layers
+    parts = {
+        "language_model": layers[len(layers) // 2].mlp.down_proj,
+        "lm_head": llava.get_output_embeddings(),
+        "multi_modal_projector": llava.model.multi_modal_projector.linear_2,
+    }
+    return {name: _values(part.weight) for name, part in parts.items()}
+
+
+def _values(weight: torch.Tensor) -> list[float] | None:
+    """Return values of a matrix; None of what is quantized, sharded or offloaded."""
+    if weight.is_meta or weight.dim() != 2 or not weight.is_floating_point() or hasattr(weight, "to_local"):
+        return None
+    values: list[float] = weight.detach()[_ROWS : 2 * _ROWS, :_VALUES].flatten().float().tolist()
+    return values
 
 
 @torch.no_grad()
@@ -98,18 +135,33 @@ def check_base(name: str, base: Mapping[str, Any], model: Any) -> None:
     Raises
     ------
     ValueError
-        If its shape or its embeddings differ.
+        If its shape or its embeddings differ, or it is not the one that was trained together with them.
     """
-    found = describe_base(model)
+    found = describe_base(model, trained=bool(base.get("trained")))
     check_shape(name, base, found)
-    if base.get("embeddings") is None or found["embeddings"] is None:
-        return
-    theirs, ours = torch.tensor(base["embeddings"]), torch.tensor(found["embeddings"])
-    if not (theirs - ours).norm() <= _CLOSE * theirs.norm():
+    difference = _difference(base.get("embeddings"), found["embeddings"], _CLOSE)
+    if difference is not None:
         raise ValueError(
             f"{name}: this model's embeddings are not those of the adapter's base{_named(base)}: the largest "
-            f"difference is {(theirs - ours).abs().max():.3g}; allowed: the base itself, or a fine-tuned one."
+            f"difference is {difference:.3g}; allowed: the base itself, or a fine-tuned one."
         )
+    for part, values in (base.get("trained") or {}).items():
+        difference = _difference(values, found["trained"].get(part), _SAME)
+        if difference is not None:
+            raise ValueError(
+                f"{name}: this model's {part} is not the one that was trained together with the modules: the largest "
+                f"difference is {difference:.3g}; allowed: the model that was saved beside them, such as model/ beside "
+                "pruner/."
+            )
+
+
+def _difference(theirs: list[float] | None, ours: list[float] | None, close: float) -> float | None:
+    """Return the largest difference of values that are not close, relatively; None of close or unknown ones."""
+    if theirs is None or ours is None:
+        return None
+    known, found = torch.tensor(theirs), torch.tensor(ours)
+    is_close = bool((known - found).norm() <= close * known.norm())
+    return None if is_close else float((known - found).abs().max())
 
 
 def check_shape(name: str, base: Mapping[str, Any], found: Mapping[str, Any]) -> None:
@@ -121,7 +173,7 @@ def check_shape(name: str, base: Mapping[str, Any], found: Mapping[str, Any]) ->
         If it differs.
     """
     for key, value in base.items():
-        if key not in ("name_or_path", "embeddings") and found.get(key) != value:
+        if key not in _NOTES and found.get(key) != value:
             raise ValueError(
                 f"{name}: this model has {key}={found.get(key)}; allowed: {value}, as the base of this adapter"
                 f"{_named(base)} has."

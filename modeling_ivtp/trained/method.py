@@ -175,11 +175,11 @@ class TrainedMethod(Method):
         ----------
         folder : str or path
         model : model, optional
-            The base as it is now, if it was trained together with the modules.
+            The base as it is now, if it was trained together with the modules; they then fit no other.
         overwrite : bool, default False
             Replace a folder that holds something.
         """
-        method = self if model is None else replace(self, base=adapter.describe_base(model))
+        method = self if model is None else replace(self, base=adapter.describe_base(model, trained=True))
         adapter.save(method, folder, overwrite=overwrite)
 
     def modules_or_raise(self) -> nn.Module:

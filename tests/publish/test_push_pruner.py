@@ -1,5 +1,6 @@
 """`ivtp push` of a trained pruner: its two files and a card, which come back from the Hub."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,6 +83,35 @@ def test_the_card_says_what_the_modules_are(folder: Path, tmp_path: Path) -> Non
     assert f'trained.load("{NAME}", revision="beta")' in card.text
     assert "not measured" in card.text
     assert repository.pruner
+
+
+def test_the_card_of_modules_that_were_trained_with_their_model_asks_for_this_one(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.config._name_or_path = "owner/original"
+    method = ready(trained.LVPruning(ratio=0.6), model)
+    cards = {}
+    for name, base in (("frozen", None), ("tuned", model)):
+        method.save(tmp_path / name, model=base)
+        (tmp_path / f"{name}-out").mkdir()
+        stage(tmp_path / name, NAME, tmp_path / f"{name}-out")
+        cards[name] = (tmp_path / f"{name}-out" / "README.md").read_text()
+    assert 'from_llava("owner/original")' in cards["frozen"]
+    assert "change none of its weights" in cards["frozen"]
+    assert 'from_llava("FINE-TUNED")' in cards["tuned"]
+    assert "fine-tuned together with them" in cards["tuned"]
+    assert "fine-tuned from `owner/original`" in cards["tuned"]
+    assert "change none" not in cards["tuned"]
+
+
+def test_the_path_of_a_folder_is_not_uploaded(folder: Path, tmp_path: Path) -> None:
+    note = json.loads((folder / "config.json").read_text())
+    note["base"]["name_or_path"] = "/home/me/models/llava"  # as 0.2.0 saved it
+    (folder / "config.json").write_text(json.dumps(note))
+    (tmp_path / "out").mkdir()
+    stage(folder, NAME, tmp_path / "out")
+    assert all(b"/home/me" not in file.read_bytes() for file in (tmp_path / "out").iterdir())
+    assert trained.load(tmp_path / "out") == trained.load(folder)
+    assert json.loads((folder / "config.json").read_text()) == note
 
 
 def test_the_card_of_sparse_attention_says_whose_it_is_not(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Folders of trained pruners: what is saved comes back, what does not fit is refused, the base is left alone."""
 
+import copy
 import errno
 import json
 import shutil
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from modeling_ivtp import trained
 from tests.support.checkpoints import llava_folder
 from tests.support.tiny import prompt, tiny_model
-from tests.support.trained import ROWS, assert_same_bits, bits, ready
+from tests.support.trained import ROWS, answered, assert_same_bits, bits, ready
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +111,39 @@ def test_a_fine_tuned_base_in_half_precision_is_accepted(folder, model):
         other.lm_head.weight.add_(0.1)
     with trained.load(folder)(other):
         assert other.model.plan() is not None
+
+
+@pytest.mark.parametrize("part", ["language_model", "lm_head", "multi_modal_projector"])
+def test_modules_that_were_trained_together_with_a_model_fit_no_other(part, tmp_path):
+    untrained, tuned = tiny_model(), tiny_model()
+    with trained.PrunerTraining(tuned, ready(trained.LVPruning(ratio=0.6), tuned), learns=(part,)) as training:
+        optimizer = torch.optim.AdamW(training.parameter_groups(1e-3, 3e-3))
+        training.train()(**answered()).loss.backward()
+        optimizer.step()
+        training.save(tmp_path / "adapter")
+    method = trained.load(tmp_path / "adapter")
+    for model in (tuned, copy.deepcopy(tuned).to(torch.bfloat16), copy.deepcopy(tuned).half()):
+        with method(model):
+            assert model.model.plan() is not None
+    with pytest.raises(ValueError, match=f"this model's {part} is not the one that was trained together with the mod"):
+        method(untrained)
+    assert untrained.model.applied_pruner is None
+
+
+def test_a_local_folder_s_path_stays_here_and_a_name_on_the_hub_is_kept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_model().save_pretrained(tmp_path / "models" / "mine")
+    for source, expected in (
+        (str(tmp_path / "models" / "mine"), ""),
+        ("models/mine", ""),
+        ("owner/name", "owner/name"),
+    ):
+        model = tiny_model()
+        model.config._name_or_path = source
+        trained.LVPruning(ratio=0.6).for_model(model).save(tmp_path / "adapter", overwrite=True)
+        config = (tmp_path / "adapter" / "config.json").read_text()
+        assert json.loads(config)["base"]["name_or_path"] == expected
+        assert "mine" not in config
 
 
 def test_without_modules_nothing_is_applied_or_saved(model, tmp_path):
