@@ -74,19 +74,32 @@ class RunFolder:
     def checkpoint(self, clean: bool) -> str | None:
         """Return the last whole checkpoint; halves that an interruption left are removed if `clean`.
 
-        `Trainer` writes its state last, so a checkpoint with it is whole.
+        `Trainer` writes its state last, so a checkpoint with the state of its step is whole.
         """
         whole = []
         for path in self.path.glob("checkpoint-*"):
-            if (path / "trainer_state.json").is_file():
+            if _has_state(path):
                 whole.append(path)
             elif clean:
                 shutil.rmtree(path)
-        return str(max(whole, key=lambda path: int(path.name.partition("-")[2]))) if whole else None
+        return str(max(whole, key=_step)) if whole else None
 
     def log(self, history: list[dict[str, Any]]) -> None:
         """Write the log, one JSON object for each entry."""
         write_whole(self.path / LOG, "".join(json.dumps(entry) + "\n" for entry in history))
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.partition("-")[2])
+
+
+def _has_state(checkpoint: Path) -> bool:
+    """Return whether a checkpoint has the state of its step; a full disk may leave an empty file."""
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        return bool(state["global_step"] == _step(checkpoint))
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return False
 
 
 def write_whole(file: Path, text: str) -> None:

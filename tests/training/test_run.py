@@ -14,6 +14,7 @@ from modeling_ivtp.training import load_preset, train
 from modeling_ivtp.training import run as running
 from modeling_ivtp.training.batches import Collator
 from modeling_ivtp.training.data import open_conversations
+from modeling_ivtp.training.folder import RunFolder
 from modeling_ivtp.training.parts import PrunedBy, linked_to_pictures, training_module
 from tests.support.conversations import ROWS, SECOND, TEXT_ROW, run_options, write_data
 from tests.support.text_tokenizers import processor as make_processor
@@ -135,6 +136,19 @@ def test_an_interrupted_run_goes_on_with_the_same_losses(sample, tmp_path, monke
     assert resumed.losses == whole.losses
     for name, value in weights(whole.model).items():
         assert torch.equal(value, weights(resumed.model)[name]), name
+
+
+def test_a_checkpoint_without_the_state_of_its_step_is_no_whole_one(tmp_path):
+    states = {2: '{"global_step": 2}', 4: "", 6: '{"global', 8: '{"global_step": 6}', 10: "[]", 12: None}
+    for step, state in states.items():
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    folder = RunFolder(tmp_path)
+    assert folder.checkpoint(clean=False) == str(tmp_path / "checkpoint-2")
+    assert len(list(tmp_path.iterdir())) == 6
+    assert folder.checkpoint(clean=True) == str(tmp_path / "checkpoint-2")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
 
 
 def test_a_folder_with_another_run_or_anything_else_is_left_alone(sample, tmp_path):
