@@ -67,7 +67,7 @@ class Plan:
     weight_bytes, gradient_bytes, optimizer_bytes : int
         Of one process that shares nothing with others, without activations.
     disk_bytes : int
-        Of the folder at its largest: two checkpoints, while the older one goes.
+        Of the folder at its largest: two checkpoints, while the older one goes, or one and what the run ends with.
     """
 
     rows: int
@@ -208,7 +208,10 @@ def make_plan(
     weights = sum(sizes.values())
     value = torch.bfloat16.itemsize if options.dtype == "bfloat16" else torch.float32.itemsize
     optimizer = learning * (_ADAM_BYTES if value == 4 else 2 * value)
-    saved = learning if pruned_by.is_trained else weights  # beside trained modules, what is frozen is not saved
+    # Beside trained modules, checkpoints hold what learns alone; if parts of the model do, it is whole in the end.
+    saved = learning if pruned_by.is_trained else weights
+    result = saved if pruned_by.is_trained and not prefixes(preset.trains) else weights
+    checkpoint = saved * value + optimizer
     return Plan(
         rows=len(rows),
         held_out=0 if held_out is None else len(held_out),
@@ -225,5 +228,5 @@ def make_plan(
         weight_bytes=weights * value,
         gradient_bytes=learning * value,
         optimizer_bytes=optimizer,
-        disk_bytes=2 * (saved * value + optimizer),
+        disk_bytes=checkpoint + max(checkpoint, result * value),
     )

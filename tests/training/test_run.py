@@ -231,6 +231,19 @@ def test_a_dry_run_counts_and_writes_nothing(sample, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("trains", [("pruner",), ("pruner", "projector"), ("pruner", "projector", "language_model")])
+def test_the_disk_that_modules_take_is_what_their_folder_takes_in_the_end(trains, sample, tmp_path):
+    options = run_options(
+        sample / "model", sample / "rows.json", tmp_path / "run", trains, method="lvpruning", tokens=4,
+        method_options={"blocks": 1}, max_steps=2,
+    )  # fmt: skip
+    plan = train(options).plan
+    files = [path for path in (tmp_path / "run").rglob("*") if path.suffix in (".safetensors", ".pt", ".bin")]
+    assert (tmp_path / "run" / "model").exists() == (trains != ("pruner",))
+    taken, names = sum(path.stat().st_size for path in files), len(load_file(sample / "model" / "model.safetensors"))
+    assert plan.disk_bytes > taken - 2048 * names  # without the headers of files
+
+
 @pytest.mark.parametrize("method", ["unpruned", "ivtp", "fastv"])
 def test_the_first_loss_is_that_of_the_method(method, sample, tmp_path):
     options = {"max_steps": 1, "method": method, "tokens": 3, "limit": 4}
