@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import shutil
 import signal
 import sys
@@ -18,6 +19,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from uuid import uuid4
+
+from safetensors import SafetensorError
 
 from .sizes import human_bytes
 
@@ -72,6 +75,30 @@ def new_folder(target: str | os.PathLike[str], *, needed_bytes: int = 0, overwri
             for parent in missing_parents:
                 with suppress(OSError):  # it holds the new folder
                     parent.rmdir()
+
+
+@contextmanager
+def system_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Raise errors of the system in the block as OSError: of these, safetensors tells the number in its words alone.
+
+    Parameters
+    ----------
+    path : str or path
+        What is written, for the message.
+
+    Raises
+    ------
+    OSError
+        If the disk is full, for one.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        code = int(number[1])
+        raise OSError(code, os.strerror(code), str(path)) from error
 
 
 def check_target(target: str | os.PathLike[str], *, needed_bytes: int = 0, overwrite: bool = False) -> Path:

@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..files.folder import new_folder
+from ..files.folder import new_folder, system_errors
 from ..methods import METHODS
 
 if TYPE_CHECKING:
@@ -200,7 +200,8 @@ def save(method: TrainedMethod, folder: str | os.PathLike[str], *, overwrite: bo
     size = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
     with new_folder(folder, needed_bytes=size, overwrite=overwrite) as path:
         (path / CONFIG).write_text(json.dumps(note, indent=1) + "\n")
-        save_file(weights, path / WEIGHTS, metadata={"format": "pt"})
+        with system_errors(path):
+            save_file(weights, path / WEIGHTS, metadata={"format": "pt"})
 
 
 def options_of(method: TrainedMethod) -> dict[str, Any]:

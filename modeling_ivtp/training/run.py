@@ -16,6 +16,7 @@ from accelerate import PartialState
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ..checkpoints.sources import local_folder
+from ..files.folder import system_errors
 from ..model.placeholders import features_of_image
 from ..trained import PrunerTraining
 from .batches import Collator
@@ -125,7 +126,8 @@ def train(options: Options, *, dry_run: bool = False) -> Summary:
         trainer = _trainer(module, processor, options, plan, learn, held_out, folder, report_to)
         checkpoint = folder.checkpoint(clean=state.is_main_process)
         state.wait_for_everyone()
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with system_errors(folder.path):
+            trainer.train(resume_from_checkpoint=checkpoint)
         if isinstance(module, PrunerTraining) and state.is_main_process:
             module.save(folder.pruner, overwrite=True)
     model.config.text_config.use_cache = True
@@ -240,7 +242,8 @@ def _save(trainer: Trainer, processor: Any, folder: RunFolder, state: PartialSta
         shutil.rmtree(partial)
     state.wait_for_everyone()
     try:
-        trainer.save_model(str(partial))
+        with system_errors(folder.path):
+            trainer.save_model(str(partial))
         if state.is_main_process:
             processor.save_pretrained(partial)
             (partial / "training_args.bin").unlink(missing_ok=True)

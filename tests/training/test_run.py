@@ -1,10 +1,12 @@
 """Runs on a tiny LLaVA: what moves, resuming, folders, methods and connectors, and what is refused first."""
 
+import errno
 import json
 import shutil
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -213,6 +215,25 @@ def test_a_full_disk_is_said_before_anything_is_written(sample, tmp_path, monkey
     with pytest.raises(OSError, match=r"run needs .*, but only .* are free"):
         train(run_options(sample / "model", sample / "rows.json", tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("full", ["checkpoint-1", ".model.partial"])
+def test_a_disk_that_gets_full_is_an_error_of_the_system_and_the_run_goes_on_later(full, sample, tmp_path, monkeypatch):
+    options = run_options(sample / "model", sample / "rows.json", tmp_path / "run", max_steps=1)
+    save = running.LlavaTrainer.save_model
+
+    def cut_short(trainer, folder, *arguments, **more):
+        if folder.endswith(full):
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        save(trainer, folder, *arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(running.LlavaTrainer, "save_model", cut_short)
+        with pytest.raises(OSError, match=r"No space left on device: .*run'") as error:
+            train(options)
+    assert error.value.errno == errno.ENOSPC
+    assert not list((tmp_path / "run").glob("*model*"))
+    assert train(options).model.is_dir()
 
 
 def test_a_dry_run_counts_and_writes_nothing(sample, tmp_path, capsys):
