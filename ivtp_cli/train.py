@@ -102,7 +102,9 @@ def train(
     log_steps: Annotated[int, typer.Option(help="Steps between lines of the log.")] = 10,
     seed: Annotated[int, typer.Option(help="Seed of the order of rows and of new modules.")] = 0,
     dtype: Annotated[str, typer.Option(help="Type of the weights: float32 or bfloat16.")] = "float32",
-    device: Annotated[str | None, typer.Option(help="cpu, in spite of a GPU.", show_default=False)] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, in spite of a GPU, or cuda.", show_default="a GPU if there is one")
+    ] = None,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Compute activations again instead of keeping them.")
     ] = False,

@@ -15,6 +15,7 @@ from .parts import PrunedBy
 PARTS = ("connector", "projector", "language_model", "pruner")
 """Parts that can learn; the pruner's are modules of a trained method. Vision tower and CLIP's text half stay frozen."""
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
+DEVICES = ("cpu", "cuda")
 DTYPES = ("float32", "bfloat16")
 LOGS = ("tensorboard", "trackio")
 _LEAST = {
@@ -168,7 +169,7 @@ class Options:
     dtype : {"float32", "bfloat16"}
         Type of the weights. Float32 computes in bfloat16 on GPUs that can.
     device : str or None
-        `"cpu"` trains there in spite of a GPU.
+        `"cpu"` trains there in spite of a GPU, `"cuda"` on a GPU or not at all; default: a GPU if there is one.
     gradient_checkpointing : bool
     workers : int
         Processes that prepare batches.
@@ -217,6 +218,9 @@ class Options:
             raise ValueError(f"evaluation_share={self.evaluation_share!r}; allowed: a share from 0 to below 1.")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r}; allowed: {', '.join(DTYPES)}.")
+        if self.device not in (None, *DEVICES):
+            names = ", ".join(DEVICES)
+            raise ValueError(f"device={self.device!r}; allowed: {names}. CUDA_VISIBLE_DEVICES=1 chooses among GPUs.")
         if self.log_to not in (*LOGS, "none", "auto"):
             raise ValueError(f"log_to={self.log_to!r}; allowed: auto, none, {', '.join(LOGS)}.")
         if self.connector is not None and self.method not in ("ivtp", "unpruned"):

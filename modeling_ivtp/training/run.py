@@ -92,6 +92,8 @@ def train(options: Options, *, dry_run: bool = False) -> Summary:
     pruned_by = options.pruned_by
     pruned_by.check_parts(options.preset.trains)
     report_to = _reporting(options.log_to)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError('device="cuda", but PyTorch finds no GPU here; allowed: cpu, or leave it out.')
     state = PartialState(cpu=options.device == "cpu")
     folder, config = RunFolder(options.out), planned_config(options)
     processor = load_processor(options, config)

@@ -184,6 +184,8 @@ REFUSED = [
     ({"method": "unpruned", "method_options": {"speed": 1}}, "method='unpruned' has no options"),
     ({"method": "ivtp", "method_options": {"speed": 1}}, r"Unknown pruning option\(s\) speed"),
     ({"dtype": "int8"}, "dtype='int8'; allowed: float32, bfloat16"),
+    ({"device": "cuda:1"}, r"device='cuda:1'; allowed: cpu, cuda\. CUDA_VISIBLE_DEVICES=1 chooses among GPUs"),
+    ({"device": "cuda0"}, "device='cuda0'; allowed: cpu, cuda"),
     ({"log_to": "paper"}, "log_to='paper'; allowed: auto, none, tensorboard, trackio"),
 ]
 
@@ -192,6 +194,13 @@ REFUSED = [
 def test_what_is_wrong_is_said_before_anything_is_written(options, message, sample, tmp_path):
     with pytest.raises(ValueError, match=message):
         train(run_options(sample / "model", sample / "rows.json", tmp_path / "run", **options))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_gpu_that_is_not_there_is_said_before_anything_is_written(sample, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r'device="cuda", but PyTorch finds no GPU here; allowed: cpu'):
+        train(run_options(sample / "model", sample / "rows.json", tmp_path / "run", device="cuda"))
     assert not (tmp_path / "run").exists()
 
 
