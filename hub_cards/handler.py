@@ -79,20 +79,22 @@ class EndpointHandler:
     ----------
     path : str
         Folder of the checkpoint, which is that of this file.
-    trust_remote_code : bool, default True
-        False where the installed package has the classes, so that no code of the folder runs.
+    model, processor : optional
+        A model in evaluation mode and its processor, if they are loaded already; no code of the folder runs then.
     """
 
-    def __init__(self, path: str = "", *, trust_remote_code: bool = True) -> None:
+    def __init__(self, path: str = "", *, model: Any = None, processor: Any = None) -> None:
         path = path or os.path.dirname(os.path.abspath(__file__))
-        on_gpu = torch.cuda.is_available()
-        weights = sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
-        # Half precision has no fast kernels on most CPUs; a small model is better off twice as large.
-        dtype = "auto" if on_gpu or weights > 4e9 else torch.float32
-        self.model = AutoModelForImageTextToText.from_pretrained(
-            path, trust_remote_code=trust_remote_code, dtype=dtype, device_map="auto" if on_gpu else "cpu"
-        ).eval()
-        self.processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
+        if model is None:
+            model = AutoModelForImageTextToText.from_pretrained(
+                path,
+                trust_remote_code=True,
+                use_safetensors=True,
+                dtype=fitting_dtype(path),
+                device_map="auto" if torch.cuda.is_available() else "cpu",
+            ).eval()
+            processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
+        self.model, self.processor = model, processor
         self.processor.tokenizer.padding_side = "left"
         # Pruning options and random numbers belong to the model, not to a request, so batches take turns.
         self._busy = threading.Lock()
@@ -325,6 +327,15 @@ class EndpointHandler:
             changed = {"enabled": True, "visual_tokens": budget, "tower_tokens": handed_over if fits else None}
         with self.model.pruning(**changed):
             yield
+
+
+def fitting_dtype(path: str | os.PathLike[str]) -> str:
+    """Name the type in which a folder's checkpoint answers fastest on this machine.
+
+    Half precision has no fast kernels on most CPUs; a small model is better off twice as large.
+    """
+    weights = sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
+    return "auto" if torch.cuda.is_available() or weights > 4e9 else "float32"
 
 
 def _failed(error: Exception) -> dict[str, Any]:

@@ -167,13 +167,13 @@ class Checkpoint:
         return cls(source, tensors, folder)
 
 
-def check_weights(folder: Path) -> None:
+def check_weights(folder: Path, source: str) -> None:
     """Check by their headers that a folder's safetensors files are whole.
-
-    A folder with weights in another format is not checked.
 
     Raises
     ------
+    ValueError
+        If the folder holds weights in another format, or none; the message names `source`.
     OSError
         Naming the file that is missing or damaged, shorter or longer than its header says, or without a tensor that
         the index promises.
@@ -183,7 +183,7 @@ def check_weights(folder: Path) -> None:
     elif (folder / INDEX_FILE).is_file():
         shards = _read_index(folder / INDEX_FILE)
     else:
-        return
+        raise ValueError(no_safetensors(source, [path.name for path in folder.iterdir()], folder))
     for file, promised in shards.items():
         with _opened(folder / file) as weights:
             _check_promised(folder / file, promised, set(weights.keys()))

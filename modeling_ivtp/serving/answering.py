@@ -15,7 +15,7 @@ import torch
 from jinja2 import TemplateError
 
 from ..checkpoints.llava_source import check_loading_info, read_config
-from ..checkpoints.sources import HubOptions, local_folder, naming_damaged_file
+from ..checkpoints.sources import HubOptions, local_folder, naming_damaged_file, open_checkpoint
 from ..checkpoints.weights import check_weights
 from ..files.console import quiet
 from ..model.compat import cache_of
@@ -78,8 +78,8 @@ def load_model(
     Raises
     ------
     ValueError
-        If the checkpoint is no LLaVA, a file is damaged, weights are missing, unexpected or of another shape than the
-        config says, or the device or type is unknown.
+        If the checkpoint is no LLaVA, a file is damaged, weights are missing, unexpected, in another format than
+        safetensors or of another shape than the config says, or the device or type is unknown.
     OSError
         If there is no such checkpoint, or a weights file is missing or damaged.
     """
@@ -94,13 +94,18 @@ def load_model(
         if folder is not None:
             # Without a config.json transformers would build a 7B model of random numbers.
             read_config(folder, str(model), quantized=True)
-            check_weights(folder)
+            check_weights(folder, str(model))
         else:
-            HubOptions().check(str(model))
+            open_checkpoint(model, HubOptions())  # refuses weights that are not safetensors
         source = model if folder is None else folder
         # transformers' own error for wrong shapes only refers to a report; `check_loading_info` says what is in it.
         loaded, info = IVTPLlavaForConditionalGeneration.from_pretrained(
-            source, dtype=dtype, device_map=device, output_loading_info=True, ignore_mismatched_sizes=True
+            source,
+            dtype=dtype,
+            device_map=device,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
         check_loading_info(info, str(model))
         processor = IVTPLlavaProcessor.from_pretrained(source)

@@ -13,6 +13,7 @@ import sys
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+import torch
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
@@ -23,10 +24,10 @@ from jinja2 import TemplateError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..checkpoints.llava_source import read_config
 from ..checkpoints.sources import HubOptions, local_folder
 from ..files import images
 from ..files.shipped import shipped
+from .answering import load_model
 from .batching import Batcher, Listener
 from .schema import ChatRequest, Chunks, Completion, Error, ErrorAnswer, Model, ModelList, explain_errors
 
@@ -53,10 +54,9 @@ def load_handler(model: str | os.PathLike[str], revision: str | None = None) -> 
     Raises
     ------
     OSError, ValueError
-        If there is no such checkpoint, or it cannot be loaded.
+        As `load_model`.
     """
     folder = local_folder(model) or HubOptions(revision).snapshot(str(model), ["*"])
-    read_config(folder, str(model), quantized=True)
     sys.modules.setdefault("handler_images", images)
     spec = importlib.util.spec_from_file_location("ivtp_endpoint_handler", shipped("hub_cards/handler.py"))
     assert spec is not None
@@ -64,7 +64,10 @@ def load_handler(model: str | os.PathLike[str], revision: str | None = None) -> 
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     # The package has the classes: no code that came with a checkpoint runs.
-    return module.EndpointHandler(str(folder), trust_remote_code=False)
+    loaded, processor = load_model(
+        folder, device=None if torch.cuda.is_available() else "cpu", dtype=module.fitting_dtype(folder)
+    )
+    return module.EndpointHandler(model=loaded, processor=processor)
 
 
 def check_key(api_key: str | None) -> None:

@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,13 +18,18 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
 import transformers
 import uvicorn
 from fastapi.testclient import TestClient
+from safetensors.torch import load_file, save_file
 
+from modeling_ivtp.checkpoints import sources
 from modeling_ivtp.checkpoints.convert import convert
 from modeling_ivtp.cli import main
+from modeling_ivtp.serving.answering import load_model
 from modeling_ivtp.serving.server import build, load_handler
+from tests.support.checkpoints import PRUNING, clip_folder, llava_folder
 
 ROOT = Path(__file__).parents[2]
 SCENE = ROOT / "hub_cards" / "ivtp-llava-miniature" / "images" / "scene.png"
@@ -446,6 +452,45 @@ def test_no_code_that_came_with_a_checkpoint_runs(tmp_path: Path) -> None:
     (tmp_path / "evil" / "evil.py").write_text("raise RuntimeError('code of the checkpoint ran')")
     with pytest.raises(ValueError, match="is of model_type 'evil'"):
         load_handler(tmp_path / "evil")
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("tiny")
+    clip_folder(root / "clip", llava_folder(root / "llava"))
+    convert(root / "llava", root / "clip", root / "ivtp", pruning=PRUNING, progress=False)
+    return root / "ivtp"
+
+
+def test_a_checkpoint_without_some_weights_is_not_served(tiny_folder: Path, tmp_path: Path) -> None:
+    """transformers would fill them with random numbers, and say so in a log alone."""
+    shutil.copytree(tiny_folder, tmp_path / "made")
+    tensors = load_file(tmp_path / "made" / "model.safetensors")
+    less = {name: tensor for name, tensor in tensors.items() if "layers.3." not in name}
+    save_file(less, tmp_path / "made" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks \d+ tensors of the model"):
+        load_handler(tmp_path / "made")
+
+
+def test_pickled_weights_are_not_opened(tiny_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_folder, tmp_path / "made")
+    torch.save(load_file(tmp_path / "made" / "model.safetensors"), tmp_path / "made" / "pytorch_model.bin")
+    (tmp_path / "made" / "model.safetensors").unlink()
+    for load in (load_handler, lambda path: load_model(path, device="cpu")):
+        with pytest.raises(ValueError, match=r"made has no model\.safetensors .*only pytorch_model\.bin"):
+            load(tmp_path / "made")
+    handler_class = type(load_handler(tiny_folder))
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        handler_class(str(tmp_path / "made"))
+
+
+def test_pickled_weights_of_the_hub_are_not_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sources.HubOptions, "check", lambda *_: None)
+    monkeypatch.setattr(sources.HubOptions, "snapshot", lambda *_: tmp_path)
+    monkeypatch.setattr(sources, "converted_revision", lambda *_: None)
+    monkeypatch.setattr(sources.HfApi, "list_repo_files", lambda *_, **__: ["pytorch_model.bin"])
+    with pytest.raises(ValueError, match=r"owner/name has no model\.safetensors .*only pytorch_model\.bin"):
+        load_model("owner/name", device="cpu")
 
 
 def test_requests_that_are_none_answer_in_openais_form(address: str) -> None:
