@@ -95,6 +95,8 @@ def train(options: Options, *, dry_run: bool = False) -> Summary:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError('device="cuda", but PyTorch finds no GPU here; allowed: cpu, or leave it out.')
     state = PartialState(cpu=options.device == "cpu")
+    if not dry_run and state.num_processes == 1:
+        _check_one_gpu(options.device)
     folder, config = RunFolder(options.out), planned_config(options)
     processor = load_processor(options, config)
     rows = open_conversations(options.data, options.images, options.limit)
@@ -146,6 +148,16 @@ def train(options: Options, *, dry_run: bool = False) -> Summary:
         held_out_loss=held[-1] if held else None,
         main=state.is_main_process,
     )
+
+
+def _check_one_gpu(device: str | None) -> None:
+    """Refuse several GPUs for one process: `Trainer` would multiply the batch by their number and copy the model."""
+    gpus = 0 if device == "cpu" else torch.cuda.device_count()
+    if gpus > 1:
+        raise ValueError(
+            f"{gpus} GPUs and one process; allowed: one process a GPU, by accelerate launch --num_processes {gpus} "
+            "-m modeling_ivtp.cli train ..., or one GPU, by CUDA_VISIBLE_DEVICES=0."
+        )
 
 
 def _trainer(

@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -202,6 +203,16 @@ def test_a_gpu_that_is_not_there_is_said_before_anything_is_written(sample, tmp_
     with pytest.raises(ValueError, match=r'device="cuda", but PyTorch finds no GPU here; allowed: cpu'):
         train(run_options(sample / "model", sample / "rows.json", tmp_path / "run", device="cuda"))
     assert not (tmp_path / "run").exists()
+
+
+def test_several_gpus_ask_for_as_many_processes(sample, tmp_path, monkeypatch):
+    monkeypatch.setattr(running, "PartialState", lambda cpu: SimpleNamespace(num_processes=1, is_main_process=True))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    options = run_options(sample / "model", sample / "rows.json", tmp_path / "run", device=None)
+    with pytest.raises(ValueError, match=r"2 GPUs and one process; allowed: .* --num_processes 2 .*CUDA_VISIBLE_DEV"):
+        train(options)
+    assert not (tmp_path / "run").exists()
+    assert train(options, dry_run=True).plan.processes == 1
 
 
 def test_a_held_out_row_without_an_answer_in_the_length_is_refused_before_anything_is_written(sample, tmp_path):
