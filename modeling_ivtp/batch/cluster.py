@@ -85,6 +85,13 @@ class Place:
     device: str | None
     memory: int
 
+    @property
+    def device_type(self) -> str:
+        """The kind of device that computes, such as "cuda"."""
+        if self.device is None:
+            return "cuda" if self.actors.gpus else "mps"
+        return torch.device(self.device).type
+
 
 @contextmanager
 def connected(options: Options, need: Need, memory: int | None) -> Iterator[Place]:

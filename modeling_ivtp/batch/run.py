@@ -65,6 +65,7 @@ def run(options: Options) -> Summary:
         model_fingerprint(checkpoint, files),
         data,
         dtype,
+        device=known.get("device") if options.device is None else torch.device(options.device).type,
         memory=options.memory or known.get("memory"),
         shard_rows=options.shard_rows or known.get("shard_rows") or default_shard_rows(len(data)),
     )
@@ -129,7 +130,7 @@ def _answer(options: Options, need: budget.Need, folder: OutFolder, settings: di
     from .pipeline import answer_all
 
     with connected(options, need, settings["memory"]) as place:
-        settings = settings | {"memory": place.memory}
+        settings = settings | {"device": place.device_type, "memory": place.memory}
         expected = {} if options.address is None else {name: settings[name] for name in ("model", "data")}
         job = Job(
             _absolute(options), place.memory, settings["shard_rows"], place.actors.threads, place.device, expected

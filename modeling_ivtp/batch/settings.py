@@ -20,9 +20,13 @@ _SAMPLES, _SAMPLE_BYTES = 64, 65_536
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "clip_tokenizer/*")
 """A checkpoint's files beside its weights that decide answers."""
 _PACKAGES = ("ivtp-llava", "torch", "transformers")
+_ADDED = ("device",)
+"""Settings that folders of older versions do not have; they are not compared there."""
 
 
-def compared(options: Options, model: str, data: Data, dtype: torch.dtype, **derived: int | None) -> dict[str, Any]:
+def compared(
+    options: Options, model: str, data: Data, dtype: torch.dtype, **derived: int | str | None
+) -> dict[str, Any]:
     """Return the settings that must be the same when a run continues.
 
     Parameters
@@ -34,7 +38,7 @@ def compared(options: Options, model: str, data: Data, dtype: torch.dtype, **der
     dtype : torch.dtype
         The type that the model computes in.
     **derived
-        `memory` and `shard_rows`, as the person chose them or as derived; None: not yet.
+        `device`, its kind, `memory` and `shard_rows`, as the person chose them or as derived; None: not yet.
     """
     return {
         "model": model,
@@ -102,7 +106,11 @@ def check_same(begun: Mapping[str, Any], current: Mapping[str, Any], out: str | 
     ValueError
         With every difference.
     """
-    names = [name for name in {**begun, **current} if begun.get(name) != current.get(name)]
+    names = [
+        name
+        for name in {**begun, **current}
+        if begun.get(name) != current.get(name) and (name in begun or name not in _ADDED)
+    ]
     if not names:
         return
     differences = ", ".join(

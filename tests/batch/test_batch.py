@@ -21,7 +21,8 @@ from modeling_ivtp.batch import actor, budget, pipeline
 from modeling_ivtp.batch.asking import Asker
 from modeling_ivtp.batch.budget import Task, plan_batches
 from modeling_ivtp.batch.data import Data, Row, open_data
-from modeling_ivtp.batch.run import default_shard_rows
+from modeling_ivtp.batch.options import Options
+from modeling_ivtp.batch.run import default_shard_rows, run
 from modeling_ivtp.batch.tables import ArrowTable
 from modeling_ivtp.checkpoints.convert import convert
 from modeling_ivtp.serving import answering
@@ -304,6 +305,24 @@ def test_other_settings_are_refused_with_every_difference(capsys, sample, loaded
     assert "data is" in fails(capsys, sample, tmp_path / "out", data=other)
     (tmp_path / "out" / "_run.json").write_text("{")
     assert "_run.json is damaged" in fails(capsys, sample, tmp_path / "out", "--limit", 4)
+
+
+def test_another_kind_of_device_is_refused(capsys, sample, loaded, tmp_path):
+    """Its answers would differ. Folders of older versions do not say where they were begun, and go on."""
+    out = tmp_path / "out"
+    batch(capsys, sample, out, "--limit", 2)
+    begun = json.loads((out / "_run.json").read_text())
+    assert begun["settings"]["device"] == "cpu"
+    next(out.glob("answers-*")).unlink()
+    begun["settings"]["device"] = "cuda"
+    (out / "_run.json").write_text(json.dumps(begun))
+    said = 'device is "cuda" there and "cpu" now'
+    assert said in fails(capsys, sample, out, "--limit", 2)
+    with pytest.raises(ValueError, match=said):
+        run(Options(str(sample.ivtp), str(sample.data), out, max_new_tokens=5, limit=2))
+    del begun["settings"]["device"]
+    (out / "_run.json").write_text(json.dumps(begun))
+    assert [row["row"] for row in batch(capsys, sample, out, "--limit", 2)] == [0, 1]
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 import pytest
 
-from modeling_ivtp.batch.cluster import Actors, Machines, share
+from modeling_ivtp.batch.cluster import Actors, Machines, Place, share
 from modeling_ivtp.batch.options import Options
 
 ONE, EIGHT, TWO_OF_EIGHT, PLAIN = Machines(1, 8, 1), Machines(1, 64, 8), Machines(2, 64, 16), Machines(3, 8, 0)
@@ -30,6 +30,14 @@ ONE, EIGHT, TWO_OF_EIGHT, PLAIN = Machines(1, 8, 1), Machines(1, 64, 8), Machine
 )
 def test_one_actor_for_each_device(machines, options, actors):
     assert share(Options("model", "data", "out", **options), machines) == actors
+
+
+@pytest.mark.parametrize(
+    ("gpus", "device", "kind"),
+    [(1, "cuda", "cuda"), (4, None, "cuda"), (0, "cuda:1", "cuda"), (0, "cpu", "cpu"), (0, None, "mps")],
+)
+def test_the_kind_of_device_is_known(gpus, device, kind):
+    assert Place(Actors(1, 1, gpus), device, 1).device_type == kind
 
 
 @pytest.mark.parametrize(
