@@ -16,7 +16,7 @@ from ..checkpoints.sources import HubOptions, open_checkpoint
 from ..model.modeling_ivtp import IVTPLlavaForConditionalGeneration
 from ..model.placeholders import features_of_image
 from ..model.processing_ivtp import IVTPLlavaProcessor
-from ..serving.answering import check_device, warn_if_unguided
+from ..serving.answering import check_device, set_budget, warn_if_unguided
 from ..trained import is_adapter, make
 from . import budget
 from .actor import Job, read_data
@@ -118,6 +118,8 @@ def _warn_if_unguided(options: Options, config: Any, files: Path) -> None:
     with torch.device("meta"):
         model = IVTPLlavaForConditionalGeneration(config)
     model.name_or_path = options.model
+    if options.method == OWN and options.visual_tokens is not None:
+        set_budget(model, options.visual_tokens)
     untrained = options.method != OWN and not is_adapter(options.method)
     with make(options.method)(model) if untrained else nullcontext():
         warn_if_unguided(model, IVTPLlavaProcessor.from_pretrained(files))

@@ -154,6 +154,19 @@ def test_the_method_none_drops_nothing(capsys, sample, tmp_path, monkeypatch):
     assert "visual_tokens=3 with method='none', which drops nothing" in line
 
 
+def test_a_budget_on_a_checkpoint_without_pruning_is_warned_of_too(capsys, sample, loaded, tmp_path):
+    """It switches pruning on, which nothing guides here."""
+    shutil.copytree(sample.ivtp, tmp_path / "off")
+    shutil.rmtree(tmp_path / "off" / "clip_tokenizer")
+    config = json.loads((tmp_path / "off" / "config.json").read_text())
+    config["pruning"]["enabled"] = False
+    (tmp_path / "off" / "config.json").write_text(json.dumps(config))
+    for budget_of, warned in (([], False), (["--visual-tokens", 4], True)):
+        out = tmp_path / f"out-{warned}"
+        assert ivtp_cli.main(arguments(sample, out, "-m", tmp_path / "off", "--limit", 1, *budget_of)) == 0
+        assert ("--out FOLDER` joins it" in capsys.readouterr().err) is warned
+
+
 @pytest.mark.slow
 def test_another_system_and_another_budget(capsys, sample, tmp_path):
     for number, more in enumerate((["--visual-tokens", 2], ["--method", "divprune", "--visual-tokens", 3])):
