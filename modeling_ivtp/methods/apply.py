@@ -147,6 +147,11 @@ class Applied(Pruner):
         return self._must("decoder").weigh(step)
 
 
+def llava_of(model: Any) -> Any:
+    """Return the LLaVA inside a PEFT model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 @contextmanager
 def applied(model: Any, method: Any) -> Iterator[Any]:
     """Prune a model with a method, and with nothing else, until the context is left; it yields the model.
@@ -165,7 +170,7 @@ def applied(model: Any, method: Any) -> Iterator[Any]:
         If the method does not fit the model, or another one acts at the same stage already. The model is then as
         before.
     """
-    llava = model.get_base_model() if hasattr(model, "get_base_model") else model
+    llava = llava_of(model)
     with _as_ours(llava):
         inner, config = llava.model, llava.config
         before = inner.applied_pruner

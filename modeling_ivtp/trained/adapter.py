@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from ..files.folder import new_folder, system_errors
 from ..methods import METHODS
+from ..methods.apply import llava_of
 
 if TYPE_CHECKING:
     from .method import TrainedMethod
@@ -77,7 +78,7 @@ def describe_base(model: Any, *, trained: bool = False) -> dict[str, Any]:
     dict
         Ready for JSON. `embeddings`, and values of `trained`, are None where the weights cannot be read.
     """
-    llava = model.get_base_model() if hasattr(model, "get_base_model") else model
+    llava = llava_of(model)
     found = describe_shape(llava.config) | {"embeddings": _probe(llava)}
     return found | {"trained": _probe_parts(llava)} if trained else found
 

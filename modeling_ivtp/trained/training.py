@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from ..methods.apply import llava_of
 from ..model.configuration_ivtp import is_number
 from .method import TrainedMethod
 
@@ -57,7 +58,7 @@ class PrunerTraining(nn.Module):
         self._applied = ExitStack()
         self._applied.enter_context(method(model))
         try:
-            method.check_trainable(_llava(model).model.plan())
+            method.check_trainable(llava_of(model).model.plan())
         except ValueError:
             self._applied.close()
             raise
@@ -242,10 +243,6 @@ class _Progress(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs and "loss" in logs and state.log_history:
             state.log_history[-1].update(self.method.measures())
-
-
-def _llava(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _part(model: nn.Module, name: str) -> nn.Module:
