@@ -28,12 +28,13 @@ from benchmarks.quality.report import write_atomically
 from modeling_ivtp.files.console import quiet, steps_bar
 from modeling_ivtp.files.sizes import human_bytes
 from modeling_ivtp.files.tables import markdown_table
+from modeling_ivtp.methods.names import UNPRUNED
 from modeling_ivtp.serving.answering import load_model
 from modeling_ivtp.speed.bench import machine
 from modeling_ivtp.speed.models import prompt
 from modeling_ivtp.speed.timing import ratio
 from modeling_ivtp.trained import TRAINED
-from modeling_ivtp.training.parts import UNPRUNED, PrunedBy, training_module
+from modeling_ivtp.training.parts import PrunedBy, training_module
 
 PARTS = ("projector", "language_model")
 WARM_UPS = 1

@@ -60,10 +60,11 @@ def check(
     from modeling_ivtp.evaluation import check as checking
     from modeling_ivtp.evaluation.arm import Arm
     from modeling_ivtp.files.images import load_image
+    from modeling_ivtp.methods.names import UNPRUNED, current_name
     from modeling_ivtp.serving.answering import load_model, warn_if_unguided
 
-    if "none" in (method or []):
-        raise ValueError("--method none: all methods are compared with the unpruned model; leave it out")
+    if UNPRUNED in map(current_name, method or []):
+        raise ValueError(f"--method {UNPRUNED}: all methods are compared with the unpruned model; leave it out")
     for each in method or []:
         Arm(each)  # refuses an unknown one before the model is loaded
     own = [checking.Asked(load_image(path), text, private=True) for path, text in zip(pictures, asked, strict=True)]

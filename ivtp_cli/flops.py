@@ -77,9 +77,10 @@ def flops(
 
 def _budgets(name: str, given: list[int] | None, own: int, patches: int) -> list[int | None]:
     """Return the budgets to count a method at; None is the one that is saved in its folder."""
+    from modeling_ivtp.methods.names import UNPRUNED
     from modeling_ivtp.trained import is_adapter
 
-    if name == "unpruned":
+    if name == UNPRUNED:
         return [patches]
     if given:
         return list(given)

@@ -36,14 +36,20 @@ def generate(
     debug: Debug = False,
 ) -> None:
     """Answer a question about pictures."""
+    from modeling_ivtp.methods.names import OWN, UNPRUNED
+
+    if method == UNPRUNED and (compare or visual_tokens is not None):
+        raise ValueError(f"--method {UNPRUNED} drops nothing: leave out --visual-tokens and --compare")
     pictures = load_pictures(image)
     from modeling_ivtp.serving import answering
     from modeling_ivtp.trained import make
 
-    # IVTP's own options are the checkpoint's; any other method is applied to the model.
-    other = None if method == "ivtp" else make(method, visual_tokens)
+    # IVTP's options are the checkpoint's own; any other method is applied to the model.
+    other = None if method in (OWN, UNPRUNED) else make(method, visual_tokens)
     loaded, processor = answering.load_model(model, device=device, dtype=dtype)
-    if visual_tokens is not None and other is None:
+    if method == UNPRUNED:
+        loaded.set_pruning(enabled=False)
+    elif visual_tokens is not None and other is None:
         answering.set_budget(loaded, visual_tokens)
     text = answering.as_prompt(processor, prompt, len(pictures))
     with nullcontext() if other is None else other(loaded):

@@ -50,7 +50,8 @@ PromptOption = Annotated[
 MethodOption = Annotated[
     str,
     typer.Option(
-        "--method", help="Method that prunes: ivtp, one to compare with, such as fastv, or a trained one's folder."
+        "--method",
+        help="Method that prunes: ivtp, one to compare with, such as fastv, a trained one's folder, or unpruned.",
     ),
 ]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")]

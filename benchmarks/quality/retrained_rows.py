@@ -9,9 +9,10 @@ from typing import Any
 from benchmarks.quality.methods import Row, ablation_rows, main_rows
 from modeling_ivtp.methods import METHODS, Method
 from modeling_ivtp.methods.method import scaled_layers
+from modeling_ivtp.methods.names import UNPRUNED
 from modeling_ivtp.model.pruner import Pruner
 from modeling_ivtp.trained.atp import LAYERS
-from modeling_ivtp.training.parts import UNPRUNED, PrunedBy
+from modeling_ivtp.training.parts import PrunedBy
 
 TOKENS = 64
 LEARNS = ("projector", "language_model")

@@ -13,13 +13,14 @@ import pyarrow as pa
 import torch
 
 from ..checkpoints.sources import HubOptions, open_checkpoint
+from ..methods.names import OWN, UNPRUNED
 from ..serving.answering import load_model, set_budget
 from ..trained import make
 from .answers import Answered, table
 from .asking import Asker, failure
 from .budget import Cost, plan_batches
 from .data import Data, open_data
-from .options import OWN, UNPRUNED, Options
+from .options import Options
 from .settings import SMALL_FILES, model_fingerprint
 
 

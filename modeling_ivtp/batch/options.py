@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..methods.names import OWN, UNPRUNED
+
 IMAGE_COLUMN, PROMPT_COLUMN = "image", "question"
 ENGINES = ("transformers", "vllm")
-OWN, UNPRUNED = "ivtp", "none"
-"""Methods that are settings of the model itself: its own pruning options, and no pruning."""
 _COUNTS = ("visual_tokens", "max_new_tokens", "batch_size", "memory", "shard_rows", "limit", "actors", "threads")
 
 
@@ -35,7 +35,7 @@ class Options:
     visual_tokens : int, optional
         Visual tokens of one image left in the end; None: the checkpoint's or the trained method's own, or 64.
     method : str, default "ivtp"
-        The method that prunes, or the folder of a trained one; `"none"` drops nothing.
+        The method that prunes, or the folder of a trained one; `"unpruned"` drops nothing.
     max_new_tokens : int, default 64
         Length of the longest answer.
     batch_size : int, default 64
@@ -71,7 +71,7 @@ class Options:
     id_column: str | None = None
     prompt: str | None = None
     visual_tokens: int | None = None
-    method: str = "ivtp"
+    method: str = OWN
     max_new_tokens: int = 64
     batch_size: int = 64
     memory: int | None = None

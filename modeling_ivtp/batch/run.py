@@ -13,6 +13,7 @@ import torch
 
 from ..checkpoints.llava_source import read_config
 from ..checkpoints.sources import HubOptions, open_checkpoint
+from ..methods.names import OWN, UNPRUNED
 from ..model.modeling_ivtp import IVTPLlavaForConditionalGeneration
 from ..model.placeholders import features_of_image
 from ..model.processing_ivtp import IVTPLlavaProcessor
@@ -21,7 +22,7 @@ from ..trained import is_adapter, make
 from . import budget
 from .actor import Job, read_data
 from .folder import OutFolder
-from .options import OWN, UNPRUNED, Options, Summary
+from .options import Options, Summary
 from .remote import is_address
 from .settings import SMALL_FILES, check_same, compared, model_fingerprint
 from .vllm_engine import check_architecture, check_vllm

@@ -11,11 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..methods import METHODS, Method
+from ..methods.names import OWN, UNPRUNED, current_name
 from ..trained import adapter, is_adapter, make
-
-UNPRUNED = "none"
-OWN = "ivtp"
-"""The method whose options are the checkpoint's own."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +22,7 @@ class Arm:
     Attributes
     ----------
     method : str, default "ivtp"
-        "ivtp" prunes by the checkpoint's own options, "none" not at all, as stock LLaVA; any other name is one of
+        "ivtp" prunes by the checkpoint's own options, "unpruned" not at all, as stock LLaVA; any other name is one of
         `modeling_ivtp.methods`, with the options of its paper, or the folder of a trained pruner.
     visual_tokens : int, optional
         Visual tokens of one image that are left in the end. None: the checkpoint's own number for "ivtp", the saved
@@ -41,6 +38,7 @@ class Arm:
     visual_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "method", current_name(self.method))
         if self.method not in (UNPRUNED, *METHODS) and not self.is_trained:
             known = f"{UNPRUNED}, {', '.join(METHODS)}"
             raise ValueError(f"method={self.method!r}; allowed: {known}, or the folder of a trained pruner")
@@ -59,7 +57,7 @@ class Arm:
     def name(self) -> str:
         """The name of the arm in files and tables, such as "fastv@64"; of a folder its last part."""
         if self.method == UNPRUNED:
-            return "unpruned"
+            return UNPRUNED
         label = Path(self.method).resolve().name if self.is_trained else self.method
         return f"{label}@{self.visual_tokens or 'own'}"
 
@@ -101,18 +99,17 @@ class Arm:
 def arms_of(methods: Sequence[str], tokens: Sequence[int]) -> list[Arm]:
     """Return the unpruned arm, and one for each method at each budget; IVTP at 64 if there are none.
 
-    The method "none" adds nothing to the unpruned arm, which is always there.
+    The method "unpruned" adds nothing to the unpruned arm, which is always there.
 
     Raises
     ------
     ValueError
         As `Arm`, and for two arms of one name.
     """
+    named = [name for name in map(current_name, methods) if name != UNPRUNED]
     arms = [
         Arm(UNPRUNED),
-        *dict.fromkeys(
-            Arm(method, budget) for method in methods or (OWN,) if method != UNPRUNED for budget in tokens or (64,)
-        ),
+        *dict.fromkeys(Arm(method, budget) for method in named or (OWN,) for budget in tokens or (64,)),
     ]
     name, often = Counter(arm.name for arm in arms).most_common(1)[0]
     if often > 1:

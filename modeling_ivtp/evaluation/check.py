@@ -21,6 +21,7 @@ from ..batch.settings import versions
 from ..files.images import load_image
 from ..files.shipped import shipped
 from ..flops import count
+from ..methods.names import UNPRUNED
 from ..model.compat import cache_of
 from ..serving.answering import explain, kv_bytes, missing_guidance
 from ..speed.models import stock_twin
@@ -376,7 +377,7 @@ def speed(witness: Witness) -> Iterator[Finding]:
 
 def agreement(witness: Witness) -> Iterator[Finding]:
     """Compare answers with those of the unpruned model."""
-    unpruned = _answers(witness, Arm("none"))
+    unpruned = _answers(witness, Arm(UNPRUNED))
     for tokens in witness.budgets:
         for method in (*_COMPARED, *witness.methods):
             same = [

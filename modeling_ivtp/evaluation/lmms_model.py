@@ -49,11 +49,11 @@ class IVTPLlava(lmms):
     pretrained : str
         Folder or Hub id of an IVTP-LLaVA, or of an official LLaVA.
     method : str, default "ivtp"
-        As in `Arm`; "none" is the unpruned baseline.
+        As in `Arm`; "unpruned" is the baseline.
     visual_tokens : int, optional
         As in `Arm`.
     engine : str, default "transformers"
-        "vllm" answers with vLLM and this package's plug-in, in one process, for "ivtp" and "none".
+        "vllm" answers with vLLM and this package's plug-in, in one process, for "ivtp" and "unpruned".
     batch_size : int, default 1
         Questions answered side by side; vLLM is given as many at once.
     device : str, optional

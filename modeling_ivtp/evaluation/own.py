@@ -15,7 +15,8 @@ from ..batch.data import open_data
 from ..checkpoints.llava_source import read_config
 from ..checkpoints.sources import HubOptions, open_checkpoint
 from ..files.tables import markdown_table
-from .arm import UNPRUNED, Arm
+from ..methods.names import UNPRUNED
+from .arm import Arm
 from .intervals import bootstrap_interval, paired_interval
 from .metrics import load_metric
 from .tables import costs

@@ -9,7 +9,8 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from ..files.tables import markdown_table
 from ..flops import count_named
-from .arm import OWN, UNPRUNED, Arm
+from ..methods.names import OWN
+from .arm import Arm
 from .intervals import difference_interval, interval_of
 from .paper import BENCHMARKS, PRINTED, Measured, Score
 
@@ -19,7 +20,7 @@ TEXT_TOKENS = 512
 
 def costs(config: Any, arm: Arm) -> dict[str, Any]:
     """Return TFLOPs at 512 text tokens, and an arm's final and layer-averaged visual tokens."""
-    name = "unpruned" if arm.method == UNPRUNED else arm.method
+    name = arm.method
     tokens = arm.visual_tokens or (config.pruning.visual_tokens if arm.method == OWN else None)
     counted = count_named(config, name, tokens, text_tokens=TEXT_TOKENS)
     return {

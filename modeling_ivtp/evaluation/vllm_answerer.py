@@ -8,12 +8,13 @@ from typing import Any
 
 from ..checkpoints.llava_source import read_config
 from ..checkpoints.sources import HubOptions, open_checkpoint
+from ..methods.names import OWN, UNPRUNED
 from ..model.placeholders import complete_processor
 from ..model.processing_ivtp import IVTPLlavaProcessor
 from ..vllm_plugin import ARCHITECTURE, check_version
 from ..vllm_plugin.budget import BUDGET, options_for
 from .answerer import Generation, Reply
-from .arm import OWN, UNPRUNED, Arm
+from .arm import Arm
 from .prompts import Prompt
 
 _SAME = ("temperature", "top_p", "top_k", "repetition_penalty")

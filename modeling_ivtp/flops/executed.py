@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from ..methods import METHODS, Method
+from ..methods.names import UNPRUNED
 from ..model import diversity
 from ..model.ahead import choose_ahead
 from ..model.configuration_ivtp import IVTPLlavaConfig
@@ -163,7 +164,7 @@ def count_named(config: Any, name: str, visual_tokens: int | None, **options: An
     ValueError
         If the name is unknown, a folder's modules are for another shape, and as in `count`.
     """
-    if name == "unpruned":
+    if name == UNPRUNED:
         config = copy.deepcopy(config)
         config.pruning = config.pruning.changed(enabled=False)
         return count(config, **options)
@@ -180,7 +181,7 @@ def count_named(config: Any, name: str, visual_tokens: int | None, **options: An
         check_shape(name, method.base or {}, describe_shape(config))
         return count(config, method, **options)
     if name not in METHODS:
-        raise ValueError(f"Unknown method {name!r}; allowed: unpruned, {', '.join((*CONNECTORS, *METHODS))}.")
+        raise ValueError(f"Unknown method {name!r}; allowed: {UNPRUNED}, {', '.join((*CONNECTORS, *METHODS))}.")
     return count(config, make(name, visual_tokens), **options)
 
 

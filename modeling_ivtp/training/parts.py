@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..methods import METHODS, Method, make
+from ..methods.names import OWN, UNPRUNED
 from ..model.configuration_ivtp import IVTPPruningConfig
 from ..model.placeholders import features_of_image
 from ..model.pruner import IVTPPruner
@@ -24,8 +25,6 @@ NAMES = {
     "pruner": (),
 }
 """Beginnings of the names of the parts' weights."""
-UNPRUNED = "unpruned"
-"""The name of the control: trained as long, with nothing pruned."""
 
 
 def prefixes(parts: Sequence[str]) -> tuple[str, ...]:
@@ -116,7 +115,7 @@ class PrunedBy:
         """
         if connector is None:
             return
-        given = [] if self.method in (UNPRUNED, "ivtp") else [f"method={self.method!r}"]
+        given = [] if self.method in (UNPRUNED, OWN) else [f"method={self.method!r}"]
         given += [] if self.tokens is None else [f"tokens={self.tokens}"]
         given += [f"options={dict(self.options)}"] if self.options else []
         if given:

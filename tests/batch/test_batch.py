@@ -144,14 +144,14 @@ def test_the_method_none_drops_nothing(capsys, sample, tmp_path, monkeypatch):
     monkeypatch.setattr(actor, "load_model", load)
     before = sample.model.pruning_config
     try:
-        rows = batch(capsys, sample, tmp_path / "out", "--limit", 3, "--method", "none")
+        rows = batch(capsys, sample, tmp_path / "out", "--limit", 3, "--method", "unpruned")
         assert not seen[0].pruning_config.enabled
         with sample.model.pruning(enabled=False):
             assert [row["answer"] for row in rows] == [alone(sample, row)[0] for row in sample.rows[:3]]
     finally:
         sample.model.set_pruning(**before.to_dict())
-    line = fails(capsys, sample, tmp_path / "out", "--limit", 3, "--method", "none", "--visual-tokens", 3)
-    assert "visual_tokens=3 with method='none', which drops nothing" in line
+    line = fails(capsys, sample, tmp_path / "out", "--limit", 3, "--method", "unpruned", "--visual-tokens", 3)
+    assert "visual_tokens=3 with method='unpruned', which drops nothing" in line
 
 
 def test_a_budget_on_a_checkpoint_without_pruning_is_warned_of_too(capsys, sample, loaded, tmp_path):

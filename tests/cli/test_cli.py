@@ -239,6 +239,20 @@ def test_compare(capsys, folders):
         assert row in out
 
 
+def test_generate_without_pruning_answers_as_the_unpruned_side_of_compare(capsys, folders):
+    arguments = ["generate", "-m", folders.ivtp, "-i", folders.photo, "-p", "What is this?", "--max-new-tokens", 5]
+    compared = json.loads(run(capsys, *arguments, "--compare", "--json")[1])["unpruned"]
+    status, out, err = run(capsys, *arguments, "--method", "unpruned", "--json")
+    assert (status, err) == (0, "")
+    alone = json.loads(out)
+    assert alone["visual_tokens"] == [16]
+    assert {name: value for name, value in alone.items() if name != "seconds"} == {
+        name: value for name, value in compared.items() if name != "seconds"
+    }
+    for more in (["--compare"], ["--visual-tokens", "4"]):
+        assert "--method unpruned drops nothing" in fails(capsys, *arguments, "--method", "unpruned", *more)
+
+
 def test_an_answer_that_looks_like_markup_is_shown_as_it_is(capsys):
     answer = answering.Answer("[/INST] [red]", 3, 0.5, (4,), 7.0, 100)
     show(_comparison(answer, answer))

@@ -61,7 +61,7 @@ def test_a_checkpoint_that_no_question_guides_decides_nothing_about_guided_pruni
 ) -> None:
     """An official LLaVA has no text tower of CLIP."""
     del witness.model.model.clip_text_model
-    said = {"none": "abcde", "ivtp": "xxxxx", "ivtp-extended": "abcde", "random": "abcde"}
+    said = {"unpruned": "abcde", "ivtp": "xxxxx", "ivtp-extended": "abcde", "random": "abcde"}
     monkeypatch.setattr(check, "_answers", lambda _, arm: list(said[arm.method]))
     findings = [*check.question_guides(witness), *check.agreement(witness)]
     assert [finding.verdict for finding in findings] == [OPEN, OPEN, OPEN]
@@ -72,12 +72,12 @@ def test_a_checkpoint_that_no_question_guides_decides_nothing_about_guided_pruni
 
 
 def test_answers_are_compared_with_unpruned_ones(witness: Witness, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = {"none": "abcde", "ivtp": "abcde", "ivtp-extended": "abcde", "random": "xxxxx"}
+    said = {"unpruned": "abcde", "ivtp": "abcde", "ivtp-extended": "abcde", "random": "xxxxx"}
     monkeypatch.setattr(check, "_answers", lambda _, arm: list(said[arm.method]))
     assert verdicts(witness, check.agreement) == [SUPPORTED, OPEN]
     said["ivtp"] = "xxxxx"
     assert verdicts(witness, check.agreement) == [OPEN, SUPPORTED]
-    said["random"] = said["none"]
+    said["random"] = said["unpruned"]
     assert verdicts(witness, check.agreement) == [CONTRADICTED, SUPPORTED]
 
 
@@ -86,7 +86,7 @@ def test_more_methods_are_compared_by_the_names_of_their_kinds(
 ) -> None:
     ready(trained.LVPruning(ratio=0.6), witness.model).save(tmp_path / "secret")
     more = Witness(witness.model, witness.processor, witness.asked, SMALL, [str(tmp_path / "secret"), "fastv"])
-    said = {"none": "abcde", "fastv": "abcdx", str(tmp_path / "secret"): "abxxx"}
+    said = {"unpruned": "abcde", "fastv": "abcdx", str(tmp_path / "secret"): "abxxx"}
     monkeypatch.setattr(check, "_answers", lambda _, arm: list(said.get(arm.method, "xxxxx")))
     findings = list(check.agreement(more))
     report = check.report(more, findings)
@@ -149,8 +149,8 @@ def test_the_command_writes_a_report_without_anything_private(
     ("arguments", "message"),
     [
         (["--image", "a.jpg"], "1 --image and 0 --question"),
-        (["--method", "magic"], "method='magic'; allowed: none, random"),
-        (["--method", "none"], "--method none: all methods are compared with the unpruned model"),
+        (["--method", "magic"], "method='magic'; allowed: unpruned, random"),
+        (["--method", "unpruned"], "--method unpruned: all methods are compared with the unpruned model"),
         (["--out", "nowhere/report.md"], "--out=nowhere/report.md; allowed: a file in a folder that exists"),
     ],
 )

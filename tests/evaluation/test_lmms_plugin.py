@@ -38,7 +38,7 @@ PYTHON = Path(sys.executable)
 OFF = {"enabled": False}
 IVTP = {"enabled": True, "visual_tokens": 64, "tower_tokens": None}
 ROWS = {
-    "method=none": Row("unpruned", 576, OFF),
+    "method=unpruned": Row("unpruned", 576, OFF),
     "visual_tokens=64": Row("ivtp", 64, IVTP),
     "method=fastv,visual_tokens=64": Row("fastv", 64, {}, system="fastv"),
 }
@@ -98,7 +98,7 @@ def test_the_score_is_that_of_our_own_evaluation(task: Path, own: dict[str, list
 
 
 def test_the_arguments_decide_how_much_is_pruned(task: Path, own: dict[str, list[str]]) -> None:
-    assert own["method=fastv,visual_tokens=64"] != own["method=none"]
+    assert own["method=fastv,visual_tokens=64"] != own["method=unpruned"]
     assert said(evaluate(task, "visual_tokens=1", limit=8)) != [text.strip() for text in own["visual_tokens=64"][:8]]
 
 
@@ -108,8 +108,8 @@ def test_a_stock_llava_is_the_baseline(task: Path, own: dict[str, list[str]], tm
     config = json.loads((tmp_path / "stock" / "config.json").read_text()) | {"pruning": {"layers_per_group": 2}}
     assert config["architectures"] == ["LlavaForConditionalGeneration"]
     (tmp_path / "stock" / "config.json").write_text(json.dumps(config))
-    found = evaluate(task, "method=none", model=tmp_path / "stock", limit=8)
-    assert said(found) == [answer.strip() for answer in own["method=none"][:8]]
+    found = evaluate(task, "method=unpruned", model=tmp_path / "stock", limit=8)
+    assert said(found) == [answer.strip() for answer in own["method=unpruned"][:8]]
 
 
 def test_single_questions_are_answered_as_batches_are(task: Path, own: dict[str, list[str]]) -> None:
@@ -139,7 +139,7 @@ def test_the_cache_answers_what_was_asked_before(task: Path, tmp_path: Path, mon
     assert number == 8
     assert run("visual_tokens=64") == (0, first)
     assert run("visual_tokens=32")[0] == 8
-    assert run("method=none")[0] == 8
+    assert run("method=unpruned")[0] == 8
     # Without arguments the checkpoint's own options decide, and a new budget in its config is a new model.
     assert run("pad=False")[0] == 8
     assert run("pad=False")[0] == 0
@@ -176,9 +176,9 @@ def test_if_memory_runs_out_half_a_batch_is_asked(
     ("arguments", "message"),
     [
         ("budget=64", "model argument budget; allowed: pretrained, method, visual_tokens"),
-        ("method=magic", "method='magic'; allowed: none, "),
+        ("method=magic", "method='magic'; allowed: unpruned, "),
         ("visual_tokens=0", "visual_tokens=0; allowed: a whole number from 1"),
-        ("method=none,visual_tokens=64", "which keeps all of them"),
+        ("method=unpruned,visual_tokens=64", "which keeps all of them"),
         ("pad=perhaps", "pad='perhaps'; allowed: True, False"),
         ("visual_tokens=64,dtype=int8", "dtype='int8'; allowed"),
     ],

@@ -78,10 +78,10 @@ def test_the_unpruned_arm_drops_nothing_whatever_the_checkpoints_options(monkeyp
         raise KeyboardInterrupt
 
     monkeypatch.setattr(own.batch, "run", run)
-    for arm in (Arm("none"), Arm("ivtp", 9)):
+    for arm in (Arm("unpruned"), Arm("ivtp", 9)):
         with pytest.raises(KeyboardInterrupt):
             own._answers(OwnOptions(str(MINIATURE), "rows.jsonl", "anls", [arm], Path("out")), arm)
-    assert asked == [("none", None), ("ivtp", 9)]
+    assert asked == [("unpruned", None), ("ivtp", 9)]
 
 
 def test_a_missing_ray_is_told_before_anything_starts(
@@ -108,7 +108,7 @@ def test_launched_processes_are_told_what_to_type(
 
 def test_answers_are_read_as_the_metric_takes_them(tmp_path: Path) -> None:
     several = write(tmp_path, [["red", "dark red"], "blue", 3])
-    arms = [Arm("none")]
+    arms = [Arm("unpruned")]
     assert own.references(OwnOptions("m", several, "anls", arms, tmp_path)) == [["red", "dark red"], ["blue"], ["3"]]
     with pytest.raises(ValueError, match=r"row 0 of .* has several answers; gqa_match takes one"):
         own.references(OwnOptions("m", several, "gqa_match", arms, tmp_path))

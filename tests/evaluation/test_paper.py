@@ -290,7 +290,7 @@ def options(folders: dict[str, Path], out: Path, *names: str, **more: Any) -> ru
     return run.Options(
         str(MINIATURE),
         paper.chosen(names),
-        [Arm("none"), *more.pop("arms", [])],
+        [Arm("unpruned"), *more.pop("arms", [])],
         out,
         data={name: folders[name] for name in more.pop("given", names)},
         device="cpu",
@@ -501,8 +501,8 @@ def test_the_table_tells_which_arms_no_question_guides(
 
 
 def test_the_method_none_is_the_unpruned_arm_alone() -> None:
-    assert arms_of(["none"], []) == [Arm("none")]
-    assert arms_of(["none", "fastv"], [16]) == [Arm("none"), Arm("fastv", 16)]
+    assert arms_of(["unpruned"], []) == [Arm("unpruned")]
+    assert arms_of(["unpruned", "fastv"], [16]) == [Arm("unpruned"), Arm("fastv", 16)]
 
 
 def test_parts_of_a_score_stand_in_the_table(

@@ -128,15 +128,25 @@ def test_an_answer_ends_before_its_first_stop() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("magic",), "method='magic'; allowed: none, random, topk"),
+        (("magic",), "method='magic'; allowed: unpruned, random, topk"),
         (("ivtp", 0), "visual_tokens=0; allowed: a whole number from 1"),
         (("ivtp", True), "visual_tokens=True; allowed"),
-        (("none", 4), "visual_tokens=4 with method='none'"),
+        (("unpruned", 4), "visual_tokens=4 with method='unpruned'"),
     ],
 )
 def test_an_arm_that_cannot_be_is_refused(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Arm(*arguments)
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_old_name_of_no_pruning_warns_and_is_the_unpruned_arm() -> None:
+    with pytest.warns(FutureWarning, match="'none' is now 'unpruned'") as warned:
+        arm = Arm("none")
+    assert warned[0].filename == __file__
+    assert (arm, arm.name) == (Arm("unpruned"), "unpruned")
+    with pytest.warns(FutureWarning, match="'none' is now 'unpruned'"):
+        assert arms_of(["none", "fastv"], [4]) == [Arm("unpruned"), Arm("fastv", 4)]
 
 
 def test_an_arm_prunes_as_it_says_and_leaves_no_trace() -> None:
@@ -148,7 +158,7 @@ def test_an_arm_prunes_as_it_says_and_leaves_no_trace() -> None:
             plan = model.model.plan()
             return model.config.num_patches if plan is None else plan.final_tokens
 
-    assert [final(arm) for arm in (Arm("none"), Arm(), Arm("ivtp", 2), Arm("ivtp", 12), Arm("fastv", 3))] == [
+    assert [final(arm) for arm in (Arm("unpruned"), Arm(), Arm("ivtp", 2), Arm("ivtp", 12), Arm("fastv", 3))] == [
         16,
         4,
         2,
@@ -156,7 +166,9 @@ def test_an_arm_prunes_as_it_says_and_leaves_no_trace() -> None:
         3,
     ]
     assert model.pruning_config == own
-    described = [Arm(*arm).described(model) for arm in (("none",), ("ivtp",), ("ivtp", 4), ("ivtp", 2), ("fastv", 2))]
+    described = [
+        Arm(*arm).described(model) for arm in (("unpruned",), ("ivtp",), ("ivtp", 4), ("ivtp", 2), ("fastv", 2))
+    ]
     assert described[1] == described[2]
     assert len({str(each) for each in described}) == 4
     assert described[4]["keep"] == 2
@@ -192,7 +204,7 @@ def test_a_trained_pruner_s_folder_is_an_arm(tmp_path: Path) -> None:
 def test_the_cost_of_a_trained_pruner_is_counted(tmp_path: Path) -> None:
     model = tiny_model()
     ready(trained.LVPruning(ratio=0.6), model).save(tmp_path / "mine")
-    mine, unpruned = (costs(model.config, arm) for arm in (Arm(str(tmp_path / "mine"), 3), Arm("none")))
+    mine, unpruned = (costs(model.config, arm) for arm in (Arm(str(tmp_path / "mine"), 3), Arm("unpruned")))
     assert mine["final_tokens"] == 3
     assert unpruned["final_tokens"] == 16
     assert mine["tflops"] != unpruned["tflops"]

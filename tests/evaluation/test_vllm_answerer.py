@@ -105,7 +105,7 @@ def asked() -> list[Prompt]:
 GREEDY = Generation.of({"max_new_tokens": 4, "temperature": 0})
 
 
-@pytest.mark.parametrize("arm", [Arm("none"), Arm("ivtp", 16), Arm()], ids=lambda arm: arm.name)
+@pytest.mark.parametrize("arm", [Arm("unpruned"), Arm("ivtp", 16), Arm()], ids=lambda arm: arm.name)
 def test_answers_and_token_counts_are_those_of_the_other_engine(
     engine: None, right: Any, asked: list[Prompt], arm: Arm
 ) -> None:
@@ -113,14 +113,14 @@ def test_answers_and_token_counts_are_those_of_the_other_engine(
     replies, expected = vllm.answer(asked, GREEDY), Answerer(*right, arm).answer(asked, GREEDY)
     assert replies == expected
     assert replies[0].prompt_tokens > 576
-    if arm.method == "none":
+    if arm.method == "unpruned":
         (first,) = vllm.answer(asked[:1], Generation.of({"max_new_tokens": 4, "until": [expected[0].text[1]]}))
         assert first.text == expected[0].text[0]
 
 
 def test_a_budget_decides_what_a_cache_knows_the_engine_by(engine: None) -> None:
     assert VLLMAnswerer(str(MINIATURE), Arm("ivtp", 16), "float32").decides["pruning"]["visual_tokens"] == 16
-    assert not VLLMAnswerer(str(MINIATURE), Arm("none"), "float32").decides["pruning"]["enabled"]
+    assert not VLLMAnswerer(str(MINIATURE), Arm("unpruned"), "float32").decides["pruning"]["enabled"]
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_generation_that_vllm_lacks_is_refused(engine: None, arguments: dict[str
 def test_other_methods_models_and_versions_are_refused(
     engine: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match="method='fastv' with engine='vllm'; allowed: ivtp, none"):
+    with pytest.raises(ValueError, match="method='fastv' with engine='vllm'; allowed: ivtp, unpruned"):
         VLLMAnswerer(str(MINIATURE), Arm("fastv", 64))
     stock = tmp_path / "stock"
     stock.mkdir()
