@@ -8,13 +8,15 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def human_bytes(count: int) -> str:
-    """Write `count` bytes in the largest unit that keeps it above one, as in `"13.5 GB"`."""
+    """Write `count` bytes with three digits, in the largest unit that keeps it at one or above, as in `"13.5 GB"`."""
+    if count < 1000:
+        return f"{count} bytes"
     size = float(count)
-    for unit in ("bytes", "KB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}" if unit != "bytes" else f"{count} bytes"
+    for unit in ("KB", "MB", "GB"):
         size /= 1000
-    return f"{size:.3g} TB"
+        if size < 999.5:  # from there on, three digits would be those of 1000
+            return f"{size:.3g} {unit}"
+    return f"{size / 1000:.3g} TB"
 
 
 def byte_count(size: int | str, name: str) -> int:

@@ -525,11 +525,12 @@ def _listed(words: Sequence[str], most: int = 12) -> str:
     return " ".join(words[:most]) + (" …" if len(words) > most else "") if words else "none"
 
 
-def _size(count: float) -> str:
+def _size(count: int) -> str:
+    """Write a number of bytes with three digits, as all commands do."""
     if count < 1000:
-        return f"{count} B"
-    power = 3 if count >= 1e9 else 2 if count >= 1e6 else 1
-    return f"{count / 1000**power:.1f} {('kB', 'MB', 'GB')[power - 1]}"
+        return f"{count} bytes"
+    power = 1 if count < 999_500 else 2 if count < 999_500_000 else 3
+    return f"{count / 1000**power:.3g} {('KB', 'MB', 'GB')[power - 1]}"
 
 
 def _group(scores: GroupScores, at: tuple[int, ...]) -> GroupTrace:

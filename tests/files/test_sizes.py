@@ -6,10 +6,12 @@ from modeling_ivtp.files.sizes import byte_count, human_bytes
 
 
 def test_bytes_in_words():
-    assert [human_bytes(count) for count in (0, 999, 1000, 13_500_000_000, 2 * 10**15)] == [
+    assert [human_bytes(count) for count in (0, 999, 1000, 999_499, 999_500, 13_500_000_000, 2 * 10**15)] == [
         "0 bytes",
         "999 bytes",
         "1 KB",
+        "999 KB",
+        "1 MB",
         "13.5 GB",
         "2e+03 TB",
     ]

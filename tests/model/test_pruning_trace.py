@@ -3,11 +3,13 @@
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
+from modeling_ivtp.files.sizes import human_bytes
 from modeling_ivtp.model.trace import PruningTrace, TokenTrace
 from tests.support.traces import image_trace, pruning_trace, spell
 
@@ -48,6 +50,14 @@ def test_summary_fits_on_one_line(trace):
     assert repr(trace) == f"PruningTrace({trace.summary()})"
     assert repr(trace.images[0]).startswith("ImageTrace(row 0, 576 → 120 → 64 tokens, pseudo_cls, key words: How")
     assert repr(trace.images[0].groups[0]) == "GroupTrace(tower, layers 0 to 2: 576 → 473)"
+
+
+@pytest.mark.parametrize("size", [0, 999, 1000, 999_499, 999_500, 35_100_000, 999_600_000, 13_500_000_000])
+def test_sizes_read_as_those_of_the_commands(size):
+    assert (
+        f"KV cache {human_bytes(size)} of {human_bytes(20 * 10**9)};"
+        in replace(pruning_trace(image_trace()), kv_bytes=size, kv_bytes_unpruned=20 * 10**9).summary()
+    )
 
 
 def test_summary_of_unequal_images_and_of_none():
