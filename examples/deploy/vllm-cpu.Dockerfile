@@ -15,7 +15,8 @@ RUN PIP_NO_CACHE_DIR=1 make vllm-env VLLM=/opt/vllm \
     && install --directory --owner=1000 /weights
 
 USER 1000
-ENV VLLM_CPU_KVCACHE_SPACE=4
+ENV VLLM_CPU_KVCACHE_SPACE=4 \
+    VLLM_NO_USAGE_STATS=1
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=15m \
     CMD ["/opt/vllm/bin/python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/health')"]

@@ -170,7 +170,7 @@ def _words(marked: Any) -> str:
 def build(demo: Demo) -> gr.Blocks:
     """The page."""
     first = EXAMPLES[0]
-    with gr.Blocks(title="See what a question keeps") as page:
+    with gr.Blocks(title="See what a question keeps", analytics_enabled=False) as page:
         gr.Markdown(
             f"# See what a question keeps\nA picture costs this model **{demo.patches} visual tokens**. "
             "Instruction-guided visual token pruning keeps the few that the question needs."

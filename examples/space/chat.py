@@ -28,6 +28,7 @@ def build(server: str, model: str, key: str | None = None) -> gr.ChatInterface:
         file_types="image",
         title="Ask about a picture",
         description="Attach a picture and ask. The server keeps the visual tokens that your question needs.",
+        analytics_enabled=False,
     )
 
 

@@ -20,9 +20,11 @@ import torch
 from .budget import Need
 from .options import Options
 
-# Ray reads them when it is imported: it sends no reports, leaves the GPUs visible to tasks that ask for none, and does
-# not put the work behind everything else on the machine, as it does by default.
+# Ray and vLLM read them when they are imported, here and in Ray's processes on this machine. Both send no reports. Ray
+# leaves the GPUs visible to tasks that ask for none, and does not put the work behind all else on the machine, as it
+# does by default.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_worker_niceness", "0")
 

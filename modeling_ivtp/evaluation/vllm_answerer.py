@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -103,7 +104,8 @@ class VLLMAnswerer:
 
 
 def _vllm() -> Any:
-    """Return vLLM's module, if the plug-in supports its version."""
+    """Return vLLM's module, if the plug-in supports its version; it sends no reports of its use."""
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     try:
         import vllm
     except ImportError as error:

@@ -1,5 +1,7 @@
 """What `--engine vllm` asks of vLLM and reads of its replies; vLLM itself lives in another environment."""
 
+import os
+import runpy
 from importlib.metadata import PackageNotFoundError
 
 import numpy as np
@@ -7,7 +9,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from modeling_ivtp.batch import vllm_engine
+from modeling_ivtp.batch import cluster, vllm_engine
 from modeling_ivtp.batch.actor import Job
 from modeling_ivtp.batch.answers import SCHEMA
 from modeling_ivtp.batch.options import Options
@@ -62,6 +64,13 @@ def test_what_comes_back_is_an_answer_or_an_error(asked):
     assert (failed.answer, failed.error, failed.prompt_tokens) == (None, "row 0: ValueError: prompt too long", 0)
     written = vllm_engine._replies(pa.Table.from_pylist([two | {"__inference_error__": "no"}]))
     assert written.schema == SCHEMA
+
+
+def test_neither_ray_nor_vllm_sends_reports(monkeypatch):
+    for name in ("RAY_USAGE_STATS_ENABLED", "VLLM_NO_USAGE_STATS"):
+        monkeypatch.delenv(name, raising=False)
+    runpy.run_path(cluster.__file__, run_name="modeling_ivtp.batch.again")
+    assert (os.environ["RAY_USAGE_STATS_ENABLED"], os.environ["VLLM_NO_USAGE_STATS"]) == ("0", "1")
 
 
 @pytest.mark.parametrize(

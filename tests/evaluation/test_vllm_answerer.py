@@ -3,6 +3,7 @@
 `make vllm-test` runs them on vLLM. The stand-in answers by transformers: it shows what vLLM is asked, not what it says.
 """
 
+import os
 import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -137,6 +138,14 @@ def test_generation_that_vllm_lacks_is_refused(engine: None, arguments: dict[str
         _sampling(Generation.of(arguments))
     sampled = _sampling(Generation.of({"temperature": 0.5, "top_p": 0.9, "min_new_tokens": 2, "max_new_tokens": 8}))
     assert (sampled.temperature, sampled.top_p, sampled.min_tokens, sampled.max_tokens) == (0.5, 0.9, 2, 8)
+
+
+def test_vllm_sends_no_reports(engine: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from modeling_ivtp.evaluation.vllm_answerer import _vllm
+
+    monkeypatch.delenv("VLLM_NO_USAGE_STATS", raising=False)
+    _vllm()
+    assert os.environ["VLLM_NO_USAGE_STATS"] == "1"
 
 
 def test_other_methods_models_and_versions_are_refused(

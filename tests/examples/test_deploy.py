@@ -85,6 +85,11 @@ def test_compose_builds_and_joins_what_is_there(compose: Any) -> None:
     assert all(f'"{variable}"' in page for variable in space["environment"])
 
 
+@pytest.mark.parametrize("name", ["vllm-cpu.Dockerfile", "vllm-cuda.Dockerfile"])
+def test_vllm_sends_no_reports(name: str) -> None:
+    assert any(instruction == "ENV" and "VLLM_NO_USAGE_STATS=1" in rest for instruction, rest in dockerfile(name))
+
+
 def test_compose_with_gpus_takes_the_other_image(compose: Any) -> None:
     changes = yaml.safe_load((DEPLOY / "compose.cuda.yaml").read_text())["services"]
     assert set(changes) == {"vllm"}
@@ -206,6 +211,7 @@ def test_the_space_in_front_sends_picture_and_question(
     picture = tmp_path / "picture.png"
     Image.new("RGB", (8, 8), "red").save(picture)
     page = chat.build(server, "ivtp-llava")
+    assert not page.analytics_enabled
     answers = list(page.fn({"text": "Which colour?", "files": [str(picture)]}, []))
     assert answers == ["yel", "yellow"]
     asked = _Answering.asked[-1]

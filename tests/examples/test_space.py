@@ -59,6 +59,11 @@ def test_both_answers_their_cost_the_words_and_the_stages(space: Any) -> None:
 
 
 @pytest.mark.slow
+def test_the_page_sends_no_reports(space: Any) -> None:
+    assert not space.app.build(space.demo).analytics_enabled
+
+
+@pytest.mark.slow
 def test_the_budget_is_that_of_the_slider(space: Any) -> None:
     for budget in (8, 16.0, 512):
         stages = ask(space, "Do you see a scooter here?", budget)[2]
