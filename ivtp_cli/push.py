@@ -84,6 +84,8 @@ def _show_upload(upload: Any) -> None:
         table.add_row(name, "removed there")
     table.add_row("all", human_bytes(sum(files.values())))
     show(table)
+    if upload.replaced:
+        typer.echo(f"replaced there: {', '.join(upload.replaced)}")
     typer.echo(f"card: {upload.repository.card}")
     if upload.repository.pruner:
         typer.echo("checked: the modules load")

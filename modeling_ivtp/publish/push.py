@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -32,13 +33,13 @@ from .cards import GENERIC, card_images, card_names, sample
 from .fresh_check import check_fresh
 from .staging import Repository, stage
 
-# Files of an earlier push that transformers would take for this one's; it looks only in the root.
+# Files of an earlier push that transformers would take for this one's; it looks only in the root. Code is not among
+# them: what the new code does not import is never read, and may be a person's own script.
 _STALE = (
     "*.safetensors",
     "*.safetensors.index.json",
     "*.bin",
     "*.bin.index.json",
-    "*.py",
     "adapter_config.json",
     "preprocessor_config.json",
     "chat_template.json",
@@ -56,8 +57,8 @@ class Push:
     ----------
     repo_id : str
     repository : Repository
-    removed : tuple of str
-        Files on the Hub that the upload deletes.
+    removed, replaced : tuple of str
+        Files on the Hub that the upload deletes, and those that it writes anew.
     answer : str or None
         Answer of a fresh process; None if the weights did not fit into memory and were only checked against the code,
         or if the folder holds a trained pruner.
@@ -72,6 +73,7 @@ class Push:
     repo_id: str
     repository: Repository
     removed: tuple[str, ...]
+    replaced: tuple[str, ...]
     answer: str | None
     exists: bool | None
     revision: str | None = None
@@ -125,7 +127,8 @@ def push(
     Raises
     ------
     ValueError
-        If the folder or an option is wrong, or the repository fails the check.
+        If the folder or an option is wrong, the repository on the Hub holds a pruner where a model is pushed or a model
+        where a pruner is, or the check fails.
     OSError
         If the Hub refuses or cannot be reached. The Hub keeps files that arrived, and they are not sent again; the
         repository stays as it was.
@@ -148,17 +151,23 @@ def push(
             state = _hub_state(api, repo_id, revision)
     with tempfile.TemporaryDirectory(prefix="ivtp-push-") as temporary:
         repository = stage(folder, repo_id, Path(temporary), card=card, revision=revision or "main")
-        removed = [name for name in state.files if name not in repository.files and _is_stale(name)]
+        if "config.json" in state.files:
+            with _hub(api, repo_id):
+                _check_kind(api, repo_id, state, repository)
+        # No loader looks into a pruner's repository for anything but its two files.
+        stale = [name for name in state.files if _is_stale(name)] if not repository.pruner else []
+        removed = tuple(name for name in stale if name not in repository.files)
+        # An existing repository's own .gitattributes lists its large files.
+        sent = [name for name in repository.files if not (name == ".gitattributes" and name in state.files)]
+        replaced = tuple(name for name in sent if name in state.files)
         answer = None if repository.pruner else _fresh_answer(repository)
-        upload = Push(repo_id, repository, tuple(removed), answer, state.exists)
+        upload = Push(repo_id, repository, removed, replaced, answer, state.exists)
         if dry_run or not confirm(upload):
             return upload
         with _hub(api, repo_id), _bars(progress and sys.stderr.isatty()):
             api.create_repo(repo_id, private=private, exist_ok=True)
             if revision is not None and not create_pr:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
-            # An existing repository's own .gitattributes lists its large files.
-            sent = [name for name in repository.files if not (name == ".gitattributes" and name in state.files)]
             commit = api.create_commit(
                 repo_id,
                 [
@@ -193,6 +202,20 @@ def _hub_state(api: HfApi, repo_id: str, revision: str | None) -> _HubState:
     except RepositoryNotFoundError:
         return _HubState(exists=False)
     return _HubState(True, info.sha, tuple(file.rfilename for file in info.siblings or ()))
+
+
+def _check_kind(api: HfApi, repo_id: str, state: _HubState, repository: Repository) -> None:
+    """Refuse to replace a model by a pruner or a pruner by a model: their files have the same names."""
+    with tempfile.TemporaryDirectory(prefix="ivtp-push-") as temporary:
+        file = api.hf_hub_download(repo_id, "config.json", revision=state.head, local_dir=temporary)
+        text = Path(file).read_bytes()
+    try:
+        holds_pruner = "pruner" in json.loads(text)
+    except (ValueError, TypeError):
+        holds_pruner = False  # as little as a person's own file of that name
+    if holds_pruner != repository.pruner:
+        there, here = ("a trained pruner", "a model") if holds_pruner else ("a model", "a trained pruner")
+        raise ValueError(f"{repo_id} holds {there}, and {here} would replace it; allowed: a repository of its own")
 
 
 def _is_stale(name: str) -> bool:

@@ -45,6 +45,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        # Made of the endpoint when the library is imported.
+        template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
         # A client made before keeps the address it was made with.
         monkeypatch.setattr(pushing, "HfApi", lambda **options: _Api(endpoint=server.url, **options))
@@ -171,7 +174,19 @@ def test_pushing_again_sends_nothing_again_and_clears_what_is_stale(
     status, out, _ = push(capsys, folders.miniature, NAME, "--yes")
     assert status == 0
     assert f'revision="{revision}"' in out
+    assert "replaced there: " in out
+    assert "README.md" in out.partition("replaced there: ")[2].splitlines()[0]
     assert not [request for request in hub.requests if request[0] == "PUT" or "/commit/" in request[1]]
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_model_does_not_replace_a_pruner(hub: Hub, folders: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {"config.json": b'{"pruner": "lvpruning"}', "model.safetensors": b"modules", "README.md": b"mine"}
+    hub.publish(NAME, before)
+    status, _, err = push(capsys, folders.miniature, NAME, "--yes")
+    assert status == 1
+    assert f"{NAME} holds a trained pruner, and a model would replace it" in err
+    assert hub.head(NAME) == before
 
 
 @pytest.mark.slow
@@ -194,12 +209,12 @@ def test_a_new_branch_holds_nothing_of_the_old_weights(
     hub: Hub, folders: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A branch begins as a copy of main, whose single file transformers would load before any shard."""
-    hub.publish(NAME, {"model.safetensors": b"old", "old_code.py": b"", "scripts/train.py": b"", "notes.md": b"mine"})
+    hub.publish(NAME, {"model.safetensors": b"old", "train.py": b"", "scripts/train.py": b"", "notes.md": b"mine"})
     status, _, _ = push(capsys, folders.miniature, NAME, "--yes", "--revision", "b32")
     assert status == 0
     tree = hub.head(NAME, "b32")
-    assert not {"model.safetensors", "old_code.py"} & set(tree)
-    assert {"scripts/train.py", "notes.md"} <= set(tree)
+    assert "model.safetensors" not in tree
+    assert {"train.py", "scripts/train.py", "notes.md"} <= set(tree)
     assert "model.safetensors" in hub.head(NAME)
     # The card of a branch loads and pins that branch.
     card = tree["README.md"].decode()

@@ -26,6 +26,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        # Made of the endpoint when the library is imported.
+        template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(pushing, "HfApi", lambda **options: _Api(endpoint=server.url, **options))
         yield server
 
@@ -69,6 +72,41 @@ def test_what_was_pushed_comes_back(
     assert all(
         torch.equal(value, saved.learned.state_dict()[name]) for name, value in loaded.learned.state_dict().items()
     )
+
+
+_OLD_MODEL = {
+    "config.json": b'{"model_type": "llava"}',
+    "README.md": b"my own card",
+    "model-00001-of-00002.safetensors": b"one",
+    "model-00002-of-00002.safetensors": b"two",
+    "preprocessor_config.json": b"{}",
+    "train.py": b"mine",
+}
+
+
+@pytest.mark.parametrize("config", [_OLD_MODEL["config.json"], b"[]", b"no JSON"], ids=str)
+def test_a_pruner_does_not_replace_a_model(
+    hub: Hub, folder: Path, capsys: pytest.CaptureFixture[str], config: bytes
+) -> None:
+    hub.publish(NAME, before := _OLD_MODEL | {"config.json": config})
+    status, _, err = push(capsys, folder, NAME, "--yes")
+    assert status == 1
+    assert f"{NAME} holds a model, and a trained pruner would replace it" in err
+    assert err.count("\n") == 1
+    assert hub.head(NAME) == before
+
+
+def test_a_pruner_pushed_again_removes_nothing_and_says_what_it_replaces(
+    hub: Hub, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert push(capsys, folder, NAME, "--yes")[0] == 0
+    mine = {"train.py": b"mine", "preprocessor_config.json": b"{}", "README.md": b"my own card"}
+    hub.publish(NAME, hub.head(NAME) | mine)
+    status, out, _ = push(capsys, folder, NAME, "--yes")
+    assert status == 0
+    assert "removed there" not in out
+    assert "replaced there: README.md, config.json, model.safetensors" in out
+    assert {"train.py", "preprocessor_config.json"} <= set(hub.head(NAME))
 
 
 def test_the_card_says_what_the_modules_are(folder: Path, tmp_path: Path) -> None:
