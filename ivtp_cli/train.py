@@ -27,7 +27,11 @@ Images = Annotated[
     typer.Option(help="Folder that relative paths of pictures start from.", show_default="the data's folder"),
 ]
 PresetOption = Annotated[
-    str, typer.Option(help="What learns, and how: a file, or llava-1.5-stage-1 or llava-1.5-stage-2.")
+    str,
+    typer.Option(
+        help="What learns, and how: a file, or llava-1.5-stage-1, llava-1.5-stage-2, lvpruning, atp-llava or "
+        "sparse-attention."
+    ),
 ]
 Connector = Annotated[
     str | None,

@@ -10,6 +10,7 @@ import pytest
 from typer.main import get_command
 
 import ivtp_cli
+from modeling_ivtp.training import preset_names
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = (
@@ -79,6 +80,11 @@ def test_help_imports_nothing_heavy():
 def test_every_option_says_what_it_is(command):
     for parameter in get_command(ivtp_cli.app).commands[command].params:
         assert parameter.help or parameter.name == "help", parameter.name
+
+
+def test_the_help_of_training_names_every_preset():
+    (preset,) = [option for option in get_command(ivtp_cli.app).commands["train"].params if option.name == "preset"]
+    assert all(name in preset.help for name in preset_names())
 
 
 @pytest.mark.slow

@@ -5,7 +5,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from typer.main import get_command
 
+import ivtp_cli
 from modeling_ivtp import _moved, methods
 
 ROOT = Path(__file__).parents[2]
@@ -124,6 +126,21 @@ def test_the_page_on_upgrading_has_every_old_name() -> None:
         assert f"| `{owner}` | `{old}` | `{new}` |" in page
     for old in _moved.MODULES:
         assert f"`{old}`" in page
+
+
+def test_the_page_on_usage_has_every_command() -> None:
+    table = (ROOT / "docs" / "usage.md").read_text().partition("## On the command line")[2].partition("```")[0]
+    rows = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `ivtp")]
+    named = [name for row in rows for name in re.findall(r"`ivtp (\w+)`", row)]
+    assert sorted(named) == sorted(get_command(ivtp_cli.app).commands)
+
+
+@pytest.mark.parametrize("page", ["docs/design.md", "docs/trained.md"])
+def test_a_list_of_contents_is_complete(page: str) -> None:
+    head, *sections = re.split(r"^## ", (ROOT / page).read_text(), flags=re.MULTILINE)
+    assert re.findall(r"\(#([\w-]+)\)", head) == [
+        heading_anchors(f"# {section.splitlines()[0]}").pop() for section in sections
+    ]
 
 
 def test_every_page_is_in_the_navigation() -> None:
