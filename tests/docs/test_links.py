@@ -1,14 +1,17 @@
 """What pages point at exists: files, headings, paths in code, names of the package. External addresses are listed."""
 
+import json
 import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+import torch
 from typer.main import get_command
 
 import ivtp_cli
-from modeling_ivtp import _moved, methods
+from modeling_ivtp import IVTPLlavaForConditionalGeneration, _moved, methods
+from modeling_ivtp.flops import load_shape
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -168,6 +171,24 @@ def test_numbers_in_prose_are_those_of_the_results(page: str, sentence: str, res
     assert found is not None
     for number in found.groups():
         assert number in (ROOT / "benchmarks" / "results" / results).read_text()
+
+
+@pytest.mark.slow
+def test_what_a_model_needs_in_memory_is_what_its_shape_has() -> None:
+    page = (ROOT / "docs" / "speed.md").read_text()
+    weights = re.search(r"has ([\d.]+) GB of weights .*?13B model ([\d.]+) GB; CLIP's text half adds ([\d.]+) GB", page)
+    cache = re.search(r"takes (\d+) MB unpruned and ([\d.]+) MB at 64", page)
+    assert weights
+    assert cache
+    for shape, said in (("llava-1.5-7b", weights[1]), ("llava-1.5-13b", weights[2])):
+        with torch.device("meta"):
+            model = IVTPLlavaForConditionalGeneration(load_shape(shape))
+        sizes = {name: 2e-9 * weight.numel() for name, weight in model.named_parameters()}
+        clip = sum(size for name, size in sizes.items() if "clip_text" in name or "visual_projection" in name)
+        assert (f"{sum(sizes.values()) - clip:.1f}", f"{clip:.2f}") == (said, weights[3])
+    rows = json.loads((ROOT / "hub_cards" / "ivtp-llava-1.5-7b" / "facts.json").read_text())["costs"]["rows"]
+    found = {row["visual_tokens"]: row["kv_cache_bytes"] / 1e6 for row in rows}
+    assert (f"{found[None]:.0f}", f"{found[64]:.1f}") == cache.groups()
 
 
 @pytest.mark.slow
