@@ -1,6 +1,8 @@
 """`ivtp push` of a trained pruner: its two files and a card, which come back from the Hub."""
 
+import ast
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -119,6 +121,12 @@ def test_the_card_says_what_the_modules_are(folder: Path, tmp_path: Path) -> Non
     assert "| `ratio` | `0.6` |" in card.text
     assert "llama, 6 layers, width 32, 16 visual tokens" in card.text
     assert f'trained.load("{NAME}", revision="beta")' in card.text
+    (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    tree = ast.parse(code)
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    imported = {alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    made = {name.id for name in names if isinstance(name.ctx, ast.Store)}
+    assert {name.id for name in names} <= imported | made | {"print"}
     assert "not measured" in card.text
     assert repository.pruner
 
@@ -133,7 +141,8 @@ def test_the_card_of_modules_that_were_trained_with_their_model_asks_for_this_on
         (tmp_path / f"{name}-out").mkdir()
         stage(tmp_path / name, NAME, tmp_path / f"{name}-out")
         cards[name] = (tmp_path / f"{name}-out" / "README.md").read_text()
-    assert 'from_llava("owner/original")' in cards["frozen"]
+    assert 'Generation.from_llava("owner/original")' in cards["frozen"]
+    assert 'Processor.from_llava("owner/original")' in cards["frozen"]
     assert "change none of its weights" in cards["frozen"]
     assert 'from_llava("FINE-TUNED")' in cards["tuned"]
     assert "fine-tuned together with them" in cards["tuned"]
