@@ -319,13 +319,8 @@ class EndpointHandler:
         if "visual_tokens" not in settings:
             yield
             return
-        budget, handed_over = settings.pop("visual_tokens"), self.model.pruning_config.tower_tokens
-        changed: dict[str, Any] = {"enabled": False}
-        if budget is not None:
-            # A hand-over that the checkpoint fixes below the budget gives way.
-            fits = handed_over is not None and handed_over >= budget
-            changed = {"enabled": True, "visual_tokens": budget, "tower_tokens": handed_over if fits else None}
-        with self.model.pruning(**changed):
+        budget, options = settings.pop("visual_tokens"), self.model.pruning_config
+        with self.model.pruning(**{"enabled": False} if budget is None else options.at_budget(budget)):
             yield
 
 

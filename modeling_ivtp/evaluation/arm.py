@@ -80,11 +80,7 @@ class Arm:
             return self.pruner(model)
         if self.visual_tokens is None:
             return model.pruning()
-        # A checkpoint may fix how many tokens the tower hands over; it cannot hand over fewer than are left in the end.
-        handed_over = model.pruning_config.tower_tokens
-        if handed_over is not None and handed_over < self.visual_tokens:
-            handed_over = None
-        return model.pruning(enabled=True, visual_tokens=self.visual_tokens, tower_tokens=handed_over)
+        return model.pruning(**model.pruning_config.at_budget(self.visual_tokens))
 
     def described(self, model: Any) -> dict[str, Any]:
         """Return all that decides how a model prunes in this arm, ready for JSON."""

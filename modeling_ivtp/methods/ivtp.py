@@ -49,19 +49,7 @@ class IVTP(Method):
 
     def pruner(self, config: Any) -> IVTPPruner:
         """Make the pruner for a final number of `keep` tokens."""
-        handed_over = config.pruning.tower_tokens
-        if handed_over is not None and handed_over < self.keep:
-            handed_over = None
-        fewest = config.pruning.min_visual_tokens
-        if fewest is not None:
-            fewest = min(fewest, self.keep)
-        fixed = {
-            "enabled": True,
-            "visual_tokens": self.keep,
-            "min_visual_tokens": fewest,
-            "tower_tokens": handed_over,
-            "positions": self.positions,
-        }
+        fixed = config.pruning.at_budget(self.keep) | {"positions": self.positions}
         return IVTPPruner(config.pruning.changed(**fixed | dict(self.options)))
 
 

@@ -250,6 +250,26 @@ class IVTPPruningConfig:
         """Return a copy with `changes`; raises ValueError as the class does."""
         return type(self).create(self, **changes)
 
+    def at_budget(self, visual_tokens: int) -> dict[str, Any]:
+        """Return the changes that prune to another final number of tokens.
+
+        A hand-over below it follows from it instead, and a minimum above it is lowered. A coverage stays, with it as
+        ceiling.
+
+        Examples
+        --------
+        >>> options = IVTPPruningConfig(visual_tokens=64, tower_tokens=120)
+        >>> options.changed(**options.at_budget(192)).tower_tokens is None
+        True
+        """
+        handed_over, fewest = self.tower_tokens, self.min_visual_tokens
+        return {
+            "enabled": True,
+            "visual_tokens": visual_tokens,
+            "tower_tokens": None if handed_over is None or handed_over < visual_tokens else handed_over,
+            "min_visual_tokens": None if fewest is None else min(fewest, visual_tokens),
+        }
+
 
 class IVTPLlavaConfig(LlavaConfig):
     """`LlavaConfig` with CLIP's text tower, the pruning options, and a connector where there is one.

@@ -115,16 +115,13 @@ def load_model(
 
 
 def set_budget(model: Any, visual_tokens: int) -> None:
-    """Prune to a final number of visual tokens, and drop a hand-over that the checkpoint fixes below it.
+    """Prune to a final number of visual tokens; see `IVTPPruningConfig.at_budget`.
 
     A budget of all patches leaves pruning off where the checkpoint has it off.
     """
     options = model.pruning_config
-    tower_tokens = options.tower_tokens
-    if tower_tokens is not None and tower_tokens < visual_tokens:
-        tower_tokens = None
     enabled = options.enabled or visual_tokens < model.config.num_patches
-    model.set_pruning(enabled=enabled, visual_tokens=visual_tokens, tower_tokens=tower_tokens)
+    model.set_pruning(**options.at_budget(visual_tokens) | {"enabled": enabled})
 
 
 def check_device(device: str) -> None:

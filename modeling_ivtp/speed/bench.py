@@ -299,10 +299,10 @@ def _arm(name: str, model: Any, method: Any) -> Arm:
 
 @contextmanager
 def _replaying(model: Any, budget: int, graphs: Graphs) -> Iterator[None]:
-    """Prune as the model's own options do, with the graphs that this arm captured before."""
+    """Prune by the model's own options at a budget, with the graphs that this arm captured before."""
     before, model.model.prompt_graphs.graphs = model.model.prompt_graphs.graphs, graphs
     try:
-        with model.pruning(visual_tokens=budget, tower_tokens=None):
+        with model.pruning(**model.pruning_config.at_budget(budget)):
             yield
     finally:
         model.model.prompt_graphs.graphs = before

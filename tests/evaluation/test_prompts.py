@@ -139,6 +139,15 @@ def test_an_arm_that_cannot_be_is_refused(arguments: tuple[Any, ...], message: s
         Arm(*arguments)
 
 
+def test_a_budget_below_the_least_of_a_checkpoint_is_what_its_costs_say() -> None:
+    model = tiny_model(visual_tokens=8, tower_tokens=None, coverage=0.9, min_visual_tokens=6)
+    arm = Arm("ivtp", 4)
+    with arm.applied(model):
+        assert model.model.plan().final_tokens == 4 == costs(model.config, arm)["final_tokens"]
+        assert model.pruning_config.coverage == 0.9
+    assert model.pruning_config.min_visual_tokens == 6
+
+
 @pytest.mark.filterwarnings("error")
 def test_the_old_name_of_no_pruning_warns_and_is_the_unpruned_arm() -> None:
     with pytest.warns(FutureWarning, match="'none' is now 'unpruned'") as warned:

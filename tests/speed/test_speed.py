@@ -27,6 +27,7 @@ from modeling_ivtp.speed.products import products, seconds
 from modeling_ivtp.speed.report import markdown, reached
 from modeling_ivtp.speed.stopwatch import Stopwatch
 from modeling_ivtp.speed.timing import Arm, interleaved, ratio, run
+from tests.support.tiny import tiny_model
 
 CPU = torch.device("cpu")
 
@@ -298,6 +299,25 @@ def test_memory_that_runs_out_keeps_what_was_measured(model: Any, monkeypatch: p
     assert {row["batch"] for row in rows} == {1}
     results = speed_bench.results("tiny", settings, rows, CPU, "ivtp bench")
     assert "Memory ran out at batch 2" in markdown(results)
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"enabled": False},
+        {"tower_tokens": 16},
+        {"visual_tokens": 8, "tower_tokens": None, "coverage": 1.0, "min_visual_tokens": 6},
+    ],
+    ids=str,
+)
+def test_a_checkpoint_is_timed_at_a_budget_as_its_numbers_say(own: dict[str, Any]) -> None:
+    model = tiny_model(**own)
+    settings = Settings(arms=("ivtp@4",), text_tokens=(8,), new_tokens=2, repeats=1)
+    stock, pruned = bench(model.config, settings, device=CPU, model=model)
+    text = model.config.text_config
+    entry = 2 * text.num_key_value_heads * text.head_dim * text.num_hidden_layers * 4
+    assert 4 < pruned["layer_averaged_tokens"] < 16
+    assert stock["kv_bytes"] - pruned["kv_bytes"] == round((16 - pruned["layer_averaged_tokens"]) * entry)
 
 
 @pytest.mark.slow
