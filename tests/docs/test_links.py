@@ -12,6 +12,7 @@ from typer.main import get_command
 import ivtp_cli
 from modeling_ivtp import IVTPLlavaForConditionalGeneration, _moved, methods
 from modeling_ivtp.flops import load_shape
+from modeling_ivtp.training import preset_names
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -136,6 +137,18 @@ def test_the_page_on_usage_has_every_command() -> None:
     rows = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `ivtp")]
     named = [name for row in rows for name in re.findall(r"`ivtp (\w+)`", row)]
     assert sorted(named) == sorted(get_command(ivtp_cli.app).commands)
+
+
+def test_the_page_on_serving_has_every_parameter() -> None:
+    code = (ROOT / "hub_cards" / "handler.py").read_text().partition("PARAMETERS = {")[2].partition("}")[0]
+    sentence = (ROOT / "docs" / "serving.md").read_text().partition("- `parameters` are ")[2].partition(". ")[0]
+    names = re.findall(r'^    "(\w+)":', code, re.MULTILINE)
+    assert re.findall(r"`(\w+)`", sentence) == [*names, "visual_tokens"]
+
+
+def test_the_page_on_training_has_every_preset() -> None:
+    page = (ROOT / "docs" / "training.md").read_text()
+    assert sorted(re.findall(r"^\| `([\w.-]+)`.*\|$", page, re.MULTILINE)) == preset_names()
 
 
 @pytest.mark.parametrize("page", ["docs/design.md", "docs/trained.md"])
