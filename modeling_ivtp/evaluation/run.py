@@ -5,12 +5,14 @@ Processes that accelerate launched share the questions. The first one scores the
 
 from __future__ import annotations
 
+import copy
 import glob
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets.exceptions import DatasetGenerationError
+from huggingface_hub import HfApi
 from tenacity import RetryError, stop_after_attempt  # lmms-eval's, as it raises them
 
 from ..serving.answering import load_model, missing_guidance
@@ -29,7 +32,9 @@ from .paper import Benchmark, Measured, Score
 from .processes import launched, own_device
 
 KEY = "OPENAI_API_KEY"
-"""The environment variable that lmms-eval's judges read."""
+"""The environment variable with the key of lmms-eval's judges."""
+JUDGE = ("API_TYPE", "MODEL_VERSION", "OPENAI_API_URL")
+"""Environment variables that choose the judge."""
 
 
 @dataclass(frozen=True)
@@ -177,16 +182,18 @@ def _scores(
 ) -> dict[str, Score]:
     """Return the scores of all arms on a benchmark; those that were scored before are read."""
     found, task = {}, None
+    revision = _of_main(_revision(options, benchmark))
     for name, model in models.items():
         file = options.out / benchmark.name / f"{name}.json"
         identity = _identity(options, benchmark, model)
-        samples = _scored_before(file, identity)
-        if _of_main(samples is not None):
+        samples = _scored_before(file, identity, revision)
+        known = _of_main(samples is not None)
+        if known:
             tell(f"{benchmark.name}, {name}: scored before")
         else:
             task = task or _task(options, benchmark)
             file.parent.mkdir(exist_ok=True)
-            journal = file.with_suffix(f".{identity}-{_share(options, model)}.jsonl")
+            journal = file.with_suffix(f".{identity}-{revision}-{_share(options, model)}.jsonl")
             samples = _samples(task, model, journal, _limit(options, benchmark))
         score, reason = None, None
         if model.rank == 0:
@@ -197,7 +204,8 @@ def _scores(
             except Exception as error:  # rows fail in many ways: no such column, no such category
                 reason = _unscored(error)
             else:
-                _write(file, {"identity": identity, "samples": samples})
+                if not known:
+                    _write(file, {"identity": identity, "revision": revision, "samples": samples})
         score, reason = _of_main((score, reason))
         if reason is not None:
             raise _Unavailable(reason)
@@ -206,10 +214,11 @@ def _scores(
     return found
 
 
-def _scored_before(file: Path, identity: str) -> list[dict[str, Any]] | None:
-    """Return the samples in a file, if all that decides them is as it was."""
+def _scored_before(file: Path, identity: str, revision: str | None) -> list[dict[str, Any]] | None:
+    """Return the samples in a file, if all that decides them is as it was; an unknown revision counts as the same."""
     before = json.loads(file.read_text()) if file.is_file() else {}
-    return before["samples"] if before.get("identity") == identity else None
+    revisions = {before.get("revision"), revision} - {None}
+    return before["samples"] if before.get("identity") == identity and len(revisions) < 2 else None
 
 
 def _share(options: Options, model: IVTPLlava) -> str:
@@ -235,6 +244,8 @@ def _identity(options: Options, benchmark: Benchmark, model: IVTPLlava) -> str:
         benchmark.file,
         changes,
         str(_limit(options, benchmark)),
+        version("lmms-eval"),
+        *(f"{name}={os.environ.get(name)}" for name in JUDGE if benchmark.judge),
         *([] if data is None else _state(data)),
     ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
@@ -243,6 +254,16 @@ def _identity(options: Options, benchmark: Benchmark, model: IVTPLlava) -> str:
 def _limit(options: Options, benchmark: Benchmark) -> int | None:
     """Return how many rows are asked, so that rows which are scored together are asked together."""
     return None if options.limit is None else -(-options.limit // benchmark.together) * benchmark.together
+
+
+def _revision(options: Options, benchmark: Benchmark) -> str | None:
+    """Return the commit of a benchmark's data set; None for a folder's, or if the Hub does not tell it."""
+    if benchmark.name in options.data:
+        return None
+    try:
+        return HfApi().dataset_info(task_config(benchmark)["dataset_path"], timeout=10).sha
+    except Exception:  # whatever is wrong with the data, the task tells it when it loads them
+        return None
 
 
 def _state(folder: Path) -> list[str]:
@@ -269,7 +290,8 @@ def task_config(benchmark: Benchmark, data: Path | None = None) -> dict[str, Any
     from lmms_eval.utils import load_yaml_config
 
     file = Path(lmms_eval.tasks.__file__).parent / benchmark.file
-    config = dict(load_yaml_config(str(file), mode="full")) | dict(benchmark.changes)
+    # Copied, as the harness writes into what it is given.
+    config = dict(load_yaml_config(str(file), mode="full")) | copy.deepcopy(dict(benchmark.changes))
     for name in ("tag", "group", "model_specific_generation_kwargs"):
         config.pop(name, None)
     # Public data need no account; where there is one, its token is sent.

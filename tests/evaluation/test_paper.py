@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -335,6 +336,79 @@ def test_a_run_goes_on_where_it_stopped_and_a_changed_arm_is_asked_anew(
         numbers.append(len(asked["now"]))
         assert {score.value for score in found.scores["gqa"].values()} == {60}
     assert numbers == [10, 0, 5]
+
+
+def test_another_judge_gives_points_anew(
+    folders: dict[str, Path],
+    asked: dict[str, list[Any]],
+    judge: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked["answers"] = FIXTURES["mmvet"].answers
+    numbers = []
+    for judging in ("one", "one", "another"):
+        asked["now"].clear()
+        monkeypatch.setenv("MODEL_VERSION", judging)
+        assert not run.run(options(folders, tmp_path, "mmvet")).left_out
+        numbers.append(len(asked["now"]))
+    assert numbers == [5, 0, 5]
+
+
+def test_the_harness_cannot_change_a_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It writes into the entries of a task, and a benchmark that changed is asked anew."""
+    monkeypatch.setenv(run.KEY, "stub")
+    (benchmark,) = paper.chosen(["mmvet"])
+    run.task_config(benchmark)["lmms_eval_specific_kwargs"]["pre_prompt"] = "written by the harness"
+    assert benchmark.changes == {"lmms_eval_specific_kwargs": {"default": {"pre_prompt": "", "post_prompt": ""}}}
+
+
+@pytest.mark.parametrize("variable", run.JUDGE)
+def test_a_judge_decides_the_scores_of_judged_benchmarks_alone(
+    variable: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = options(folders, tmp_path, "gqa", "llava_w", "mmvet")
+    model: Any = SimpleNamespace(fingerprint="one")
+    monkeypatch.delenv(variable, raising=False)
+    before = [run._identity(chosen, benchmark, model) for benchmark in chosen.benchmarks]
+    monkeypatch.setenv(variable, "another")
+    after = [run._identity(chosen, benchmark, model) for benchmark in chosen.benchmarks]
+    assert [one == other for one, other in zip(before, after, strict=True)] == [True, False, False]
+
+
+def test_another_harness_scores_anew(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = options(folders, tmp_path, "gqa")
+    model: Any = SimpleNamespace(fingerprint="one")
+    before = run._identity(chosen, chosen.benchmarks[0], model)
+    monkeypatch.setattr(run, "version", {"lmms-eval": "0.0.1"}.get)
+    assert run._identity(chosen, chosen.benchmarks[0], model) != before
+
+
+def test_data_that_changed_on_the_hub_are_asked_anew_and_a_silent_hub_changes_nothing(
+    folders: dict[str, Path], asked: dict[str, list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked["answers"] = FIXTURES["gqa"].answers
+    numbers = []
+    for revision in ("a", "a", None, "b"):
+        asked["now"].clear()
+        monkeypatch.setattr(run, "_revision", lambda *_, now=revision: now)
+        run.run(options(folders, tmp_path, "gqa"))
+        numbers.append(len(asked["now"]))
+    assert numbers == [5, 0, 0, 5]
+
+
+def test_the_revision_is_the_hub_s(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = options(folders, tmp_path, "gqa", "pope", given=("gqa",))
+    gqa, pope = chosen.benchmarks
+    monkeypatch.setattr(run.HfApi, "dataset_info", lambda self, path, timeout: SimpleNamespace(sha=f"of {path}"))
+    assert run._revision(chosen, gqa) is None
+    assert run._revision(chosen, pope) == "of lmms-lab-encoder/POPE"
+
+    def silent(*_: Any, **__: Any) -> Any:
+        raise ConnectionError
+
+    monkeypatch.setattr(run.HfApi, "dataset_info", silent)
+    assert run._revision(chosen, pope) is None
 
 
 def test_a_run_that_was_stopped_within_a_benchmark_asks_the_rest(
