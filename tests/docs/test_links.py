@@ -1,5 +1,6 @@
 """What pages point at exists: files, headings, paths in code, names of the package. External addresses are listed."""
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -105,6 +106,17 @@ def test_checklists_name_what_is_in_their_files() -> None:
         for name in codes:
             if re.fullmatch(r"[A-Z_]{3,}|__all__|__post_init__", name) and "NAME" not in name:
                 assert name in text or name in item.partition("in the order of")[2], name
+
+
+def test_functions_are_as_short_as_the_guide_says() -> None:
+    found = re.search(r"body of a function .* has at most (\d+) lines", (ROOT / "CONTRIBUTING.md").read_text())
+    assert found
+    for file in (file for folder in ("modeling_ivtp", "ivtp_cli") for file in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                lines = 1 + int(body[-1].end_lineno or 0) - body[0].lineno if body else 0
+                assert lines <= int(found[1]), (file, node.name)
 
 
 @pytest.mark.parametrize("page", ["docs/design.md", "docs/glossary.md"])
