@@ -171,6 +171,25 @@ def test_a_list_of_contents_is_complete(page: str) -> None:
     ]
 
 
+def test_the_losses_by_type_are_those_of_the_results() -> None:
+    rows = json.loads((ROOT / "benchmarks" / "results" / "quality-2026-11-20.json").read_text())["rows"]
+    wanted = {("unpruned", 576, "", "inference"), ("ivtp", 64, "", "inference")}
+    asked = (row for row in rows if (row["method"], row["visual_tokens"], row["table"], row["mode"]) in wanted)
+    found = {row["method"]: row["by_type"] for row in asked}
+    lost = {
+        name: round(100 * (unpruned["accuracy"] - found["ivtp"][name]["accuracy"]))
+        for name, unpruned in found["unpruned"].items()
+    }
+    page = (ROOT / "docs" / "usage.md").read_text()
+    said = re.search(
+        r"loses (\d+) to (\d+) points\s+on\s.*?, (\d+) on colours and corners, and (\d+) on", page, re.DOTALL
+    )
+    assert said
+    relations = [lost[name] for name in ("left_of", "right_of", "above", "below")]
+    assert [min(relations), max(relations), lost["colour"], lost["existence"]] == list(map(int, said.groups()))
+    assert lost["corner"] == lost["colour"]
+
+
 def test_every_page_is_in_the_navigation() -> None:
     navigation = (ROOT / "zensical.toml").read_text()
     for page in PAGES:
