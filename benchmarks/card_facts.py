@@ -7,14 +7,14 @@ quality benchmark on the card's checkpoint. No number in a card is typed by hand
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.progress import track
 
 from benchmarks.quality.checkpoint import checkpoint_fingerprint
-from benchmarks.quality.report import counted, results_in, write_atomically
+from benchmarks.quality.report import counted, results_in, when, write_atomically
 from modeling_ivtp.checkpoints.recipes import Recipe, load_recipe, recipe_names
 from modeling_ivtp.checkpoints.weights import Checkpoint
 from modeling_ivtp.flops import count_named
@@ -69,20 +69,34 @@ def method_of(recipe: Recipe) -> str:
 
 def _accuracies(results: Mapping[str, Any], file: Path, method: str) -> dict[str, Any]:
     rows = [
-        {name: row[name] for name in ("method", "visual_tokens", "accuracy", "interval")}
+        row
         for row in results["rows"]
         if row["method"] in ("unpruned", method, "random") and not row["table"] and row["mode"] == "inference"
     ]
     asked = results["questions"]
     return {
         "results": str(file.relative_to(ROOT)),
-        "date": results["date"],
+        "date": when(results, rows),
         "questions": counted(asked),
         "types": asked["headline"],
         "chance": asked["chance"],
-        "command": results["commands"][0],
-        "rows": rows,
+        "command": _command(rows),
+        "rows": [{name: row[name] for name in ("method", "visual_tokens", "accuracy", "interval")} for row in rows],
     }
+
+
+def _command(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the command that measures rows: the unpruned model is always among its own."""
+    pruned = [row for row in rows if row["method"] != "unpruned"]
+    methods = dict.fromkeys(row["method"] for row in pruned)
+    budgets = sorted({row["visual_tokens"] for row in pruned}, reverse=True)
+    return " ".join(
+        [
+            "ivtp quality --model examples/miniature --out out/quality --rows systems",
+            *(f"--method {method}" for method in methods),
+            *(f"--tokens {budget}" for budget in budgets),
+        ]
+    )
 
 
 def main() -> None:

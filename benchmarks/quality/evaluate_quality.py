@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks.quality import report
 from benchmarks.quality.answer_log import AnswerLog
@@ -265,6 +266,8 @@ def _measured(
                 "mode": evaluation.mode,
                 "checkpoint": evaluation.checkpoint,
                 "code": evaluation.code,
+                "date": datetime.date.today().isoformat(),
+                "threads": torch.get_num_threads(),
                 "options": dict(row.options),
                 "seconds": round(taken.answer, 2),
                 "prefill_seconds": round(taken.prefill, 2),

@@ -63,7 +63,7 @@ def short_excerpt(file: Path, page: Path = README) -> str:
             f"questions; guessing reaches {results['questions']['chance']:.1%}:",
             "",
             report.accuracy_table(sorted(shown, key=lambda row: SHORT.index(row["method"]))),
-            f"{_loss(main)}[Measured on {results['date']}]({link_base(page, file)}.md).",
+            f"{_loss(main)}[Measured {report.when(results, shown)}]({link_base(page, file)}.md).",
             end,
         ]
     )
@@ -91,9 +91,10 @@ def excerpt(file: Path, page: Path = QUALITY_PAGE) -> str:
     return "\n".join(
         [
             begin,
-            f"Accuracy in % with 95% intervals, measured on {results['date']} with {report.counted(questions):,} "
-            f"held-out questions of {len(questions['headline'])} types ({', '.join(questions['headline'])}). Guessing "
-            f"reaches {questions['chance']:.1%}.{_left_out(main, questions)}",
+            f"Accuracy in % with 95% intervals, measured {report.when(results, main)} with "
+            f"{report.counted(questions):,} held-out questions of {len(questions['headline'])} types "
+            f"({', '.join(questions['headline'])}). Guessing reaches {questions['chance']:.1%}."
+            f"{_left_out(main, questions)}",
             "",
             report.accuracy_table([row for row in main if row["method"] in (*MAIN, "unpruned", "blind")]),
             f"![Accuracy against visual tokens]({base}-tokens.png)",

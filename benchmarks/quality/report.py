@@ -260,6 +260,15 @@ def write_atomically(file: Path, content: bytes) -> None:
         beside.unlink(missing_ok=True)
 
 
+def when(results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    """Say when some rows of results were measured: "on 2026-01-01", or "from 2026-01-01 to 2026-01-05".
+
+    Rows of version 0.2 have no date of their own; they count as of the day the results were begun.
+    """
+    dates = sorted({row.get("date", results["date"]) for row in rows})
+    return f"on {dates[0]}" if len(dates) == 1 else f"from {dates[0]} to {dates[-1]}"
+
+
 def markdown(results: Mapping[str, Any]) -> str:
     """Return the page with all tables."""
     rows, asked = results["rows"], results["questions"]
@@ -267,7 +276,8 @@ def markdown(results: Mapping[str, Any]) -> str:
     unit, per_tflop = flops_unit(rows)
     parts = [
         f"# Quality, {results['date']}\n",
-        f"{results['checkpoint_name']} (`{results['checkpoint']}`), {results['sample']['number']} held-out questions, "
+        f"{results['checkpoint_name']} (`{results['checkpoint']}`), measured "
+        f"{when(results, rows)}, {results['sample']['number']} held-out questions, "
         f"{LEVEL:.0%} bootstrap intervals over questions; guessing would reach {asked['chance']:.1%}. "
         f"Types that count for the accuracy: {', '.join(asked['headline'])}.\n",
         "## Accuracy in %\n",
@@ -282,9 +292,10 @@ def markdown(results: Mapping[str, Any]) -> str:
         ]
     if any("selection_seconds" in row for row in main):
         parts.append(
-            "Choosing: ms of one question, and the share of the prefill, in batches; blank: not timed. The final "
-            "number of tokens alone flatters systems that prune late: compare layer-averaged tokens and computation, "
-            "too.\n"
+            "Choosing: ms of one question, and the share of the prefill, in batches; blank: not timed. Rows were timed "
+            "in runs of their own, some with more threads (`date`, `threads` in the JSON): compare shares, not ms. "
+            "The final number of tokens alone flatters systems that prune late: compare layer-averaged tokens and "
+            "computation, too.\n"
         )
     if stages := table_7(main, _right(main, results)):
         parts += ["## In the vision tower alone, and in the decoder too (Table 7's shape), in %\n", stages]

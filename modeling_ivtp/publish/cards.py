@@ -22,6 +22,8 @@ from ..trained.adapter import hub_name, options_of
 
 GENERIC = "generic"
 """The card of a checkpoint that no recipe here built."""
+PAPER_LOSS = 3.4
+"""Points that LLaVA-1.5-7B loses at 64 tokens without training, as the paper reports (Table 7)."""
 
 _TAGS = ["custom_code", "ivtp", "llava", "token-pruning", "vision-language-model"]
 
@@ -101,6 +103,8 @@ def render(
             per_tflop=1000 if small else 1,
             quality=facts["quality"],
             accuracy=_accuracy(facts["quality"]),
+            loss=_loss(facts["quality"], config.pruning.visual_tokens),
+            paper_loss=PAPER_LOSS,
             repo_id=repo_id,
             revision=revision,
             pruning=config.pruning,
@@ -235,6 +239,13 @@ def _accuracy(quality: Mapping[str, Any] | None) -> dict[Any, str]:
         )
         for row in rows
     }
+
+
+def _loss(quality: Mapping[str, Any] | None, budget: int) -> float | None:
+    """Return the points of accuracy that a budget loses; None if it was not measured."""
+    rows = [row for row in (quality or {"rows": ()})["rows"] if row["method"] != "random"]
+    found = {None if row["method"] == "unpruned" else row["visual_tokens"]: row["accuracy"] for row in rows}
+    return 100 * (found[None] - found[budget]) if {None, budget} <= set(found) else None
 
 
 def _groups(config: Any) -> dict[str, Any]:

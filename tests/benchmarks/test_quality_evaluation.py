@@ -380,7 +380,7 @@ def test_an_evaluation_writes_results_a_table_and_plots(checkpoint: Path, tmp_pa
     results = json.loads(file.read_text())
     needed = {
         "method", "visual_tokens", "accuracy", "interval", "by_type", "by_held_out", "tflops", "final_tokens",
-        "layer_averaged_tokens", "mode", "seconds", "difference", "difference_interval",
+        "layer_averaged_tokens", "mode", "seconds", "difference", "difference_interval", "date", "threads",
     }  # fmt: skip
     assert all(needed <= set(row) and row["mode"] == "inference" for row in results["rows"])
     assert {"versions", "machine", "checkpoint", "world", "commands", "date"} <= set(results)
@@ -597,6 +597,11 @@ def test_a_page_tells_the_newest_results_and_keeps_the_rest(tmp_path: Path) -> N
         (folder / f"quality-{date}.json").write_text(json.dumps(results))
     text = readme.excerpt(readme.newest(folder), tmp_path / "docs" / "quality.md")
     assert "| ivtp |  | 75.0 ± " in text
+    assert "measured on 2026-01-01 with" in text
+    results["rows"][1]["date"] = "2026-01-05"
+    (folder / "quality-2026-02-01.json").write_text(json.dumps(results))
+    text = readme.excerpt(readme.newest(folder), tmp_path / "docs" / "quality.md")
+    assert "measured from 2026-01-01 to 2026-01-05 with" in text
     assert "At 64 tokens IVTP loses 25.0 points" in readme.findings_excerpt(readme.newest(folder))
     assert "](../benchmarks/results/quality-2026-02-01-tokens.png)" in text
     begin, end = readme.marks("quality")

@@ -458,11 +458,21 @@ def test_a_checkpoint_of_ones_own_gets_a_card_that_claims_nothing(
     assert card.data.license is None
     assert card.data.eval_results is None
     assert "TFLOPs" not in text
+    assert "Nothing was trained" not in text
+    assert "how these weights came to be is not known" in " ".join(text.split())
     assert "LICENSE-CODE" in tree
     # Somebody's own card stays.
     (tmp_path / "own" / "README.md").write_text("---\nlicense: mit\n---\nmine")
     assert main(["push", str(tmp_path / "own"), f"{OWNER}/own", "--yes"]) == 0
     assert hub.head(f"{OWNER}/own")["README.md"] == b"---\nlicense: mit\n---\nmine"
+
+
+def test_a_card_says_that_it_loses_more_than_the_paper_where_it_does() -> None:
+    says = [
+        "It loses more to pruning than the paper" in (ROOT / "hub_cards" / name / "README.md").read_text()
+        for name in ("ivtp-llava-miniature", "ivtp-extended-llava-miniature")
+    ]
+    assert says == [True, False]
 
 
 def test_a_model_that_is_pushed_while_it_is_saved_brings_its_processor(
