@@ -29,7 +29,7 @@ from ..speed.timing import Arm as TimedArm
 from ..speed.timing import interleaved, ratio
 from .answerer import Answerer, Generation
 from .arm import Arm
-from .intervals import paired_interval
+from .intervals import LEVEL, sign_test
 from .prompts import Prompt, prompt_of
 
 SUPPORTED, CONTRADICTED, OPEN = "supported", "not supported", "open"
@@ -389,14 +389,14 @@ def agreement(witness: Witness) -> Iterator[Finding]:
             (_EXTENDED, "ivtp", f"At {tokens} visual tokens extended IVTP keeps more answers than the published one."),
         ):
             better, worse = (witness.agreement[f"{name}@{tokens}"] for name in (method, other))
-            low, high = paired_interval(better, worse)
+            chance = sign_test(better, worse)
             # The claims are about IVTP that a question guides.
-            decided = not witness.unguided and (low > 0 or high < 0)
+            decided = not witness.unguided and chance < 1 - LEVEL
             yield Finding(
                 claim,
-                (SUPPORTED if low > 0 else CONTRADICTED) if decided else OPEN,
+                (SUPPORTED if better.sum() > worse.sum() else CONTRADICTED) if decided else OPEN,
                 f"{better.sum()} against {worse.sum()} of {len(better)} answers as without pruning "
-                f"(difference {low:+.0%} to {high:+.0%})",
+                f"(exact sign test: p = {chance:.2g})",
             )
 
 

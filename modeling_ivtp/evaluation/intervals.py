@@ -1,5 +1,6 @@
-"""Intervals of scores and of their differences: the bootstrap over questions."""
+"""Intervals of scores and of their differences, by the bootstrap over questions; a test for few questions."""
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -85,6 +86,38 @@ def bootstrap_interval(values: np.ndarray, *, resamples: int = RESAMPLES, seed: 
     if values.ndim != 1 or not len(values):
         raise ValueError(f"An interval needs one number for each of at least one question; got shape {values.shape}.")
     return interval_of(values[:, None], lambda sums: sums[:, 0] / len(values), resamples=resamples, seed=seed)
+
+
+def score_interval(values: np.ndarray) -> tuple[float, float]:
+    """Return the 95% interval of a mean of numbers from 0 to 1: the bootstrap's, or Wilson's if all are 0 or all are 1.
+
+    There the bootstrap finds no spread, however few questions were asked.
+
+    Parameters
+    ----------
+    values : float array (n,)
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if len(values) and values.min() == values.max() and values[0] in (0, 1):
+        z_squared = 1.959964**2
+        width = z_squared / (len(values) + z_squared)
+        return (1 - width, 1.0) if values[0] else (0.0, width)
+    return bootstrap_interval(values)
+
+
+def sign_test(right: np.ndarray, reference: np.ndarray) -> float:
+    """Return the p-value of the exact two-sided sign test that neither of two is right more often, paired by question.
+
+    It holds for any number of questions; intervals of the bootstrap are too narrow where few pairs differ.
+
+    Parameters
+    ----------
+    right, reference : bool array (n,)
+    """
+    gained = int(np.sum(right & ~reference))
+    differing = gained + int(np.sum(~right & reference))
+    fewer = min(gained, differing - gained)
+    return min(1.0, 2 * sum(math.comb(differing, k) for k in range(fewer + 1)) / 2**differing)
 
 
 def paired_interval(right: np.ndarray, reference: np.ndarray, *, seed: int = 0) -> tuple[float, float]:

@@ -17,7 +17,7 @@ from ..checkpoints.sources import HubOptions, open_checkpoint
 from ..files.tables import markdown_table
 from ..methods.names import UNPRUNED
 from .arm import Arm
-from .intervals import bootstrap_interval, paired_interval
+from .intervals import paired_interval, score_interval
 from .metrics import load_metric
 from .tables import costs
 
@@ -148,7 +148,7 @@ def evaluate(options: OwnOptions, tell: Callable[[str], None] = lambda line: Non
         base = each if arm.method == UNPRUNED else base
         rows[arm.name] = {
             "score": float(each.mean()),
-            "interval": list(bootstrap_interval(each)),
+            "interval": [100 * end for end in score_interval(each / 100)],
             "difference_interval": list(paired_interval(each, base)),
             "failed": said.count(None),
             **costs(config, arm),

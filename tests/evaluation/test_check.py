@@ -61,7 +61,7 @@ def test_a_checkpoint_that_no_question_guides_decides_nothing_about_guided_pruni
 ) -> None:
     """An official LLaVA has no text tower of CLIP."""
     del witness.model.model.clip_text_model
-    said = {"unpruned": "abcde", "ivtp": "xxxxx", "ivtp-extended": "abcde", "random": "abcde"}
+    said = {"unpruned": "abcdef", "ivtp": "xxxxxx", "ivtp-extended": "abcdef", "random": "abcdef"}
     monkeypatch.setattr(check, "_answers", lambda _, arm: list(said[arm.method]))
     findings = [*check.question_guides(witness), *check.agreement(witness)]
     assert [finding.verdict for finding in findings] == [OPEN, OPEN, OPEN]
@@ -72,13 +72,16 @@ def test_a_checkpoint_that_no_question_guides_decides_nothing_about_guided_pruni
 
 
 def test_answers_are_compared_with_unpruned_ones(witness: Witness, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = {"unpruned": "abcde", "ivtp": "abcde", "ivtp-extended": "abcde", "random": "xxxxx"}
+    said = {"unpruned": "abcdef", "ivtp": "abcdef", "ivtp-extended": "abcdef", "random": "xxxxxx"}
     monkeypatch.setattr(check, "_answers", lambda _, arm: list(said[arm.method]))
     assert verdicts(witness, check.agreement) == [SUPPORTED, OPEN]
-    said["ivtp"] = "xxxxx"
+    said["ivtp"] = "xxxxxx"
     assert verdicts(witness, check.agreement) == [OPEN, SUPPORTED]
     said["random"] = said["unpruned"]
     assert verdicts(witness, check.agreement) == [CONTRADICTED, SUPPORTED]
+    # Five to none happens to one of sixteen equal pairs, which is no evidence.
+    said = {name: answers[:5] for name, answers in said.items()}
+    assert verdicts(witness, check.agreement) == [OPEN, OPEN]
 
 
 def test_more_methods_are_compared_by_the_names_of_their_kinds(

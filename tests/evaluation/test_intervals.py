@@ -1,12 +1,19 @@
-"""Intervals of scores that are no means, against plain resampling of questions one by one."""
+"""Intervals of scores, against plain resampling of questions one by one, and the test for few questions."""
 
+import itertools
 from typing import Any
 
 import numpy as np
 import pytest
 
 from modeling_ivtp.evaluation import paper
-from modeling_ivtp.evaluation.intervals import difference_interval, interval_of
+from modeling_ivtp.evaluation.intervals import (
+    bootstrap_interval,
+    difference_interval,
+    interval_of,
+    score_interval,
+    sign_test,
+)
 
 RESAMPLES, NUMBER = 2000, 160
 KINDS = ("adversarial", "popular", "random")
@@ -87,3 +94,22 @@ def test_pairs_of_other_questions_are_refused() -> None:
         difference_interval(np.ones((2, 1)), np.ones((3, 1)), lambda sums: sums[:, 0])
     with pytest.raises(ValueError, match="at least one question"):
         interval_of(np.ones((0, 1)), lambda sums: sums[:, 0])
+
+
+@pytest.mark.parametrize(("gained", "lost", "alike"), [(0, 0, 3), (1, 0, 0), (5, 0, 2), (6, 0, 0), (2, 8, 5)])
+def test_the_sign_test_counts_the_patterns_of_signs_that_are_as_uneven(gained: int, lost: int, alike: int) -> None:
+    right = np.array([True] * gained + [False] * lost + [True] * alike)
+    reference = np.array([False] * gained + [True] * lost + [True] * alike)
+    patterns = list(itertools.product((-1, 1), repeat=gained + lost))
+    uneven = sum(abs(sum(signs)) >= abs(gained - lost) for signs in patterns)
+    assert sign_test(right, reference) == pytest.approx(uneven / len(patterns))
+    assert sign_test(reference, right) == sign_test(right, reference)
+
+
+def test_all_right_answers_to_few_questions_do_not_make_a_sure_score() -> None:
+    low, high = score_interval(np.ones(20))
+    assert (low, high) == (pytest.approx(0.8389, abs=1e-4), 1)  # Wilson's interval of 20 out of 20
+    assert score_interval(np.zeros(20)) == (0, pytest.approx(1 - low))
+    assert score_interval(np.full(20, 0.5)) == (0.5, 0.5)
+    mixed = np.arange(20) % 4 == 0
+    assert score_interval(mixed) == bootstrap_interval(mixed)
