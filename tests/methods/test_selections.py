@@ -19,6 +19,7 @@ from modeling_ivtp.methods.hiprune import neighbourhood
 from modeling_ivtp.methods.prumerge import outliers_and_sample
 from modeling_ivtp.methods.prunesid import shares, suppressed
 from modeling_ivtp.methods.random import fingerprint
+from modeling_ivtp.methods.selecting import cls_attention
 from modeling_ivtp.methods.sparsevlm import adapted, recycled_tokens, text_raters
 from modeling_ivtp.methods.spatial_pooling import cells
 from modeling_ivtp.methods.tome import halving_schedule, merge
@@ -131,6 +132,21 @@ def test_choices_on_random_tensors_equal_numpy_loops(name, step, options, monkey
     assert choices
 
 
+ONE_IMAGE = [[3, "image", 7], [6, "image", 2], [4, "image"], [5]]
+"""Rows of one image at most, with texts of different lengths after it: no query before the longest one is needed."""
+
+
+@pytest.mark.parametrize("name", [name for name, step in BY_ROW if step == "in_decoder"])
+@torch.no_grad()
+def test_choices_equal_numpy_loops_where_texts_after_the_image_differ_in_length(name, monkeypatch):
+    model, method = tiny_model(), EXAMPLES[name]
+    compare = compare_with_numpy(name, "in_decoder")
+    choices = watch_choices(monkeypatch, method.bind(model.config), "in_decoder", compare)
+    with method(model):
+        model(**prompt(ONE_IMAGE))
+    assert choices
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "step"), CHECKED)
 @torch.no_grad()
@@ -230,6 +246,113 @@ def test_published_counts_of_sparsevlm_are_the_tables_of_its_code(published, by_
         tokens = total
     unrecycled = methods.SparseVLM(published=published, recycle=False).plan(config, 576)
     assert tuple(group.keep for group in unrecycled.decoder) == by_rank
+
+
+EVERY_LAYER = tuple(range(23))
+PUBLISHED = [
+    (methods.TopK(64), EVERY_LAYER, ()),
+    (methods.ToMe(64), EVERY_LAYER, ()),
+    (methods.TopKPlus(64), EVERY_LAYER, tuple(range(12))),
+    (methods.ToMePlus(64), EVERY_LAYER, tuple(range(12))),
+    (methods.EViT(64), (7, 12, 18), ()),  # 4, 7 and 10 of 12, of the 23 below the features
+    (methods.FastV(64), (), (1,)),  # K = 2
+    (methods.PyramidDrop(64), (), (7, 15, 23)),  # after 8, 16 and 24 of 32
+    (methods.IVTP(64), (2, 5, 8, 11, 14, 17, 20, 23), (2, 5, 8, 11)),
+]
+
+
+@pytest.mark.parametrize(("method", "tower", "decoder"), PUBLISHED, ids=lambda value: getattr(value, "name", None))
+def test_methods_drop_after_the_layers_of_their_papers(method, tower, decoder):
+    config = load_shape("llava-1.5-7b")
+    plan = method.bind(config).plan(config, 576)
+    assert tuple(group.last for group in plan.tower) == tower
+    assert tuple(group.last for group in plan.decoder) == decoder
+    assert (plan.features, plan.prompt, plan.final_tokens) == (None, None, 64)
+    in_the_middle = method.name in ("tome", "tome+", "evit")  # between attention and MLP
+    assert all(group.middle == in_the_middle for group in plan.tower)
+
+
+@pytest.mark.parametrize(
+    ("method", "layers"),
+    [
+        (methods.VisionZip(64), (-2,)),
+        (methods.VisPruner(64), (-2,)),
+        (methods.PruneSID(64), (-2,)),
+        (methods.HiPrune(64), (8, -2)),  # the ninth layer of 24
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_methods_read_the_layers_of_their_papers(method, layers):
+    assert method.bind(load_shape("llava-1.5-7b")).needs.recorded_layers == layers
+
+
+def attention_of(layers):
+    """Note each layer's attention map as transformers computes it (eager), averaged over heads."""
+    maps = {}
+
+    def noting(number):
+        return lambda module, args, output: maps.update({number: output[1].detach().mean(1)})
+
+    hooks = [layer.self_attn.register_forward_hook(noting(number)) for number, layer in enumerate(layers)]
+    return maps, hooks
+
+
+@torch.no_grad()
+def test_a_tower_record_is_the_attention_of_its_layer(monkeypatch):
+    model, seen = tiny_model(attention="eager"), []
+    method = EXAMPLES["vscan"].bind(model.config)
+    choose = methods.VScan.in_features
+
+    def choose_and_read(self, step):
+        seen.append({layer: cls_attention(record) for layer, record in step.records.items()})
+        return choose(self, step)
+
+    monkeypatch.setattr(methods.VScan, "in_features", choose_and_read)
+    maps, _ = attention_of(model.model.vision_tower.encoder.layers)
+    with method(model):
+        model.model.get_image_features(prompt(ROWS)["pixel_values"])
+    (rows,) = seen
+    assert set(rows) == {method.local_layer - 1, -2}
+    for layer, row in rows.items():
+        own = layer % 6
+        torch.testing.assert_close(row, maps[own][:, 0, 1:], atol=1e-6, rtol=1e-5)
+        for other in set(maps) - {own}:
+            assert (row - maps[other][:, 0, 1:]).abs().max() > 1e-2  # the comparison can fail
+
+
+@pytest.mark.parametrize("turns", [1, 2])
+@torch.no_grad()
+def test_a_decoder_record_is_the_attention_of_its_layer(turns, monkeypatch):
+    """In padded batches, and over the cache of an earlier turn in which another row was padded."""
+    model, seen, past = tiny_model(attention="eager"), [], DynamicCache()
+    method = EXAMPLES["text_attention"]
+    choose = methods.TextAttention.in_decoder
+
+    def choose_and_read(self, step):
+        maps = [record.attention_map(0) for record in step.decoder_records]
+        seen.append((step.group, step.sequence.valid, step.decoder_records[0].past, maps))
+        return choose(self, step)
+
+    monkeypatch.setattr(methods.TextAttention, "in_decoder", choose_and_read)
+    computed, _ = attention_of(model.model.language_model.layers)
+    mask = torch.zeros(2, 0, dtype=torch.long)
+    with method(model):
+        for turn in range(turns):
+            seen.clear()
+            inputs = prompt([[3, "image", 2], [2, "image", 5]][:: (1, -1)[turn]], seed=turn, guided=False)
+            mask = torch.cat([mask, inputs["attention_mask"]], 1)
+            model(**inputs | {"attention_mask": mask}, past_key_values=past)
+    assert [(group.first, group.last) for group, *_ in seen] == [(0, 1), (2, 3)]
+    for group, valid, held, maps in seen:
+        assert (held > 0) == (turns > 1)
+        assert not valid.all()
+        for layer, found in enumerate(maps, group.first):
+            assert found.shape == (2, valid.shape[1], valid.shape[1])
+            for row in range(2):
+                expected = computed[layer][row, :, held:][valid[row]]
+                torch.testing.assert_close(found[row][valid[row]], expected, atol=1e-6, rtol=1e-4)
+                other = computed[layer ^ 1][row, :, held:][valid[row]]
+                assert (found[row][valid[row]] - other).abs().max() > 1e-2  # the comparison can fail
 
 
 def test_random_patches_depend_on_image_and_seed():
