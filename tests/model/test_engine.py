@@ -48,15 +48,19 @@ def assert_agree(logits, expected, columns=slice(None)):
 
 
 def assert_same_selection(model, inputs, expected):
-    trace = model.explain(**inputs)
-    for mine, theirs in zip(trace.images, expected.images, strict=True):
+    assert_same_choices(model.explain(**inputs).images, expected.images)
+
+
+def assert_same_choices(images, expected, start=0):
+    """Compare traces with reference mode; `start` is the column where the turn of these images starts."""
+    for mine, theirs in zip(images, expected, strict=True):
         others = [group for group in [*theirs.tower, *theirs.decoder] if len(group.kept) < len(group.candidates)]
         for group, other in zip(mine.groups, others, strict=True):
             assert group.layers == other.layers
             np.testing.assert_array_equal(group.candidates, other.candidates)
             np.testing.assert_allclose(group.importance, other.importance, rtol=1e-4, atol=TOLERANCE)
             np.testing.assert_array_equal(group.kept, other.kept)
-        keys = [token.position for token in mine.tokens if token.is_key]
+        keys = [start + token.position for token in mine.tokens if token.is_key]
         assert keys == list(theirs.key_columns)
 
 
@@ -227,6 +231,7 @@ def test_a_second_turn_with_a_new_image_agrees_with_reference_mode(cache, positi
     later = torch.randint(3, 120, (2, 2), generator=torch.Generator().manual_seed(5))
     past = new_cache(cache, model, ids.shape[1] + 2)
     a = model(**first, position_ids=places[:, :turn], past_key_values=past)
+    trace = model.explain(**second | {"attention_mask": mask, "position_ids": places[:, turn:]}, past_key_values=past)
     b = model(**second | {"attention_mask": mask}, position_ids=places[:, turn:], past_key_values=past)
     whole_mask = torch.cat([mask, torch.ones_like(later)], 1)
     c = model(
@@ -256,6 +261,31 @@ def test_a_second_turn_with_a_new_image_agrees_with_reference_mode(cache, positi
     assert_agree(a.logits, expected, slice(0, turn))
     assert_agree(b.logits, expected, slice(turn, ids.shape[1]))
     assert_agree(c.logits, expected, slice(ids.shape[1], ids.shape[1] + 2))
+    assert_same_choices(trace.images, expected.images[1::2], turn)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@torch.no_grad()
+def test_a_turn_after_a_padded_turn_of_text_agrees_with_reference_mode(cache):
+    """What the cache holds of the text has a mask of its own, after that of the pruned prompt."""
+    model = tiny_model(guidance="mean_text")
+    turns = [prompt([[3, "image", 7], [2, "image", 4]], seed=3), prompt([[6], [2]]), prompt([[4, "image", 3]] * 2)]
+    turns[1]["clip_spans"] = torch.zeros_like(turns[1]["clip_spans"])
+    ids, mask, spans = (
+        torch.cat([turn[name] for turn in turns], 1) for name in ("input_ids", "attention_mask", "clip_spans")
+    )
+    places, past, end = position_ids(mask), new_cache(cache, model, ids.shape[1]), 0
+    for turn in turns:
+        start, end = end, end + turn["input_ids"].shape[1]
+        new = turn | {"attention_mask": mask[:, :end], "position_ids": places[:, start:end]}
+        trace = model.explain(**new, past_key_values=past) if turn is turns[2] else None
+        logits = model(**new, past_key_values=past).logits
+    first, last = turns[0]["pixel_values"], turns[2]["pixel_values"]
+    pixels = torch.stack([image for pair in zip(first, last, strict=True) for image in pair])
+    starts = (0, turns[0]["input_ids"].shape[1], start)
+    expected = decoder_reference(model, ids, mask, pixel_values=pixels, clip_spans=spans, turns=starts)
+    assert_agree(logits, expected, slice(start, end))
+    assert_same_choices(trace.images, expected.images[1::2], start)
 
 
 @pytest.mark.slow
