@@ -137,6 +137,20 @@ def test_a_diverse_choice_is_counted_and_nothing_else_changes():
     assert count(config, methods.FastV(4), text_tokens=5).parts["selection"] == 0
 
 
+def test_an_instruction_takes_as_many_windows_as_it_fills():
+    """A window holds the context less its start and end token: 10 of 12 here."""
+    config = tiny_config()
+    one = count(config, text_tokens=30, instruction_tokens=1)
+    for tokens, windows in ((10, 1), (11, 2), (20, 2), (21, 3)):
+        found = count(config, text_tokens=30, instruction_tokens=tokens)
+        for parts, single in ((found.parts, one.parts), (found.formula, one.formula)):
+            assert parts["text_tower"] == pytest.approx(windows * single["text_tower"])
+            assert parts | {"text_tower": 0.0} == single | {"text_tower": 0.0}
+    # Without a number of its own, an instruction is as long as the text.
+    assert count(config, text_tokens=11) == count(config, text_tokens=11, instruction_tokens=11)
+    assert one.parts["text_tower"] > 0
+
+
 def test_late_costs_what_divprune_costs_in_the_model(llava):
     late, other = (count_named(llava, name, 64, text_tokens=64).parts for name in ("ivtp-extended-late", "divprune"))
     assert (late["tower"], late["decoder"]) == (other["tower"], other["decoder"])
