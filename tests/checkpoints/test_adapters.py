@@ -138,6 +138,12 @@ def test_a_whole_model_with_an_adapter_beside_it_is_a_whole_model(folders, tmp_p
     for file in folders.lora.glob("adapter_*"):
         shutil.copyfile(file, tmp_path / "both" / file.name)
     convert(tmp_path / "both", None, tmp_path / "out")
+    found, whole = (
+        IVTPLlavaForConditionalGeneration.from_pretrained(folder).state_dict()
+        for folder in (tmp_path / "out", folders.ours)
+    )
+    assert found.keys() == whole.keys()
+    assert all(torch.equal(found[name], weight) for name, weight in whole.items())
 
 
 ON_THE_HUB = """

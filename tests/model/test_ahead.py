@@ -50,11 +50,14 @@ def test_the_choice_is_that_of_the_decoder(rows, options):
 def test_the_question_decides_also_ahead():
     """The control of the test above: another pseudo CLS makes another choice."""
     _, ahead = pair()
-    chosen = set()
+    scored, chosen = set(), set()
     for seed in range(6):
         inputs = prompt(ROWS["single"], seed=0)
         inputs["clip_input_ids"] = prompt(ROWS["single"], seed=seed)["clip_input_ids"]
-        chosen.add(tuple(ahead.explain(**inputs).images[0].groups[-1].kept.tolist()))
+        last = ahead.explain(**inputs).images[0].groups[-1]
+        scored.add(tuple(last.importance.tolist()))
+        chosen.add(tuple(last.kept.tolist()))
+    assert len(scored) > 1  # CLIP's words alone changed
     with ahead.pruning(guidance="visual_cls"):
         chosen.add(tuple(ahead.explain(**prompt(ROWS["single"], seed=0)).images[0].groups[-1].kept.tolist()))
     assert len(chosen) > 1

@@ -97,6 +97,21 @@ def test_a_reset_cache_is_as_new():
         assert model(**inputs, past_key_values=past, output_attentions=False).logits.shape == expected.shape
 
 
+def test_infinite_values_that_a_reset_static_cache_held_do_not_count():
+    """Its tensors are used again, and what lies beyond the entries is masked: zero times infinity is no number."""
+    model, inputs = tiny_model(), prompt(BATCH[:1])
+    cache = StaticCache(config=model.config.text_config, max_cache_len=40)
+    options = {"past_key_values": cache, "max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(**inputs, **options)
+    held = [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.layers]
+    for layer in cache.layers:
+        layer.keys.fill_(float("inf"))
+        layer.values.fill_(float("inf"))
+    cache.reset()
+    assert torch.equal(model.generate(**inputs, **options), expected)
+    assert [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.layers] == held
+
+
 @torch.no_grad()
 def test_a_feature_layer_that_is_not_there_is_named():
     model = tiny_model()
@@ -213,9 +228,15 @@ def test_a_static_cache_takes_the_decoders_type():
 
 
 def test_double_precision():
-    model, inputs = tiny_model().double(), prompt([[3, "image", 7], [4, "image", 6]])
-    inputs["pixel_values"] = inputs["pixel_values"].double()
-    assert model.generate(**inputs, max_new_tokens=3, do_sample=False).shape == (2, 26 + 3)
+    single, model, inputs = tiny_model(), tiny_model().double(), prompt([[3, "image", 7], [4, "image", 6]])
+    expected = single.generate(**inputs, max_new_tokens=3, do_sample=False)
+    with torch.no_grad():
+        logits = single(**inputs).logits
+        inputs["pixel_values"] = inputs["pixel_values"].double()
+        found = model(**inputs).logits
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, logits.double(), atol=1e-5, rtol=0)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=3, do_sample=False), expected)
 
 
 def test_a_prompt_that_failed_leaves_a_static_cache_as_it_was():

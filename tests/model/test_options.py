@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import fields
 
 import pytest
 import torch
@@ -86,6 +87,43 @@ def test_options_survive_saving(tmp_path):
     config.pruning = config.pruning.changed(importance="accumulated", choice="diverse", sharpness=1)
     config.save_pretrained(tmp_path)
     assert IVTPLlavaConfig.from_pretrained(tmp_path).pruning == config.pruning
+
+
+OTHERS = [
+    {"enabled": False},
+    {"visual_tokens": 9},
+    {"coverage": 0.5},
+    {"coverage": 0.5, "min_visual_tokens": 3},
+    {"tower_tokens": 200},
+    {"layers_per_group": None},
+    {"tower_layers": 0},
+    {"decoder_layers": 0},
+    {"relevance_threshold": 0.0},
+    {"aggregation": "mean"},
+    {"importance": "accumulated"},
+    {"choice": "diverse"},
+    {"choice": "diverse", "sharpness": 0},
+    {"guidance": "visual_cls"},
+    {"pseudo_cls": "pool"},
+    {"positions": "compact"},
+    {"decoder_choice": "ahead"},
+    {"strict": True},
+]
+"""Every option in turn with another value than its default, falsy ones among them."""
+
+
+@pytest.mark.parametrize("options", OTHERS, ids=str)
+def test_each_option_survives_saving(options, tmp_path):
+    changed = IVTPPruningConfig(**options)
+    assert changed != IVTPPruningConfig()
+    IVTPLlavaConfig(pruning=changed).save_pretrained(tmp_path)
+    again = IVTPLlavaConfig.from_pretrained(tmp_path).pruning
+    assert again == changed
+    assert {name: getattr(again, name) for name in options} == options
+
+
+def test_no_option_is_left_out_of_what_is_saved():
+    assert [field.name for field in fields(IVTPPruningConfig)] == list(dict.fromkeys(list(each)[-1] for each in OTHERS))
 
 
 def test_a_config_file_without_the_newer_options_means_the_published_method(tmp_path):

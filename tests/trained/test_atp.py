@@ -298,9 +298,10 @@ def test_the_language_model_learns_too_and_checkpointing_changes_no_gradient():
         training.zero_grad()
         training.gradient_checkpointing_enable({"use_reentrant": False})
         training(**inputs).loss.backward()
-        for name, weight in training.named_parameters():
-            if weight.grad is not None:
-                torch.testing.assert_close(weight.grad, expected[name], atol=1e-6, rtol=1e-4)
+        found = {name: weight.grad for name, weight in training.named_parameters() if weight.grad is not None}
+        assert found.keys() == expected.keys()
+        for name, gradient in found.items():
+            torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-4)
         training.gradient_checkpointing_disable()
     parts = {name.removeprefix("model.model.").removeprefix("model.").split(".")[0] for name in expected}
     assert parts == {"learned", "language_model", "multi_modal_projector", "lm_head"}
