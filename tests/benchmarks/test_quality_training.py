@@ -321,6 +321,12 @@ def test_help_on_the_way_fades_before_training_ends():
     assert weights[0] > 0
     assert weights[-10:] == [0] * 10
     assert min(map(course.rate, range(course.steps))) > 0
+    later = replace(course, places_from=8)
+    weights = [later.help(step) for step in range(course.steps)]
+    assert weights[:8] == [0] * 8
+    assert weights[8] == later.places_weight
+    assert weights[8:] == sorted(weights[8:], reverse=True)
+    assert weights[-10:] == [0] * 10
 
 
 @pytest.mark.slow
