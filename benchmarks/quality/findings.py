@@ -110,7 +110,11 @@ def _rivals(results: Mapping[str, Any]) -> Iterator[str]:
 
 def _absent(results: Mapping[str, Any]) -> Iterator[str]:
     """Yield how questions about what is not there are answered."""
-    rows = {(row["method"], row["visual_tokens"]): row.get("existence") for row in results["rows"] if not row["table"]}
+    rows = {
+        (row["method"], row["visual_tokens"]): row.get("existence")
+        for row in results["rows"]
+        if not row["table"] and row["mode"] == "inference"
+    }
     shown = [("unpruned", unpruned_tokens(results)), *((name, FEW[-1]) for name in ("ivtp", *EXTENDED[:1]))]
     said = [
         f"{found['no']['accuracy']:.1%} with `{name}` at {tokens} tokens"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import modeling_ivtp
 from benchmarks.quality import checkpoint as checkpoints
-from benchmarks.quality import readme, report, retrain
+from benchmarks.quality import findings, readme, report, retrain
 from benchmarks.quality.answer_log import AnswerLog, Answers
 from benchmarks.quality.checkpoint import check_world
 from benchmarks.quality.evaluate_quality import MINIATURE, _rows, _well_answered, evaluate_checkpoint
@@ -611,6 +611,17 @@ def test_a_page_tells_the_newest_results_and_keeps_the_rest(tmp_path: Path) -> N
     assert readme.filled(once, text) == once
     with pytest.raises(ValueError, match="has no <!-- quality"):
         readme.filled("nothing", text)
+
+
+def test_retrained_rows_do_not_speak_for_the_published_method() -> None:
+    shown = (("unpruned", 576), ("ivtp", 16), ("ivtp-extended", 16))
+    results = results_of({name: share(400 - place) for place, name in enumerate(shown)}, "a")
+    told = list(findings._absent(results))
+    assert len(told) == 1
+    # A retrained row comes after, and answers nothing.
+    again = results_of({("ivtp", 16): share(0)}, "b")["rows"]
+    mixed = results | {"rows": results["rows"] + [row | {"mode": "retrained"} for row in again]}
+    assert list(findings._absent(mixed)) == told
 
 
 def test_seeds_are_compared_on_the_same_questions_only() -> None:
