@@ -40,7 +40,7 @@ from modeling_ivtp.files.tables import markdown_table
 _PACKAGES = ("torch", "transformers", "evaluate", "numpy", "ivtp-llava")
 EXISTENCE = ("yes", "no")
 """Answers to whether something is in the picture; a wrong answer to the second kind sees what is not there."""
-_SAME = ("method", "visual_tokens", "table", "mode", "checkpoint")
+_SAME = ("method", "visual_tokens", "table", "mode")
 
 
 @cache
@@ -82,7 +82,10 @@ def counted(asked: Mapping[str, Any]) -> int:
 
 
 def joined(before: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Merge rows of earlier evaluations of the same questions with new ones, which replace those of the same name."""
+    """Merge rows of earlier evaluations of the same questions with new ones, which replace those of the same name.
+
+    A checkpoint that was retrained again replaces the one before: the tables have one row for both.
+    """
 
     def name(row: Mapping[str, Any]) -> tuple[Any, ...]:
         return tuple(row[part] for part in _SAME)

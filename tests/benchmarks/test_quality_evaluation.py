@@ -624,6 +624,17 @@ def test_retrained_rows_do_not_speak_for_the_published_method() -> None:
     assert list(findings._absent(mixed)) == told
 
 
+def test_a_row_that_was_retrained_again_replaces_the_one_before() -> None:
+    published = results_of({("ivtp", 64): share(300)}, "a")["rows"]
+    first, second = (
+        [row | {"mode": "retrained"} for row in results_of({("ivtp", 64): share(right)}, name)["rows"]]
+        for name, right in (("b", 310), ("c", 320))
+    )
+    rows = report.joined(report.joined(published, first), second)
+    assert [(row["mode"], row["checkpoint"]) for row in rows] == [("inference", "a"), ("retrained", "c")]
+    assert findings.accuracy({"rows": rows}, "ivtp", "retrained") == second[0]["accuracy"]
+
+
 def test_seeds_are_compared_on_the_same_questions_only() -> None:
     first, second = (results_of({("ivtp", 64): share(300)}, name) for name in "ab")
     with pytest.raises(ValueError, match="different questions: sample is"):
