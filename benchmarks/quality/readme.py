@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality import report
+from benchmarks.quality.checkpoint import checkpoint_fingerprint
 from benchmarks.quality.findings import BUDGET, EXTENDED, findings, method_findings
 from benchmarks.quality.paper_tables import with_interval
 from benchmarks.quality.plots import MAIN, flops_unit, unpruned_of
@@ -19,6 +20,7 @@ from modeling_ivtp.files.tables import markdown_table
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
+MINIATURE = ROOT / "examples" / "miniature"
 README, QUALITY_PAGE = ROOT / "README.md", ROOT / "docs" / "quality.md"
 WHOLE = ("cls-topk", "cls-topk-all-layers", "oracle")
 """Rows that choose among the features of whole pictures: no methods of anybody."""
@@ -31,18 +33,18 @@ def marks(name: str) -> tuple[str, str]:
     return f"<!-- {name}: written by benchmarks/quality/readme.py -->", f"<!-- /{name} -->"
 
 
-def newest(folder: Path = RESULTS) -> Path:
-    """Return the latest results.
+def newest(folder: Path = RESULTS, checkpoint: Path = MINIATURE) -> Path:
+    """Return the latest results of a checkpoint; people write those of their own into the same folder.
 
     Raises
     ------
     FileNotFoundError
         If there are none.
     """
-    files = report.results_in(folder)
-    if not files:
-        raise FileNotFoundError(f"{folder} holds no quality-*.json; make quality writes one.")
-    return files[-1]
+    found = report.latest_results(folder, {"checkpoint": checkpoint_fingerprint(checkpoint)})
+    if found is None:
+        raise FileNotFoundError(f"{folder} holds no quality-*.json of {checkpoint}; make quality writes one.")
+    return found[0]
 
 
 def link_base(page: Path, file: Path) -> str:

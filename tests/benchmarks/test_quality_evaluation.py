@@ -15,7 +15,7 @@ import modeling_ivtp
 from benchmarks.quality import checkpoint as checkpoints
 from benchmarks.quality import findings, readme, report, retrain
 from benchmarks.quality.answer_log import AnswerLog, Answers
-from benchmarks.quality.checkpoint import check_world
+from benchmarks.quality.checkpoint import check_world, checkpoint_fingerprint
 from benchmarks.quality.evaluate_quality import MINIATURE, _rows, _well_answered, evaluate_checkpoint
 from benchmarks.quality.examination import Asked, Examination, row_cost, row_signature
 from benchmarks.quality.methods import (
@@ -593,7 +593,8 @@ def test_a_page_tells_the_newest_results_and_keeps_the_rest(tmp_path: Path) -> N
     with pytest.raises(FileNotFoundError, match="make quality"):
         readme.newest(folder)
     for date, right in (("2026-01-01", 100), ("2026-02-01", 300)):
-        results = results_of({("unpruned", 576): share(400), ("ivtp", 64): share(right)}, "a")
+        rows = {("unpruned", 576): share(400), ("ivtp", 64): share(right)}
+        results = results_of(rows, checkpoint_fingerprint(MINIATURE))
         (folder / f"quality-{date}.json").write_text(json.dumps(results))
     text = readme.excerpt(readme.newest(folder), tmp_path / "docs" / "quality.md")
     assert "| ivtp |  | 75.0 ± " in text
@@ -604,6 +605,9 @@ def test_a_page_tells_the_newest_results_and_keeps_the_rest(tmp_path: Path) -> N
     assert "measured from 2026-01-01 to 2026-01-05 with" in text
     assert "At 64 tokens IVTP loses 25.0 points" in readme.findings_excerpt(readme.newest(folder))
     assert "](../benchmarks/results/quality-2026-02-01-tokens.png)" in text
+    others = results_of({("unpruned", 576): share(200), ("ivtp", 64): share(50)}, "somebody's")
+    (folder / "quality-2026-03-01.json").write_text(json.dumps(others))
+    assert readme.newest(folder).name == "quality-2026-02-01.json"
     begin, end = readme.marks("quality")
     page = f"before\n{begin}\nold\n{end}\nafter\n"
     once = readme.filled(page, text)
