@@ -61,7 +61,12 @@ def evaluate(
     method: Methods = None,
     data: Data = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Only the first questions; of MME an even number.", show_default="all")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Only the first questions; of MME and MMBench with those that are scored together with them.",
+            show_default="all",
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered side by side.")] = 8,
     own_prompt: Annotated[

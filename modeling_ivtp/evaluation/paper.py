@@ -13,6 +13,7 @@ import numpy as np
 
 from .intervals import Statistic
 from .metrics import load_metric
+from .metrics.mmbench_circular.mmbench_circular import ROUND
 from .metrics.mme.mme import PERCEPTION
 from .metrics.pope.pope import read as read_pope
 
@@ -74,8 +75,8 @@ class Benchmark:
         The data set's column of right answers.
     parts : tuple of str
         Entries of `Score.more` that the tables show beside the score.
-    together : int
-        Successive rows that are scored together.
+    together : callable, optional
+        From the data set to a value for each row, the same in rows that are scored together; None: no rows are.
     """
 
     name: str
@@ -87,7 +88,15 @@ class Benchmark:
     note: str = ""
     answer: str = "answer"
     parts: tuple[str, ...] = ()
-    together: int = 1
+    together: Callable[[Any], Sequence[Any]] | None = None
+
+    def first_rows(self, data: Any, limit: int) -> list[int]:
+        """Return the places of the first rows of a data set, and of those that are scored together with them."""
+        if self.together is None:
+            return list(range(min(limit, len(data))))
+        values = self.together(data)
+        first = set(values[:limit])
+        return [place for place, value in enumerate(values) if value in first]
 
 
 @dataclass(frozen=True)
@@ -199,6 +208,14 @@ def _perception_share(sums: np.ndarray) -> np.ndarray:
     # A resample may have no picture of a category, which then does not count.
     shares = np.divide(accuracy + plus, 2 * pictures, out=np.zeros_like(accuracy), where=pictures > 0)
     return 100 * shares.sum(axis=1) / (pictures > 0).sum(axis=1)
+
+
+def _mme_pictures(data: Any) -> list[tuple[str, str]]:
+    return [(str(kind), str(picture)) for kind, picture in zip(data["category"], data["question_id"], strict=True)]
+
+
+def _mmbench_questions(data: Any) -> list[int]:
+    return [int(index) % ROUND for index in data["index"]]
 
 
 def _mmbench(samples: Samples) -> Score:
@@ -330,7 +347,7 @@ BENCHMARKS = (
         _mme,
         note="perception of its 2,000 points",
         parts=("perception", "cognition"),
-        together=2,
+        together=_mme_pictures,
     ),
     Benchmark(
         "mmbench",
@@ -338,6 +355,7 @@ BENCHMARKS = (
         "mmbench/mmbench_en_dev.yaml",
         _mmbench,
         {"doc_to_text": mmbench_question, **_OURS},
+        together=_mmbench_questions,
         note="answers are read by rules; the paper's server asks a language model about those that rules cannot read",
     ),
     Benchmark(
@@ -346,6 +364,7 @@ BENCHMARKS = (
         "mmbench/mmbench_cn_dev.yaml",
         _mmbench,
         {"doc_to_text": mmbench_cn_question, **_OURS},
+        together=_mmbench_questions,
         note="answers are read by rules, as for mmbench",
     ),
     Benchmark(

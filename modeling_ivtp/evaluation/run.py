@@ -53,7 +53,7 @@ class Options:
     data : mapping of str to Path
         For a benchmark by its name: a folder with its data set, in place of the Hub's.
     limit : int, optional
-        Questions of each benchmark, from the first; None: all.
+        Questions of each benchmark, from the first, with those that are scored together with them; None: all.
     batch_size : int
     device : str, optional
     dtype : str
@@ -194,7 +194,7 @@ def _scores(
             task = task or _task(options, benchmark)
             file.parent.mkdir(exist_ok=True)
             journal = file.with_suffix(f".{identity}-{revision}-{_share(options, model)}.jsonl")
-            samples = _samples(task, model, journal, _limit(options, benchmark))
+            samples = _samples(task, model, journal)
         score, reason = None, None
         if model.rank == 0:
             try:
@@ -243,17 +243,12 @@ def _identity(options: Options, benchmark: Benchmark, model: IVTPLlava) -> str:
         model.fingerprint,
         benchmark.file,
         changes,
-        str(_limit(options, benchmark)),
+        str(options.limit),
         version("lmms-eval"),
         *(f"{name}={os.environ.get(name)}" for name in JUDGE if benchmark.judge),
         *([] if data is None else _state(data)),
     ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-
-def _limit(options: Options, benchmark: Benchmark) -> int | None:
-    """Return how many rows are asked, so that rows which are scored together are asked together."""
-    return None if options.limit is None else -(-options.limit // benchmark.together) * benchmark.together
 
 
 def _revision(options: Options, benchmark: Benchmark) -> str | None:
@@ -334,22 +329,34 @@ def _task(options: Options, benchmark: Benchmark) -> Any:
     try:
         config = task_config(benchmark, options.data.get(benchmark.name))
         task = ConfigurableMessagesTask(config=config, model_name="ivtp_llava")
+        _limit(task, benchmark, options.limit)
     except Exception as error:  # data sets fail in many ways: no network, no permission, no such split
         reason = f"its data set cannot be had ({_told(error)})"
     else:
-        reason = _without_answers(task, benchmark.answer, _limit(options, benchmark)) or _without_questions(task)
+        reason = _without_answers(task, benchmark.answer) or _without_questions(task)
     # Where one process has no data, the others would wait for its answers.
     if reasons := [each for each in gather_object([reason]) if each is not None]:
         raise _Unavailable(reasons[0])
     return task
 
 
-def _without_answers(task: Any, column: str, limit: int | None) -> str | None:
+def _limit(task: Any, benchmark: Benchmark, limit: int | None) -> None:
+    """Keep the first rows of a task's data, and those that are scored together with them."""
+    if limit is None:
+        return
+    places, split = benchmark.first_rows(task.eval_docs, limit), task.config.test_split
+    # With pictures and without them; for tasks that score pictures both are the same.
+    whole = [(data, data[split]) for data in (task.dataset, task.dataset_no_image)]
+    for data, rows in whole:
+        data[split] = rows.select(places)
+
+
+def _without_answers(task: Any, column: str) -> str | None:
     """Say which rows of a task's data have no right answer; None if all have one."""
     rows = task.eval_docs
     if column not in rows.column_names:
         return f"its data have no column {column}"
-    right = rows.select_columns([column])[:limit][column]
+    right = rows.select_columns([column])[:][column]
     missing = [number for number, answer in enumerate(right) if answer is None or answer in ("", [])]
     return f"{len(missing)} of its rows have no {column}, the first is row {missing[0]}" if missing else None
 
@@ -376,7 +383,7 @@ def _told(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
-def _samples(task: Any, model: IVTPLlava, journal: Path, limit: int | None) -> list[dict[str, Any]] | None:
+def _samples(task: Any, model: IVTPLlava, journal: Path) -> list[dict[str, Any]] | None:
     """Return what the harness logs of every question; the journal holds the answers of a run that was stopped.
 
     Other processes than the first get None.
@@ -396,7 +403,6 @@ def _samples(task: Any, model: IVTPLlava, journal: Path, limit: int | None) -> l
                 model=model,
                 tasks=[task],
                 task_manager=TaskManager(include_defaults=False),
-                limit=limit,
                 log_samples=True,
                 bootstrap_iters=0,
             )

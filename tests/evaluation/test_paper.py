@@ -560,6 +560,15 @@ def test_a_limit_parts_no_rows_that_are_scored_together(
     assert found.scores["mme"]["unpruned"].questions == 4
 
 
+def test_a_limit_asks_all_rotations_of_a_question(
+    folders: dict[str, Path], asked: dict[str, list[Any]], tmp_path: Path
+) -> None:
+    asked["answers"] = ["A"] * 5
+    found = run.run(options(folders, tmp_path, "mmbench", limit=1))
+    assert len(asked["now"]) == 2
+    assert (found.scores["mmbench"]["unpruned"].questions, found.scores["mmbench"]["unpruned"].value) == (1, 0)
+
+
 def test_the_table_tells_which_arms_no_question_guides(
     folders: dict[str, Path], asked: dict[str, list[Any]], tmp_path: Path
 ) -> None:

@@ -1,0 +1,40 @@
+"""What the paper's benchmarks make of rows, without the harness."""
+
+from typing import Any
+
+import datasets
+import pytest
+
+from modeling_ivtp.evaluation import paper
+
+
+def rows_of(name: str, limit: int, **columns: list[Any]) -> list[int]:
+    (benchmark,) = paper.chosen([name])
+    return benchmark.first_rows(datasets.Dataset.from_dict(columns), limit)
+
+
+def test_a_limit_takes_the_first_rows() -> None:
+    assert rows_of("gqa", 2, id=["a", "b", "c"]) == [0, 1]
+    assert rows_of("gqa", 9, id=["a", "b", "c"]) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["mmbench", "mmbench_cn"])
+def test_a_limit_takes_all_rotations_of_a_question_of_mmbench(name: str) -> None:
+    apart = [1, 2, 3, 1_000_001, 1_000_002, 1_000_003, 2_000_002]
+    assert rows_of(name, 2, index=apart) == [0, 1, 3, 4, 6]
+    assert rows_of(name, 1, index=[1, 1_000_001, 2]) == [0, 1]
+
+
+def test_a_limit_takes_both_questions_about_a_picture_of_mme() -> None:
+    columns = {"category": ["color"] * 4 + ["count"] * 2, "question_id": ["1", "1", "2", "2", "1", "1"]}
+    assert rows_of("mme", 3, **columns) == [0, 1, 2, 3]
+    assert rows_of("mme", 1, **columns) == [0, 1]
+
+
+def test_a_question_of_mmbench_is_right_if_all_its_rotations_are() -> None:
+    rows = [
+        {"index": 1, "answer": "A", "A": "cat", "B": "dog"},
+        {"index": 1_000_001, "answer": "B", "A": "dog", "B": "cat"},
+    ]
+    asked = [rows[place] for place in rows_of("mmbench", 1, index=[row["index"] for row in rows])]
+    assert paper._mmbench([{"doc": row, "filtered_resps": ["A"]} for row in asked]).value == 0
