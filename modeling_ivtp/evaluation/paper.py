@@ -192,6 +192,8 @@ def _mme(samples: Samples) -> Score:
         }
         for sample in samples
     ]
+    if not any(reference["category"] in PERCEPTION for reference in references):
+        raise ValueError(f"no row is of a category of perception, which are {', '.join(PERCEPTION)}")
     found = load_metric("mme").compute(predictions=answers(samples), references=references)
     pictures: dict[tuple[str, str], list[bool]] = {}
     for right, reference in zip(found.pop("right"), references, strict=True):

@@ -31,6 +31,12 @@ def test_a_limit_takes_both_questions_about_a_picture_of_mme() -> None:
     assert rows_of("mme", 1, **columns) == [0, 1]
 
 
+def test_rows_of_mme_without_perception_are_told() -> None:
+    doc = {"answer": "Yes", "category": "code_reasoning", "question_id": "1"}
+    with pytest.raises(ValueError, match="no row is of a category of perception, which are existence, count"):
+        paper._mme([{"doc": doc, "filtered_resps": ["yes"]}] * 2)
+
+
 def test_a_question_of_mmbench_is_right_if_all_its_rotations_are() -> None:
     rows = [
         {"index": 1, "answer": "A", "A": "cat", "B": "dog"},
