@@ -149,7 +149,10 @@ def evaluate(
         )
     results = tables.summary(measured, options.arms, limit)
     for arm in results["arms"]:
-        (options.out / f"model-index-{arm}.yaml").write_text(tables.model_index(results, Path(model).name, arm))
+        if block := tables.model_index(results, Path(model).name, arm):
+            (options.out / f"model-index-{arm}.yaml").write_text(block)
+    if limit is not None:
+        typer.echo("No block for a model card is written: --limit asked a part of the questions.")
     _write(options.out, results, tables.page(results))
 
 

@@ -63,6 +63,8 @@ class Benchmark:
         As the table's header prints it.
     file : str
         The task's file among those of lmms-eval.
+    split : str
+        The data set's split that the task asks.
     score : callable
         From the samples of a run to its `Score`.
     changes : dict
@@ -82,6 +84,7 @@ class Benchmark:
     name: str
     title: str
     file: str
+    split: str
     score: Callable[[Samples], Score]
     changes: Mapping[str, Any] = field(default_factory=dict)
     judge: bool = False
@@ -317,22 +320,26 @@ _OURS = {
 _VAL = "the validation split; Table 1's is a test split whose answers only its server has"
 
 BENCHMARKS = (
-    Benchmark("vqav2", "VQAv2", "vqav2/vqav2_val.yaml", _by_task("exact_match"), note=_VAL, answer="answers"),
-    Benchmark("gqa", "GQA", "gqa/gqa.yaml", _gqa),
+    Benchmark(
+        "vqav2", "VQAv2", "vqav2/vqav2_val.yaml", "validation", _by_task("exact_match"), note=_VAL, answer="answers"
+    ),
+    Benchmark("gqa", "GQA", "gqa/gqa.yaml", "testdev", _gqa),
     Benchmark(
         "vizwiz",
         "VizWiz",
         "vizwiz_vqa/vizwiz_vqa_val.yaml",
+        "val",
         _by_task("exact_match"),
         {"doc_to_text": vizwiz_question, "generation_kwargs": {"max_new_tokens": 128, "temperature": 0}},
         note=_VAL,
         answer="answers",
     ),
-    Benchmark("scienceqa", "SQA-I", "scienceqa/scienceqa_img.yaml", _scienceqa),
+    Benchmark("scienceqa", "SQA-I", "scienceqa/scienceqa_img.yaml", "test", _scienceqa),
     Benchmark(
         "textvqa",
         "TextVQA",
         "textvqa/textvqa_val.yaml",
+        "validation",
         _by_task("exact_match"),
         {
             "doc_to_text": textvqa_question,
@@ -341,11 +348,12 @@ BENCHMARKS = (
         },
         answer="answers",
     ),
-    Benchmark("pope", "POPE", "pope/pope.yaml", _pope),
+    Benchmark("pope", "POPE", "pope/pope.yaml", "test", _pope),
     Benchmark(
         "mme",
         "MME",
         "mme/mme.yaml",
+        "test",
         _mme,
         note="perception of its 2,000 points",
         parts=("perception", "cognition"),
@@ -355,6 +363,7 @@ BENCHMARKS = (
         "mmbench",
         "MMB",
         "mmbench/mmbench_en_dev.yaml",
+        "dev",
         _mmbench,
         {"doc_to_text": mmbench_question, **_OURS},
         together=_mmbench_questions,
@@ -364,6 +373,7 @@ BENCHMARKS = (
         "mmbench_cn",
         "MMB-CN",
         "mmbench/mmbench_cn_dev.yaml",
+        "dev",
         _mmbench,
         {"doc_to_text": mmbench_cn_question, **_OURS},
         together=_mmbench_questions,
@@ -373,6 +383,7 @@ BENCHMARKS = (
         "seed",
         "SEED",
         "seedbench/seedbench.yaml",
+        "test",
         _seed,
         {
             "doc_to_visual": seed_pictures,
@@ -386,6 +397,7 @@ BENCHMARKS = (
         "llava_w",
         "LLaVA-W",
         "llava-in-the-wild/llava-in-the-wild.yaml",
+        "train",
         _llava_w,
         judge=True,
         answer="gpt_answer",
@@ -394,6 +406,7 @@ BENCHMARKS = (
         "mmvet",
         "MM-Vet",
         "mmvet/mmvet.yaml",
+        "test",
         _mmvet,
         {"lmms_eval_specific_kwargs": {"default": {"pre_prompt": "", "post_prompt": ""}}},
         judge=True,

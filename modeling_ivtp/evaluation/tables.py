@@ -174,14 +174,22 @@ def _number(value: float | None, form: str) -> str:
 
 
 def model_index(results: Mapping[str, Any], model: str, arm: str) -> str:
-    """Return the YAML block of one arm's scores for a model card, as the Hub reads it."""
-    titles = {benchmark.name: benchmark.title for benchmark in BENCHMARKS}
+    """Return the YAML block of one arm's scores for a model card, as the Hub reads it.
+
+    Empty without scores, and for those of a limited number of questions, which no card should show as a benchmark's.
+    """
+    if results["limit"] is not None:
+        return ""
+    benchmarks = {benchmark.name: benchmark for benchmark in BENCHMARKS}
     found = [
         EvalResult(
             task_type="image-text-to-text",
             task_name=f"visual question answering, {arm}",
             dataset_type=name,
-            dataset_name=titles[name],
+            dataset_name=benchmarks[name].title,
+            dataset_split=benchmarks[name].split,
+            dataset_args={"questions": score["questions"]}
+            | ({"note": benchmarks[name].note} if benchmarks[name].note else {}),
             metric_type="score",
             metric_value=round(score["value"], 2),
         )

@@ -4,8 +4,9 @@ from typing import Any
 
 import datasets
 import pytest
+import yaml
 
-from modeling_ivtp.evaluation import paper
+from modeling_ivtp.evaluation import paper, tables
 
 
 def rows_of(name: str, limit: int, **columns: list[Any]) -> list[int]:
@@ -44,3 +45,18 @@ def test_a_question_of_mmbench_is_right_if_all_its_rotations_are() -> None:
     ]
     asked = [rows[place] for place in rows_of("mmbench", 1, index=[row["index"] for row in rows])]
     assert paper._mmbench([{"doc": row, "filtered_resps": ["A"]} for row in asked]).value == 0
+
+
+def test_a_card_s_scores_say_what_was_asked() -> None:
+    scores = {name: {"value": 100.0, "questions": 3} for name in ("vqav2", "gqa")}
+    results = {"limit": None, "arms": {"ivtp@64": {"scores": scores}}}
+    (model,) = yaml.safe_load(tables.model_index(results, "mine", "ivtp@64"))["model-index"]
+    vqav2, gqa = (entry["dataset"] for entry in model["results"])
+    assert (vqav2["split"], vqav2["args"]["questions"]) == ("validation", 3)
+    assert vqav2["args"]["note"].startswith("the validation split; Table 1's is a test split")
+    assert (gqa["split"], gqa["args"]) == ("testdev", {"questions": 3})
+
+
+def test_scores_of_some_questions_are_none_of_a_card() -> None:
+    results = {"limit": 3, "arms": {"ivtp@64": {"scores": {"gqa": {"value": 100.0, "questions": 3}}}}}
+    assert tables.model_index(results, "mine", "ivtp@64") == ""

@@ -309,6 +309,8 @@ def test_every_benchmark_is_asked_and_scored_as_published(
         asked["answers"] = fixture.answers
         found = run.run(options(folders, tmp_path, name))
         assert not found.left_out
+        (benchmark,) = paper.chosen([name])
+        assert run.task_config(benchmark)["test_split"] == benchmark.split == fixture.split
         first = next(prompt for prompt in asked["now"] if "(0)" in prompt.text)
         assert first.text == f"{VICUNA} USER: <image>\n{fixture.prompt} ASSISTANT:", name
         assert {image.size for prompt in asked["now"] for image in prompt.images} == {(12, 12)}
@@ -638,6 +640,12 @@ def test_the_command_writes_table_1(
     assert "| GQA | ivtp@64 | 60.0 | 5 | 20.0 to 100.0 | +0.0 to +0.0 |" in page
     assert "Only the first" not in page
     assert "model-index:" in (out / "model-index-ivtp@64.yaml").read_text()
+    some = ("--benchmarks", "gqa", "--tokens", "64", "--limit", "3")
+    where = ("--out", str(tmp_path / "some"), *where[2:])
+    capsys.readouterr()
+    assert ivtp_cli.main(["evaluate", "--model", str(MINIATURE), *where, *some]) == 0
+    assert "No block for a model card is written: --limit asked a part of the questions." in capsys.readouterr().out
+    assert not list((tmp_path / "some").glob("model-index-*"))
     alone = ("--benchmarks", "mmvet", "--model", str(MINIATURE), "--device", "cpu", "--out", str(tmp_path / "none"))
     assert ivtp_cli.main(["evaluate", *alone]) == 1
     assert "no benchmark could be scored: mmvet, OPENAI_API_KEY is not set" in capsys.readouterr().err
