@@ -75,7 +75,14 @@ def test_stage_1_moves_connector_and_projector_alone(sample, tmp_path):
     model = IVTPLlavaForConditionalGeneration.from_pretrained(summary.model)
     assert model.config.connector.to_dict() == connector | {"positions": True}
     second = run_options(summary.model, sample / "rows.json", tmp_path / "second", max_steps=1)
-    assert train(second).losses[0] < summary.losses[0] + 1
+    again = train(second)
+    assert again.losses[0] < summary.losses[0] + 1
+    # It goes on from this connector: its one step is the first of a warm-up, with a rate of 0.
+    first, after = weights(summary.model), weights(again.model)
+    connected = [name for name in first if "connector" in name]
+    assert connected
+    assert all(torch.equal(after[name], first[name]) for name in connected)
+    assert again.plan.visual_tokens == 4
 
 
 @pytest.mark.parametrize(
