@@ -102,10 +102,10 @@ def arms_of(methods: Sequence[str], tokens: Sequence[int]) -> list[Arm]:
     ValueError
         As `Arm`, and for two arms of one name.
     """
-    named = [name for name in map(current_name, methods) if name != UNPRUNED]
+    named = list(map(current_name, methods)) or [OWN]
     arms = [
         Arm(UNPRUNED),
-        *dict.fromkeys(Arm(method, budget) for method in named or (OWN,) for budget in tokens or (64,)),
+        *dict.fromkeys(Arm(method, budget) for method in named if method != UNPRUNED for budget in tokens or (64,)),
     ]
     name, often = Counter(arm.name for arm in arms).most_common(1)[0]
     if often > 1:

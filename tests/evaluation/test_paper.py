@@ -28,7 +28,7 @@ import ivtp_cli
 from benchmarks.quality.world import sample_questions
 from modeling_ivtp.evaluation import paper, run, tables
 from modeling_ivtp.evaluation.answerer import Answerer, Reply
-from modeling_ivtp.evaluation.arm import Arm, arms_of
+from modeling_ivtp.evaluation.arm import Arm
 from modeling_ivtp.evaluation.intervals import interval_of
 from modeling_ivtp.evaluation.prompts import VICUNA
 from modeling_ivtp.serving.answering import load_model
@@ -583,11 +583,6 @@ def test_the_table_tells_which_arms_no_question_guides(
     page = tables.page(results)
     assert "\nivtp@64 was guided by the picture alone, not by the question: the checkpoint has no text tower" in page
     assert "first 1 question(s) of each benchmark" in page
-
-
-def test_the_method_none_is_the_unpruned_arm_alone() -> None:
-    assert arms_of(["unpruned"], []) == [Arm("unpruned")]
-    assert arms_of(["unpruned", "fastv"], [16]) == [Arm("unpruned"), Arm("fastv", 16)]
 
 
 def test_parts_of_a_score_stand_in_the_table(

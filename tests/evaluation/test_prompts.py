@@ -148,6 +148,12 @@ def test_a_budget_below_the_least_of_a_checkpoint_is_what_its_costs_say() -> Non
     assert model.pruning_config.min_visual_tokens == 6
 
 
+def test_the_method_unpruned_is_the_unpruned_arm_alone() -> None:
+    assert arms_of(["unpruned"], []) == [Arm("unpruned")]
+    assert arms_of(["unpruned", "fastv"], [16]) == [Arm("unpruned"), Arm("fastv", 16)]
+    assert arms_of([], []) == [Arm("unpruned"), Arm("ivtp", 64)]
+
+
 @pytest.mark.filterwarnings("error")
 def test_the_old_name_of_no_pruning_warns_and_is_the_unpruned_arm() -> None:
     with pytest.warns(FutureWarning, match="'none' is now 'unpruned'") as warned:
