@@ -148,12 +148,19 @@ def evaluate(
             "no benchmark could be scored: " + "; ".join(f"{n}, {why}" for n, why in measured.left_out.items())
         )
     results = tables.summary(measured, options.arms, limit)
-    for arm in results["arms"]:
-        if block := tables.model_index(results, Path(model).name, arm):
-            (options.out / f"model-index-{arm}.yaml").write_text(block)
-    if limit is not None:
-        typer.echo("No block for a model card is written: --limit asked a part of the questions.")
+    _write_blocks(options.out, results, Path(model).name)
     _write(options.out, results, tables.page(results))
+
+
+def _write_blocks(out: Path, results: Mapping[str, Any], model: str) -> None:
+    """Write each arm's block for a model card."""
+    from modeling_ivtp.evaluation.tables import model_index
+
+    for arm in results["arms"]:
+        if block := model_index(results, model, arm):
+            (out / f"model-index-{arm}.yaml").write_text(block)
+    if results["limit"] is not None:
+        typer.echo("No block for a model card is written: --limit asked a part of the questions.")
 
 
 def _write(out: Path, results: Mapping[str, Any], page: str) -> None:
