@@ -192,7 +192,7 @@ def test_methods_are_drawn_side_by_side(trace):
         "64 topk 64 ivtp",
         "How many clocks are on the wall ?",
         "averaged over the decoder's layers: topk 64.0, ivtp 76.2",
-        "KV cache: topk 11.0 MB, ivtp 12.3 MB of 35.1 MB",
+        "KV cache: topk 11 MB, ivtp 12.3 MB of 35.1 MB",
         "relevance 0.25",
     ):
         assert expected in text
