@@ -143,9 +143,14 @@ class Course:
         return step >= self.steps - self.settle
 
     def rate(self, step: int) -> float:
-        """Return the share of the peak learning rates: a cosine, and half of one for each part after the terse ones."""
+        """Return the share of the peak learning rates: a cosine, and half of one for each part after the terse ones.
+
+        Where help comes later, a cosine leads up to it and another one begins with it: new ways need a high rate.
+        """
+        if step < self.places_from:
+            return cosine_rate(step, self.places_from)
         if step < self.terse:
-            return cosine_rate(step, self.terse)
+            return cosine_rate(step - self.places_from, self.terse - self.places_from)
         step -= self.terse
         for part in (self.sentences, self.practice, self.settle):
             if step < part:
