@@ -20,9 +20,8 @@ TEXT_TOKENS = 512
 
 def costs(config: Any, arm: Arm) -> dict[str, Any]:
     """Return TFLOPs at 512 text tokens, and an arm's final and layer-averaged visual tokens."""
-    name = arm.method
     tokens = arm.visual_tokens or (config.pruning.visual_tokens if arm.method == OWN else None)
-    counted = count_named(config, name, tokens, text_tokens=TEXT_TOKENS)
+    counted = count_named(config, arm.method, tokens, text_tokens=TEXT_TOKENS)
     return {
         "tflops": counted.total_tflops,
         "final_tokens": counted.layer_tokens[-1],

@@ -232,20 +232,25 @@ def _results(quality: Mapping[str, Any] | None, budget: int) -> list[EvalResult]
 
 def _accuracy(quality: Mapping[str, Any] | None) -> dict[Any, str]:
     """Return accuracy and half its interval in %, by budget; the key None is unpruned."""
-    rows = [row for row in (quality or {"rows": ()})["rows"] if row["method"] != "random"]
     return {
-        None if row["method"] == "unpruned" else row["visual_tokens"]: (
-            f"{100 * row['accuracy']:.1f} ± {50 * (row['interval'][1] - row['interval'][0]):.1f}"
-        )
-        for row in rows
+        budget: f"{100 * row['accuracy']:.1f} ± {50 * (row['interval'][1] - row['interval'][0]):.1f}"
+        for budget, row in _by_budget(quality).items()
     }
 
 
 def _loss(quality: Mapping[str, Any] | None, budget: int) -> float | None:
     """Return the points of accuracy that a budget loses; None if it was not measured."""
-    rows = [row for row in (quality or {"rows": ()})["rows"] if row["method"] != "random"]
-    found = {None if row["method"] == "unpruned" else row["visual_tokens"]: row["accuracy"] for row in rows}
-    return 100 * (found[None] - found[budget]) if {None, budget} <= set(found) else None
+    rows = _by_budget(quality)
+    return 100 * (rows[None]["accuracy"] - rows[budget]["accuracy"]) if {None, budget} <= set(rows) else None
+
+
+def _by_budget(quality: Mapping[str, Any] | None) -> dict[Any, Any]:
+    """Return the rows of the card's own pruning by their budget; the key None is unpruned."""
+    return {
+        None if row["method"] == "unpruned" else row["visual_tokens"]: row
+        for row in (quality or {"rows": ()})["rows"]
+        if row["method"] != "random"
+    }
 
 
 def _groups(config: Any) -> dict[str, Any]:
