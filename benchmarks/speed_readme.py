@@ -2,7 +2,7 @@
 
     python -m benchmarks.speed_readme
 
-`README.md` gets a short table, `docs/speed.md` all results, `docs/serving.md` those of serving on vLLM.
+`README.md` gets a short table, `docs/speed.md` all results, `docs/vllm.md` those of serving on vLLM.
 """
 
 import json
@@ -18,7 +18,7 @@ from modeling_ivtp.speed.report import interval, name_of, products, reached, tim
 from modeling_ivtp.speed.timing import ratio
 
 SPEED_PAGE = ROOT / "docs" / "speed.md"
-SERVING_PAGE = ROOT / "docs" / "serving.md"
+VLLM_PAGE = ROOT / "docs" / "vllm.md"
 ARM = "ivtp@64"
 """The arm in the README's table."""
 
@@ -227,7 +227,7 @@ _LINES = {"off": _off, "growth": _growth, "batches": _growth, "extended": _exten
 
 def blocks(folder: Path = RESULTS) -> dict[Path, list[str]]:
     """Return the blocks of each page."""
-    return {README: [short_excerpt(folder)], SPEED_PAGE: [excerpt(folder)], SERVING_PAGE: [serving.excerpt(folder)]}
+    return {README: [short_excerpt(folder)], SPEED_PAGE: [excerpt(folder)], VLLM_PAGE: [serving.excerpt(folder)]}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The results of `benchmarks.serving.speed`, as a page and as a block of docs/serving.md."""
+"""The results of `benchmarks.serving.speed`, as a page and as a block of docs/vllm.md."""
 
 import json
 import statistics
@@ -69,7 +69,7 @@ def _run(results: Mapping[str, Any]) -> str:
 
 
 def excerpt(folder: Path) -> str:
-    """Return the newest result as the block of docs/serving.md."""
+    """Return the newest result as the block of docs/vllm.md."""
     file = max(folder.glob("serving-*.json"))
     results = json.loads(file.read_text())
     begin = "<!-- serving: written by benchmarks/speed_readme.py -->"

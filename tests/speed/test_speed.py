@@ -249,7 +249,7 @@ def test_the_pages_show_the_newest_speeds() -> None:
     for page, texts in blocks().items():
         for text in texts:
             assert filled(page.read_text(), text) == page.read_text(), "python -m benchmarks.speed_readme"
-            assert "llava-tinyllama-1.1b" in text or (page.name == "serving.md" and "| guided |" in text)
+            assert "llava-tinyllama-1.1b" in text or (page.name == "vllm.md" and "| guided |" in text)
 
 
 @pytest.mark.parametrize("out", [["--out", "x"], ["-o", "x"], ["--out=x"], ["-ox"], []])
