@@ -153,9 +153,11 @@ def evaluate(
 
 
 def _write_blocks(out: Path, results: Mapping[str, Any], model: str) -> None:
-    """Write each arm's block for a model card."""
+    """Write each arm's block for a model card, in place of those of an earlier run."""
     from modeling_ivtp.evaluation.tables import model_index
 
+    for earlier in out.glob("model-index-*.yaml"):
+        earlier.unlink()
     for arm in results["arms"]:
         if block := model_index(results, model, arm):
             (out / f"model-index-{arm}.yaml").write_text(block)

@@ -1,11 +1,13 @@
 """What the paper's benchmarks make of rows, without the harness."""
 
+from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 import yaml
 
+from ivtp_cli.evaluate import _write_blocks
 from modeling_ivtp.evaluation import paper, tables
 
 
@@ -60,3 +62,13 @@ def test_a_card_s_scores_say_what_was_asked() -> None:
 def test_scores_of_some_questions_are_none_of_a_card() -> None:
     results = {"limit": 3, "arms": {"ivtp@64": {"scores": {"gqa": {"value": 100.0, "questions": 3}}}}}
     assert tables.model_index(results, "mine", "ivtp@64") == ""
+
+
+def test_blocks_of_an_earlier_run_do_not_stay(tmp_path: Path) -> None:
+    arms = {"ivtp@64": {"scores": {"gqa": {"value": 100.0, "questions": 3}}}}
+    for name in ("model-index-ivtp@32.yaml", "notes.yaml"):
+        (tmp_path / name).write_text("earlier")
+    _write_blocks(tmp_path, {"limit": None, "arms": arms}, "mine")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model-index-ivtp@64.yaml", "notes.yaml"]
+    _write_blocks(tmp_path, {"limit": 3, "arms": arms}, "mine")
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.yaml"]
