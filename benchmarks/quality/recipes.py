@@ -91,7 +91,7 @@ class Course:
     sentences : int
         The same scenes; whole sentences, every second step with idle words around them.
     practice : int
-        The same, every second step only with questions that relate two objects.
+        The same, every second step only with questions that relate two objects (see `related_from`).
     settle : int
         The same, with a cost on objects' attention to other objects, and the highest cost on the attention to ground
         of the token that answers.
@@ -106,6 +106,9 @@ class Course:
         Weight of the help on the way to an answer: those places, and the answer at the noun. 0: no help.
     places_from : int
         The first step with help.
+    related_from : int, optional
+        The first step from which every second one asks only questions that relate two objects, which take longest to
+        learn. `practice` begins with it at the latest; None: not before.
     idle_weight : float
         Cost of attention to ground. 0: attention is free.
     crowded : bool
@@ -125,6 +128,7 @@ class Course:
     source_after: int
     places_weight: float
     places_from: int
+    related_from: int | None
     idle_weight: float
     crowded: bool
 
@@ -137,6 +141,12 @@ class Course:
     def steps(self) -> int:
         """The number of all steps."""
         return self.terse + self.sentences + self.practice + self.settle
+
+    def relates(self, step: int) -> bool:
+        """Return whether a step asks only questions that relate two objects."""
+        practice = self.terse + self.sentences
+        first = practice if self.related_from is None else min(self.related_from, practice)
+        return step >= first and step % 2 == 1
 
     def settling(self, step: int) -> bool:
         """Return whether a step belongs to the last part."""
@@ -238,6 +248,7 @@ TAUGHT = Recipe(
         source_after=4,
         places_weight=0.3,
         places_from=0,
+        related_from=None,
         idle_weight=0.5,
         crowded=True,
     ),
@@ -266,9 +277,9 @@ PLAIN = Recipe(
         align=100,
         name=400,
         middle=1100,
-        whole=1900,
-        sentences=600,
-        practice=600,
+        whole=2400,
+        sentences=500,
+        practice=500,
         settle=0,
         projector_alone=True,
         alike_layers=4,
@@ -276,6 +287,7 @@ PLAIN = Recipe(
         source_after=12,
         places_weight=0.3,
         places_from=2000,
+        related_from=2840,
         idle_weight=0.0,
         crowded=False,
     ),

@@ -60,7 +60,7 @@ def draw_batch(course: Course, step: int, gpu: bool = False) -> Asked | Named:
         return name_all(step, 24 * more, side=168)
     terse, practice = step < course.terse, step >= course.terse + course.sentences
     number, style = (32, "terse") if terse else (24, "plain") if step % 2 else (16, "full")
-    types = TWO_THINGS if practice and step % 2 else TYPES
+    types = TWO_THINGS if course.relates(step) else TYPES
     if step < course.align + course.name + course.middle or step % 3 == 2:
         types = tuple(kind for kind in types if kind in NO_CORNERS)
         size = (16 if terse else 12) * more

@@ -17,7 +17,7 @@ from benchmarks.quality.loop import Stopped, TrainingRun, cosine_rate, saved_wei
 from benchmarks.quality.miniature import vision_config
 from benchmarks.quality.muon import FloatMuon
 from benchmarks.quality.question_batches import UNKNOWN, ask, name_all
-from benchmarks.quality.recipes import RECIPES, TAUGHT
+from benchmarks.quality.recipes import PLAIN, RECIPES, TAUGHT
 from benchmarks.quality.speaker import NAMING, Speaker
 from benchmarks.quality.tokenizer import decoder_tokenizer
 from benchmarks.quality.train_clip import PATCH_LABELS, Batch, Teacher, patch_labels
@@ -243,6 +243,13 @@ def test_practice_is_about_two_things_in_every_second_step_and_crowded_where_it_
         else:
             assert batch.pixels.shape[-1] == 336
             assert ground.min() > 0.5
+
+
+def test_a_recipe_can_relate_two_things_before_practice():
+    course = replace(PLAIN.course, related_from=10)
+    assert [step for step in range(6, 18) if course.relates(step)] == [11, 13, 15, 17]
+    course = a_course(whole=4, sentences=3, practice=6)
+    assert [step for step in range(13) if course.relates(step)] == [7, 9, 11]
 
 
 def test_a_picture_with_nothing_to_relate_is_asked_what_is_there():
