@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import Debug, Progress, VisualTokens
+from .options import BudgetOption, Debug, Progress
 from .tables import file_table, show
 
 
@@ -106,7 +106,7 @@ def convert(
     max_shard_size: ShardSize = "5GB",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that exists.")] = False,
-    visual_tokens: VisualTokens = None,
+    visual_tokens: BudgetOption = None,
     coverage: Coverage = None,
     min_visual_tokens: MinVisualTokens = None,
     tower_tokens: TowerTokens = None,

@@ -9,13 +9,13 @@ from typing import Annotated, Any
 import typer
 
 from .options import (
+    BudgetOption,
     Debug,
     DeviceOption,
     DtypeOption,
     ImageOption,
     ModelOption,
     PromptOption,
-    VisualTokens,
     load_pictures,
 )
 from .tables import new_table, show, to_json
@@ -25,7 +25,7 @@ def explain(
     model: ModelOption,
     prompt: PromptOption,
     image: ImageOption = None,
-    visual_tokens: VisualTokens = None,
+    visual_tokens: BudgetOption = None,
     method: Annotated[
         list[str] | None,
         typer.Option(

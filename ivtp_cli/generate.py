@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from .options import (
+    BudgetOption,
     Debug,
     DeviceOption,
     DtypeOption,
@@ -16,7 +17,6 @@ from .options import (
     MethodOption,
     ModelOption,
     PromptOption,
-    VisualTokens,
     load_pictures,
 )
 from .tables import new_table, show, times, to_json
@@ -26,7 +26,7 @@ def generate(
     model: ModelOption,
     prompt: PromptOption,
     image: ImageOption = None,
-    visual_tokens: VisualTokens = None,
+    visual_tokens: BudgetOption = None,
     method: MethodOption = "ivtp",
     max_new_tokens: MaxNewTokens = 64,
     device: DeviceOption = None,

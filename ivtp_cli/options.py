@@ -63,6 +63,26 @@ VisualTokens = Annotated[
     int | None,
     typer.Option("--visual-tokens", help="Visual tokens of one image that are left in the end.", show_default=False),
 ]
+
+
+def _budget(value: str | int) -> int | str:
+    """Read a number, or `auto`."""
+    try:
+        return value if value == "auto" else int(value)
+    except ValueError:
+        raise typer.BadParameter(f"{value!r}; allowed: a whole number, or auto.") from None
+
+
+BudgetOption = Annotated[
+    Any,
+    typer.Option(
+        "--visual-tokens",
+        parser=_budget,
+        metavar="NUMBER|auto",
+        help="Visual tokens of one image that are left in the end; auto: a budget of its own for every picture.",
+        show_default=False,
+    ),
+]
 Progress = Annotated[bool, typer.Option(help="Show a progress bar.")]
 
 

@@ -26,6 +26,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 AUTO = "auto"
 AUTO_COVERAGE = {"top": 0.9, "diverse": 0.999}
 """The coverage of `visual_tokens="auto"`, by `choice`. A few diverse tokens cover most of what all have in common."""
+AUTO_CEILING = 64
 AUTO_FLOOR = 16
 """The floor of every coverage that sets none."""
 
@@ -133,7 +134,7 @@ class IVTPPruningConfig:
 
     def __post_init__(self) -> None:
         if self.visual_tokens == AUTO:
-            object.__setattr__(self, "visual_tokens", 64)
+            object.__setattr__(self, "visual_tokens", AUTO_CEILING)
             # A choice that is not allowed is refused below.
             usual = AUTO_COVERAGE.get(self.choice)
             object.__setattr__(self, "coverage", usual if self.coverage is None else self.coverage)
@@ -247,14 +248,19 @@ class IVTPPruningConfig:
         return asdict(self)
 
     def changed(self, **changes: Any) -> "IVTPPruningConfig":
-        """Return a copy with `changes`; raises ValueError as the class does."""
+        """Return a copy with `changes`; raises ValueError as the class does.
+
+        `visual_tokens="auto"` stands for the same coverage as in a new configuration, whatever was set before.
+        """
+        if changes.get("visual_tokens") == AUTO:
+            changes = {"coverage": None} | changes
         return type(self).create(self, **changes)
 
-    def at_budget(self, visual_tokens: int) -> dict[str, Any]:
-        """Return the changes that prune to another final number of tokens.
+    def at_budget(self, visual_tokens: int | str) -> dict[str, Any]:
+        """Return the changes that prune to another final number of tokens, or to `"auto"`.
 
-        A hand-over below it follows from it instead, and a minimum above it is lowered. A coverage stays, with it as
-        ceiling.
+        A hand-over below it follows from it instead, and a minimum above it is lowered. With a number, a coverage
+        stays, with it as ceiling.
 
         Examples
         --------
@@ -263,11 +269,12 @@ class IVTPPruningConfig:
         True
         """
         handed_over, fewest = self.tower_tokens, self.min_visual_tokens
+        most = AUTO_CEILING if visual_tokens == AUTO else int(visual_tokens)
         return {
             "enabled": True,
             "visual_tokens": visual_tokens,
-            "tower_tokens": None if handed_over is None or handed_over < visual_tokens else handed_over,
-            "min_visual_tokens": None if fewest is None else min(fewest, visual_tokens),
+            "tower_tokens": None if handed_over is None or handed_over < most else handed_over,
+            "min_visual_tokens": None if fewest is None else min(fewest, most),
         }
 
 

@@ -114,13 +114,13 @@ def load_model(
     return loaded.eval(), processor
 
 
-def set_budget(model: Any, visual_tokens: int) -> None:
-    """Prune to a final number of visual tokens; see `IVTPPruningConfig.at_budget`.
+def set_budget(model: Any, visual_tokens: int | str) -> None:
+    """Prune to a final number of visual tokens, or to `"auto"`; see `IVTPPruningConfig.at_budget`.
 
     A budget of all patches leaves pruning off where the checkpoint has it off.
     """
     options = model.pruning_config
-    enabled = options.enabled or visual_tokens < model.config.num_patches
+    enabled = options.enabled or visual_tokens == "auto" or int(visual_tokens) < model.config.num_patches
     model.set_pruning(**options.at_budget(visual_tokens) | {"enabled": enabled})
 
 

@@ -267,6 +267,11 @@ def test_visual_tokens_and_text_alone(capsys, folders):
     assert json.loads(run(capsys, *arguments)[1])["visual_tokens"] == []
     assert json.loads(run(capsys, *arguments, "-i", folders.photo, "--visual-tokens", 999)[1])["visual_tokens"] == [16]
     assert "visual_tokens=0" in fails(capsys, *arguments, "-i", folders.photo, "--visual-tokens", 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("modeling_ivtp.model.configuration_ivtp.AUTO_FLOOR", 1)
+        own = json.loads(run(capsys, *arguments, "-i", folders.photo, "--visual-tokens", "auto")[1])["visual_tokens"]
+    assert len(own) == 1
+    assert own[0] < 16
 
 
 @pytest.mark.slow

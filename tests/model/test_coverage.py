@@ -162,6 +162,15 @@ def test_auto_stands_for_a_coverage_with_a_floor_and_a_ceiling(tmp_path):
         IVTPPruningConfig(visual_tokens="auto", choice="best")
     assert IVTPPruningConfig(visual_tokens="auto", coverage=0.5).coverage == 0.5
     assert IVTPPruningConfig(visual_tokens=8, coverage=0.5).fewest_tokens == 8
+    # Said again, it stands for what it stands for in a new configuration, whatever was set before.
+    diverse = auto.changed(visual_tokens="auto", choice="diverse")
+    assert (diverse.visual_tokens, diverse.coverage) == (64, 0.999)
+    assert diverse.changed(visual_tokens="auto", coverage=0.5).coverage == 0.5
+    assert diverse.changed(visual_tokens=32).coverage == 0.999
+    handed = IVTPPruningConfig(visual_tokens=32, tower_tokens=48, coverage=0.5, min_visual_tokens=20)
+    changes = handed.at_budget("auto")
+    assert (changes["tower_tokens"], handed.changed(**changes).coverage) == (None, 0.9)
+    assert handed.changed(**changes).min_visual_tokens == 20
     model = tiny_model(**DIVERSE, coverage=0.6, min_visual_tokens=1)
     model.save_pretrained(tmp_path)
     again = IVTPLlavaForConditionalGeneration.from_pretrained(tmp_path)
