@@ -117,7 +117,9 @@ def train(
     log_to: Annotated[
         str, typer.Option(help="tensorboard, trackio, none; auto: the first that is installed.")
     ] = "auto",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and count everything; write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check and count everything that needs no weights; write nothing.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     progress: Annotated[bool, typer.Option(help="Show progress.")] = True,
     debug: Debug = False,

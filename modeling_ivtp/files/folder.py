@@ -26,6 +26,7 @@ from .sizes import human_bytes
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_TORCH_WRITER = ("PytorchStreamWriter", "inline_container")
 # Windows has no SIGHUP.
 _STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
@@ -79,7 +80,9 @@ def new_folder(target: str | os.PathLike[str], *, needed_bytes: int = 0, overwri
 
 @contextmanager
 def system_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Raise errors of the system in the block as OSError: of these, safetensors tells the number in its words alone.
+    """Raise errors of the system in the block as OSError, which safetensors and torch tell in words alone.
+
+    safetensors gives the error's number; torch's writer of zip files says that fewer bytes were written than it gave.
 
     Parameters
     ----------
@@ -93,6 +96,11 @@ def system_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     """
     try:
         yield
+    except RuntimeError as error:
+        if not any(word in str(error) for word in _TORCH_WRITER):
+            raise
+        message = "a file was cut short: no room left on the disk, or files of this size are not allowed"
+        raise OSError(errno.ENOSPC, message, str(path)) from error
     except SafetensorError as error:
         number = re.search(r"\(os error (\d+)\)", str(error))
         if number is None:

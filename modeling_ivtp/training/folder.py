@@ -11,6 +11,7 @@ from typing import Any
 from ..files.folder import check_target
 
 SETTINGS, LOG, MODEL, PRUNER = "run.json", "log.jsonl", "model", "pruner"
+_HALF_SETTINGS = f".{SETTINGS}."
 
 
 class RunFolder:
@@ -51,7 +52,7 @@ class RunFolder:
         """
         file = self.path / SETTINGS
         if not file.is_file():
-            check_target(self.path, needed_bytes=needed_bytes)
+            check_target(self.path, needed_bytes=needed_bytes, overwrite=self._holds_half_settings_alone())
             return False
         try:
             begun = json.loads(file.read_text(encoding="utf-8"))
@@ -66,9 +67,15 @@ class RunFolder:
             )
         return True
 
+    def _holds_half_settings_alone(self) -> bool:
+        """Return whether a process that was killed while it began left nothing else here."""
+        return self.path.is_dir() and all(path.name.startswith(_HALF_SETTINGS) for path in self.path.iterdir())
+
     def begin(self, settings: dict[str, Any]) -> None:
         """Write the settings of a new run."""
         self.path.mkdir(parents=True, exist_ok=True)
+        for half in self.path.glob(f"{_HALF_SETTINGS}*"):
+            half.unlink()
         write_whole(self.path / SETTINGS, json.dumps(settings, indent=1) + "\n")
 
     def checkpoint(self, clean: bool) -> str | None:
@@ -105,5 +112,9 @@ def _has_state(checkpoint: Path) -> bool:
 def write_whole(file: Path, text: str) -> None:
     """Write a file that appears complete or not at all."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

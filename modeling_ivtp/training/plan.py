@@ -12,6 +12,7 @@ import torch
 
 from ..files.console import steps_bar
 from ..model.modeling_ivtp import IVTPLlavaForConditionalGeneration
+from ..trained.adapter import check_shape, describe_shape
 from .batches import answer_tokens
 from .conversation import Written, write
 from .data import Conversations
@@ -19,8 +20,8 @@ from .options import Options
 from .parts import prefixes
 
 _AT_ONCE = 256
-_ADAM_BYTES = 8
-"""AdamW keeps two float32 numbers of each weight that learns."""
+_ADAM_NUMBERS = 2
+"""AdamW keeps two numbers of each that learns, in its type."""
 
 
 @dataclass(frozen=True)
@@ -196,22 +197,12 @@ def make_plan(
     steps = options.max_steps or math.ceil(preset.epochs * per_epoch)
     pruned_by = options.pruned_by
     schedule = pruned_by.plan(config)
-    with torch.device("meta"):
-        model = IVTPLlavaForConditionalGeneration(config)
-    sizes = {name: weight.numel() for name, weight in model.named_parameters()}
-    learning = sum(size for name, size in sizes.items() if name.startswith(prefixes(preset.trains)))
-    if pruned_by.is_trained:
-        with torch.device("meta"):
-            modules = pruned_by.with_modules(model).modules_or_raise()
-        own = sum(weight.numel() for weight in modules.parameters())
-        learning, sizes["learned"] = learning + own, own
-    weights = sum(sizes.values())
-    value = torch.bfloat16.itemsize if options.dtype == "bfloat16" else torch.float32.itemsize
-    optimizer = learning * (_ADAM_BYTES if value == 4 else 2 * value)
+    whole, learning = _sizes(options, config)
+    optimizer = _ADAM_NUMBERS * learning.bytes
     # Beside trained modules, checkpoints hold what learns alone; if parts of the model do, it is whole in the end.
-    saved = learning if pruned_by.is_trained else weights
-    result = saved if pruned_by.is_trained and not prefixes(preset.trains) else weights
-    checkpoint = saved * value + optimizer
+    saved = learning if pruned_by.is_trained else whole
+    result = saved if pruned_by.is_trained and not prefixes(preset.trains) else whole
+    checkpoint = saved.bytes + optimizer
     return Plan(
         rows=len(rows),
         held_out=0 if held_out is None else len(held_out),
@@ -223,10 +214,53 @@ def make_plan(
         tokens=tokens,
         visual_tokens=schedule.final_tokens,
         layer_averaged_tokens=schedule.layer_average(config.text_config.num_hidden_layers),
-        weights=weights,
-        learning=learning,
-        weight_bytes=weights * value,
-        gradient_bytes=learning * value,
+        weights=whole.numbers,
+        learning=learning.numbers,
+        weight_bytes=whole.bytes,
+        gradient_bytes=learning.bytes,
         optimizer_bytes=optimizer,
-        disk_bytes=checkpoint + max(checkpoint, result * value),
+        disk_bytes=checkpoint + max(checkpoint, result.bytes),
     )
+
+
+@dataclass(frozen=True)
+class _Size:
+    """Numbers in weights, and the bytes that they take."""
+
+    numbers: int
+    bytes: int
+
+    @classmethod
+    def of(cls, weights: Iterable[torch.Tensor], each: int | None = None) -> _Size:
+        """Add weights up, which have `each` bytes a number; None: those of their own type."""
+        sizes = [(weight.numel(), each or weight.itemsize) for weight in weights]
+        return cls(sum(numbers for numbers, _ in sizes), sum(numbers * size for numbers, size in sizes))
+
+    def __add__(self, other: _Size) -> _Size:
+        return _Size(self.numbers + other.numbers, self.bytes + other.bytes)
+
+
+def _sizes(options: Options, config: Any) -> tuple[_Size, _Size]:
+    """Return the sizes of all weights and of those that learn, modules of a trained method among both.
+
+    Raises
+    ------
+    ValueError
+        If nothing learns, or modules were made for a model of another shape.
+    """
+    pruned_by, learns = options.pruned_by, prefixes(options.preset.trains)
+    with torch.device("meta"):
+        model = IVTPLlavaForConditionalGeneration(config)
+    value = torch.bfloat16.itemsize if options.dtype == "bfloat16" else torch.float32.itemsize
+    whole = _Size.of(model.parameters(), value)
+    learning = _Size.of((weight for name, weight in model.named_parameters() if name.startswith(learns)), value)
+    if pruned_by.is_trained:
+        with torch.device("meta"):
+            method = pruned_by.with_modules(model)
+        if pruned_by.is_folder:
+            check_shape(method.name, method.base or {}, describe_shape(config))
+        own = _Size.of(method.modules_or_raise().parameters())  # float32, whatever the model's type
+        whole, learning = whole + own, learning + own
+    if not learning.numbers:
+        raise ValueError(f"nothing of the model learns: it has no {', '.join(options.preset.trains)}")
+    return whole, learning

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ..checkpoints.sources import local_folder
@@ -29,6 +30,8 @@ from .plan import Plan, count_tokens, make_plan
 
 _LINE_SECONDS = 30.0
 _PARTIAL = ".model.partial"
+_SHARDING = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}
+"""The variable by which accelerate's launcher tells its processes to share weights."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,8 @@ def train(options: Options, *, dry_run: bool = False) -> Summary:
     state = PartialState(cpu=options.device == "cpu")
     if not dry_run and state.num_processes == 1:
         _check_one_gpu(options.device)
+    if pruned_by.is_trained:
+        _check_whole_weights(options.method)
     folder, config = RunFolder(options.out), planned_config(options)
     processor = load_processor(options, config)
     rows = open_conversations(options.data, options.images, options.limit)
@@ -158,6 +163,17 @@ def _check_one_gpu(device: str | None) -> None:
             f"{gpus} GPUs and one process; allowed: one process a GPU, by accelerate launch --num_processes {gpus} "
             "-m modeling_ivtp.cli train ..., or one GPU, by CUDA_VISIBLE_DEVICES=0."
         )
+
+
+def _check_whole_weights(method: str) -> None:
+    """Refuse shared weights beside a trained method: what learned would have to be put together from all processes."""
+    for name, variable in _SHARDING.items():
+        if parse_flag_from_env(variable):
+            raise ValueError(
+                f"method={method!r} with {name}, which divides the weights among processes; allowed: processes that "
+                "each hold the whole model (accelerate's multi-GPU), with dtype='bfloat16' for less memory, or a "
+                "method without modules of its own."
+            )
 
 
 def _trainer(
@@ -250,8 +266,17 @@ class _Log(TrainerCallback):
 
 
 def _save(trainer: Trainer, processor: Any, folder: RunFolder, state: PartialState) -> None:
-    """Write the model; its folder appears when it is whole. All processes take part, for they may share the weights."""
+    """Write the model; its folder appears when it is whole. All processes take part, for they may share the weights.
+
+    Raises
+    ------
+    OSError
+        If the disk is full, or `Trainer` wrote no weights: DeepSpeed keeps them in a format of its own if it is not to
+        gather them.
+    """
     partial = folder.path / _PARTIAL
+    if trainer.is_fsdp_enabled:  # by default each process would keep its part, and nothing would be written
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     if state.is_main_process and partial.exists():
         shutil.rmtree(partial)
     state.wait_for_everyone()
@@ -259,6 +284,12 @@ def _save(trainer: Trainer, processor: Any, folder: RunFolder, state: PartialSta
         with system_errors(folder.path):
             trainer.save_model(str(partial))
         if state.is_main_process:
+            if not (partial / "config.json").is_file() or not list(partial.glob("*.safetensors")):
+                raise OSError(
+                    f"the weights were not put together, so {folder.model} was not written; with DeepSpeed, set "
+                    "stage3_gather_16bit_weights_on_model_save and give the same command: it goes on from "
+                    "the last checkpoint"
+                )
             processor.save_pretrained(partial)
             (partial / "training_args.bin").unlink(missing_ok=True)
             os.replace(partial, folder.model)

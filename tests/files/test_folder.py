@@ -11,9 +11,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from modeling_ivtp.files import folder as folders
-from modeling_ivtp.files.folder import new_folder
+from modeling_ivtp.files.folder import new_folder, system_errors
 
 
 def write(path, text="new"):
@@ -196,3 +197,12 @@ def test_a_hangup_that_is_ignored_stays_ignored(parent):
         assert (parent / "out").is_dir()
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's device that is always full")
+def test_a_full_disk_is_told_where_torch_tells_it_in_words_alone():
+    with pytest.raises(OSError, match=r"a file was cut short: no room left .*'here'") as error, system_errors("here"):
+        torch.save({"weights": torch.zeros(1000)}, "/dev/full")
+    assert error.value.errno == errno.ENOSPC
+    with pytest.raises(RuntimeError, match="other"), system_errors("here"):
+        raise RuntimeError("other")

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -175,7 +176,25 @@ def test_a_folder_with_another_run_or_anything_else_is_left_alone(sample, tmp_pa
         train(run_options(sample / "model", sample / "rows.json", tmp_path / "full"))
 
 
+def test_a_run_that_a_full_disk_ended_as_it_began_can_be_begun_again(tmp_path, monkeypatch):
+    folder, settings = RunFolder(tmp_path / "run"), {"seed": 0}
+
+    def full(*paths):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(OSError, match="No space left"):
+            folder.begin(settings)
+    assert not list((tmp_path / "run").iterdir())
+    (tmp_path / "run" / ".run.json.77").write_text("{")  # of a process that was killed
+    assert folder.check(settings) is False
+    folder.begin(settings)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.json"]
+
+
 REFUSED = [
+    ({"trains": ("connector",)}, "nothing of the model learns: it has no connector"),
     ({"method": "atp-llava", "method_options": {"target": 99}}, r"target=99 tokens on average cannot be reached"),
     ({"method": "sparse-attention", "method_options": {"sparsity": "l2"}}, "sparsity='l2'; allowed: l1, entropy"),
     ({"method": "magic"}, "method='magic'; allowed: unpruned, random"),
@@ -261,6 +280,41 @@ def test_a_disk_that_gets_full_is_an_error_of_the_system_and_the_run_goes_on_lat
     assert error.value.errno == errno.ENOSPC
     assert not list((tmp_path / "run").glob("*model*"))
     assert train(options).model.is_dir()
+
+
+@pytest.mark.parametrize("gathers", [True, False])
+def test_weights_that_processes_share_are_put_together_or_the_run_says_so(gathers, sample, tmp_path, monkeypatch):
+    """FSDP needs GPUs: here `Trainer` believes in it once training has ended, with accelerate's default for saving."""
+    options = run_options(sample / "model", sample / "rows.json", tmp_path / "run", max_steps=1)
+    plugin = SimpleNamespace(state_dict_type="StateDictType.SHARDED_STATE_DICT", set_state_dict_type=lambda kind: None)
+    if gathers:
+        plugin.set_state_dict_type = lambda kind: setattr(plugin, "state_dict_type", f"StateDictType.{kind}")
+    save = running._save
+
+    def sharded(trainer, *arguments):
+        trainer.is_fsdp_enabled = True
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer.accelerator.state, "fsdp_plugin", plugin, raising=False)
+            save(trainer, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "_save", sharded)
+        if gathers:
+            assert set(weights(train(options).model)) == set(weights(sample / "model"))
+            return
+        with pytest.raises(OSError, match=r"the weights were not put together, so .*model was not written"):
+            train(options)
+    assert not list((tmp_path / "run").glob("*model*"))
+    assert not train(options).was_finished
+
+
+@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_shared_weights_beside_modules_are_refused_before_anything_is_written(variable, sample, tmp_path, monkeypatch):
+    monkeypatch.setenv(variable, "true")
+    options = {"trains": ("pruner",), "method": "lvpruning", "tokens": 4}
+    with pytest.raises(ValueError, match=r"method='lvpruning' with .*, which divides the weights"):
+        train(run_options(sample / "model", sample / "rows.json", tmp_path / "run", **options))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_dry_run_counts_and_writes_nothing(sample, tmp_path, capsys):
@@ -391,6 +445,17 @@ def test_modules_of_another_model_are_refused_before_anything_is_written(other, 
         train(run_options(sample / "model", sample / "rows.json", tmp_path / "run", **options))
     assert message in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_counts_modules_in_their_own_type_and_refuses_those_of_another_shape(sample, tmp_path):
+    options = {"trains": ("pruner",), "method": "lvpruning", "tokens": 4, "dtype": "bfloat16"}
+    plan = train(run_options(sample / "model", sample / "rows.json", tmp_path / "run", **options), dry_run=True).plan
+    assert (plan.gradient_bytes, plan.optimizer_bytes) == (4 * plan.learning, 8 * plan.learning)
+    assert plan.weight_bytes == 2 * (plan.weights - plan.learning) + 4 * plan.learning
+    trained.LVPruning(4).for_model(model_for(make_processor(size=56), width=64)).save(tmp_path / "wide")
+    options = {"trains": ("pruner",), "method": str(tmp_path / "wide")}
+    with pytest.raises(ValueError, match="hidden_size=32; allowed: 64"):
+        train(run_options(sample / "model", sample / "rows.json", tmp_path / "run", **options), dry_run=True)
 
 
 def test_options_of_a_method_come_from_the_command_line_and_are_kept(sample, tmp_path, capsys):
