@@ -240,23 +240,54 @@ def _as_ours(model: Any) -> Iterator[None]:
     for layer in inner.vision_tower.encoder.layers:
         changes += [(layer, CLIPEncoderLayer), (layer.self_attn, GroupedCLIPAttention)]
     changes += [(layer.self_attn, DECODERS[decoder].attention_class) for layer in inner.language_model.layers]
-    stock = [(part, type(part)) for part, _ in changes]
-    options = {"pruning": IVTPPruningConfig(enabled=False), "clip_text_config": None, "connector": None}
-    missing = [name for name in options if name not in vars(config)]
+    dress = _Dress(model, changes)
     try:
-        for name in missing:
-            config.__dict__[name] = options[name]
-        inner.__dict__["prompt_graphs"] = PromptGraphs(0)
-        for part, our_class in changes:
-            part.__class__ = our_class
+        dress.put_on()
         with _hooks_call_our_forwards([part for part, _ in changes]):
             yield
     finally:
-        for part, stock_class in stock:
+        dress.take_off()
+
+
+class _Dress:
+    """Our classes and attributes on a stock LLaVA.
+
+    Parameters
+    ----------
+    model : LlavaForConditionalGeneration
+    changes : list of tuple
+        Its modules and its configuration, each with our class.
+    """
+
+    def __init__(self, model: Any, changes: list[tuple[Any, type]]) -> None:
+        self.model, self.ours, self.stock = model, changes, [(part, type(part)) for part, _ in changes]
+        options = {"pruning": IVTPPruningConfig(enabled=False), "clip_text_config": None, "connector": None}
+        self.missing = {name: value for name, value in options.items() if name not in vars(model.config)}
+
+    def put_on(self) -> None:
+        """Make the model ours, but for how it is saved."""
+        self.model.config.__dict__.update(self.missing)
+        self.model.model.__dict__["prompt_graphs"] = PromptGraphs(0)
+        self.model.__dict__["save_pretrained"] = self.save
+        for part, our_class in self.ours:
+            part.__class__ = our_class
+
+    def take_off(self) -> None:
+        """Make the model stock again."""
+        for part, stock_class in self.stock:
             part.__class__ = stock_class
-        for name in missing:
-            config.__dict__.pop(name, None)
-        inner.__dict__.pop("prompt_graphs", None)
+        for name in self.missing:
+            self.model.config.__dict__.pop(name, None)
+        self.model.model.__dict__.pop("prompt_graphs", None)
+        self.model.__dict__.pop("save_pretrained", None)
+
+    def save(self, *args: Any, **kwargs: Any) -> None:
+        """Save as the stock model does: what is trained under a method stays the kind of model that it was."""
+        self.take_off()
+        try:
+            self.model.save_pretrained(*args, **kwargs)
+        finally:
+            self.put_on()
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 Our models accept both names under every version; calls of transformers use the version's own name.
 """
 
+import copy
 import inspect
 import warnings
 from typing import Any
@@ -33,6 +34,12 @@ def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | Non
             "DynamicCache(config=model.config.text_config)."
         )
     return cache
+
+
+def copied(cache: Cache) -> Cache:
+    """Return a copy of a cache, without gradients: torch copies no tensor that has a history."""
+    held = [value for layer in cache.layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
+    return copy.deepcopy(cache, {id(tensor): tensor.detach().clone() for tensor in held if tensor.grad_fn is not None})
 
 
 def cache_argument(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:

@@ -250,10 +250,13 @@ class IVTPPruningConfig:
     def changed(self, **changes: Any) -> "IVTPPruningConfig":
         """Return a copy with `changes`; raises ValueError as the class does.
 
-        `visual_tokens="auto"` stands for the same coverage as in a new configuration, whatever was set before.
+        `visual_tokens="auto"` stands for the same coverage as in a new configuration, whatever was set before. That
+        coverage follows a change of `choice`.
         """
         if changes.get("visual_tokens") == AUTO:
             changes = {"coverage": None} | changes
+        elif self.coverage is not None and self.coverage == AUTO_COVERAGE[self.choice]:
+            changes = {"coverage": AUTO_COVERAGE.get(changes.get("choice", self.choice), self.coverage)} | changes
         return type(self).create(self, **changes)
 
     def at_budget(self, visual_tokens: int | str) -> dict[str, Any]:

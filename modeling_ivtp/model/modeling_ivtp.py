@@ -1,6 +1,5 @@
 """LLaVA with instruction-guided visual token pruning: the two stages, wired into transformers' LLaVA."""
 
-import copy
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from transformers.models.llava.modeling_llava import (
 from .adapter import naming_adapter
 from .ahead import choose_ahead
 from .checkpoint_ivtp import load_llava, naming_damaged_weights, register_weight_names, sparing, with_our_names
-from .compat import CACHE, cache_argument, cache_of, check_export, is_exporting, one_cache
+from .compat import CACHE, cache_argument, cache_of, check_export, copied, is_exporting, one_cache
 from .configuration_ivtp import IVTPLlavaConfig, IVTPPruningConfig
 from .connector_options import without_pruning
 from .connectors import CONNECTORS, Question, join_connector, make_connector, question_of_images
@@ -837,9 +836,11 @@ class IVTPLlavaForConditionalGeneration(
         self._check_something_to_explain(inputs)
         recorder = TraceRecorder(processor)
         fixed: dict[str, Any] = {"use_cache": True, "return_dict": True, "logits_to_keep": 1}
+        for name in ("labels", "shift_labels"):  # of a training batch; there is no loss to explain
+            inputs.pop(name, None)
         earlier = one_cache(inputs.pop("cache", None), inputs.pop("past_key_values", None))
         if earlier is not None:
-            earlier = copy.deepcopy(earlier)
+            earlier = copied(earlier)
             inputs = self._continuing(inputs, earlier)
             fixed["cache"] = earlier
         training = [module for module in self.modules() if module.training]

@@ -12,7 +12,7 @@ from accelerate import dispatch_model
 from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration, StaticCache
 
-from modeling_ivtp import methods
+from modeling_ivtp import IVTPLlavaForConditionalGeneration, methods
 from modeling_ivtp.flops.shapes import load_shape
 from modeling_ivtp.model.visual_sequence import VisualSequence
 from tests.support.masked import choices_of, masked_logits
@@ -253,6 +253,16 @@ def test_a_stock_llava_is_pruned_alike_and_left_as_it_was(name, model, stock):
     assert torch.equal(stock(**inputs).logits, unpruned)
     with method(model):
         assert torch.equal(model.generate(**inputs, **settings), theirs)
+
+
+def test_a_stock_llava_is_saved_as_one_while_a_method_is_applied(stock, tmp_path):
+    stock.save_pretrained(tmp_path / "before")
+    with methods.FastV(4)(stock):
+        stock.save_pretrained(tmp_path / "inside")
+        assert isinstance(stock, IVTPLlavaForConditionalGeneration)  # and is pruned on
+    assert "save_pretrained" not in vars(stock)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "inside").iterdir()}
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "before").iterdir()}
 
 
 def test_a_method_that_needs_clip_says_so(stock, model):

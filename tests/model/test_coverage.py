@@ -167,6 +167,15 @@ def test_auto_stands_for_a_coverage_with_a_floor_and_a_ceiling(tmp_path):
     assert (diverse.visual_tokens, diverse.coverage) == (64, 0.999)
     assert diverse.changed(visual_tokens="auto", coverage=0.5).coverage == 0.5
     assert diverse.changed(visual_tokens=32).coverage == 0.999
+    # And so does a change of the choice alone, if the coverage is the one of the choice before.
+    assert (auto.changed(choice="diverse").coverage, diverse.changed(choice="top").coverage) == (0.999, 0.9)
+    assert auto.changed(choice="diverse", coverage=0.9).coverage == 0.9
+    assert auto.changed(visual_tokens=32, coverage=0.5).changed(choice="diverse").coverage == 0.5
+    assert auto.changed(coverage=None).changed(choice="diverse").coverage is None
+    with pytest.raises(ValueError, match="choice='best'; allowed: top, diverse"):
+        auto.changed(choice="best")
+    config = tiny_model(visual_tokens="auto", tower_tokens=None).config
+    assert methods.IVTPExtended(CEILING).pruner(config).options.coverage == 0.999
     handed = IVTPPruningConfig(visual_tokens=32, tower_tokens=48, coverage=0.5, min_visual_tokens=20)
     changes = handed.at_budget("auto")
     assert (changes["tower_tokens"], handed.changed(**changes).coverage) == (None, 0.9)

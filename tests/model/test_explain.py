@@ -34,6 +34,23 @@ def test_the_trace_follows_each_image_from_the_grid_to_the_end():
     assert trace.layer_averaged_tokens == pytest.approx(38 / 6)
 
 
+def test_a_cache_with_gradients_is_explained_as_one_without_and_labels_change_nothing():
+    model, first, second = tiny_model(), prompt([[3, "image", 10]]), prompt([["image", 4]], seed=4)
+    second["attention_mask"] = torch.cat([first["attention_mask"], second["attention_mask"]], 1)
+    learned = model(**first, use_cache=True).past_key_values
+    with torch.no_grad():
+        plain = model(**first, use_cache=True).past_key_values
+    assert learned.layers[0].keys.requires_grad
+    expected = model.explain(**second, past_key_values=plain)
+    groups = [one.images[0].groups for one in (model.explain(**second, past_key_values=learned), expected)]
+    for ours, theirs in zip(*groups, strict=True):
+        np.testing.assert_array_equal(ours.kept, theirs.kept)
+        torch.testing.assert_close(ours.importance, theirs.importance)  # other kernels, with a history
+    assert learned.get_seq_length() == plain.get_seq_length() == first["input_ids"].shape[1]
+    labelled = model.explain(**first, labels=first["input_ids"])
+    assert labelled.to_dict() == model.explain(**first).to_dict()
+
+
 def test_kv_bytes_are_those_of_the_cache():
     model = tiny_model()
     inputs = prompt([[3, "image", 7]])
