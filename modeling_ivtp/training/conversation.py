@@ -72,7 +72,9 @@ def write(processor: Any, conversation: Conversation) -> Written:
             )
         text += asked[len(rendered) :]
         answer, start = answered[len(asked) :], len(text)
-        if not _ends(processor.tokenizer, answer):
+        words = message["content"][-1]["text"]
+        after = answer.rpartition(words)[2] if words else answer
+        if not _ends(processor.tokenizer, after):
             answer = answer.rstrip() + processor.tokenizer.eos_token
         text, rendered = text + answer, answered
         answers.append((start, start + len(answer.rstrip())))
@@ -96,7 +98,7 @@ def _render(processor: Any, messages: Sequence[Any], asks: bool, name: str) -> s
     return str(text)
 
 
-def _ends(tokenizer: Any, answer: str) -> bool:
-    """Return whether a special token ends an answer."""
+def _ends(tokenizer: Any, after: str) -> bool:
+    """Return whether a special token ends an answer, from what the template wrote after its words."""
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return answer.rstrip().endswith(tuple(special))
+    return after.rstrip().endswith(tuple(special))

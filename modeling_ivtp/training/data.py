@@ -73,10 +73,14 @@ def read_conversation(row: Any, number: int, folder: Path) -> Conversation:
             f"{name}: its turns are {', '.join(role for role, _ in messages)}; allowed: user, assistant, …"
         )
     if len(spoken) % 2:
+        if IMAGE in spoken[-1][1]:
+            raise ValueError(
+                f"{name}: its last question has an {IMAGE} and no answer; leave it out, or answer it"
+            )
         spoken = spoken[:-1]  # a question that nobody answered
     if not any(text.strip() for role, text in spoken if role == "assistant"):
         raise ValueError(f"{name} has no answer to learn from")
-    images = _images(row, folder)
+    images = _images(row, folder, name)
     places = sum(text.count(IMAGE) for role, text in spoken if role == "user")
     if images and not places:
         spoken[0] = ("user", f"{IMAGE}\n" * len(images) + spoken[0][1])
@@ -90,13 +94,31 @@ def _message(turn: Any, name: str) -> tuple[str, str]:
     text = turn.get("value", turn.get("content")) if isinstance(turn, Mapping) else None
     if who not in _ROLES or not isinstance(text, str):
         raise ValueError(f'{name}: a turn is {turn!r:.80}; allowed: {{"from": "human" or "gpt", "value": a text}}')
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}: a turn is no text: half of a character stands at {error.start}") from error
     return _ROLES[who], text
 
 
-def _images(row: Mapping[str, Any], folder: Path) -> tuple[Any, ...]:
-    found = row.get("image", row.get("images"))
-    listed = found if isinstance(found, (list, tuple)) else [] if found is None or found == "" else [found]
-    return tuple(_image(image, folder) for image in listed)
+def _images(row: Mapping[str, Any], folder: Path, name: str) -> tuple[Any, ...]:
+    """Return the pictures of a row, from whichever of the two fields has any."""
+    fields = [_listed(row.get(field)) for field in ("image", "images")]
+    if all(fields):
+        raise ValueError(f"{name} has pictures in image and in images; allowed: one of the two")
+    return tuple(_image(image, folder) for image in fields[0] or fields[1])
+
+
+def _listed(found: Any) -> list[Any]:
+    """Return a field's pictures; `datasets` fills fields that a row lacks with nothing, in several ways."""
+    listed = list(found) if isinstance(found, (list, tuple)) else [found]
+    return [one for one in listed if not _is_nothing(one)]
+
+
+def _is_nothing(image: Any) -> bool:
+    if isinstance(image, Mapping):
+        return image.get("bytes") is None and image.get("path") is None
+    return image is None or (isinstance(image, str) and not image)
 
 
 def _image(image: Any, folder: Path) -> Any:
@@ -255,7 +277,10 @@ def _read_datasets(source: str, path: Path) -> Any:
             table = table["train"]
     else:
         table = datasets.load_dataset(str(path) if path.is_dir() else name, split=split or "train")
+    encoded = datasets.Image(decode=False)  # pictures are decoded when they are needed
     for column, kind in table.features.items():
-        if isinstance(kind, datasets.Image):  # pictures are decoded when they are needed
-            table = table.cast_column(column, datasets.Image(decode=False))
+        if isinstance(kind, datasets.Image):
+            table = table.cast_column(column, encoded)
+        elif isinstance(kind, datasets.List) and isinstance(kind.feature, datasets.Image):
+            table = table.cast_column(column, datasets.List(encoded))
     return table

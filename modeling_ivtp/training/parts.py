@@ -133,6 +133,8 @@ class PrunedBy:
             For an option that is unknown or out of range.
         """
         options, tokens = dict(self.options), self.tokens
+        if "keep" in options:
+            raise ValueError(f"{self.method} has no option keep here; allowed: --tokens {options['keep']}.")
         if self.is_folder:
             return load(self.method, **options | ({} if tokens is None else {"keep": tokens}))
         kind = TRAINED.get(self.method) or METHODS[self.method]

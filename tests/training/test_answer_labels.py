@@ -65,6 +65,16 @@ def test_answers_and_their_ends_are_learned_and_nothing_else(name):
     assert "pixel_values" not in alone
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_special_token_in_an_answer_s_own_words_does_not_end_it(name):
+    processor, answers = processor_of(name)
+    end = answers[0].removeprefix("brown")
+    rows = [{"conversations": [TEXT_ROW["conversations"][0], {"from": "gpt", "value": f"It is {end}"}]}]
+    batch = Collator(processor, 256)([conversation(row) for row in rows])
+    (run,) = learned(processor, batch["input_ids"][0], batch["labels"][0])
+    assert run.replace(" ", "") == f"Itis{end}{end}"
+
+
 @pytest.mark.parametrize("name", ["llava", "mistral", "chatml"])
 def test_a_first_answer_follows_the_very_tokens_that_are_asked_with(name):
     processor, _ = processor_of(name)

@@ -27,6 +27,19 @@ BAD = [
     ({"conversations": turns("Why?")}, "has no answer to learn from"),
     ({"conversations": turns("Why?", " ")}, "has no answer to learn from"),
     ({"conversations": [*turns("Why?"), *turns("Why?")]}, "its turns are user, user"),
+    (
+        {"image": "a.png", "conversations": turns("Why?", "So.", "And <image>?")},
+        "row 3: its last question has an <image> and no answer; leave it out, or answer it",
+    ),
+    ({"conversations": turns("Why?", "So \ud83d.")}, "row 3: a turn is no text: half of a character stands at 3"),
+    (
+        {"image": {"bytes": None, "path": None}, "conversations": turns("<image>\nWhy?", "So.")},
+        "row 3 has 1 <image> and 0 pictures",
+    ),
+    (
+        {"image": "a.png", "images": ["b.png"], "conversations": turns("Why?", "So.")},
+        "row 3 has pictures in image and in images; allowed: one of the two",
+    ),
 ]
 
 
@@ -169,6 +182,26 @@ def test_a_preset_of_ones_own_is_a_file(tmp_path):
         ValueError, match=r"there is no preset 'stage-3'; allowed: a file, or one of .*llava-1\.5-stage-1"
     ):
         load_preset("stage-3")
+
+
+@pytest.mark.parametrize("nothing", [None, "", [], [None], {"bytes": None, "path": None}])
+def test_a_field_without_a_picture_leaves_the_other_to_hold_it(nothing, tmp_path):
+    both = {"image": nothing, "images": ["a.png"], "conversations": turns("Why?", "So.")}
+    assert read_conversation(both, 0, tmp_path).images == (tmp_path / "a.png",)
+    both = {"image": "a.png", "images": nothing, "conversations": turns("Why?", "So.")}
+    assert read_conversation(both, 0, tmp_path).images == (tmp_path / "a.png",)
+    alone = {"image": nothing, "conversations": turns("Why?", "So.")}
+    assert read_conversation(alone, 0, tmp_path).images == ()
+
+
+def test_lists_of_pictures_of_datasets_stay_encoded(tmp_path):
+    write_data(tmp_path)
+    pictures = [str(tmp_path / "pictures" / f"{number}.png") for number in range(2)]
+    rows = [{"images": pictures, "conversations": turns("Why?", "So.")}]
+    table = datasets.Dataset.from_list(rows).cast_column("images", datasets.List(datasets.Image()))
+    table.save_to_disk(tmp_path / "saved")
+    read = open_conversations(str(tmp_path / "saved"))[0]
+    assert [image[:4] for image in read.images] == [b"\x89PNG"] * 2
 
 
 def test_a_picture_may_be_bytes_or_an_open_picture(tmp_path):

@@ -208,6 +208,7 @@ REFUSED = [
     ({"trains": ("pruner",), "method": "fastv"}, r"trains=\['pruner'\] with method='fastv', which has no modules"),
     ({"method": "lvpruning", "method_options": {"speed": 1}}, "lvpruning has no option speed; allowed: "),
     ({"method": "fastv", "method_options": {"speed": 1}}, "fastv has no option speed; allowed"),
+    ({"method": "fastv", "method_options": {"keep": 3}}, "fastv has no option keep here; allowed: --tokens 3"),
     ({"method": "unpruned", "method_options": {"speed": 1}}, "method='unpruned' has no options"),
     ({"method": "ivtp", "method_options": {"speed": 1}}, r"Unknown pruning option\(s\) speed"),
     ({"dtype": "int8"}, "dtype='int8'; allowed: float32, bfloat16"),
