@@ -74,9 +74,7 @@ def read_conversation(row: Any, number: int, folder: Path) -> Conversation:
         )
     if len(spoken) % 2:
         if IMAGE in spoken[-1][1]:
-            raise ValueError(
-                f"{name}: its last question has an {IMAGE} and no answer; leave it out, or answer it"
-            )
+            raise ValueError(f"{name}: its last question has an {IMAGE} and no answer; leave it out, or answer it")
         spoken = spoken[:-1]  # a question that nobody answered
     if not any(text.strip() for role, text in spoken if role == "assistant"):
         raise ValueError(f"{name} has no answer to learn from")
