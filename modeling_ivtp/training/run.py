@@ -95,8 +95,7 @@ def train(options: Options, *, dry_run: bool = False) -> Summary:
     pruned_by = options.pruned_by
     pruned_by.check_parts(options.preset.trains)
     report_to = _reporting(options.log_to)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError('device="cuda", but PyTorch finds no GPU here; allowed: cpu, or leave it out.')
+    _check_device(options.device)
     state = PartialState(cpu=options.device == "cpu")
     if not dry_run and state.num_processes == 1:
         _check_one_gpu(options.device)
@@ -153,6 +152,12 @@ def train(options: Options, *, dry_run: bool = False) -> Summary:
         held_out_loss=held[-1] if held else None,
         main=state.is_main_process,
     )
+
+
+def _check_device(device: str | None) -> None:
+    """Refuse a GPU that is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError('device="cuda", but PyTorch finds no GPU here; allowed: cpu, or leave it out.')
 
 
 def _check_one_gpu(device: str | None) -> None:
