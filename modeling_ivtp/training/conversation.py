@@ -73,7 +73,8 @@ def write(processor: Any, conversation: Conversation) -> Written:
         text += asked[len(rendered) :]
         answer, start = answered[len(asked) :], len(text)
         words = message["content"][-1]["text"]
-        after = answer.rpartition(words)[2] if words else answer
+        # The first match: a short answer, an `s` say, may come again in the end token after it.
+        after = answer.partition(words)[2] if words else answer
         if not _ends(processor.tokenizer, after):
             answer = answer.rstrip() + processor.tokenizer.eos_token
         text, rendered = text + answer, answered

@@ -75,6 +75,16 @@ def test_a_special_token_in_an_answer_s_own_words_does_not_end_it(name):
     assert run.replace(" ", "") == f"Itis{end}{end}"
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("words", ["s", "/", ">", "d", "im", "end"])
+def test_an_answer_that_is_part_of_the_end_token_is_ended_once(name, words):
+    processor, answers = processor_of(name)
+    end = answers[0].removeprefix("brown")
+    rows = [{"conversations": [TEXT_ROW["conversations"][0], {"from": "gpt", "value": words}]}]
+    batch = Collator(processor, 256)([conversation(row) for row in rows])
+    assert learned(processor, batch["input_ids"][0], batch["labels"][0]) == [f"{words}{end}"]
+
+
 @pytest.mark.parametrize("name", ["llava", "mistral", "chatml"])
 def test_a_first_answer_follows_the_very_tokens_that_are_asked_with(name):
     processor, _ = processor_of(name)
