@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 
 from benchmarks.quality import report
 from benchmarks.quality.answer_log import AnswerLog
@@ -145,26 +146,31 @@ def evaluate_checkpoint(
     chosen = _only(chosen, methods, unpruned=not joins)
     out.mkdir(parents=True, exist_ok=True)
     evaluation = Evaluation.of(model, folder, checkpoint, reference, number=number, seed=seed)
-    file, before = _open_results(out, evaluation, reference or folder, joins=joins)
+    origin = reference or folder
+    _open_results(out, evaluation, origin, joins=joins)  # what cannot be joined is refused before the questions
     asked_of = evaluation.identity | {
         "checkpoint": evaluation.checkpoint, "batch": batch, "device": str(model.device), "code": evaluation.code
     }  # fmt: skip
     with AnswerLog(out, asked_of) as log, quiet():
         asked = ask(model, processor, chosen, log, number=number, batch=batch, seed=seed)
-        all_rows = report.joined(before.get("rows", []), _measured(chosen, log, asked, model.config, evaluation))
-        types = headline or before.get("questions", {}).get("headline") or _well_answered(all_rows, asked)
-        # Where patches are lost, and another seed, stay in the results that are joined.
-        results = before | {
-            **evaluation.identity,
-            "checkpoint_name": evaluation.name,
-            "questions": report.describe_questions(asked.questions, types),
-            "versions": report.versions(),
-            "machine": report.machine(model),
-            "commands": [*before.get("commands", []), command],
-            "skipped": before.get("skipped", {}) | skipped,
-            "rows": report.summarised(all_rows, asked.questions, types),
-        }
-        report.write(file, results)
+        measured = _measured(chosen, log, asked, model.config, evaluation)
+        # Others may have joined their rows in the meantime, and may be about to.
+        with FileLock(out / ".results.lock"):
+            file, before = _open_results(out, evaluation, origin, joins=joins)
+            all_rows = report.joined(before.get("rows", []), measured)
+            types = headline or before.get("questions", {}).get("headline") or _well_answered(all_rows, asked)
+            # Where patches are lost, and another seed, stay in the results that are joined.
+            results = before | {
+                **evaluation.identity,
+                "checkpoint_name": evaluation.name,
+                "questions": report.describe_questions(asked.questions, types),
+                "versions": report.versions(),
+                "machine": report.machine(model),
+                "commands": [*before.get("commands", []), command],
+                "skipped": before.get("skipped", {}) | skipped,
+                "rows": report.summarised(all_rows, asked.questions, types),
+            }
+            report.write(file, results)
         log.finished()
     return file
 

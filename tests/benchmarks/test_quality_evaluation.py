@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import modeling_ivtp
 from benchmarks.quality import checkpoint as checkpoints
-from benchmarks.quality import findings, readme, report, retrain
+from benchmarks.quality import evaluate_quality, findings, readme, report, retrain
 from benchmarks.quality.answer_log import AnswerLog, Answers
 from benchmarks.quality.checkpoint import check_world, checkpoint_fingerprint
 from benchmarks.quality.evaluate_quality import MINIATURE, _rows, _well_answered, evaluate_checkpoint
@@ -484,6 +484,24 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(
     assert not partial.exists()
     rows = json.loads(file.read_text())["rows"]
     assert [row["right"] for row in rows] == [row["right"] for row in whole["rows"]]
+
+
+@pytest.mark.slow
+def test_rows_that_another_process_joins_in_the_meantime_stay(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate(checkpoint, tmp_path, methods=["unpruned"])
+    ask = evaluate_quality.ask
+
+    def ask_slowly(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.setattr(evaluate_quality, "ask", ask)
+        evaluate(checkpoint, tmp_path, methods=["random"], batch=3, join=True)
+        return ask(*arguments, **options)
+
+    monkeypatch.setattr(evaluate_quality, "ask", ask_slowly)
+    file = evaluate(checkpoint, tmp_path, methods=["blind"], join=True)
+    rows = json.loads(file.read_text())["rows"]
+    assert sorted(row["method"] for row in rows) == ["blind", "random", "unpruned"]
 
 
 @pytest.mark.slow
