@@ -5,7 +5,7 @@ punished in the decoder, so that so small a model learns fast and survives pruni
 
 `plain` is trained as CLIP and LLaVA are, as far as two cores allow: captions as a whole teach the tower, nothing
 teaches the tops of groups, and attention is free. Each aid that it keeps is a field here. It was to do without help on
-the way to an answer, too, but on whole scenes relations stood still without it (`benchmarks/README.md`).
+the way to an answer, too, but without it relations stood still on whole scenes (`benchmarks/README.md`).
 """
 
 from dataclasses import dataclass, replace
@@ -276,18 +276,18 @@ PLAIN = Recipe(
     course=Course(
         align=100,
         name=400,
-        middle=1100,
-        whole=2400,
-        sentences=500,
-        practice=500,
+        middle=600,
+        whole=1300,
+        sentences=400,
+        practice=400,
         settle=0,
         projector_alone=True,
         alike_layers=4,
         named_after=8,
         source_after=12,
         places_weight=0.3,
-        places_from=2000,
-        related_from=2840,
+        places_from=0,
+        related_from=800,
         idle_weight=0.0,
         crowded=False,
     ),

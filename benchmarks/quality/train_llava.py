@@ -9,8 +9,7 @@ ever dropped in training.
 The recipe of stage 1 says what helps on the way. In `taught` the decoder is asked for the place of the object named and
 of the one that the answer is read from; this fades out, and its heads are dropped. Attention to the ground costs a
 little all along, and in the end so does an object's attention to other objects: a token that finds nothing to look at
-is to rest on the first token, as in large models, not on patches that pruning drops. In `plain` places are asked
-for only once whole scenes have come, and attention is free.
+is to rest on the first token, as in large models, not on patches that pruning drops. In `plain` attention is free.
 
     python -m benchmarks.quality.train_llava --clip out/miniature/clip --out out/miniature/llava
 
