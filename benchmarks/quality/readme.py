@@ -26,6 +26,8 @@ WHOLE = ("cls-topk", "cls-topk-all-layers", "oracle")
 """Rows that choose among the features of whole pictures: no methods of anybody."""
 SHORT = ("unpruned", "ivtp-extended", "ivtp-extended-flat", "ivtp", "tome+", "divprune", "random")
 """Rows of the README's table, in its order."""
+LARGEST = 192
+"""The largest budget in the README's table, which stays narrow; the page has all of them."""
 
 
 def marks(name: str) -> tuple[str, str]:
@@ -56,7 +58,10 @@ def short_excerpt(file: Path, page: Path = README) -> str:
     """Return the README's block: the accuracy of a few methods at each budget, and what is lost at 64 tokens."""
     results: Mapping[str, Any] = json.loads(file.read_text())
     main = [row for row in results["rows"] if not row["table"] and row["mode"] == "inference"]
-    shown = [row for row in main if row["method"] in SHORT]
+    shown = [
+        row for row in main
+        if row["method"] == "unpruned" or (row["method"] in SHORT and row["visual_tokens"] <= LARGEST)
+    ]  # fmt: skip
     begin, end = marks("quality-short")
     return "\n".join(
         [

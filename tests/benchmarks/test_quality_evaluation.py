@@ -635,6 +635,14 @@ def test_a_page_tells_the_newest_results_and_keeps_the_rest(tmp_path: Path) -> N
         readme.filled("nothing", text)
 
 
+def test_the_first_page_leaves_large_budgets_to_the_other(tmp_path: Path) -> None:
+    file = tmp_path / "quality-2026-01-01.json"
+    results = results_of({("unpruned", 576): share(400), ("ivtp", 256): share(390), ("ivtp", 64): share(350)}, "a")
+    file.write_text(json.dumps(results))
+    assert "| method | 576 | 64 |" in readme.short_excerpt(file)
+    assert "| method | 576 | 256 | 64 |" in readme.excerpt(file)
+
+
 def test_retrained_rows_do_not_speak_for_the_published_method() -> None:
     shown = (("unpruned", 576), ("ivtp", 16), ("ivtp-extended", 16))
     results = results_of({name: share(400 - place) for place, name in enumerate(shown)}, "a")
