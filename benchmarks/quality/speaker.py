@@ -102,66 +102,113 @@ class Speaker(nn.Module):
             Share of attention that questions and objects pay to ground, averaged over layers and heads; 0 without
             `ground`. Attention to the first token, which is always there, is not idle.
         """
-        batch, number, length = asked.shape
+        number, length = asked.shape[1:]
         embed = self.language.embed_tokens
-        lead_states, words = embed(lead).expand(batch, -1, -1), embed(asked).flatten(1, 2)
-        states = torch.cat([lead_states, self.project(features), words], 1)
-        read = states.shape[1] - words.shape[1]
-        positions = torch.arange(len(lead) + GRID**2 + length, device=asked.device)
         if patches is None:
             patches = torch.arange(GRID**2, device=asked.device)
-        after = positions[len(lead) + GRID**2 :].repeat(number)
-        positions = torch.cat([positions[: len(lead)], len(lead) + patches, after])[None]
-        cos, sin = self.language.rotary_emb(states, positions)
-        reading = _causal_bias(read, states)
-        own = _causal_bias(length, states)
-        penalty = None if ground is None else IdleAttention.of(ground, things, asking, len(lead))
-        packing = None if lengths is None else Packing.of(lengths, length, read)
-        if packing is not None:
-            states = packing.packed(states)
+        picture = torch.cat([embed(lead).expand(len(asked), -1, -1), self.project(features)], 1)
+        read = picture.shape[1]
+        packing = Packing.of(lengths, length) if lengths is not None else None
+        words = embed(asked).flatten(0, 2)
+        states = torch.cat([picture.flatten(0, 1), words if packing is None else packing.packed(words)])
+        places = torch.cat([torch.arange(len(lead), device=asked.device), len(lead) + patches])
+        after = len(lead) + GRID**2 + torch.arange(length, device=asked.device)
+        layout = Layout(
+            batch=len(asked),
+            read=read,
+            packing=packing,
+            of_picture=self.language.rotary_emb(states, places[None]),
+            of_questions=self.language.rotary_emb(states, after.repeat(number)[None]),
+            own=_causal_bias(length, states),
+            penalty=None if ground is None else IdleAttention.of(ground, things, asking, len(lead)),
+        )
         halfway, idle = [], torch.zeros((), device=states.device)
         for index, layer in enumerate(self.language.layers[:layers], 1):
-            states, share = _run_layer(layer, states, cos, sin, reading, own, penalty, packing)
+            states, share = _run_layer(layer, states, layout)
             idle = idle + share / len(self.language.layers)
             if index in self.halfway:
-                whole = states if packing is None else packing.padded(states)
-                halfway += [whole[:, read:].unflatten(1, (number, length))] * self.halfway.count(index)
-        whole = states if packing is None else packing.padded(states)
-        return self.language.norm(whole[:, read:]).unflatten(1, (number, length)), halfway, idle
+                whole = layout.questions(states)
+                halfway += [whole.unflatten(1, (number, length))] * self.halfway.count(index)
+        hidden = self.language.norm(layout.questions(states))
+        return hidden.unflatten(1, (number, length)), halfway, idle
 
 
 @dataclass
 class Packing:
-    """The tokens of pictures and padded questions that are computed, one after the other.
+    """The tokens of padded questions that are computed, one after the other.
 
     A third of the tokens of questions side by side is padding; a layer's products leave it out.
 
     Attributes
     ----------
-    shape : tuple of int
-        Batch and padded length (B, S).
+    total : int
+        Number of all tokens of all questions, padding too.
     real : int64 Tensor (M,)
-        Places of the tokens that are computed among all B S.
+        Places of the computed ones among them.
     """
 
-    shape: tuple[int, int]
+    total: int
     real: torch.Tensor
 
     @classmethod
-    def of(cls, lengths: torch.Tensor, length: int, read: int) -> "Packing":
-        """Pack `read` tokens of each picture and the first `lengths` (B, Q) of the `length` tokens of each question."""
+    def of(cls, lengths: torch.Tensor, length: int) -> "Packing":
+        """Pack the first `lengths` (B, Q) of the `length` tokens of each question."""
         real = torch.arange(length, device=lengths.device) < lengths[..., None]
-        real = F.pad(real.flatten(1), (read, 0), value=True)
-        return cls((real.shape[0], real.shape[1]), real.flatten().nonzero().squeeze(1))
+        return cls(real.numel(), real.flatten().nonzero().squeeze(1))
 
     def packed(self, states: torch.Tensor) -> torch.Tensor:
-        """Return the computed ones (M, d) of states (B, S, d)."""
-        return states.flatten(0, 1).index_select(0, self.real)
+        """Return the computed ones (M, d) of all states (total, d)."""
+        return states.index_select(0, self.real)
 
     def padded(self, states: torch.Tensor) -> torch.Tensor:
-        """Return states (M, d) in their places (B, S, d), with zeros between."""
-        whole = states.new_zeros(self.shape[0] * self.shape[1], states.shape[1])
-        return whole.index_copy(0, self.real, states).unflatten(0, self.shape)
+        """Return states (M, d) in their places (total, d), with zeros between."""
+        return states.new_zeros(self.total, states.shape[1]).index_copy(0, self.real, states)
+
+
+@dataclass
+class Layout:
+    """Where pictures and questions stand among the states of a layer, and how they attend.
+
+    The states (N, d) are those of all pictures, one after the other, and then those of all questions.
+
+    Attributes
+    ----------
+    batch, read : int
+        Number of pictures, and of the tokens of each and before it.
+    packing : Packing or None
+        The questions' tokens that are computed. None: all.
+    of_picture, of_questions : tuple of Tensor (1, S, D)
+        Cosines and sines of the positions of a picture, and of its questions.
+    own : Tensor (T, T)
+        Causal bias of a question.
+    penalty : IdleAttention or None
+    """
+
+    batch: int
+    read: int
+    packing: Packing | None
+    of_picture: tuple[torch.Tensor, torch.Tensor]
+    of_questions: tuple[torch.Tensor, torch.Tensor]
+    own: torch.Tensor
+    penalty: "IdleAttention | None"
+
+    def apart(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the states of pictures (B, read, d) and of questions (B, Q T, d), zeros where nothing is computed."""
+        of_pictures, of_questions = states.tensor_split([self.batch * self.read])
+        if self.packing is not None:
+            of_questions = self.packing.padded(of_questions)
+        return of_pictures.unflatten(0, (self.batch, -1)), of_questions.unflatten(0, (self.batch, -1))
+
+    def questions(self, states: torch.Tensor) -> torch.Tensor:
+        """Return the questions' states (B, Q T, d)."""
+        return self.apart(states)[1]
+
+    def together(self, of_pictures: torch.Tensor, of_questions: torch.Tensor) -> torch.Tensor:
+        """Return the states (N, d) of both."""
+        of_questions = of_questions.flatten(0, 1)
+        if self.packing is not None:
+            of_questions = self.packing.packed(of_questions)
+        return torch.cat([of_pictures.flatten(0, 1), of_questions])
 
 
 @dataclass
@@ -207,61 +254,61 @@ class IdleAttention:
         return ((of_questions * self.asking[:, None]).sum(2).mean() + of_objects) / 2
 
 
-def _run_layer(
-    layer: nn.Module,
-    states: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    reading: torch.Tensor,
-    own: torch.Tensor,
-    penalty: IdleAttention | None,
-    packing: Packing | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run a layer over the picture and all questions, and return the states and the idle share of attention.
-
-    `reading` and `own` are the attention biases of picture and question. With a packing, `states` are packed.
-    """
-    attention, read = layer.self_attn, reading.shape[0]
+def _run_layer(layer: nn.Module, states: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run a layer over pictures and questions, and return the states (N, d) and the idle share of attention."""
+    attention = layer.self_attn
     normed = layer.input_layernorm(states)
-    projected = [projection(normed) for projection in (attention.q_proj, attention.k_proj, attention.v_proj)]
-    if packing is not None:
-        projected = [packing.padded(one) for one in projected]
-    query, key, value = (one.unflatten(2, (-1, attention.head_dim)).transpose(1, 2) for one in projected)
-    query, key = apply_rotary_pos_emb(query, key, cos.to(query.dtype), sin.to(query.dtype))
-    of_picture = [states_of[:, :, :read] for states_of in (query, key, value)]
-    query = query * query.shape[-1] ** -0.5
-    by_questions, of_questions = _side_by_side(query, key, value, read, own)
-    if penalty is None:
-        read_states = F.scaled_dot_product_attention(*of_picture, is_causal=True)
+    of_picture, of_questions = zip(
+        *(layout.apart(project(normed)) for project in (attention.q_proj, attention.k_proj, attention.v_proj)),
+        strict=True,
+    )
+    picture = _turned(of_picture, layout.of_picture, attention.head_dim)
+    questions = _turned(of_questions, layout.of_questions, attention.head_dim)
+    scale = attention.head_dim**-0.5
+    by_questions, answers = _side_by_side(questions, picture, layout.own, scale)
+    if layout.penalty is None:
+        seen = F.scaled_dot_product_attention(*picture, is_causal=True)
         idle = states.new_zeros(())
     else:
-        by_picture = (query[:, :, :read] @ key[:, :, :read].transpose(-1, -2) + reading.to(query.dtype)).softmax(-1)
-        read_states = by_picture @ value[:, :, :read]
-        idle = penalty.share(by_picture, by_questions)
-    output = torch.cat([read_states, of_questions], 2).transpose(1, 2).flatten(2)
-    if packing is not None:
-        output = packing.packed(output)
+        query, key, value = picture
+        bias = _causal_bias(layout.read, query)
+        by_picture = ((query * scale) @ key.transpose(-1, -2) + bias).softmax(-1)
+        seen = by_picture @ value
+        idle = layout.penalty.share(by_picture, by_questions)
+    output = layout.together(*(heads.transpose(1, 2).flatten(2) for heads in (seen, answers)))
     states = states + attention.o_proj(output)
     return states + layer.mlp(layer.post_attention_layernorm(states)), idle
 
 
+def _turned(
+    projected: tuple[torch.Tensor, ...], turns: tuple[torch.Tensor, torch.Tensor], head_dim: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return query, key and value by heads (B, H, S, D) from (B, S, H D), query and key turned by their positions."""
+    query, key, value = (one.unflatten(2, (-1, head_dim)).transpose(1, 2) for one in projected)
+    cos, sin = turns
+    query, key = apply_rotary_pos_emb(query, key, cos.to(query.dtype), sin.to(query.dtype))
+    return query, key, value
+
+
 def _causal_bias(size: int, like: torch.Tensor) -> torch.Tensor:
-    return torch.full((size, size), float("-inf"), device=like.device).triu(1)
+    return torch.full((size, size), float("-inf"), dtype=like.dtype, device=like.device).triu(1)
 
 
 def _side_by_side(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, read: int, own: torch.Tensor
+    questions: tuple[torch.Tensor, ...], picture: tuple[torch.Tensor, ...], own: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the attention of questions, each to the picture and to itself.
 
     Parameters
     ----------
-    query, key, value : Tensor (B, H, read + Q T, D)
-        Of picture and questions; queries are scaled.
-    read : int
-        Tokens of the picture and before it.
+    questions : three Tensor (B, H, Q T, D)
+        Queries, keys and values of the questions.
+    picture : three Tensor (B, H, read, D)
+        The same of the picture and what is before it.
     own : Tensor (T, T)
         Causal bias of a question.
+    scale : float
+        Factor on the queries.
 
     Returns
     -------
@@ -271,11 +318,12 @@ def _side_by_side(
         The output.
     """
     length = own.shape[0]
-    query = query[:, :, read:]
-    by_question = [states.unflatten(2, (-1, length)) for states in (query, key[:, :, read:], value[:, :, read:])]
-    to_picture = query @ key[:, :, :read].transpose(-1, -2)
+    query, key, value = questions
+    query = query * scale
+    by_question = [states.unflatten(2, (-1, length)) for states in (query, key, value)]
+    to_picture = query @ picture[1].transpose(-1, -2)
     to_itself = by_question[0] @ by_question[1].transpose(-1, -2) + own.to(query.dtype)
     weights = torch.cat([to_picture, to_itself.flatten(2, 3)], -1).softmax(-1)
-    of_itself = weights[..., read:].unflatten(2, (-1, length)) @ by_question[2]
-    to_picture = weights[..., :read]
-    return to_picture, to_picture @ value[:, :, :read] + of_itself.flatten(2, 3)
+    to_picture, to_itself = weights.tensor_split([picture[1].shape[2]], -1)
+    of_itself = to_itself.unflatten(2, (-1, length)) @ by_question[2]
+    return to_picture, to_picture @ picture[2] + of_itself.flatten(2, 3)
