@@ -104,8 +104,6 @@ class Course:
         answer is read from.
     places_weight : float
         Weight of the help on the way to an answer: those places, and the answer at the noun. 0: no help.
-    places_from : int
-        The first step with help.
     related_from : int, optional
         The first step from which every second one asks only questions that relate two objects, which take longest to
         learn. `practice` begins with it at the latest; None: not before.
@@ -127,7 +125,6 @@ class Course:
     named_after: int
     source_after: int
     places_weight: float
-    places_from: int
     related_from: int | None
     idle_weight: float
     crowded: bool
@@ -153,14 +150,9 @@ class Course:
         return step >= self.steps - self.settle
 
     def rate(self, step: int) -> float:
-        """Return the share of the peak learning rates: a cosine, and half of one for each part after the terse ones.
-
-        Where help comes later, a cosine leads up to it and another one begins with it: new ways need a high rate.
-        """
-        if step < self.places_from:
-            return cosine_rate(step, self.places_from)
+        """Return the share of the peak learning rates: a cosine, and half of one for each part after the terse ones."""
         if step < self.terse:
-            return cosine_rate(step - self.places_from, self.terse - self.places_from)
+            return cosine_rate(step, self.terse)
         step -= self.terse
         for part in (self.sentences, self.practice, self.settle):
             if step < part:
@@ -170,10 +162,7 @@ class Course:
 
     def help(self, step: int) -> float:
         """Return the weight of the help: full at first, 0 in the last quarter before the sentences."""
-        if not self.places_from <= step < self.terse:
-            return 0.0
-        share = (step - self.places_from) / (self.terse - self.places_from)
-        return self.places_weight * min(1.0, max(0.0, 3 - 4 * share))
+        return self.places_weight * min(1.0, max(0.0, 3 - 4 * step / self.terse))
 
 
 @dataclass(frozen=True)
@@ -247,7 +236,6 @@ TAUGHT = Recipe(
         named_after=2,
         source_after=4,
         places_weight=0.3,
-        places_from=0,
         related_from=None,
         idle_weight=0.5,
         crowded=True,
@@ -286,7 +274,6 @@ PLAIN = Recipe(
         named_after=8,
         source_after=12,
         places_weight=0.3,
-        places_from=0,
         related_from=800,
         idle_weight=0.0,
         crowded=False,

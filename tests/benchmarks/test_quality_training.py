@@ -328,21 +328,6 @@ def test_help_on_the_way_fades_before_training_ends():
     assert weights[0] > 0
     assert weights[-10:] == [0] * 10
     assert min(map(course.rate, range(course.steps))) > 0
-    later = replace(course, places_from=8)
-    weights = [later.help(step) for step in range(course.steps)]
-    assert weights[:8] == [0] * 8
-    assert weights[8] == later.places_weight
-    assert weights[8:] == sorted(weights[8:], reverse=True)
-    assert weights[-10:] == [0] * 10
-    assert min(map(later.rate, range(course.steps))) > 0
-
-
-def test_a_rate_that_has_fallen_rises_again_where_help_begins():
-    course = replace(a_course(align=400, whole=800), places_from=600)
-    assert course.rate(150) > 0.9
-    assert course.rate(599) < 0.1
-    assert course.rate(710) > 0.9
-    assert course.rate(1199) < 0.1
 
 
 @pytest.mark.slow
