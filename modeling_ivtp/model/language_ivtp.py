@@ -479,8 +479,7 @@ class GroupedDecoder:
                 "output_attentions=True: under pruning each layer's attention map has another size. Use "
                 "model.explain(...) to see what was kept and why, or switch pruning off: model.pruning(enabled=False)."
             )
-        if getattr(config, "_attn_implementation", None) == "flex_attention":
-            raise ValueError('attn_implementation="flex_attention" is not supported under pruning; use "sdpa".')
+        refuse_flex_attention(config)
 
     def _refuse_with_weights(self, cache: Cache | None) -> None:
         """Refuse what has no gradient where tokens are weighted: a cache, and checkpoints that lose the weights."""
@@ -550,6 +549,12 @@ DECODERS: dict[str, Any] = {
     "mistral": GroupedMistralModel,
     "qwen2": GroupedQwen2Model,
 }
+
+
+def refuse_flex_attention(config: Any) -> None:
+    """Refuse a decoder that was set to flex attention, before the vision tower runs, too: there it fails on a CPU."""
+    if getattr(config, "_attn_implementation", None) == "flex_attention":
+        raise ValueError('attn_implementation="flex_attention" is not supported under pruning; use "sdpa".')
 
 
 def check_architecture(config: Any) -> None:

@@ -31,12 +31,13 @@ from .generation_ivtp import PrunedGeneration
 from .guide import InstructionGuide, asks
 from .instruction_cache import InstructionCache
 from .labels import TEXT_TOWER, labelled
-from .language_ivtp import DECODERS, check_architecture
+from .language_ivtp import DECODERS, check_architecture, refuse_flex_attention
 from .outputs import (
     IMAGES,
     IVTPImageFeatures,
     answers_of,
     check_encoded,
+    kept_columns,
     model_output,
     training_targets,
     trimmed,
@@ -311,6 +312,7 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
         if plan is None:
             connected = self._connect_images(pixel_values, feature_layers, question, kwargs)
             return connected if return_dict else connected.to_tuple()
+        refuse_flex_attention(self.language_model.config)
 
         def encode(pixel_values: torch.Tensor) -> IVTPImageFeatures:
             return self._encode_images(pixel_values, plan, feature_layers, recorder, kwargs)
@@ -430,7 +432,8 @@ class IVTPLlavaModel(IVTPLlavaPreTrainedModel, LlavaModel):
         """Return where an image token stands, as a number or as its embedding: bool Tensor (B, S)."""
         if input_ids is not None:
             return input_ids == self.config.image_token_id
-        assert inputs_embeds is not None
+        if inputs_embeds is None:
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
@@ -710,7 +713,8 @@ class IVTPLlavaForConditionalGeneration(
         labels = {name: kwargs[name] for name in ("labels", "shift_labels") if kwargs.get(name) is not None}
         input_ids, inputs_embeds = args[0] if args else kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         if labels and (input_ids is not None or inputs_embeds is not None):
-            kwargs |= without_targets(self.model.placeholders(input_ids, inputs_embeds), **labels)
+            columns = kept_columns(kwargs.get("logits_to_keep", 0))
+            kwargs |= without_targets(self.model.placeholders(input_ids, inputs_embeds), **labels, columns=columns)
         return super().__call__(*args, **kwargs)
 
     def forward(
@@ -736,7 +740,7 @@ class IVTPLlavaForConditionalGeneration(
 
         Parameters
         ----------
-        labels : int64 Tensor (B, S), optional
+        labels : int64 Tensor (B, S), or of the logits that are kept, optional
             As in LLaVA. Labels on image tokens are ignored, and so is the label right after a dropped token, which
             predicts nothing.
         clip_input_ids : int64 Tensor (B, W, C), optional
@@ -751,12 +755,12 @@ class IVTPLlavaForConditionalGeneration(
             `logits` (B, S, vocabulary) line up with `input_ids`. Those of dropped tokens mean nothing, except a row's
             last one, which comes from the last token that is left.
         """
-        return_dict = kwargs.pop("return_dict", None)
+        return_dict, columns = kwargs.pop("return_dict", None), kept_columns(logits_to_keep)
         if mm_encoder_outputs is not None:
             kwargs["mm_encoder_outputs"] = mm_encoder_outputs
         if labels is not None:
             images = self.model.placeholders(input_ids, inputs_embeds)
-            kwargs["answers"] = answers_of(labels, images, attention_mask)
+            kwargs["answers"] = answers_of(labels, images, attention_mask, columns)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -773,14 +777,13 @@ class IVTPLlavaForConditionalGeneration(
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         # A view with gaps would make the head read its weights once per row.
-        logits = self.lm_head(hidden_states[:, rows, :].contiguous())
+        logits = self.lm_head(hidden_states[:, columns, :].contiguous())
         loss = None
         if labels is not None:
             for name in ("mm_encoder_outputs", "recorder", "answers"):
                 kwargs.pop(name, None)
-            targets = training_targets(labels, kwargs.pop("shift_labels", None), images, outputs)
+            targets = training_targets(labels, kwargs.pop("shift_labels", None), images, outputs, columns)
             loss = self.loss_function(logits=logits, vocab_size=self.config.text_config.vocab_size, **targets, **kwargs)
         result = LlavaCausalLMOutputWithPast(
             loss=loss,

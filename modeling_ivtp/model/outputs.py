@@ -13,6 +13,8 @@ from .schedule import PruningPlan
 
 IMAGES = "image_outputs" if "image_outputs" in LlavaModelOutputWithPast.__dataclass_fields__ else "image_hidden_states"
 """The name of the images in LLaVA's outputs: the former since transformers 5.24."""
+ALL = slice(None)
+"""All columns of a prompt."""
 
 
 @dataclass
@@ -94,18 +96,31 @@ def trimmed(features: torch.Tensor, present: torch.Tensor) -> list[torch.Tensor]
     return [image[:count] for image, count in zip(features, present.sum(1).tolist(), strict=True)]
 
 
-def answers_of(labels: torch.Tensor, images: torch.Tensor, attention_mask: Any) -> torch.Tensor:
+def kept_columns(logits_to_keep: int | torch.Tensor) -> slice | torch.Tensor:
+    """Return the columns of a prompt whose logits are kept."""
+    return slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+
+
+def answers_of(
+    labels: torch.Tensor, images: torch.Tensor, attention_mask: Any, columns: slice | torch.Tensor = ALL
+) -> torch.Tensor:
     """Return where an answer stands that is to be learned: bool (B, S).
 
     Where all text of a row is to be learned, there is no prompt to tell it from, and nothing is an answer.
 
     Parameters
     ----------
-    labels : int64 Tensor (B, S)
+    labels : int64 Tensor (B, S), or of `columns` alone
     images : bool Tensor (B, S)
         Where an image token stands.
     attention_mask : Tensor (B, at least S), any other form, or None
+    columns : slice or int64 Tensor
+        See `kept_columns`.
     """
+    if labels.shape[1] != images.shape[1]:
+        whole = labels.new_full(images.shape, -100)
+        whole[:, columns] = labels
+        labels = whole
     answers = (labels != -100) & ~images.to(labels.device)
     prompt = ~answers & ~images.to(labels.device)
     if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
@@ -114,19 +129,25 @@ def answers_of(labels: torch.Tensor, images: torch.Tensor, attention_mask: Any) 
 
 
 def training_targets(
-    labels: torch.Tensor, shift_labels: torch.Tensor | None, images: torch.Tensor, outputs: Any
+    labels: torch.Tensor,
+    shift_labels: torch.Tensor | None,
+    images: torch.Tensor,
+    outputs: Any,
+    columns: slice | torch.Tensor = ALL,
 ) -> dict[str, torch.Tensor]:
     """Leave out image tokens, which no answer holds, and the targets of dropped tokens, which predict nothing.
 
     Parameters
     ----------
-    labels : int64 Tensor (B, S)
-    shift_labels : int64 Tensor (B, S) or None
+    labels : int64 Tensor (B, S), or of `columns` alone
+    shift_labels : int64 Tensor (B, S), or of `columns` alone, or None
         The same, moved up by one.
     images : bool Tensor (B, S)
         Where an image token stands.
     outputs : model output
         Its `kept_tokens` (B, S), if there are any, tell what went through the whole decoder.
+    columns : slice or int64 Tensor
+        See `kept_columns`.
 
     Returns
     -------
@@ -136,17 +157,23 @@ def training_targets(
     ignored, kept = images, getattr(outputs, "kept_tokens", None)
     if kept is not None:
         ignored = ignored | ~nn.functional.pad(kept[:, :-1], (1, 0), value=True).to(ignored.device)
-    return without_targets(ignored, labels, shift_labels)
+    return without_targets(ignored, labels, shift_labels, columns)
 
 
 def without_targets(
-    ignored: torch.Tensor, labels: torch.Tensor | None = None, shift_labels: torch.Tensor | None = None
+    ignored: torch.Tensor,
+    labels: torch.Tensor | None = None,
+    shift_labels: torch.Tensor | None = None,
+    columns: slice | torch.Tensor = ALL,
 ) -> dict[str, torch.Tensor]:
-    """Return labels (B, S), and the same moved up by one, without those of ignored tokens (bool (B, S))."""
+    """Return labels (B, S), and the same moved up by one, without those of ignored tokens (bool (B, S)).
+
+    Both may also come for `columns` alone.
+    """
     targets = {}
-    if labels is not None:
-        targets["labels"] = labels.masked_fill(ignored.to(labels.device), -100)
-    if shift_labels is not None:
-        shifted = nn.functional.pad(ignored[:, 1:], (0, 1), value=False)
-        targets["shift_labels"] = shift_labels.masked_fill(shifted.to(shift_labels.device), -100)
+    shifted = nn.functional.pad(ignored[:, 1:], (0, 1), value=False)
+    for name, values, left_out in (("labels", labels, ignored), ("shift_labels", shift_labels, shifted)):
+        if values is not None:
+            left_out = left_out if values.shape[1] == left_out.shape[1] else left_out[:, columns]
+            targets[name] = values.masked_fill(left_out.to(values.device), -100)
     return targets

@@ -90,6 +90,39 @@ def test_shifted_labels_give_the_loss_of_labels(model, inputs, enabled):
         torch.testing.assert_close(model(**inputs, labels=labels, shift_labels=shifted).loss, expected)
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("keep", [4, torch.arange(19, 25)])
+def test_labels_of_the_kept_logits_alone_give_the_loss_of_the_others_ignored(model, inputs, enabled, keep):
+    columns = slice(-keep, None) if isinstance(keep, int) else keep
+    labels = torch.full_like(inputs["input_ids"], -100)
+    labels[:, columns] = inputs["input_ids"][:, columns]
+    first = 25 - len(labels[0, columns])
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    # The first label of a shorter list has no logit that predicts it.
+    every, some = labels.clone(), {"labels": labels[:, columns], "shift_labels": shifted[:, columns]}
+    every[:, first] = -100
+    with model.pruning(enabled=enabled):
+        expected = model(**inputs, labels=every).loss
+        outputs = model(**inputs, labels=some["labels"], logits_to_keep=keep)
+        torch.testing.assert_close(outputs.loss, expected)
+        assert outputs.logits.shape[1] == some["labels"].shape[1]
+        torch.testing.assert_close(model(**inputs, **some, logits_to_keep=keep).loss, expected)
+
+
+def test_labels_without_a_prompt_are_refused_as_in_stock_llava(model, inputs):
+    with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+        model(pixel_values=inputs["pixel_values"], labels=inputs["input_ids"])
+
+
+def test_flex_attention_is_refused_before_the_vision_tower_runs(model, inputs, monkeypatch):
+    model.set_attn_implementation("flex_attention")
+    monkeypatch.setattr(model.model.vision_tower, "forward", lambda *_, **__: pytest.fail("The vision tower ran."))
+    with pytest.raises(ValueError, match=r"flex_attention.* is not supported under pruning"):
+        model(**inputs)
+    with pytest.raises(ValueError, match=r"flex_attention.* is not supported under pruning"):
+        model.generate(**inputs, max_new_tokens=2)
+
+
 @pytest.mark.parametrize("wanted", [[0, 5], [-1], 2])
 def test_hidden_states_of_some_layers(model, inputs, wanted):
     every = model(**inputs, output_hidden_states=True).hidden_states
