@@ -53,7 +53,9 @@ def new_folder(target: str | os.PathLike[str], *, needed_bytes: int = 0, overwri
     Raises
     ------
     FileExistsError
-        If `target` is a file, or a folder that is not empty and `overwrite` is False.
+        If `target` is a file, or a folder that is not empty and `overwrite` is False, or that holds the current one.
+    ValueError
+        If `target` is empty.
     OSError
         If `target` leads through a link to nowhere, or the disk has too little room or gets full in the middle.
     """
@@ -111,6 +113,8 @@ def system_errors(path: str | os.PathLike[str]) -> Iterator[None]:
 
 def check_target(target: str | os.PathLike[str], *, needed_bytes: int = 0, overwrite: bool = False) -> Path:
     """Check that `new_folder` could write, and return the absolute target with links resolved."""
+    if not os.fspath(target):  # a variable of the shell that is not set; as a path it would be the current folder
+        raise ValueError("the folder to write has no name; give one, such as ivtp-llava")
     absolute = Path(os.path.abspath(Path(target).expanduser()))
     for path in (absolute, *absolute.parents):
         if path.is_symlink() and not path.exists():
@@ -118,8 +122,11 @@ def check_target(target: str | os.PathLike[str], *, needed_bytes: int = 0, overw
     final = Path(os.path.realpath(absolute))
     if final.exists() and not final.is_dir():
         raise FileExistsError(f"{target} is a file, not a folder to write into")
-    if final.is_dir() and any(final.iterdir()) and not overwrite:
+    filled = final.is_dir() and any(final.iterdir())
+    if filled and not overwrite:
         raise FileExistsError(f"{target} exists and is not empty; choose another folder or set overwrite")
+    if filled and Path(os.path.realpath(os.curdir)).is_relative_to(final):
+        raise FileExistsError(f"{final} is the current folder or holds it, and would be replaced; choose another one")
     existing = next(folder for folder in final.parents if folder.exists())
     if not existing.is_dir():
         raise NotADirectoryError(f"{existing} is a file; {target} cannot be made below it")

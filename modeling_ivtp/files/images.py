@@ -144,7 +144,7 @@ def _from_file(source: str | os.PathLike[str], max_pixels: int) -> Image.Image:
     if not os.path.exists(path):  # False also for a name that is too long, for which pathlib raises
         raise FileNotFoundError(f"there is no image {shortened(repr(str(source)))}")
     if not path.is_file():
-        raise ValueError(f"{source} is not a file")
+        raise ValueError(f"the image {shortened(repr(str(source)))} is not a file")
     with open(path, "rb") as file:
         return _decode(file, str(source), max_pixels, FORMATS)
 

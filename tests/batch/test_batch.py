@@ -191,7 +191,7 @@ def test_another_system_and_another_budget(capsys, sample, tmp_path):
 BAD = [
     ({"image": "pictures/none.png"}, "row 0: there is no image '{root}/pictures/none.png'"),
     ({"image": "damaged.png"}, "row 1: {root}/damaged.png is not an image in a known format"),
-    ({"image": "pictures"}, "row 2: {root}/pictures is not a file"),
+    ({"image": "pictures"}, "row 2: the image '{root}/pictures' is not a file"),
     ({"image": "moon://host/picture.png"}, "row 3: moon://host/picture.png is not supported; images come from files"),
     ({"image": ["pictures/0.png", None]}, "row 4: image 2 is neither a path nor a file's bytes"),
     ({"image": 7}, "row 5: image 1 is neither a path nor a file's bytes"),

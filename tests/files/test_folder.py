@@ -131,6 +131,22 @@ def test_what_is_there_is_left_alone(parent):
     assert content(parent) == {"file": "x", "full/x": "x"}
 
 
+@pytest.mark.parametrize("out", [".", "..", "../here"])
+def test_the_current_folder_is_not_replaced(parent, monkeypatch, out):
+    (parent / "here").mkdir()
+    (parent / "here" / "precious").write_text("x")
+    monkeypatch.chdir(parent / "here")
+    with pytest.raises(FileExistsError, match="is the current folder or holds it"):
+        write_and_fail(out, AssertionError("never entered"), overwrite=True)
+    assert content(parent) == {"here/precious": "x"}
+
+
+def test_a_folder_without_a_name_is_not_the_current_one(parent, monkeypatch):
+    monkeypatch.chdir(parent)
+    with pytest.raises(ValueError, match="the folder to write has no name"):
+        write_and_fail("", AssertionError("never entered"), overwrite=True)
+
+
 def test_too_little_room_is_noticed_beforehand(parent, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2_000_000))
     with pytest.raises(OSError, match=r"needs 13\.5 GB, but only 2 MB are free") as caught:

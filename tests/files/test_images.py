@@ -156,7 +156,7 @@ def test_the_limit_holds_without_pillows(tmp_path, monkeypatch):
     ("source", "error", "message"),
     [
         ("no/such/file.png", FileNotFoundError, "no image 'no/such/file.png'"),
-        (".", ValueError, "not a file"),
+        (".", ValueError, "the image '.' is not a file"),
         ("ftp://host/x.png", ValueError, "http, https and data URLs"),
         ("file:///etc/hosts", ValueError, "http, https and data URLs"),
         ("data:image/png;base64", ValueError, "no comma"),
