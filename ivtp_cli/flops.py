@@ -28,11 +28,12 @@ def flops(
     ] = None,
     text_tokens: Annotated[
         list[int] | None,
-        typer.Option(help="Text tokens of the prompt; may be repeated with --sweep.", show_default="512"),
+        typer.Option(min=0, help="Text tokens of the prompt; may be repeated with --sweep.", show_default="512"),
     ] = None,
     visual_tokens: Annotated[
         list[int] | None,
         typer.Option(
+            min=1,
             help="Visual tokens that are left in the end; may be repeated with --sweep.",
             show_default="the shape's own, 64; of a folder, the saved budget",
         ),

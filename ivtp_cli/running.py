@@ -49,13 +49,22 @@ def _one_line(error: BaseException) -> str:
     """Return an error's message without line breaks and error numbers."""
     text = str(error)
     if hasattr(error, "format_message"):  # how typer and click word a wrong option
-        text = error.format_message()
+        text = _usage(error, error.format_message())
     elif isinstance(error, OSError) and error.strerror:
         text = error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
     text = " ".join(text.split()) or type(error).__name__
     if isinstance(error, _EXPECTED) or hasattr(error, "format_message"):
         return text
     return f"{type(error).__name__}: {text} (this should not happen; --debug shows where)"
+
+
+def _usage(error: BaseException, text: str) -> str:
+    """Name the value in typer's words for a wrong option: newer versions have pydantic's, which leave it out."""
+    errors = getattr(error.__cause__, "errors", None)
+    if errors is None:
+        return text
+    named = text.replace("Input should be ", f"{errors()[0]['input']!r}; allowed: ", 1)
+    return named.partition(", unable to parse")[0]
 
 
 def _warn(message: object) -> None:

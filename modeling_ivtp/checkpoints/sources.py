@@ -89,7 +89,11 @@ def local_folder(source: str | os.PathLike[str]) -> Path | None:
     ------
     OSError
         If it is neither.
+    ValueError
+        If it is empty.
     """
+    if not os.fspath(source):  # a variable of the shell that is not set; as a path it would be the current folder
+        raise ValueError("the checkpoint has no name; give a folder, or a name on the Hugging Face Hub")
     path = Path(source).expanduser()
     if path.is_dir():
         return path

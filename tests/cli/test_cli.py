@@ -99,6 +99,24 @@ def test_wrong_usage_is_one_line(capsys, arguments, message):
     assert message in fails(capsys, *arguments).lower()
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "allowed"),
+    [
+        ("--visual-tokens", "0", "greater than or equal to 1"),
+        ("--visual-tokens", "many", "a valid integer"),
+        ("--text-tokens", "-5", "greater than or equal to 0"),
+    ],
+)
+def test_a_wrong_number_is_named_with_what_is_allowed(capsys, option, value, allowed):
+    message = fails(capsys, "flops", "--preset", "llava-1.5-7b", option, value)
+    # Older versions of typer word it themselves, with the value in front.
+    assert (
+        f"'{value}'; allowed: {allowed}" in message
+        or f"'{option}': {value} is not in the range" in message
+        or (f"'{value}' is not a valid int" in message)
+    )
+
+
 @pytest.mark.slow
 def test_convert(capsys, folders, tmp_path):
     options = ["--clip", folders.clip, "--decoder-layers", 4, "--layers-per-group", 2, "--visual-tokens", 3]

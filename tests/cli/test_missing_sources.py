@@ -94,6 +94,14 @@ def test_no_request_is_made_offline(capsys, places, no_cache, monkeypatch, tmp_p
     assert "offline" in line
 
 
+@pytest.mark.parametrize("command", MODEL_COMMANDS)
+def test_a_variable_that_is_not_set_names_no_checkpoint(capsys, places, tmp_path, command):
+    arguments = ["" if argument == MISSING else argument for argument in MODEL_COMMANDS[command]]
+    line = one_line(capsys, arguments, places | {"out": tmp_path / "out"})
+    assert line.startswith("ivtp: the checkpoint has no name; give a folder, or a name on the Hugging Face Hub")
+    assert not (tmp_path / "out").exists()
+
+
 def test_data_on_a_hub_that_cannot_be_reached(capsys, places, no_cache, monkeypatch, tmp_path):
     endpoint = f"http://127.0.0.1:{closed_port()}"
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
