@@ -137,7 +137,7 @@ def test_plain_patches_are_taught_nothing_in_the_last_third(teacher):
 def test_attention_costs_nothing_in_the_plain_recipe():
     assert PLAIN.course.idle_weight == PLAIN.course.settle == 0
     torch.manual_seed(0)
-    course = replace(PLAIN.course, align=0, name=0, middle=1, whole=0, sentences=0, practice=0)
+    course = replace(PLAIN.course, align=0, name=0, middle=1, whole=0, sentences=0, practice=0, places_weight=0.0)
     speaker = Speaker(replace(PLAIN, decoder_layers=2))
     asked = ask(0, 1, 2, NO_CORNERS, side=168)
     values = losses(speaker, torch.randn(1, 144, 192), asked, course, 0)

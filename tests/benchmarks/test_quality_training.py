@@ -126,9 +126,11 @@ def test_two_processes_train_as_one_does(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     train_in_parts.train(tmp_path / "one")
     train_in_parts.train(tmp_path / "half", slice(0, 2))
-    one, two, half = (saved_weights(tmp_path / name, "head") for name in ("one", "two", "half"))
-    torch.testing.assert_close(two[".weight"], one[".weight"], atol=1e-5, rtol=1e-4)
-    assert (half[".weight"] - one[".weight"]).abs().max() > 1e-3  # what a process's share alone would have made
+    one, two, half = (saved_weights(tmp_path / name, "head")[".weight"] for name in ("one", "two", "half"))
+    # AdamW divides a gradient by its size, so that rounding shows in weights whose gradient is almost zero.
+    share_alone = (half - one).norm()  # what a process's share alone would have made of it
+    assert (two - one).norm() < 1e-3 * share_alone
+    assert share_alone > 0.1
 
 
 def test_pictures_that_processes_cannot_share_are_refused(monkeypatch):
