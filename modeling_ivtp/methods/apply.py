@@ -240,16 +240,16 @@ def _as_ours(model: Any) -> Iterator[None]:
     for layer in inner.vision_tower.encoder.layers:
         changes += [(layer, CLIPEncoderLayer), (layer.self_attn, GroupedCLIPAttention)]
     changes += [(layer.self_attn, DECODERS[decoder].attention_class) for layer in inner.language_model.layers]
-    dress = _Dress(model, changes)
+    swap = _ClassSwap(model, changes)
     try:
-        dress.put_on()
+        swap.make_ours()
         with _hooks_call_our_forwards([part for part, _ in changes]):
             yield
     finally:
-        dress.take_off()
+        swap.make_stock()
 
 
-class _Dress:
+class _ClassSwap:
     """Our classes and attributes on a stock LLaVA.
 
     Parameters
@@ -264,7 +264,7 @@ class _Dress:
         options = {"pruning": IVTPPruningConfig(enabled=False), "clip_text_config": None, "connector": None}
         self.missing = {name: value for name, value in options.items() if name not in vars(model.config)}
 
-    def put_on(self) -> None:
+    def make_ours(self) -> None:
         """Make the model ours, but for how it is saved."""
         self.model.config.__dict__.update(self.missing)
         self.model.model.__dict__["prompt_graphs"] = PromptGraphs(0)
@@ -272,7 +272,7 @@ class _Dress:
         for part, our_class in self.ours:
             part.__class__ = our_class
 
-    def take_off(self) -> None:
+    def make_stock(self) -> None:
         """Make the model stock again."""
         for part, stock_class in self.stock:
             part.__class__ = stock_class
@@ -283,11 +283,11 @@ class _Dress:
 
     def save(self, *args: Any, **kwargs: Any) -> None:
         """Save as the stock model does: what is trained under a method stays the kind of model that it was."""
-        self.take_off()
+        self.make_stock()
         try:
             self.model.save_pretrained(*args, **kwargs)
         finally:
-            self.put_on()
+            self.make_ours()
 
 
 @contextmanager
