@@ -329,7 +329,7 @@ def test_the_command_prints_json_and_tables(capsys):
         (["--preset", "llava-1.5-7b", "--dtype", "int8"], "--dtype=int8; allowed: float16, bfloat16, float32"),
         (["--preset", "llava-1.5-7b", "--text-tokens", "1"], "text_tokens=1; allowed: at least 2"),
         (["--preset", "llava-1.5-7b", "--text-tokens", "9", "--text-tokens", "8"], "add --sweep"),
-        (["--preset", "llava-1.5-7b", "--visual-tokens", "0"], "keep=0; allowed"),
+        (["--preset", "llava-1.5-7b", "--visual-tokens", "0"], "'0'; allowed: greater than or equal to 1"),
     ],
 )
 def test_what_cannot_be_counted_is_one_clear_line(arguments, message, capsys):
