@@ -2,7 +2,8 @@
 
     python -m benchmarks.quality.readme
 
-`README.md` gets a short table, `docs/quality.md` the full one and the table of methods.
+`README.md` gets a short table, `docs/quality.md` the full one, the table of methods, and the table of the second
+instrument.
 """
 
 import json
@@ -20,6 +21,8 @@ from modeling_ivtp.files.tables import markdown_table
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
+SECOND = RESULTS / "plain"
+"""The second instrument's results, in a folder of their own: its checkpoint does not ship."""
 MINIATURE = ROOT / "examples" / "miniature"
 README, QUALITY_PAGE = ROOT / "README.md", ROOT / "docs" / "quality.md"
 WHOLE = ("cls-topk", "cls-topk-all-layers", "oracle")
@@ -47,6 +50,11 @@ def newest(folder: Path = RESULTS, checkpoint: Path = MINIATURE) -> Path:
     if found is None:
         raise FileNotFoundError(f"{folder} holds no quality-*.json of {checkpoint}; make quality writes one.")
     return found[0]
+
+
+def second(folder: Path = SECOND) -> Path | None:
+    """Return the second instrument's latest results; None if there are none."""
+    return next(reversed(report.results_in(folder)), None)
 
 
 def link_base(page: Path, file: Path) -> str:
@@ -92,16 +100,12 @@ def excerpt(file: Path, page: Path = QUALITY_PAGE) -> str:
     """Return the block with the full table of accuracies, the questions behind it, and the plot."""
     results: Mapping[str, Any] = json.loads(file.read_text())
     main = [row for row in results["rows"] if not row["table"]]
-    questions = results["questions"]
     base = link_base(page, file)
     begin, end = marks("quality")
     return "\n".join(
         [
             begin,
-            f"Accuracy in % with 95% intervals, measured {report.when(results, main)} with "
-            f"{report.counted(questions):,} held-out questions of {len(questions['headline'])} types "
-            f"({', '.join(questions['headline'])}). Guessing reaches {questions['chance']:.1%}."
-            f"{_left_out(main, questions)}",
+            _how_measured(results, main),
             "",
             report.accuracy_table([row for row in main if row["method"] in (*MAIN, "unpruned", "blind")]),
             f"![Accuracy against visual tokens]({base}-tokens.png)",
@@ -138,6 +142,45 @@ def systems_excerpt(file: Path, page: Path = QUALITY_PAGE) -> str:
             *_bullets(method_findings(results)),
             end,
         ]
+    )
+
+
+def second_excerpt(file: Path | None, page: Path = QUALITY_PAGE) -> str:
+    """Return the section on the second instrument, with what follows from its results; empty without any."""
+    begin, end = marks("second")
+    if file is None:
+        return f"{begin}\n{end}"
+    results: Mapping[str, Any] = json.loads(file.read_text())
+    main = [row for row in results["rows"] if not row["table"] and row["mode"] == "inference"]
+    base = link_base(page, file)
+    return "\n".join(
+        [
+            begin,
+            "## A second instrument",
+            "",
+            "The miniature's training may favour some ways of pruning. A second LLaVA, by the recipe",
+            "[`plain`](../benchmarks/README.md#the-plain-recipe), does without most of its aids. Its tower has 12",
+            "layers, in groups of three as in the paper.",
+            "",
+            _how_measured(results, main),
+            "",
+            report.accuracy_table(main),
+            f"[Types, costs and differences]({base}.md); [accuracy against computation]({base}-systems-tflops.png).",
+            *_bullets([*findings(results), *method_findings(results)]),
+            "",
+            end,
+        ]
+    )
+
+
+def _how_measured(results: Mapping[str, Any], main: list[Mapping[str, Any]]) -> str:
+    """Return the sentences above a table: when, with which questions, and what guessing reaches."""
+    questions = results["questions"]
+    return (
+        f"Accuracy in % with 95% intervals, measured {report.when(results, main)} with "
+        f"{report.counted(questions):,} held-out questions of {len(questions['headline'])} types "
+        f"({', '.join(questions['headline'])}). Guessing reaches {questions['chance']:.1%}."
+        f"{_left_out(main, questions)}"
     )
 
 
@@ -181,11 +224,11 @@ def filled(page: str, text: str) -> str:
     return page[: page.index(begin)] + text + page[page.index(end) + len(end) :]
 
 
-def blocks(file: Path) -> dict[Path, list[str]]:
-    """Return the blocks of each page."""
+def blocks(file: Path, second: Path | None = None) -> dict[Path, list[str]]:
+    """Return the blocks of each page, from the results of the shipped miniature and of the second instrument."""
     return {
         README: [short_excerpt(file)],
-        QUALITY_PAGE: [excerpt(file), findings_excerpt(file), systems_excerpt(file)],
+        QUALITY_PAGE: [excerpt(file), findings_excerpt(file), systems_excerpt(file), second_excerpt(second)],
     }
 
 
@@ -199,4 +242,4 @@ def write_pages(pages: Mapping[Path, list[str]]) -> None:
 
 
 if __name__ == "__main__":
-    write_pages(blocks(newest()))
+    write_pages(blocks(newest(), second()))

@@ -560,7 +560,7 @@ def test_a_retrained_checkpoint_joins_the_results_of_the_one_it_came_from(
 
 
 def test_the_pages_show_the_newest_results() -> None:
-    for page, texts in readme.blocks(readme.newest()).items():
+    for page, texts in readme.blocks(readme.newest(), readme.second()).items():
         for text in texts:
             assert readme.filled(page.read_text(), text) == page.read_text(), "python -m benchmarks.quality.readme"
 
@@ -641,6 +641,22 @@ def test_the_first_page_leaves_large_budgets_to_the_other(tmp_path: Path) -> Non
     file.write_text(json.dumps(results))
     assert "| method | 576 | 64 |" in readme.short_excerpt(file)
     assert "| method | 576 | 256 | 64 |" in readme.excerpt(file)
+
+
+def test_a_second_instrument_has_a_section_of_its_own(tmp_path: Path) -> None:
+    begin, end = readme.marks("second")
+    assert readme.second(tmp_path) is None
+    assert readme.second_excerpt(None) == f"{begin}\n{end}"
+    for date, right in (("2026-01-02", 380), ("2026-01-01", 100)):
+        results = results_of(
+            {("unpruned", 576): share(400), ("tome+", 64): share(right), ("ivtp", 64): share(350)}, "b"
+        )
+        (tmp_path / f"quality-{date}.json").write_text(json.dumps(results))
+    text = readme.second_excerpt(readme.second(tmp_path), tmp_path / "quality.md")
+    assert text.startswith(f"{begin}\n## A second instrument\n")
+    assert "| tome+ |  | 95.0 ± " in text
+    assert "](quality-2026-01-02.md)" in text
+    assert "- At 64 tokens IVTP loses 12.5 points" in text
 
 
 def test_retrained_rows_do_not_speak_for_the_published_method() -> None:
