@@ -104,6 +104,8 @@ class Course:
         answer is read from.
     places_weight : float
         Weight of the help on the way to an answer: those places, and the answer at the noun. 0: no help.
+    places_until : float
+        Share of the steps before the sentences after which there is no help; it fades out over the quarter before.
     related_from : int, optional
         The first step from which every second one asks only questions that relate two objects, which take longest to
         learn. `practice` begins with it at the latest; None: not before.
@@ -125,6 +127,7 @@ class Course:
     named_after: int
     source_after: int
     places_weight: float
+    places_until: float
     related_from: int | None
     idle_weight: float
     crowded: bool
@@ -161,8 +164,8 @@ class Course:
         return 0.0
 
     def help(self, step: int) -> float:
-        """Return the weight of the help: full at first, 0 in the last quarter before the sentences."""
-        return self.places_weight * min(1.0, max(0.0, 3 - 4 * step / self.terse))
+        """Return the weight of the help: full at first, then fading out."""
+        return self.places_weight * min(1.0, max(0.0, 4 * (self.places_until - step / self.terse)))
 
 
 @dataclass(frozen=True)
@@ -236,6 +239,7 @@ TAUGHT = Recipe(
         named_after=2,
         source_after=4,
         places_weight=0.3,
+        places_until=0.75,
         related_from=None,
         idle_weight=0.5,
         crowded=True,
@@ -274,6 +278,7 @@ PLAIN = Recipe(
         named_after=8,
         source_after=12,
         places_weight=0.3,
+        places_until=1.0,
         related_from=800,
         idle_weight=0.0,
         crowded=False,

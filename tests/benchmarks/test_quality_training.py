@@ -329,6 +329,9 @@ def test_help_on_the_way_fades_before_training_ends():
     assert weights == sorted(weights, reverse=True)
     assert weights[0] > 0
     assert weights[-10:] == [0] * 10
+    plain = [PLAIN.course.help(step) for step in range(PLAIN.course.steps)]
+    assert plain[int(0.75 * PLAIN.course.terse)] == PLAIN.course.places_weight
+    assert [step for step, weight in enumerate(plain) if weight > 0][-1] == PLAIN.course.terse - 1
     assert min(map(course.rate, range(course.steps))) > 0
 
 
