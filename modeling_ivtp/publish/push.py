@@ -139,8 +139,9 @@ def push(
         raise ValueError(
             f"{repo_id!r} is no name of a repository; allowed: owner/name ({_first_line(error)})"
         ) from error
-    if not commit_message.strip():
-        raise ValueError("commit_message is empty")
+    for name, value in {"commit_message": commit_message, "token": token, "revision": revision}.items():
+        if value is not None and not value.strip():  # a variable of the shell that is not set
+            raise ValueError(f"{name} is empty")
     api, state = HfApi(token=token), _HubState()
     if not dry_run:
         if not (token or get_token()):
@@ -149,6 +150,7 @@ def push(
             if "/" not in repo_id:
                 repo_id = f"{api.whoami()['name']}/{repo_id}"
             state = _hub_state(api, repo_id, revision)
+        _check_place(repo_id, state, private, revision if create_pr else None)
     with tempfile.TemporaryDirectory(prefix="ivtp-push-") as temporary:
         repository = stage(folder, repo_id, Path(temporary), card=card, revision=revision or "main")
         if "config.json" in state.files:
@@ -185,23 +187,37 @@ def push(
 
 @dataclass(frozen=True)
 class _HubState:
-    """The repository on the Hub before the upload: whether it exists, its newest commit, its files."""
+    """The repository on the Hub before the upload: whether it and the branch exist, its newest commit, its files."""
 
     exists: bool | None = None
+    private: bool | None = None
+    has_branch: bool = False
     head: str | None = None
     files: tuple[str, ...] = ()
 
 
 def _hub_state(api: HfApi, repo_id: str, revision: str | None) -> _HubState:
     api.whoami()
+    has_branch = True
     try:
         info = api.model_info(repo_id, revision=revision)
     except RevisionNotFoundError:
         # A new branch begins as a copy of main.
-        info = api.model_info(repo_id)
+        info, has_branch = api.model_info(repo_id), False
     except RepositoryNotFoundError:
         return _HubState(exists=False)
-    return _HubState(True, info.sha, tuple(file.rfilename for file in info.siblings or ()))
+    return _HubState(True, info.private, has_branch, info.sha, tuple(file.rfilename for file in info.siblings or ()))
+
+
+def _check_place(repo_id: str, state: _HubState, private: bool | None, proposed_to: str | None) -> None:
+    """Refuse to publish what shall be private, and a pull request to the branch `proposed_to` if there is none."""
+    if private and state.private is False:
+        raise ValueError(
+            f"{repo_id} is public, and `private` is for a new repository; make it private in its settings on the Hub, "
+            "or leave the option out"
+        )
+    if proposed_to is not None and not state.has_branch:
+        raise ValueError(f"{repo_id} has no branch {proposed_to} that a pull request could go to")
 
 
 def _check_kind(api: HfApi, repo_id: str, state: _HubState, repository: Repository) -> None:

@@ -92,8 +92,8 @@ def stage(
         If a file is missing or damaged.
     """
     folder = Path(source).expanduser()
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {source}; ivtp convert makes one")
+    if not os.fspath(source) or not folder.is_dir():  # an empty name would be the current folder
+        raise FileNotFoundError(f"there is no folder {os.fspath(source)!r}; ivtp convert makes one")
     if is_adapter(folder):
         return _stage_pruner(folder, repo_id, target, card, revision)
     with quiet():
@@ -152,7 +152,7 @@ def _stage_pruner(folder: Path, repo_id: str, target: Path, card: str | None, re
         name, file = card, Path(card).expanduser()
         if not file.is_file():
             raise ValueError(f"there is no card {card!r}; allowed for a trained pruner: a file, or none")
-        text = file.read_text(encoding="utf-8")
+        text = _read_card(file)
     _link(folder / WEIGHTS, target / WEIGHTS)
     note = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     named = str(note["base"].get("name_or_path", ""))
@@ -197,14 +197,21 @@ def _card(
         if not file.is_file():
             allowed = ", ".join([*card_names(), GENERIC])
             raise ValueError(f"there is no card {card!r}; allowed: a file, or one of {allowed}")
-        return str(file), file.read_text(encoding="utf-8")
+        return str(file), _read_card(file)
     if card is None and recipe is not None:
         card = recipe["card"]
     own = folder / "README.md"
-    if card is None and own.is_file() and own.read_text(encoding="utf-8").startswith("---\n"):
-        return str(own), own.read_text(encoding="utf-8")
+    if card is None and own.is_file() and (text := _read_card(own)).startswith("---\n"):
+        return str(own), text
     name = card or GENERIC
     return name, render(name, repo_id, config, recipe, weights=weights, revision=revision)
+
+
+def _read_card(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the card {file} is no text in UTF-8, which the Hub asks for") from error
 
 
 def _terms(target: Path) -> None:

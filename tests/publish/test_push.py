@@ -381,6 +381,49 @@ def test_tokens_and_names(
         assert err.count("\n") == 1
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_empty_names_are_refused(hub: Hub, folders: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a variable of the shell that is not set gives them."""
+    for option in ("token", "revision"):
+        status, _, err = push(capsys, folders.miniature, NAME, "--yes", f"--{option}", "")
+        assert (status, err) == (1, f"ivtp: {option} is empty\n")
+    # As a path, it would be the current folder.
+    status, _, err = push(capsys, "", NAME, "--yes")
+    assert (status, err) == (1, "ivtp: there is no folder ''; ivtp convert makes one\n")
+    assert NAME not in hub.repos
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_shall_be_private_does_not_become_public(
+    hub: Hub, folders: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.publish(NAME, {"notes.md": b"mine"})
+    status, _, err = push(capsys, folders.miniature, NAME, "--yes", "--private")
+    assert status == 1
+    assert f"{NAME} is public, and `private` is for a new repository" in err
+    assert set(hub.head(NAME)) == {"notes.md"}
+    # The same command goes on where its own repository is.
+    hub.repos[NAME].private = True
+    assert push(capsys, folders.miniature, NAME, "--yes", "--private")[0] == 0
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_pull_request_needs_its_branch(hub: Hub, folders: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        status, _, err = push(capsys, folders.miniature, NAME, "--yes", "--create-pr", "--revision", "b32")
+        assert status == 1
+        assert f"{NAME} has no branch b32 that a pull request could go to" in err
+        assert NAME not in hub.repos or set(hub.head(NAME)) == {"notes.md"}
+        hub.publish(NAME, {"notes.md": b"mine"})
+
+
+def test_a_card_in_another_encoding_is_named(folders: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "card.md").write_bytes("---\nlicense: mit\n---\nGröße".encode("latin-1"))
+    status, _, err = push(capsys, folders.miniature, NAME, "--dry-run", "--card", tmp_path / "card.md")
+    assert status == 1
+    assert f"the card {tmp_path / 'card.md'} is no text in UTF-8" in err
+
+
 def test_no_network(folders: Any, hub: Hub, unchecked: None, capsys: pytest.CaptureFixture[str]) -> None:
     hub.shutdown()
     hub.server_close()

@@ -239,7 +239,15 @@ class _Handler(BaseHTTPRequestHandler):
             oid, tree = found
             siblings = [{"rfilename": path} for path in sorted(tree)]
             self._reply(
-                200, {"id": name, "modelId": name, "sha": oid, "private": False, "siblings": siblings, "tags": []}
+                200,
+                {
+                    "id": name,
+                    "modelId": name,
+                    "sha": oid,
+                    "private": self.server.repos[name].private,
+                    "siblings": siblings,
+                    "tags": [],
+                },
             )
 
     def tree(self, body: bytes, name: str, revision: str, below: str = "") -> None:
