@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Debug, DtypeOption
+from .options import Debug, DtypeOption, check_file
 
 Question = Annotated[
     list[str] | None,
@@ -53,8 +53,9 @@ def check(
     pictures, asked = image or [], question or []
     if len(pictures) != len(asked):
         raise ValueError(f"check got {len(pictures)} --image and {len(asked)} --question; give one of each together")
-    if not out.absolute().parent.is_dir() or out.is_dir():
-        raise ValueError(f"--out={out}; allowed: a file in a folder that exists")
+    if not all(text.strip() for text in asked):
+        raise ValueError("a --question is empty")
+    check_file(out)
     import torch
 
     from modeling_ivtp.evaluation import check as checking
@@ -79,8 +80,8 @@ def check(
     for finding in checking.check(witness, lambda what: print(f"{what} …", file=sys.stderr)):
         findings.append(finding)
         typer.echo(f"{finding.verdict}: {finding.claim} ({finding.measured})")
-    for asked_here in own:
-        words = ", ".join(witness.key_words.get(asked_here.question, ()))
-        typer.echo(f"key words of {asked_here.question!r}: {words or '(none)'}")
-    out.write_text(checking.report(witness, findings, name=name, quick=quick))
+    for asked_here, words in zip(witness.asked, witness.key_words, strict=False):
+        if asked_here.private:
+            typer.echo(f"key words of {asked_here.question!r}: {', '.join(words) or '(none)'}")
+    out.write_text(checking.report(witness, findings, name=name, quick=quick), encoding="utf-8")
     typer.echo(f"Written: {out}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +17,7 @@ from .options import (
     ImageOption,
     ModelOption,
     PromptOption,
+    check_file,
     load_pictures,
 )
 from .tables import new_table, show, to_json
@@ -50,8 +52,11 @@ def explain(
     if not pictures:
         raise ValueError("explain needs at least one --image")
     for file in (out, json_file):
-        _check_file(file)
+        if file is not None:
+            check_file(file)
     if out is not None:
+        if json_file is not None and os.path.realpath(out) == os.path.realpath(json_file):
+            raise ValueError(f"--out and --json name the same file, {out}; give each its own")
         _check_picture_type(out)
     from modeling_ivtp.serving import answering
     from modeling_ivtp.trained import is_adapter, make
@@ -73,7 +78,7 @@ def explain(
         _show(trace, name_it=len(traces) > 1)
     if json_file is not None:
         records = [trace.to_dict() for trace in traces]
-        Path(json_file).write_text(to_json(records if len(records) > 1 else records[0]) + "\n")
+        Path(json_file).write_text(to_json(records if len(records) > 1 else records[0]) + "\n", encoding="utf-8")
     if out is not None:
         for number, picture in enumerate(pictures):
             path = Path(out)
@@ -97,16 +102,6 @@ def _show(trace: Any, name_it: bool) -> None:
             layers = f"{first} to {last}" if first >= 0 else ""
             table.add_row(group.stage, layers, str(len(group.candidates)), str(len(group.kept)))
         show(table)
-
-
-def _check_file(file: str | None) -> None:
-    """Find out that a file cannot be written before the work, not after it."""
-    if file is None:
-        return
-    if Path(file).is_dir():
-        raise IsADirectoryError(f"{file} is a folder, not a file to write")
-    if not Path(file).absolute().parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {Path(file).parent} to write {Path(file).name} into")
 
 
 def _check_picture_type(file: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -91,6 +93,28 @@ def load_pictures(sources: list[str] | None) -> list[Any]:
     from modeling_ivtp.files.images import load_image
 
     return [load_image(source) for source in sources or ()]
+
+
+def check_file(file: str | os.PathLike[str]) -> None:
+    """Find out that a file cannot be written before the work, not after it.
+
+    Raises
+    ------
+    ValueError
+        If it has no name.
+    OSError
+        If it is a folder, or in a folder that does not exist or may not be written.
+    """
+    if not os.fspath(file):  # a variable of the shell that is not set
+        raise ValueError("the file to write has no name")
+    path = Path(file)
+    if path.is_dir():
+        raise IsADirectoryError(f"{file} is a folder, not a file to write")
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} into")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise PermissionError(f"no permission to write {file}")
 
 
 def set_threads(threads: int | None) -> None:

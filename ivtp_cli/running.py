@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import typer
+
 from .app import app
 from .options import Invocation
 
@@ -35,6 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
         with _warnings_as_lines():
             status = app(invocation.arguments, prog_name="ivtp", standalone_mode=False, obj=invocation)
     except KeyboardInterrupt:
+        status = 130
+    except typer.Abort:  # Ctrl-C or an end of input at a question
+        print(file=sys.stderr)
         status = 130
     except Exception as error:
         if invocation.debug:

@@ -141,8 +141,8 @@ class Witness:
         More methods whose answers are compared, each as in `Arm`; no claim is about them.
     agreement : dict
         Filled by `agreement`: for each arm, where its answers are the unpruned ones, bool (n,).
-    key_words : dict
-        Filled by `question_guides`: the key words of every question.
+    key_words : list of tuple of str
+        Filled by `question_guides`: the key words of each of `asked`, up to the first that could not be measured.
     """
 
     model: Any
@@ -151,15 +151,16 @@ class Witness:
     extent: Extent = field(default_factory=Extent)
     methods: Sequence[str] = ()
     agreement: dict[str, np.ndarray] = field(default_factory=dict)
-    key_words: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    key_words: list[tuple[str, ...]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """Refuse a model or methods that cannot be measured.
+        """Refuse a model, methods or questions that cannot be measured.
 
         Raises
         ------
         ValueError
-            For quantised weights, methods that do not fit the model, or two of one name.
+            For quantised weights, methods that do not fit the model, two of one name, or a question that is no prompt
+            for its picture.
         """
         if getattr(self.model.config, "quantization_config", None) is not None:
             raise ValueError(
@@ -171,6 +172,7 @@ class Witness:
                     self.model.model.plan()
         if len({*_COMPARED, *self.labels}) < len(_COMPARED) + len(self.methods):
             raise ValueError(f"methods {', '.join(self.labels)}; allowed: each once, beside {', '.join(_COMPARED)}")
+        _ = self.prompts
 
     @cached_property
     def prompts(self) -> list[Prompt]:
@@ -341,11 +343,12 @@ def question_guides(witness: Witness) -> Iterator[Finding]:
         yield Finding(claim, OPEN, f"the checkpoint has no {witness.unguided}")
         return
     guided = 0
+    witness.key_words.clear()
     with witness.arm.applied(witness.model):
-        for asked, prompt in zip(witness.asked, witness.prompts, strict=True):
+        for prompt in witness.prompts:
             trace = explain(witness.model, witness.processor, witness.inputs([prompt]))
             image = trace.images[0]
-            witness.key_words[asked.question] = image.key_words
+            witness.key_words.append(image.key_words)
             keys = sum(token.is_key for token in image.tokens)
             guided += image.reference == "pseudo_cls" and 0 < keys < len(image.tokens)
     number = len(witness.asked)
@@ -456,9 +459,15 @@ def report(witness: Witness, findings: Sequence[Finding], *, name: str = "", qui
             "|" + "---:|" * (1 + len(_COMPARED) + len(witness.labels)),
         ]
         for tokens in witness.budgets:
-            shares = (witness.agreement[f"{method}@{tokens}"].mean() for method in (*_COMPARED, *witness.methods))
-            lines.append(f"| {tokens} | " + " | ".join(f"{share:.0%}".rstrip("%") for share in shares) + " |")
+            # none where an arm could not be measured, such as for want of memory
+            same = [witness.agreement.get(f"{method}@{tokens}") for method in (*_COMPARED, *witness.methods)]
+            shares = ("–" if each is None else f"{100 * each.mean():.0f}" for each in same)
+            lines.append(f"| {tokens} | " + " | ".join(shares) + " |")
     if witness.key_words:
         lines += ["", "Key words:", ""]
-        lines += [f"- {asked.question} {', '.join(witness.key_words[asked.question]) or '(none)'}" for asked in shown]
+        lines += [
+            f"- {asked.question} {', '.join(words) or '(none)'}"
+            for asked, words in zip(witness.asked, witness.key_words, strict=False)
+            if not asked.private
+        ]
     return "\n".join(lines) + "\n"

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import typer
 from PIL import Image
 
 import ivtp_cli
@@ -20,6 +21,7 @@ from ivtp_cli.generate import _comparison
 from ivtp_cli.tables import show
 from modeling_ivtp import IVTPLlavaForConditionalGeneration, IVTPLlavaProcessor
 from modeling_ivtp.checkpoints import convert
+from modeling_ivtp.publish import push as pushing
 from modeling_ivtp.serving import answering
 from tests.support.checkpoints import PRUNING, clip_folder, llava_folder
 
@@ -417,6 +419,8 @@ def test_explain(capsys, folders, tmp_path):
         (["--out", "."], "is a folder"),
         (["--out", "x.docx"], "x.docx has no ending of a picture"),
         (["--json", "no/such/folder/x.json"], "there is no folder"),
+        (["--out", ""], "the file to write has no name"),
+        (["--out", "x.svg", "--json", "./x.svg"], "--out and --json name the same file, x.svg"),
         (["--visual-tokens", "999"], "Nothing to explain: visual_tokens=999 keeps all 16 patches; allowed: 1 to 15\n"),
     ],
 )
@@ -430,6 +434,13 @@ def test_explain_says_that_pruning_is_off(capsys, folders, shards):
     config["pruning"]["enabled"] = False
     (shards / "config.json").write_text(json.dumps(config))
     assert "pruning is off" in fails(capsys, "explain", "-m", shards, "-i", folders.photo, "-p", "What?")
+
+
+@pytest.mark.slow
+def test_explain_finds_out_before_the_work_that_a_file_cannot_be_written(capsys, folders, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # who runs the tests may write everywhere
+    arguments = ("-m", "no-such-model", "-i", folders.photo, "-p", "What?")
+    assert "no permission to write x.json" in fails(capsys, "explain", *arguments, "--json", "x.json")
 
 
 def test_explain_needs_a_picture(capsys, folders):
@@ -455,6 +466,19 @@ def test_a_long_message_is_one_line(capsys, monkeypatch):
 
     monkeypatch.setattr(convert, "convert", broken)
     assert fails(capsys, "convert", "x", "--out", "y") == "ivtp: first second third\n"
+
+
+def test_ctrl_c_at_a_question_exits_with_130(capsys, monkeypatch):
+    def ask(*_, **__):
+        typer.confirm("Upload?")
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pushing, "push", ask)
+    monkeypatch.setattr(f"{typer.confirm.__module__}.visible_prompt_func", stop)
+    status, _, err = run(capsys, "push", "folder", "owner/name", "--yes")
+    assert (status, err.strip()) == (130, "")
 
 
 def test_ctrl_c_exits_with_130(capsys, monkeypatch):

@@ -3,6 +3,7 @@
 import getpass
 import platform
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -124,6 +125,60 @@ def test_what_cannot_be_measured_is_open_and_the_others_go_on(
     assert any("private project" in line for line in told)
 
 
+def test_one_question_to_several_pictures_has_the_key_words_of_each(
+    witness: Witness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A person's own question may be one that ships; the report shows the words found in the picture that ships."""
+    shipped = witness.asked[0]
+    twice = Witness(witness.model, witness.processor, [shipped, Asked(shipped.picture, shipped.question, True)], SMALL)
+    words = iter(["public", "private"])
+
+    def explained(*_: Any) -> Any:
+        image = SimpleNamespace(key_words=(next(words),), tokens=(), reference="pseudo_cls")
+        return SimpleNamespace(images=[image])
+
+    monkeypatch.setattr(check, "explain", explained)
+    findings = list(check.question_guides(twice))
+    assert twice.key_words == [("public",), ("private",)]
+    report = check.report(twice, findings)
+    assert f"- {shipped.question} public" in report
+    assert "private" not in report
+
+
+def test_a_measurement_that_ends_halfway_leaves_the_report_what_there_is(
+    witness: Witness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("equal_to_stock", "batch_like_rows", "cost_as_counted", "speed"):
+        monkeypatch.setattr(check, name, lambda witness: iter(()))
+
+    def answers(_: Witness, arm: Any) -> list[str]:
+        if arm.method == "random":
+            raise torch.OutOfMemoryError("no memory left")
+        return list("abcde")
+
+    said = iter([("cup",)])
+
+    def explained(*_: Any) -> Any:
+        if (words := next(said, None)) is None:
+            raise torch.OutOfMemoryError("no memory left")
+        return SimpleNamespace(images=[SimpleNamespace(key_words=words, tokens=(), reference="visual_cls")])
+
+    monkeypatch.setattr(check, "_answers", answers)
+    monkeypatch.setattr(check, "explain", explained)
+    findings = list(check.check(witness))
+    assert [finding.verdict for finding in findings] == [OPEN, OPEN]
+    report = check.report(witness, findings)
+    assert "| 16 | 100 | 100 | – |" in report
+    assert report.endswith(f"Key words:\n\n- {witness.asked[0].question} cup\n")
+
+
+@pytest.mark.parametrize("question", ["<image> or <image>?", "USER: What is this? ASSISTANT:"])
+def test_a_question_that_is_no_prompt_for_its_picture_is_refused(witness: Witness, question: str) -> None:
+    asked = [Asked(witness.asked[0].picture, question, private=True)]
+    with pytest.raises(ValueError, match=r"the prompt has [02] <image>, but came with 1 image"):
+        Witness(witness.model, witness.processor, asked, SMALL)
+
+
 def test_the_command_writes_a_report_without_anything_private(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -154,7 +209,8 @@ def test_the_command_writes_a_report_without_anything_private(
         (["--image", "a.jpg"], "1 --image and 0 --question"),
         (["--method", "magic"], "method='magic'; allowed: unpruned, random"),
         (["--method", "unpruned"], "--method unpruned: all methods are compared with the unpruned model"),
-        (["--out", "nowhere/report.md"], "--out=nowhere/report.md; allowed: a file in a folder that exists"),
+        (["--out", "nowhere/report.md"], "there is no folder nowhere to write report.md into"),
+        (["--image", "a.jpg", "--question", " "], "a --question is empty"),
     ],
 )
 def test_wrong_calls_are_refused_before_the_model_is_loaded(
