@@ -363,6 +363,8 @@ def _as_chat(request: Mapping[str, Any]) -> list[Any]:
     text = request.get("text")
     if not isinstance(text, str) or not text.strip():
         raise ValueError("text is missing or empty")
+    if request.get("images") and request.get("image") is not None:
+        raise ValueError("image and images are both there; allowed: one of them")
     images = request.get("images") or ([request["image"]] if request.get("image") is not None else [])
     if not isinstance(images, list):
         raise ValueError("images is a list")

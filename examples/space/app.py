@@ -177,12 +177,15 @@ def build(demo: Demo) -> gr.Blocks:
         )
         with gr.Row():
             with gr.Column(scale=2, min_width=280):
+                options, most = demo.model.pruning_config, min(512, demo.patches - 1)
+                # Code of older checkpoints has no floor.
+                least = max(8, getattr(options, "min_visual_tokens", None) or 0)
                 image = gr.Image(str(HERE / first["image"]), type="pil", label="Image", height=320)
                 question = gr.Textbox(first["question"], label="Question", lines=1, max_lines=4, elem_id="question")
                 budget = gr.Slider(
-                    8,
-                    min(512, demo.patches - 1),
-                    value=demo.model.pruning_config.visual_tokens,
+                    least,
+                    most,
+                    value=max(least, min(options.visual_tokens, most)),
                     step=8,
                     label="Visual tokens to keep",
                     elem_id="budget",
@@ -213,7 +216,10 @@ def build(demo: Demo) -> gr.Blocks:
 
 def main() -> None:
     """Serve the page."""
-    demo = Demo(os.environ.get("MODEL_ID", str(MINIATURE)), os.environ.get("MODEL_REVISION"))
+    source = os.environ.get("MODEL_ID") or str(MINIATURE)
+    if source == str(MINIATURE) and not MINIATURE.is_dir():
+        raise SystemExit("MODEL_ID: not set; give a checkpoint that `ivtp push` published, in the Space's settings.")
+    demo = Demo(source, os.environ.get("MODEL_REVISION") or None)
     theme = gr.themes.Default(primary_hue="amber", neutral_hue="slate")
     build(demo).launch(theme=theme, css=CSS)
 

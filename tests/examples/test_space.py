@@ -97,6 +97,36 @@ def test_pictures_of_every_kind(space: Any) -> None:
         assert "576" in space.demo.ask(Image.new(mode, (90, 50)), "What is this?", 32)[2]
 
 
+@pytest.mark.parametrize(
+    ("pruning", "shown"),
+    [
+        ({"visual_tokens": 4}, (8, 512, 8)),
+        ({"visual_tokens": 600}, (8, 512, 512)),
+        ({"visual_tokens": "auto", "min_visual_tokens": 24}, (24, 512, 64)),
+    ],
+)
+def test_the_slider_holds_only_budgets_that_can_be_asked_for(space: Any, pruning: Any, shown: Any) -> None:
+    """What opens the page asks at the checkpoint's own budget."""
+    with space.demo.model.pruning(**pruning):
+        page = space.app.build(space.demo)
+    (slider,) = (block for block in page.blocks.values() if isinstance(block, gr.Slider))
+    assert (slider.minimum, slider.maximum, slider.value) == shown
+    assert slider.preprocess(slider.value) == shown[2]
+
+
+@pytest.mark.parametrize("name", [None, ""])
+def test_a_space_without_a_checkpoint_says_so(
+    space: Any, name: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(space.app, "MINIATURE", tmp_path / "miniature")  # as on the Hub
+    if name is None:
+        monkeypatch.delenv("MODEL_ID", raising=False)
+    else:
+        monkeypatch.setenv("MODEL_ID", name)
+    with pytest.raises(SystemExit, match="MODEL_ID: not set"):
+        space.app.main()
+
+
 def test_every_example_is_there_with_its_licence(space: Any) -> None:
     for one in space.app.EXAMPLES:
         assert Image.open(SPACE / one["image"]).size == (336, 336)

@@ -255,6 +255,11 @@ def test_many_messages_or_parts_are_refused_before_they_are_read(handler: Any, p
         handler(short({"messages": chat}))
 
 
+def test_an_image_is_not_left_out_for_others(handler: Any) -> None:
+    with pytest.raises(ValueError, match="image and images are both there; allowed: one of them"):
+        handler(short({"image": "data:,a", "images": ["data:,b"], "text": "What is this?"}))
+
+
 def test_requests_that_are_none(handler: Any) -> None:
     for data in ({}, [], {"inputs": []}, {"inputs": [{"text": "x"}] * 40}, {"inputs": {"text": "x"}, "parameters": 3}):
         with pytest.raises(ValueError, match=r"request|entries|parameters"):
